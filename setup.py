@@ -1,6 +1,10 @@
 """Builds the wheel: the package, the top-level `kernels/` folder as `gasp_fast.kernels`, and each `csrc/*.cpp` as
 one pybind11 module `gasp_fast._NAME`.
 
+`kernels/` has no `__init__.py` and is reached through the link `gasp_fast/kernels`. A regular package of that name
+in the working directory would shadow Hugging Face's `kernels`, which transformers probes; a folder without
+`__init__.py` never wins over an installed package.
+
 The extensions see raw pointers and NumPy arrays, never a torch header: they compile in seconds and one binary
 serves every torch version.
 """
@@ -29,7 +33,6 @@ def extensions() -> list[Pybind11Extension]:
 
 setup(
     packages=[*find_packages(include=["gasp_fast", "gasp_fast.*"]), "gasp_fast.kernels"],
-    package_dir={"gasp_fast.kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": build_ext},
 )
