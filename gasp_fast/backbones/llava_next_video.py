@@ -1,0 +1,77 @@
+"""LLaVA-NeXT-Video: its layout and its pixel -> token map.
+
+Frames are fed as a video: each frame becomes one pooled grid of tokens, row by row, with nothing between the frames,
+so frame `f` of `n` tokens owns tokens `[n f, n (f + 1))`. All videos of a batch have the same number of frames, because
+the model takes them as one tensor.
+
+Pixel -> token: the short edge is resized to a fixed size (the long edge follows, rounded down, so that the two axes
+are scaled slightly differently), the centre is cropped, the crop is cut into patches, and patches are pooled two by
+two. What the crop cuts off has no token: of a 16:9 frame that is 44 % of the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .base import Backbone, Frame, register
+from .token_grid import TokenGrid
+
+
+@register
+class LlavaNextVideo(Backbone):
+    model_type = "llava_next_video"
+
+    @property
+    def visual_token_id(self) -> int:
+        return self.config.video_token_index
+
+    def frame_grid(self, width: int, height: int) -> TokenGrid:
+        processor = self.processor.video_processor
+        resized = _resized(width, height, processor.size) if processor.do_resize else (width, height)
+        cropped = (processor.crop_size["width"], processor.crop_size["height"]) if processor.do_center_crop else resized
+        cell = self.config.vision_config.patch_size * self.config.spatial_pool_stride
+        if cropped[0] != cropped[1] or cropped[0] % cell:
+            raise ValueError(
+                f"the video processor makes frames of {cropped[0]}x{cropped[1]}; LLaVA-NeXT-Video pools square frames "
+                f"of a multiple of {cell} pixels, so set do_center_crop and such a crop_size"
+            )
+        # An axis shorter than the crop is padded, more at its end; a longer one is cut, less at its start.
+        edges = []
+        for size, small, crop in zip((width, height), resized, cropped, strict=True):
+            start = (small - crop) // 2 if small >= crop else -((crop - small) // 2)
+            edges.append((start * size / small, (start + crop) * size / small))
+        (left, right), (top, bottom) = edges
+        return TokenGrid(cropped[0] // cell, cropped[1] // cell, left, top, right, bottom)
+
+    def visual_content(self, frames: int) -> list[dict[str, str]]:
+        return [{"type": "video"}]
+
+    def visual_arguments(self, batch: Sequence[Sequence[Frame]]) -> dict[str, Any]:
+        counts = {len(frames) for frames in batch}
+        if len(counts) > 1:
+            raise ValueError(
+                f"the sequences of this batch have {', '.join(map(str, sorted(counts)))} frames; LLaVA-NeXT-Video "
+                "takes videos of one length per batch, so draw one number of frames for all sequences"
+            )
+        for index, frames in enumerate(batch):
+            sizes = {f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"sequence {index} has frames of sizes {', '.join(sorted(sizes))}; the frames of one video must "
+                    "have one size, so resize them first"
+                )
+        return {"videos": [np.stack(list(frames)) for frames in batch], "do_sample_frames": False}
+
+
+def _resized(width: int, height: int, size: Any) -> tuple[int, int]:
+    """Width and height after the processor's resize; `size` is its setting."""
+    wanted = {name: size[name] for name in ("height", "width", "shortest_edge", "longest_edge") if size.get(name)}
+    if set(wanted) == {"height", "width"}:
+        return wanted["width"], wanted["height"]
+    if set(wanted) != {"shortest_edge"}:
+        raise ValueError(f"the video processor has size = {wanted}; supported are shortest_edge, or height and width")
+    edge, short = wanted["shortest_edge"], min(width, height)
+    return (edge, int(edge * height / width)) if width == short else (int(edge * width / height), edge)

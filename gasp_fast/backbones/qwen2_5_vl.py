@@ -1,0 +1,128 @@
+"""Qwen2.5-VL: its layout, its pixel -> token map, and the guard of its three-dimensional positions.
+
+Frames are fed as images, not as a video. A Qwen video slice merges two frames into one set of tokens; an image keeps
+a token grid of its own, and its positions (temporal, row, column) are those the model was trained with for several
+images in one prompt.
+
+Pixel -> token: `smart_resize` rounds height and width to multiples of `patch_size * merge_size` by themselves, so the
+two axes are scaled differently, and a token is one such block of the resized image. No pixel is cut off: the grid
+covers the whole image, and only its numbers of columns and rows depend on the resize.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Backbone, Frame, register, unwrap
+from .token_grid import TokenGrid
+
+
+@register
+class Qwen2_5_VL(Backbone):
+    model_type = "qwen2_5_vl"
+
+    @property
+    def visual_token_id(self) -> int:
+        return self.config.image_token_id
+
+    def frame_grid(self, width: int, height: int) -> TokenGrid:
+        processor = self.processor.image_processor
+        if not processor.do_resize:
+            raise ValueError(
+                "the image processor has do_resize = False; Qwen2.5-VL frames must be resized to whole tokens"
+            )
+        block = processor.patch_size * processor.merge_size
+        # The very function this processor uses: it lives beside the processor's class, in every version and backend.
+        smart_resize = sys.modules[type(processor).__module__].smart_resize
+        resized_height, resized_width = smart_resize(
+            height,
+            width,
+            factor=block,
+            min_pixels=processor.size["shortest_edge"],
+            max_pixels=processor.size["longest_edge"],
+        )
+        return TokenGrid(resized_width // block, resized_height // block, 0.0, 0.0, float(width), float(height))
+
+    def limit_frame_pixels(self, frame_pixels: int) -> None:
+        processor = self.processor.image_processor
+        block = processor.patch_size * processor.merge_size
+        if frame_pixels < block * block:
+            raise ValueError(f"frame_pixels = {frame_pixels} is less than one token; use at least {block * block}")
+        least = min(processor.size["shortest_edge"], frame_pixels)
+        processor.size = {"shortest_edge": least, "longest_edge": frame_pixels}
+
+    def visual_content(self, frames: int) -> list[dict[str, str]]:
+        return [{"type": "image"}] * frames
+
+    def visual_arguments(self, batch: Sequence[Sequence[Frame]]) -> dict[str, Any]:
+        return {"images": [frame for frames in batch for frame in frames]}
+
+    def check_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        check_mrope(model, inputs)
+
+
+def check_mrope(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Raise unless the model will give the visual tokens of `inputs` their three-dimensional positions.
+
+    Without `mm_token_type_ids` (or with wrong ones, or without the image grids) the model falls back to counting
+    tokens along one dimension: no error, other logits, and a training run that is wrong from its first step. This
+    compares what the model derives from the inputs with Qwen's rule written down independently below. Needs no forward
+    pass and reads no weight, so it also works on partitioned models.
+    """
+    missing = [name for name in ("mm_token_type_ids", "image_grid_thw") if inputs.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"inputs lack {' and '.join(missing)}: the model would silently place visual tokens in one dimension; "
+            "keep every tensor of the processor (Trainer: remove_unused_columns=False)"
+        )
+    qwen = unwrap(model).model
+    input_ids, token_types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    visual = input_ids == qwen.config.image_token_id
+    if not torch.equal(token_types.bool(), visual):
+        wrong = int((token_types.bool() != visual).sum())
+        raise ValueError(
+            f"mm_token_type_ids disagrees with input_ids at {wrong} tokens; both must come from one processor call"
+        )
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    positions, _ = qwen.get_rope_index(
+        input_ids, mm_token_type_ids=token_types, image_grid_thw=inputs["image_grid_thw"], attention_mask=mask
+    )  # [3, B, S]
+    merge = qwen.config.vision_config.spatial_merge_size
+    grids = iter((inputs["image_grid_thw"][:, 1:] // merge).tolist())
+    for row in range(len(input_ids)):
+        real = mask[row].bool()
+        expected = _expected_positions(visual[row][real].tolist(), grids).to(positions.device)
+        if not torch.equal(positions[:, row][:, real], expected):
+            where = int((positions[:, row][:, real] != expected).any(0).nonzero()[0])
+            raise ValueError(
+                f"token {where} of sequence {row} would sit at {positions[:, row][:, real][:, where].tolist()} "
+                f"(time, row, column) instead of {expected[:, where].tolist()}; this version of transformers computes "
+                "Qwen's positions differently, use one that gasp-fast supports"
+            )
+
+
+def _expected_positions(visual: Sequence[bool], grids: Iterator[list[int]]) -> Tensor:
+    """Qwen's rule for text and images, `[3, S]`.
+
+    A text token advances all three coordinates by one. An image of `rows x columns` tokens starts at the next free
+    position `p`: its tokens sit at (p, p + row, p + column), and the text after it goes on at `p + max(rows, columns)`.
+    """
+    places: list[tuple[int, int, int]] = []
+    free = token = 0
+    while token < len(visual):
+        if visual[token]:
+            rows, columns = next(grids)
+            places += [(free, free + row, free + column) for row in range(rows) for column in range(columns)]
+            free += max(rows, columns)
+            token += rows * columns
+        else:
+            places.append((free, free, free))
+            free += 1
+            token += 1
+    return torch.tensor(places, dtype=torch.long).reshape(-1, 3).T

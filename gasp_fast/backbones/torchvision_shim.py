@@ -1,0 +1,47 @@
+"""Makes torchvision importable next to a torch build that cannot load torchvision's compiled operators.
+
+The torchvision of the package index is compiled for CUDA. Beside a CPU build of torch its library does not load, its
+operators stay undeclared, and `import torchvision` then stops with "operator torchvision::nms does not exist" because
+it attaches shape functions to them. transformers' image and video processors use none of those operators, only
+torchvision's transforms, which are plain Python. So it is enough to declare the two operators that are given shape
+functions. A torchvision that does load its library (any matching build) is left alone.
+
+Call `install()` before anything imports torchvision. Knows nothing of gasp_fast.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_declarations: torch.library.Library | None = None  # operators live as long as the library object that declares them
+
+
+def install() -> bool:
+    """Declare the missing operators if they are missing. True if this call declared them."""
+    global _declarations
+    spec = importlib.util.find_spec("torchvision")
+    if _declarations is not None or spec is None or _operators_load(Path(str(spec.origin)).parent):
+        return False
+    _declarations = torch.library.Library("torchvision", "DEF")
+    for schema in _SCHEMAS:
+        _declarations.define(schema)
+    return True
+
+
+def _operators_load(package: Path) -> bool:
+    """Whether torchvision's own library is (or can be) loaded; loading it here is what torchvision does at import."""
+    if hasattr(torch.ops.torchvision, "nms"):
+        return True
+    for library in (path for path in package.glob("_C.*") if path.suffix in (".so", ".pyd")):
+        try:
+            torch.ops.load_library(str(library))
+        except OSError:
+            return False
+    return hasattr(torch.ops.torchvision, "nms")

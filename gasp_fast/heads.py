@@ -1,0 +1,230 @@
+"""Correspondence heads: from a decoder layer's hidden states to the embeddings the loss compares.
+
+Knows tensors and one projection matrix; must not know any model: a backbone hands over the W_Q of a layer.
+
+A head is Linear -> GELU -> Linear (paper, App. B). Its weights are always fp32; only the precision of its two matrix
+products is a choice:
+
+    "fp32"  IEEE single precision, also where the process allows tf32 elsewhere
+    "tf32"  fp32 storage, tensor-core products with 10-bit mantissas (same as "fp32" on a CPU)
+    "bf16"  inputs and weights rounded to bf16 for the product, embeddings come out in bf16
+
+The choice holds in the forward and in the backward pass, and an outer autocast does not override it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Compute = Literal["fp32", "tf32", "bf16"]
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """Run cuBLAS products of fp32 tensors as "ieee" or "tf32", whatever the process chose."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+class _SinglePrecisionLinear(torch.autograd.Function):
+    """`F.linear` on fp32 tensors whose three products all run at one stated precision.
+
+    The precision of cuBLAS is a process-wide switch, and autograd runs the backward products long after the forward
+    call returned; so the switch has to be set again there, and that is the only reason for this function to exist.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.precision = precision
+        with _matmul_precision(precision):
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])  # [N, out]
+        with _matmul_precision(ctx.precision):
+            grad_x = grad @ weight if wants_x else None
+            grad_weight = rows.mT @ x.reshape(-1, x.shape[-1]) if wants_weight else None
+        return grad_x, grad_weight, rows.sum(0) if wants_bias else None, None
+
+
+class _HeadLinear(nn.Linear):
+    """A linear layer with fp32 weights and a stated precision of its products.
+
+    A module of its own (rather than a call with the parent's parameters) because ZeRO-3 gathers weights per module.
+    """
+
+    def __init__(self, in_features: int, out_features: int, compute: Compute) -> None:
+        super().__init__(in_features, out_features, dtype=torch.float32)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compute == "bf16":
+            return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())
+        precision = "ieee" if self.compute == "fp32" else "tf32"
+        return _SinglePrecisionLinear.apply(x.float(), self.weight.float(), self.bias.float(), precision)
+
+
+class CorrespondenceHead(nn.Module):
+    """Linear -> GELU -> Linear, `hidden_size -> mid_size -> out_size`.
+
+    The defaults are those of the paper's App. B; the sizes of its main text (`d -> 2 d_emb -> d_emb`) are
+    `CorrespondenceHead(d, mid_size=2 * d_emb, out_size=d_emb)`.
+    """
+
+    def __init__(
+        self, hidden_size: int, mid_size: int | None = None, out_size: int | None = None, compute: Compute = "fp32"
+    ) -> None:
+        super().__init__()
+        if compute not in get_args(Compute):
+            raise ValueError(f"compute = {compute!r} is unknown; choose one of {', '.join(get_args(Compute))}")
+        mid_size = hidden_size // 2 if mid_size is None else mid_size
+        out_size = hidden_size if out_size is None else out_size
+        for name, size in (("hidden_size", hidden_size), ("mid_size", mid_size), ("out_size", out_size)):
+            if size < 1:
+                raise ValueError(f"{name} = {size} must be at least 1")
+        self.first = _HeadLinear(hidden_size, mid_size, compute)
+        self.second = _HeadLinear(mid_size, out_size, compute)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden [..., hidden_size]` of any float dtype -> raw (not normalised) embeddings `[..., out_size]`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.second(F.gelu(self.first(hidden)))
+
+    @classmethod
+    def from_query_projection(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        mid_size: int | None = None,
+        out_size: int | None = None,
+        compute: Compute = "fp32",
+    ) -> CorrespondenceHead:
+        """A head that starts as the layer's own query projection, as far as rank `mid_size` reaches.
+
+        With `W_Q = U S V^T` and `r = mid_size`, the first layer is `S_r^1/2 V_r^T` and the second `U_r S_r^1/2`, so
+        that without the GELU the head is the best rank-`r` approximation of `W_Q` (Eckart-Young). `W_Q` is
+        `[outputs, hidden_size]`; it need not be square (grouped or narrow query heads).
+
+        Where the sizes do not meet the rank:
+
+        - The bias of a biased projection belongs after the product, so it becomes the bias of the second layer; the
+          first layer's is zero. Then `head(x) = W_r x + b`, again with the GELU taken out.
+        - `mid_size` above the rank: there is nothing left to copy. The surplus columns of the second layer are zero,
+          which keeps the product exact, and the surplus rows of the first keep their random initialisation, without
+          which neither would ever receive a gradient.
+        - `out_size` below the outputs of `W_Q`: the embeddings are expressed in the leading `out_size` left singular
+          directions (`U^T` applied to output and bias). Cosine similarity does not see the rotation, so a head without
+          bias compares exactly like the best approximation of rank `min(mid_size, out_size)`.
+        - Any larger `out_size` is refused: the surplus coordinates would be zero for every token, and a similarity
+          gives no gradient to a coordinate that is zero everywhere.
+
+        `mid_size` defaults to half of hidden_size, `out_size` to the outputs of `W_Q`.
+        """
+        if weight.ndim != 2 or weight.numel() == 0:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}, expected [outputs, hidden_size]; "
+                "a ZeRO-3 partitioned weight must be gathered first (deepspeed.zero.GatheredParameters)"
+            )
+        outputs, hidden_size = weight.shape
+        if bias is not None and bias.shape != (outputs,):
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}, expected [{outputs}] for a weight of {outputs} outputs"
+            )
+        out_size = outputs if out_size is None else out_size
+        if out_size != outputs and out_size > min(outputs, hidden_size):
+            raise ValueError(
+                f"out_size = {out_size} cannot be filled from a weight of {outputs} outputs and {hidden_size} inputs; "
+                f"use {outputs}, or at most {min(outputs, hidden_size)}, or random weights: CorrespondenceHead(...)"
+            )
+        head = cls(hidden_size, mid_size, out_size, compute).to(weight.device)
+        # The factors are computed once, in float64: the head is then exact to the rounding of its fp32 weights.
+        u, s, vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)  # [outputs, k], [k], [k, hidden]
+        offset = torch.zeros(outputs, device=u.device) if bias is None else bias.detach()
+        offset = offset.double()
+        if out_size < outputs:
+            offset = u.mT[:out_size] @ offset
+            u = torch.eye(out_size, len(s), dtype=u.dtype, device=u.device)  # the leading rows of U^T U
+        sound = int((s > s[0] * torch.finfo(torch.float32).eps).sum())  # the rank that fp32 weights can express
+        rank = min(head.first.out_features, sound)
+        root = s[:rank].sqrt()
+        with torch.no_grad():
+            head.first.weight[:rank] = (root[:, None] * vt[:rank]).float()
+            head.first.bias.zero_()
+            head.second.weight.zero_()
+            head.second.weight[:, :rank] = (u[:, :rank] * root).float()
+            head.second.bias.copy_(offset)
+        return head
+
+
+class CorrespondenceHeads(nn.Module):
+    """One head for each supervised decoder layer, addressed by the layer's index (0 is the first decoder layer)."""
+
+    def __init__(self, heads: Mapping[int, CorrespondenceHead]) -> None:
+        super().__init__()
+        if not heads:
+            raise ValueError("heads is empty; supervise at least one decoder layer")
+        self.by_layer = nn.ModuleDict({str(layer): heads[layer] for layer in sorted(heads)})
+
+    @classmethod
+    def from_query_projections(
+        cls,
+        projections: Mapping[int, tuple[Tensor, Tensor | None]],
+        mid_size: int | None = None,
+        out_size: int | None = None,
+        compute: Compute = "fp32",
+    ) -> CorrespondenceHeads:
+        """Heads for the given layers, each started from that layer's own (weight, bias) of W_Q."""
+        return cls(
+            {
+                layer: CorrespondenceHead.from_query_projection(weight, bias, mid_size, out_size, compute)
+                for layer, (weight, bias) in projections.items()
+            }
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        return [int(name) for name in self.by_layer]
+
+    def __len__(self) -> int:
+        return len(self.by_layer)
+
+    def forward(self, layer: int, hidden: Tensor) -> Tensor:
+        """Embeddings `[..., out_size]` of one layer's hidden states `[..., hidden_size]`."""
+        if str(layer) not in self.by_layer:
+            raise ValueError(f"layer = {layer} has no head; the supervised layers are {self.layers}")
+        return self.by_layer[str(layer)](hidden)
+
+
+def parse_layers(spec: str, count: int) -> list[int]:
+    """Indices (from 0) of the layers that `spec` names among `count`: "all", "18-25", "7" or "1-4,25-28".
+
+    The numbers of `spec` count from 1 and ranges include both ends, as in the paper, whose last range is 25-32 of 32.
+    """
+    if spec == "all":
+        return list(range(count))
+    chosen: set[int] = set()
+    for part in spec.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ValueError(f"layers = {spec!r} is not understood; write all, a layer (7) or a range (18-25)")
+        low, high = int(first), int(last or first)
+        if not 1 <= low <= high <= count:
+            raise ValueError(f"layers = {spec!r} does not fit a model of {count} layers; use 1-{count} or all")
+        chosen.update(range(low - 1, high))
+    return sorted(chosen)
