@@ -1,0 +1,156 @@
+"""Which frames form a training sequence, and which scenes are kept for testing. Knows names and counts, opens nothing.
+
+A sequence is an anchor frame `t_a`, drawn uniformly from its scene, and `F − 1` others drawn uniformly and without
+repetition from `[t_a − 48, t_a + 48]`, with `F` uniform in 8..24. The anchor comes first, because tracks start there;
+the others follow in the order of time.
+
+The sampler has no state. A sequence is a function of (seed, epoch, index), so a run resumes exactly from one number,
+workers and ranks need not talk, and 1.75 million sequences are planned without being stored. Indices run scene by
+scene, so that neighbours share decoded frames; whoever wants them shuffled permutes the indices (`mixture.py`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """How sequences are drawn."""
+
+    min_frames: int = 8
+    max_frames: int = 24
+    window: int = 48  # frames before and after the anchor
+    per_scene: int = 16  # sequences of each scene in an epoch
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_frames <= self.max_frames:
+            raise ValueError(
+                f"min_frames = {self.min_frames}, max_frames = {self.max_frames}: need 2 <= min_frames <= max_frames"
+            )
+        if 2 * self.window + 1 < self.max_frames:
+            raise ValueError(f"window = {self.window}: too narrow for max_frames = {self.max_frames}; widen it")
+        if self.per_scene < 1:
+            raise ValueError(f"per_scene = {self.per_scene}: ask for at least one sequence a scene")
+
+
+@dataclass(frozen=True)
+class FrameSequence:
+    """Frames of one scene; `frames[0]` is the anchor."""
+
+    scene: int
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EpochStatistics:
+    """What an epoch holds; `shortened` sequences got fewer frames than drawn, since their scene is short."""
+
+    sequences: int
+    frames: int
+    shortened: int
+    frames_per_sequence: dict[int, int]  # F -> sequences
+    mean_gap: float  # frames between the anchor and another
+    coverage: float  # share of all frames that are seen at least once
+
+    def __str__(self) -> str:
+        mean = self.frames / self.sequences
+        return (
+            f"{self.sequences:,} sequences of {min(self.frames_per_sequence)} to {max(self.frames_per_sequence)} "
+            f"frames (mean {mean:.1f}), mean gap to the anchor {self.mean_gap:.1f}, "
+            f"{self.coverage:.0%} of all frames seen, {self.shortened:,} sequences shortened"
+        )
+
+
+class SequenceSampler:
+    """Sequence `index` of `epoch`, for scenes of the given lengths."""
+
+    def __init__(self, lengths: Sequence[int], config: SequenceConfig | None = None, names: Sequence[str] = ()) -> None:
+        self.config = config or SequenceConfig()
+        self.lengths = np.asarray(lengths, np.int32)
+        if not len(self.lengths):
+            raise ValueError("lengths is empty: there is no scene to draw from")
+        short = np.flatnonzero(self.lengths < self.config.min_frames)
+        if len(short):
+            which = names[short[0]] if names else f"lengths[{short[0]}]"
+            raise ValueError(
+                f"{which} has {self.lengths[short[0]]} frames, min_frames = {self.config.min_frames} "
+                f"({len(short)} such scenes): leave them out or lower min_frames"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths) * self.config.per_scene
+
+    def draw(self, epoch: int, index: int) -> FrameSequence:
+        return self._draw(epoch, index)[0]
+
+    def _draw(self, epoch: int, index: int) -> tuple[FrameSequence, int]:
+        """The sequence, and the number of frames it was meant to have."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index = {index}: the epoch has {len(self)} sequences")
+        config = self.config
+        scene = index // config.per_scene
+        length = int(self.lengths[scene])
+        # Python promises that `random()` of a seeded generator stays the same in every version; nothing else is used.
+        uniform = random.Random(f"sequence/{config.seed}/{epoch}/{index}").random
+        anchor = int(uniform() * length)
+        wanted = config.min_frames + int(uniform() * (config.max_frames - config.min_frames + 1))
+        nearby = range(max(0, anchor - config.window), min(length, anchor + config.window + 1))
+        others = sorted((frame for frame in nearby if frame != anchor), key=lambda _: uniform())[: wanted - 1]
+        return FrameSequence(scene, (anchor, *sorted(others))), wanted
+
+    def statistics(self, epoch: int) -> EpochStatistics:
+        """Draws the whole epoch once, at about 0.1 ms a sequence."""
+        sizes: Counter[int] = Counter()
+        shortened = gaps = frames = 0
+        starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        seen = np.zeros(starts[-1], bool)
+        for index in range(len(self)):
+            sequence, wanted = self._draw(epoch, index)
+            anchor, *others = sequence.frames
+            sizes[len(sequence.frames)] += 1
+            shortened += len(sequence.frames) < wanted
+            frames += len(sequence.frames)
+            gaps += sum(abs(other - anchor) for other in others)
+            seen[starts[sequence.scene] + np.array(sequence.frames)] = True
+        return EpochStatistics(
+            sequences=len(self),
+            frames=frames,
+            shortened=shortened,
+            frames_per_sequence=dict(sorted(sizes.items())),
+            mean_gap=gaps / (frames - len(self)),
+            coverage=float(seen.mean()),
+        )
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether the scene called `name` belongs to the held-out `share`.
+
+    A property of the name alone: adding scenes, moving the folder or reading it in another order moves no scene from
+    one side to the other.
+    """
+    digest = blake2b(f"held-out/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def split_scenes(names: Iterable[str], share: float) -> tuple[list[str], list[str]]:
+    """`(training, held out)`, each in the given order."""
+    if not 0 <= share < 1:
+        raise ValueError(f"share = {share}: give the part of the scenes to hold out, 0 <= share < 1")
+    training: list[str] = []
+    held_out: list[str] = []
+    for name in names:
+        (held_out if is_held_out(name, share) else training).append(name)
+    if not training or (share > 0 and not held_out):
+        raise ValueError(
+            f"share = {share} splits {len(training) + len(held_out)} scenes into {len(training)} for training and "
+            f"{len(held_out)} held out: add scenes or change the share"
+        )
+    return training, held_out
