@@ -7,6 +7,7 @@ sequence, for one layer or a few. Everything here is a plain view of buffers tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ class RowChunk:
     known: Tensor | None  # bool [n], tokens whose values count
 
 
-@dataclass(frozen=True)
-class FrameStatistics:
+class FrameStatistics(NamedTuple):
     """What one pass over the tokens of a frame leaves behind, for every row. Empty frames have `lse = -inf`."""
 
     lse: Tensor  # float32 [G, R, P]
@@ -38,21 +38,19 @@ class FrameStatistics:
     peak: Tensor  # float32 [G, R, P], that similarity
 
     @staticmethod
-    def empty(groups: int, rows: int, frames: int, width: int, device: torch.device) -> FrameStatistics:
-        def floats(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
+    def nothing(groups: int, rows: int, frames: int, width: int, device: torch.device) -> FrameStatistics:
+        """The statistics of frames without tokens."""
+        none = torch.full((groups, rows, frames), float("-inf"), device=device)
         return FrameStatistics(
-            lse=floats(groups, rows, frames),
-            known_lse=floats(groups, rows, frames),
-            expected=floats(groups, rows, frames, width),
-            best=torch.empty(groups, rows, frames, dtype=torch.int64, device=device),
-            peak=floats(groups, rows, frames),
+            lse=none,
+            known_lse=none.clone(),
+            expected=torch.zeros(groups, rows, frames, width, device=device),
+            best=torch.full((groups, rows, frames), -1, device=device),
+            peak=none.clone(),
         )
 
 
-@dataclass(frozen=True)
-class FrameUpstream:
+class FrameUpstream(NamedTuple):
     """Gradients of the loss with respect to `lse` and `expected`."""
 
     lse: Tensor  # float32 [G, R, P]
@@ -80,16 +78,14 @@ class MatchRuns:
         return range(int(self.start[at]), int(self.start[at + 1]))
 
 
-@dataclass(frozen=True)
-class MatchScales:
+class MatchScales(NamedTuple):
     """How much each term of each match weighs in the loss, by match (not sorted)."""
 
     corr: Tensor  # float32 [G, M], may be expanded
     depth: Tensor  # float32 [G, M], may be expanded
 
 
-@dataclass(frozen=True)
-class MatchTerms:
+class MatchTerms(NamedTuple):
     """What a match contributes, by match (not sorted)."""
 
     corr: Tensor  # float32 [G, M]
@@ -105,5 +101,5 @@ class MatchTerms:
         best = torch.empty(layers, matches, dtype=torch.int64, device=device)
         return MatchTerms(corr=floats(), depth=floats(), best=best, confidence=floats())
 
-    def layers(self, start: int, end: int) -> MatchTerms:
-        return MatchTerms(*(value[start:end] for value in (self.corr, self.depth, self.best, self.confidence)))
+    def of_layers(self, layers: slice) -> MatchTerms:
+        return MatchTerms(*(value[layers] for value in self))

@@ -51,6 +51,14 @@ class SequenceSpan:
     frames: tuple[int, int]
     rows: tuple[int, int]
 
+    @property
+    def token_count(self) -> int:
+        return self.tokens[1] - self.tokens[0]
+
+    @property
+    def frame_count(self) -> int:
+        return self.frames[1] - self.frames[0]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowPlan(_Movable):
@@ -80,7 +88,7 @@ class RowPlan(_Movable):
     @property
     def longest(self) -> int:
         """P, the frames of the longest sequence."""
-        return max(span.frames[1] - span.frames[0] for span in self.sequences())
+        return max(span.frame_count for span in self.sequences())
 
     def sequences(self) -> Iterator[SequenceSpan]:
         token = frame = row = 0

@@ -1,0 +1,255 @@
+"""The strategy for wide embeddings: row chunks, library matrix products, fused row operations between them.
+
+A full-width gradient accumulator does not fit on chip once `D` passes a few hundred, and a kernel that tried would
+need atomics or locks: slow, and never twice the same. So the similarity matrix is cut into chunks of rows that fit a
+fixed workspace, and each chunk goes once through
+
+    similarity = A E^T                    library product, float32 result
+    frame_statistics, match_terms         one pass over the chunk: lse, expected values, arg-max, both loss terms
+    X = similarity_gradient               in place, or in the narrower type that the products want
+    rows   = X E                          library product
+    tokens = tokens + X^T A               library product, accumulated chunk by chunk in a fixed order
+
+When the weight of each term is known beforehand (any mean or sum is), forward and backward are this one pass: three
+products and nothing recomputed. Without gradient it stops after the second line. Given arbitrary upstream gradients,
+the same pass runs again with them as weights: four products.
+
+Raw embeddings enter the products; norms are applied to the products' results and to `X` (see `rows_torch`). Each row
+of a chunk is a different token, so adding `rows` to the gradient at the anchors has one writer per address. Nothing
+is atomic, nothing depends on timing: two runs agree to the last bit.
+
+Workspace per row of a chunk: `4 n` bytes of similarity, `2 n` more for a narrower `X`, `8 D` for the anchor and its
+gradient. Where the input is narrower than float32, one sequence's gradient is accumulated in float32 beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchScales, MatchTerms, RowChunk
+from .plan import MatchPlan, RowPlan, SequenceSpan
+from .products import Products
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedEngine:
+    """Runs the strategy with one set of row operations (`rows_cpp`, `rows_triton` or `rows_torch`)."""
+
+    operations: ModuleType
+    workspace_bytes: int
+
+    def match_terms(
+        self,
+        embeddings: Tensor,  # [L, N, D]
+        plan: MatchPlan,
+        temperature: Tensor,  # float32 []
+        scales: MatchScales | None,  # [L, M]; with them, gradients are computed
+        terms: MatchTerms,  # [L, M], filled in
+        sequence_negatives: bool,
+        eps: float,
+        gradient: Tensor | None,  # like `embeddings`, filled in
+        want_temperature: bool,
+    ) -> Tensor | None:
+        """Both terms of every match; with `scales`, the gradients of `sum scales * terms`."""
+        walk = _Walk(self, embeddings, plan.rows, temperature, plan.values, plan.known, True, gradient, want_temperature)
+        for part in walk.parts():
+            runs = _runs(plan, part)
+            layer_scales = None if scales is None else MatchScales(*(scale[part.layers] for scale in scales))
+            statistics = self.operations.frame_statistics(part.chunk, runs, sequence_negatives)
+            upstream = self.operations.match_terms(
+                part.chunk, statistics, runs, layer_scales, terms.of_layers(part.layers), sequence_negatives, eps
+            )
+            if part.x is not None:
+                self.operations.similarity_gradient(part.chunk, statistics, upstream, runs, layer_scales, part.x)
+        return walk.temperature_gradient()
+
+    def frame_match(
+        self,
+        embeddings: Tensor,  # [L, N, D]
+        rows: RowPlan,
+        temperature: Tensor,  # float32 []
+        values: Tensor | None,  # float32 [N, V]
+        known: Tensor | None,  # bool [N]
+        exclude_own: bool,
+    ) -> FrameStatistics:
+        """[L, A, P] statistics of every row over every frame of its sequence; `best` is a token of the batch."""
+        width = 0 if values is None else values.shape[1]
+        layers, anchors = embeddings.shape[0], rows.row_token.shape[0]
+        whole = FrameStatistics.nothing(layers, anchors, rows.longest, width, embeddings.device)
+        for part in _Walk(self, embeddings, rows, temperature, values, known, exclude_own, None, False).parts():
+            found = self.operations.frame_statistics(part.chunk, None, True)
+            best = torch.where(found.best < 0, -1, found.best + part.span.tokens[0])
+            for to, value in zip(whole, found._replace(best=best), strict=True):
+                to[part.layers, part.block, : part.span.frame_count] = value
+        return whole
+
+    def frame_match_gradient(
+        self,
+        embeddings: Tensor,
+        rows: RowPlan,
+        temperature: Tensor,
+        values: Tensor | None,
+        known: Tensor | None,
+        exclude_own: bool,
+        statistics: FrameStatistics,
+        upstream: FrameUpstream,
+        gradient: Tensor | None,
+        want_temperature: bool,
+    ) -> Tensor | None:
+        """The gradients of `sum upstream.lse * lse + sum upstream.expected * expected`."""
+        walk = _Walk(self, embeddings, rows, temperature, values, known, exclude_own, gradient, want_temperature)
+        for part in walk.parts():
+            cut = (part.layers, part.block, slice(0, part.span.frame_count))
+            self.operations.similarity_gradient(
+                part.chunk,
+                FrameStatistics(*(value[cut].contiguous() for value in statistics)),
+                FrameUpstream(*(value[cut].contiguous() for value in upstream)),
+                None,
+                None,
+                part.x,
+            )
+        return walk.temperature_gradient()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One chunk on its way: the caller fills `x` before it asks for the next one."""
+
+    layers: slice
+    span: SequenceSpan
+    block: slice  # rows of the batch
+    chunk: RowChunk
+    x: Tensor | None  # [G, R, n], to be filled with dL/d(raw dot product)
+
+
+@dataclass
+class _Walk:
+    """Every layer group, sequence and row chunk once, in a fixed order, with the products before and after."""
+
+    engine: ChunkedEngine
+    embeddings: Tensor
+    rows: RowPlan
+    temperature: Tensor
+    values: Tensor | None
+    known: Tensor | None
+    exclude_own: bool
+    gradient: Tensor | None
+    want_temperature: bool
+    slopes: list[Tensor] = field(default_factory=list)
+
+    def parts(self) -> Iterator[_Part]:
+        products = Products.of(self.embeddings)
+        operations = self.engine.operations
+        for layers in self._layer_groups(products):
+            tokens = self.embeddings[layers]  # [G, N, D]
+            scale = operations.inverse_norms(tokens)  # [G, N]
+            for span in self.rows.sequences():
+                first, last = span.tokens
+                total = self._accumulator(layers, span)
+                yield from self._sequence(products, layers, span, tokens[:, first:last], scale[:, first:last], total)
+                if self.gradient is not None and total is not None:
+                    operations.project_gradient(
+                        total, tokens[:, first:last], scale[:, first:last], self.gradient[layers, first:last]
+                    )
+
+    def temperature_gradient(self) -> Tensor | None:
+        """`-(1 / tau) sum_i e_i . (X E)_i`: every row's share was noted when its chunk passed."""
+        if not self.want_temperature:
+            return None
+        if not self.slopes:
+            return torch.zeros((), device=self.embeddings.device)
+        return -torch.stack(self.slopes).sum() / self.temperature
+
+    def _sequence(
+        self, products: Products, layers: slice, span: SequenceSpan, tokens: Tensor, scale: Tensor, total: Tensor | None
+    ) -> Iterator[_Part]:
+        first, last = span.tokens
+        backward = total is not None or self.want_temperature
+        offsets = self.rows.frame_offsets[span.frames[0] : span.frames[1] + 1] - first
+        if total is not None and span.rows[0] == span.rows[1]:
+            total.zero_()
+        for block in self._blocks(products, span, tokens):
+            own = self.rows.row_token[block] - first  # [R]
+            anchors = tokens[:, own].to(products.element)  # [G, R, D]
+            similarity = tokens.new_empty(*anchors.shape[:2], last - first, dtype=torch.float32)
+            products.similarity(anchors, tokens, similarity)
+            chunk = RowChunk(
+                similarity=similarity,
+                row_scale=scale[:, own],
+                token_scale=scale,
+                temperature=self.temperature,
+                own_token=own,
+                exclude_own=self.exclude_own,
+                frame_offsets=offsets,
+                values=None if self.values is None else self.values[first:last],
+                known=None if self.known is None else self.known[first:last],
+            )
+            in_place = products.element == torch.float32
+            x = similarity if in_place or not backward else torch.empty_like(similarity, dtype=products.element)
+            yield _Part(layers, span, block, chunk, x if backward else None)
+            if backward:
+                self._gradient_products(products, x, anchors, own, tokens, total, block.start == span.rows[0])
+
+    def _gradient_products(
+        self, products: Products, x: Tensor, anchors: Tensor, own: Tensor, tokens: Tensor, total: Tensor | None, fresh: bool
+    ) -> None:
+        row_gradient = torch.empty(anchors.shape, dtype=torch.float32, device=anchors.device)
+        products.row_gradient(x, tokens, row_gradient)
+        if self.want_temperature:
+            self.slopes.append((anchors * row_gradient).sum())
+        if total is not None:
+            products.token_gradient(x, anchors, total, accumulate=not fresh)
+            total.index_add_(1, own, row_gradient)
+
+    def _accumulator(self, layers: slice, span: SequenceSpan) -> Tensor | None:
+        """float32 [G, n, D]: the gradient itself where it is float32."""
+        if self.gradient is None:
+            return None
+        out = self.gradient[layers, span.tokens[0] : span.tokens[1]]
+        return out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+
+    def _layer_groups(self, products: Products) -> list[slice]:
+        """Several layers at once where even together they are small: on a GPU, where launches cost more than work."""
+        layers = self.embeddings.shape[0]
+        size = 1
+        if self.embeddings.is_cuda:
+            per_layer = max(
+                (span.rows[1] - span.rows[0]) * self._bytes_per_row(products, span) + 4 * span.token_count * self._width
+                for span in self.rows.sequences()
+            )
+            size = min(layers, max(1, self.engine.workspace_bytes // max(1, per_layer)))
+        return [slice(start, min(start + size, layers)) for start in range(0, layers, size)]
+
+    def _blocks(self, products: Products, span: SequenceSpan, tokens: Tensor) -> list[slice]:
+        """Rows in chunks of equal size, as few as the workspace allows."""
+        start, end = span.rows
+        fitting = max(1, self.engine.workspace_bytes // (tokens.shape[0] * self._bytes_per_row(products, span)))
+        chunks = -(-(end - start) // fitting)
+        size = -(-(end - start) // max(1, chunks))
+        return [slice(at, min(at + size, end)) for at in range(start, end, max(1, size))]
+
+    def _bytes_per_row(self, products: Products, span: SequenceSpan) -> int:
+        x_bytes = 0 if products.element == torch.float32 else 2
+        return (4 + x_bytes) * span.token_count + 8 * self._width
+
+    @property
+    def _width(self) -> int:
+        return self.embeddings.shape[-1]
+
+
+def _runs(plan: MatchPlan, part: _Part) -> MatchRuns:
+    longest = plan.rows.longest
+    return MatchRuns(
+        start=plan.run_start[part.block.start * longest : part.block.stop * longest + 1],
+        longest=longest,
+        order=plan.order,
+        target=plan.target,
+        depth=plan.depth,
+        counts=plan.counts,
+        first_token=part.span.tokens[0],
+    )

@@ -1,0 +1,121 @@
+"""The three matrix products of a chunk, through the library that is best at them on this device and type.
+
+Knows float types and libraries; knows nothing of frames or matches. Results that other numbers are computed from
+(similarities, gradients) are float32 whatever the inputs are.
+
+| device, input          | products run as                                                              |
+| ---------------------- | ---------------------------------------------------------------------------- |
+| any, float32           | float32 (or TF32, where the user allowed it)                                 |
+| CUDA, bf16 or fp16     | that type, float32 results (`out_dtype`)                                     |
+| CPU with AMX, bf16     | bf16; similarities through MKL's bf16 x bf16 -> float32 product              |
+| CPU otherwise, 16 bits | float32, blocks of tokens converted on the way: several times faster than the |
+|                        | emulated 16-bit product, and more exact                                      |
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CONVERTED_BYTES = 4 << 20  # workspace for a block of tokens that is converted to float32
+
+
+@dataclass(frozen=True)
+class Products:
+    """`similarity`, `row_gradient` and `token_gradient` of one kind of input; `element` is the type of anchors and X."""
+
+    element: torch.dtype
+    converts: bool  # tokens are converted to `element`, block by block
+    wide_result: bool  # a 16-bit product can be asked for a float32 result
+
+    @staticmethod
+    def of(embeddings: Tensor) -> Products:
+        dtype = embeddings.dtype
+        if dtype == torch.float32:
+            return Products(torch.float32, converts=False, wide_result=False)
+        if embeddings.is_cuda:
+            return Products(dtype, converts=False, wide_result=True)
+        if dtype == torch.bfloat16 and has_amx():
+            return Products(dtype, converts=False, wide_result=False)
+        return Products(torch.float32, converts=True, wide_result=False)
+
+    def similarity(self, anchors: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """`out = anchors tokens^T`: [G, R, D], [G, n, D] -> float32 [G, R, n]."""
+        if self.converts:
+            for block in self._blocks(tokens):
+                torch.bmm(anchors, tokens[:, block].to(self.element).mT, out=out[:, :, block])
+        elif self.element == torch.bfloat16 and not anchors.is_cuda:
+            _mkl_bf16_product(anchors[0], tokens[0], out[0])
+        else:
+            self._product(anchors, tokens.mT, out, accumulate=False)
+
+    def row_gradient(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """`out = x tokens`: [G, R, n], [G, n, D] -> float32 [G, R, D]."""
+        if self.converts:
+            for block in self._blocks(tokens):
+                _float_product(x[:, :, block], tokens[:, block].to(self.element), out, accumulate=block.start > 0)
+        else:
+            self._product(x, tokens, out, accumulate=False)
+
+    def token_gradient(self, x: Tensor, anchors: Tensor, out: Tensor, accumulate: bool) -> None:
+        """`out (+)= x^T anchors`: [G, R, n], [G, R, D] -> float32 [G, n, D]."""
+        self._product(x.mT, anchors, out, accumulate)
+
+    def _product(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+        if self.element == torch.float32:
+            _float_product(a, b, out, accumulate)
+        elif self.wide_result and not accumulate:
+            torch.bmm(a, b, torch.float32, out=out)
+        elif self.wide_result:
+            torch.baddbmm(out, a, b, torch.float32, out=out)
+        else:
+            narrow = torch.bmm(a, b)
+            out.add_(narrow) if accumulate else out.copy_(narrow)
+
+    def _blocks(self, tokens: Tensor) -> list[slice]:
+        size = max(16, CONVERTED_BYTES // (4 * tokens.shape[-1] * tokens.shape[0]))
+        return [slice(start, start + size) for start in range(0, tokens.shape[1], size)]
+
+
+def _float_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    if a.shape[0] == 1:  # one layer: the plain product is the better trodden path
+        a, b, out = a[0], b[0], out[0]
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    else:
+        torch.baddbmm(out, a, b, out=out) if accumulate else torch.bmm(a, b, out=out)
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether bf16 products run on this CPU's matrix unit, and MKL offers them with a float32 result."""
+    return torch.cpu._is_amx_tile_supported() and _mkl_function() is not None
+
+
+@functools.cache
+def _mkl_function() -> ctypes._CFuncPtr | None:
+    """MKL's bf16 x bf16 -> float32 product, which torch carries but has no operator for on the CPU."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).cblas_gemm_bf16bf16f32
+    except (OSError, AttributeError):
+        return None
+    size, scale, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    function.restype = None
+    function.argtypes = [size] * 6 + [scale, pointer, size, pointer, size, scale, pointer, size]
+    return function
+
+
+def _mkl_bf16_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a b^T` for row-major bf16 [R, D] and [n, D], float32 [R, n]."""
+    function = _mkl_function()
+    assert function is not None
+    row_major, plain, transposed = 101, 111, 112
+    function(
+        row_major, plain, transposed, a.shape[0], b.shape[0], a.shape[1],
+        1.0, a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), 0.0, out.data_ptr(), out.stride(0),
+    )  # fmt: skip
