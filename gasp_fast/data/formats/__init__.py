@@ -1,0 +1,34 @@
+"""The folder formats a scene may come in. A format is a module with `NAME`, `detect(root)`, `read(root)`, `write(scene, root)`.
+
+Detection looks for the files that only that format has; the table is in the order of trying, most particular first
+(a DL3DV folder also contains a COLMAP model). A new format is one more module and one more line here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from . import rgbd
+
+FORMATS: tuple[ModuleType, ...] = (rgbd,)
+
+
+def find_format(root: Path) -> ModuleType:
+    """The module that reads `root`."""
+    for module in FORMATS:
+        if module.detect(root):
+            return module
+    wanted = "; ".join(f"{module.NAME}: {module.MARKS}" for module in FORMATS)
+    raise ValueError(f"{root}: no scene of a known format here. Looked for {wanted}")
+
+
+def is_scene(root: Path) -> bool:
+    return root.is_dir() and any(module.detect(root) for module in FORMATS)
+
+
+def format_named(name: str) -> ModuleType:
+    for module in FORMATS:
+        if name == module.NAME:
+            return module
+    raise ValueError(f"format {name!r} is unknown; known are {', '.join(module.NAME for module in FORMATS)}")
