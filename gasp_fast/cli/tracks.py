@@ -1,0 +1,124 @@
+"""`gasp-fast tracks`: the tracks of many sequences, computed once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from gasp_fast.data.annotations import AnnotationCache, AnnotationPlan
+
+HELP = "compute the tracks of training sequences once and keep them in shards; resumable, parallel"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scenes", type=Path, metavar="DIR", help="a scene, or a folder of scenes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that receives the shards")
+    parser.add_argument("--per-scene", type=int, default=16, metavar="N", help="sequences of a scene an epoch (16)")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="epochs with different sequences (1)")
+    parser.add_argument("--min-frames", type=int, default=8, metavar="N", help="fewest frames of a sequence (8)")
+    parser.add_argument("--max-frames", type=int, default=24, metavar="N", help="most frames of a sequence (24)")
+    parser.add_argument("--window", type=int, default=48, metavar="N", help="frames around the anchor (48)")
+    parser.add_argument("--grid", type=int, default=8, metavar="N", help="query points along each axis (8; fine: 24)")
+    parser.add_argument("--keep", type=float, default=0.5, metavar="X", help="share of the tracks that is kept (0.5)")
+    parser.add_argument(
+        "--held-out", type=float, default=0.0, metavar="X", help="share of scenes left out for testing (0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampler (0)")
+    parser.add_argument("--shard-size", type=int, default=1024, metavar="N", help="sequences in a shard (1024)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each (0/1)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be made, and how large it would be")
+    parser.add_argument("--verify", action="store_true", help="check the checksums of what is there and stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from gasp_fast.data.annotations import AnnotationCache, annotate
+
+    if arguments.verify:
+        return _verify(AnnotationCache(arguments.out))
+    plan = _plan(arguments)
+    print(f"{len(plan):,} sequences of {len(plan.scenes):,} scenes in {plan.shards:,} shards")
+    print(f"at most about {plan.expected_bytes / 1e6:,.1f} MB, {plan.expected_bytes / len(plan):,.0f} bytes a sequence")
+    if arguments.dry_run:
+        return 0
+    part = _part(arguments.part)
+    with _progress("computing tracks") as progress:
+        task = progress.add_task("", total=len(range(part[0], plan.shards, part[1])))
+        for _ in annotate(arguments.scenes, arguments.out, plan, arguments.workers, part):
+            progress.advance(task)
+    return _report(arguments.out) if part == (0, 1) else 0
+
+
+def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
+    from gasp_fast.data.annotations import AnnotationPlan
+    from gasp_fast.data.library import SceneEntry, find_scenes, survey
+    from gasp_fast.data.sequences import SequenceConfig, is_held_out
+
+    names = find_scenes(arguments.scenes)
+    names = [name for name in names if not is_held_out(Path(name).name, arguments.held_out)]
+    usable: list[SceneEntry] = []
+    with _progress("reading scenes") as progress:
+        for found in progress.track(survey(arguments.scenes, names), total=len(names)):
+            if not isinstance(found, SceneEntry):
+                progress.console.print(f"skipped {found[0]}: {found[1]}", highlight=False)
+            elif found.frames < arguments.min_frames:
+                progress.console.print(f"skipped {found.name}: {found.frames} frames, fewer than --min-frames")
+            else:
+                usable.append(found)
+    if not usable:
+        raise ValueError(f"{arguments.scenes}: none of {len(names)} scenes can be used")
+    sequences = SequenceConfig(
+        min_frames=arguments.min_frames,
+        max_frames=arguments.max_frames,
+        window=arguments.window,
+        per_scene=arguments.per_scene,
+        seed=arguments.seed,
+    )
+    return AnnotationPlan(
+        scenes=tuple(usable),
+        sequences=sequences,
+        grid=arguments.grid,
+        keep=arguments.keep,
+        epochs=arguments.epochs,
+        shard_size=arguments.shard_size,
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, slash, step = text.partition("/")
+    if not (slash and first.isdigit() and step.isdigit() and int(first) < int(step)):
+        raise ValueError(f"--part {text}: write I/N with 0 <= I < N, such as 0/4")
+    return int(first), int(step)
+
+
+def _report(out: Path) -> int:
+    from gasp_fast.data.annotations import AnnotationCache, shard_path
+
+    cache = AnnotationCache(out)
+    size = sum(shard_path(out, number).stat().st_size for number in range(cache.plan.shards))
+    failed = cache.failed()
+    print(f"{out}: {len(cache):,} sequences, {size / 1e6:,.1f} MB, {size / len(cache):,.0f} bytes a sequence")
+    for reason in sorted(set(failed.values())):
+        print(f"failed: {reason}")
+    if failed:
+        print(f"{len(failed):,} of {len(cache):,} sequences have no tracks")
+    return 1 if len(failed) == len(cache) else 0
+
+
+def _verify(cache: AnnotationCache) -> int:
+    with _progress("verifying") as progress:
+        results = list(progress.track(cache.verify(), total=cache.plan.shards))
+    bad = [number for number, good in results if not good]
+    print(f"{len(results) - len(bad):,} of {len(results):,} shards are good")
+    if bad:
+        print(f"damaged or missing: {', '.join(map(str, bad))}; delete them and run gasp-fast tracks again")
+    return 1 if bad else 0
+
+
+def _progress(what: str) -> Progress:
+    return Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -1,0 +1,66 @@
+"""A folder of scenes: which there are, how long each is, and a digest that changes when one changes.
+
+Knows folders and `open_scene`; knows neither sequences nor tracks. Scenes are named by their path under the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from gasp_fast.data.formats import is_scene
+from gasp_fast.data.scene import Scene, open_scene
+
+DEEPEST = 4  # folders between the library and a scene: DL3DV keeps them in 1K/<hash>
+
+
+@dataclass(frozen=True)
+class SceneEntry:
+    """One scene of a library as it was found."""
+
+    name: str  # path under the library; "." when the library is itself a scene
+    frames: int
+    digest: str
+
+
+def find_scenes(library: Path) -> list[str]:
+    """Names of all scenes under `library`, sorted. Hidden folders (unfinished work) are passed over."""
+    if not library.is_dir():
+        raise OSError(f"{library}: no such folder")
+    names = sorted(path.relative_to(library).as_posix() for path in _scenes_under(library, DEEPEST))
+    if not names:
+        raise OSError(f"{library}: no scene here; gasp-fast scenes --help lists the formats that are read")
+    return names
+
+
+def _scenes_under(folder: Path, depth: int) -> Iterator[Path]:
+    if is_scene(folder):
+        yield folder
+    elif depth:
+        for child in folder.iterdir():
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _scenes_under(child, depth - 1)
+
+
+def digest_of(scene: Scene) -> str:
+    """Changes when frames are added, removed, renamed or given another pose; costs no decoding."""
+    digest = blake2b(digest_size=8)
+    for index, name in enumerate(scene.frame_names):
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(scene.pose(index), np.float64).tobytes())
+    return digest.hexdigest()
+
+
+def survey(library: Path, names: Iterable[str]) -> Iterator[SceneEntry | tuple[str, str]]:
+    """An entry for each scene, or its name and the reason why it cannot be used."""
+    for name in names:
+        try:
+            scene = open_scene(library / name)
+            if not scene.has_depth:
+                raise ValueError(f"no depth; make it with gasp-fast depth {library / name}")
+            yield SceneEntry(name, len(scene), digest_of(scene))
+        except (OSError, ValueError) as error:
+            yield name, str(error)
