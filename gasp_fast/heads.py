@@ -220,10 +220,11 @@ def parse_layers(spec: str, count: int) -> list[int]:
         return list(range(count))
     chosen: set[int] = set()
     for part in spec.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()):
             raise ValueError(f"layers = {spec!r} is not understood; write all, a layer (7) or a range (18-25)")
-        low, high = int(first), int(last or first)
+        low, high = int(first), int(last)
         if not 1 <= low <= high <= count:
             raise ValueError(f"layers = {spec!r} does not fit a model of {count} layers; use 1-{count} or all")
         chosen.update(range(low - 1, high))
