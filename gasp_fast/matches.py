@@ -14,6 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .inputs import check_ascending, check_indices
 from .kernels.plan import MatchPlan
 
 
@@ -54,7 +55,7 @@ class Matches:
     @property
     def tokens(self) -> int:
         """N, the number of tokens that `frame_offsets` covers."""
-        return self.plan.rows.tokens
+        return self.plan.known.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -189,10 +190,10 @@ def _is_kind(dtype: torch.dtype, kind: str) -> bool:
 
 
 def _check_offsets(matches: Matches) -> None:
-    _check_ascending("frame_offsets", matches.frame_offsets, "token")
+    check_ascending("frame_offsets", matches.frame_offsets, "token")
     frames, tokens = matches.frame_offsets.shape[0] - 1, int(matches.frame_offsets[-1])
     if matches.sequence_offsets is not None:
-        _check_ascending("sequence_offsets", matches.sequence_offsets, "frame")
+        check_ascending("sequence_offsets", matches.sequence_offsets, "frame")
         last = int(matches.sequence_offsets[-1])
         if last != frames:
             raise ValueError(
@@ -204,28 +205,11 @@ def _check_offsets(matches: Matches) -> None:
             raise ValueError(f"{name} has {value.shape[0]} entries, frame_offsets ends at {tokens}; one per token")
 
 
-def _check_ascending(name: str, offsets: Tensor, unit: str) -> None:
-    if offsets.shape[0] < 2:
-        raise ValueError(f"{name} has {offsets.shape[0]} entries; it needs at least 2, the first {unit} and the end")
-    if int(offsets[0]) != 0:
-        raise ValueError(f"{name}[0] = {int(offsets[0])}; it must be 0, the first {unit}")
-    falls = (offsets[1:] < offsets[:-1]).nonzero()
-    if len(falls):
-        at = int(falls[0]) + 1
-        raise ValueError(f"{name}[{at}] = {int(offsets[at])} is less than {name}[{at - 1}]; offsets must ascend")
-
-
 def _check_matches(matches: Matches) -> None:
     """Indices in range, two different frames, one sequence."""
     tokens = int(matches.frame_offsets[-1])
-    for name in ("anchor", "target"):
-        index = getattr(matches, name)
-        _refuse(
-            (index < 0) | (index >= tokens),
-            lambda at, name=name, index=index: (
-                f"{name}[{at}] = {int(index[at])} is outside the {tokens} tokens of frame_offsets"
-            ),
-        )
+    check_indices("anchor", matches.anchor, tokens)
+    check_indices("target", matches.target, tokens)
     frame_of = matches.frame_offsets[1:].contiguous()
     anchor_frame = torch.searchsorted(frame_of, matches.anchor, right=True)
     target_frame = torch.searchsorted(frame_of, matches.target, right=True)

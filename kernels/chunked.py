@@ -56,7 +56,9 @@ class ChunkedEngine:
         want_temperature: bool,
     ) -> Tensor | None:
         """Both terms of every match; with `scales`, the gradients of `sum scales * terms`."""
-        walk = _Walk(self, embeddings, plan.rows, temperature, plan.values, plan.known, True, gradient, want_temperature)
+        walk = _Walk(
+            self, embeddings, plan.rows, temperature, plan.values, plan.known, True, gradient, want_temperature
+        )
         for part in walk.parts():
             runs = _runs(plan, part)
             layer_scales = None if scales is None else MatchScales(*(scale[part.layers] for scale in scales))
@@ -196,7 +198,14 @@ class _Walk:
                 self._gradient_products(products, x, anchors, own, tokens, total, block.start == span.rows[0])
 
     def _gradient_products(
-        self, products: Products, x: Tensor, anchors: Tensor, own: Tensor, tokens: Tensor, total: Tensor | None, fresh: bool
+        self,
+        products: Products,
+        x: Tensor,
+        anchors: Tensor,
+        own: Tensor,
+        tokens: Tensor,
+        total: Tensor | None,
+        fresh: bool,
     ) -> None:
         row_gradient = torch.empty(anchors.shape, dtype=torch.float32, device=anchors.device)
         products.row_gradient(x, tokens, row_gradient)

@@ -80,10 +80,13 @@ class RowPlan(_Movable):
             frame_ends=frame_offsets[1:].cpu(),
         )
 
-    @property
-    def tokens(self) -> int:
-        """N, the tokens of the batch."""
-        return int(self.frame_ends[-1])
+    def tensors(self) -> list[Tensor]:
+        """All tensors in a fixed order: how a plan passes through an operator's signature."""
+        return [getattr(self, name) for name in _ROW_FIELDS]
+
+    @staticmethod
+    def from_tensors(tensors: list[Tensor]) -> RowPlan:
+        return RowPlan(**dict(zip(_ROW_FIELDS, tensors, strict=True)))
 
     @property
     def longest(self) -> int:
@@ -147,16 +150,18 @@ class MatchPlan(_Movable):
         )
 
     def tensors(self) -> list[Tensor]:
-        """All tensors in a fixed order: how a plan passes through an operator's signature."""
-        rows = [getattr(self.rows, f.name) for f in fields(RowPlan)]
-        return rows + [getattr(self, f.name) for f in fields(MatchPlan) if f.name != "rows"]
+        """All tensors in a fixed order, those of `rows` first."""
+        return self.rows.tensors() + [getattr(self, name) for name in _MATCH_FIELDS]
 
     @staticmethod
     def from_tensors(tensors: list[Tensor]) -> MatchPlan:
-        row_names = [f.name for f in fields(RowPlan)]
-        names = [f.name for f in fields(MatchPlan) if f.name != "rows"]
-        rows = RowPlan(**dict(zip(row_names, tensors, strict=False)))
-        return MatchPlan(rows=rows, **dict(zip(names, tensors[len(row_names) :], strict=True)))
+        split = len(tensors) - len(_MATCH_FIELDS)
+        rows = RowPlan.from_tensors(tensors[:split])
+        return MatchPlan(rows=rows, **dict(zip(_MATCH_FIELDS, tensors[split:], strict=True)))
+
+
+_ROW_FIELDS = [f.name for f in fields(RowPlan)]
+_MATCH_FIELDS = [f.name for f in fields(MatchPlan) if f.name != "rows"]
 
 
 def _argsort(major: Tensor, minor: Tensor) -> Tensor:

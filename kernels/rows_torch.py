@@ -93,9 +93,9 @@ def match_terms(
                 if scales is None or upstream is None:
                     continue
                 if sequence_negatives:
-                    upstream.lse[:, row] += scales.corr[:, match, None] * (
-                        statistics.lse[:, row] - whole[:, row, None]
-                    ).exp()
+                    upstream.lse[:, row] += (
+                        scales.corr[:, match, None] * (statistics.lse[:, row] - whole[:, row, None]).exp()
+                    )
                 else:
                     upstream.lse[:, row, frame] += scales.corr[:, match]
                 if counts:
@@ -156,7 +156,13 @@ def _statistics_of(s: Tensor, start: int, known: Tensor | None, values: Tensor |
     width = 0 if values is None else values.shape[1]
     if tokens == 0:
         nothing = s.new_full((groups, rows), float("-inf"))
-        return nothing, nothing, s.new_zeros(groups, rows, width), nothing.new_full((), -1).long().expand_as(nothing), nothing
+        return (
+            nothing,
+            nothing,
+            s.new_zeros(groups, rows, width),
+            nothing.new_full((), -1).long().expand_as(nothing),
+            nothing,
+        )
     peak, best = s.max(-1)
     best = torch.where(peak == float("-inf"), -1, best + start)
     lse = s.logsumexp(-1)

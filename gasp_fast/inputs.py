@@ -1,0 +1,130 @@
+"""Checks of what users hand in. Each error names the argument, the offending value and the cure.
+
+What can be told from types and shapes is told before any kernel runs. Numbers are looked at only where they lie on
+the CPU: looking at a number on a GPU means waiting for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def checked_embeddings(embeddings: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One tensor [L, N, D], or L tensors [N, D]: the form the operators take."""
+    if isinstance(embeddings, Tensor):
+        _check_plain("embeddings", embeddings)
+        if embeddings.dim() not in (2, 3):
+            raise ValueError(f"embeddings has shape {list(embeddings.shape)}; it must be [L, N, D] or [N, D]")
+        return [embeddings]
+    if not isinstance(embeddings, (list, tuple)) or not embeddings:
+        raise TypeError(
+            f"embeddings is a {type(embeddings).__name__}; pass a tensor [L, N, D] or a non-empty list of [N, D]"
+        )
+    for at, entry in enumerate(embeddings):
+        name = f"embeddings[{at}]"
+        _check_plain(name, entry)
+        if entry.dim() != 2:
+            raise ValueError(f"{name} has shape {list(entry.shape)}; each entry of a list must be [N, D]")
+        for what in ("shape", "dtype", "device"):
+            if getattr(entry, what) != getattr(embeddings[0], what):
+                raise ValueError(
+                    f"{name} has {what} {getattr(entry, what)}, embeddings[0] has {getattr(embeddings[0], what)}; "
+                    "all layers must agree"
+                )
+    return list(embeddings)
+
+
+def stacked(layers: list[Tensor]) -> Tensor:
+    """[L, N, D], for the dense reference."""
+    if len(layers) == 1:
+        return layers[0] if layers[0].dim() == 3 else layers[0][None]
+    return torch.stack(layers)
+
+
+def layer_count(layers: list[Tensor]) -> int:
+    return layers[0].shape[0] if layers[0].dim() == 3 else len(layers)
+
+
+def checked_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-dim tensor; a Python number becomes one on the CPU or, without waiting, on the GPU."""
+    if isinstance(temperature, Tensor):
+        if temperature.dim() != 0 or not temperature.is_floating_point():
+            raise ValueError(
+                f"temperature has shape {list(temperature.shape)} and dtype {temperature.dtype}; "
+                "pass a number or a 0-dim floating tensor"
+            )
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_temperature_value(temperature.item())
+        if temperature.device not in (like.device, torch.device("cpu")):
+            raise ValueError(f"temperature lies on {temperature.device}, embeddings on {like.device}; move it there")
+        return temperature
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature is a {type(temperature).__name__}; pass a number or a 0-dim tensor")
+    _check_temperature_value(temperature)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.full((), temperature, dtype=dtype, device=like.device)
+
+
+def check_number(name: str, value: float, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass a number")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} = {value}; it must be finite and {'positive' if positive else 'not negative'}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_offsets(name: str, offsets: Tensor, unit: str, end: int, because: str) -> None:
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1:
+        raise TypeError(f"{name} must be a one-dimensional int64 tensor")
+    check_ascending(name, offsets, unit)
+    if int(offsets[-1]) != end:
+        raise ValueError(f"{name} ends at {int(offsets[-1])}, but {because}; they must agree")
+
+
+def check_ascending(name: str, offsets: Tensor, unit: str) -> None:
+    if offsets.shape[0] < 2:
+        raise ValueError(f"{name} has {offsets.shape[0]} entries; it needs at least 2, the first {unit} and the end")
+    if int(offsets[0]) != 0:
+        raise ValueError(f"{name}[0] = {int(offsets[0])}; it must be 0, the first {unit}")
+    falls = (offsets[1:] < offsets[:-1]).nonzero()
+    if len(falls):
+        at = int(falls[0]) + 1
+        raise ValueError(f"{name}[{at}] = {int(offsets[at])} is less than {name}[{at - 1}]; offsets must ascend")
+
+
+def check_indices(name: str, index: Tensor, tokens: int) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
+        raise TypeError(f"{name} must be a one-dimensional int64 tensor")
+    outside = ((index < 0) | (index >= tokens)).nonzero()
+    if len(outside):
+        at = int(outside[0])
+        raise ValueError(f"{name}[{at}] = {int(index[at])} is outside the {tokens} tokens of frame_offsets")
+
+
+def _check_plain(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch tensor")
+    if hasattr(tensor, "ds_id"):
+        raise TypeError(
+            f"{name} is a ZeRO-3 partitioned parameter; gather it first (deepspeed.zero.GatheredParameters), "
+            "or pass what a module computed from it"
+        )
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor; pass {name}.full_tensor(), or .to_local() where each rank has its own loss"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
+
+
+def _check_temperature_value(value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature = {value}; it must be a positive, finite number (the paper uses 0.07)")

@@ -1,0 +1,119 @@
+"""Which code computes a problem: the table of backends and the rules of eligibility.
+
+| backend  | device           | strategy                                                                           |
+| -------- | ---------------- | ---------------------------------------------------------------------------------- |
+| `triton` | CUDA             | `narrow` for D <= 256: similarities never leave the chip; else `chunked`           |
+| `cpp`    | CPU              | `chunked`                                                                          |
+| `torch`  | any              | dense, by autograd (`gasp_fast.reference`); no engine                              |
+
+The triton backend also accepts CPU tensors under `TRITON_INTERPRET=1`: slow, and how its kernels are tested without a
+GPU. float64 is for the dense reference alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import rows_cpp
+from .chunk import FrameStatistics, FrameUpstream, MatchScales, MatchTerms
+from .chunked import ChunkedEngine
+from .plan import MatchPlan, RowPlan
+
+CPU_WORKSPACE = 24 << 20  # leaves room under 32 MiB for converted tokens and the library's own packing
+GPU_WORKSPACE = 112 << 20  # leaves room under 128 MiB for statistics of a chunk
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "triton", "cpp", "torch")
+
+
+class Engine(Protocol):
+    """Fills in terms, statistics and gradients; `chunked.ChunkedEngine` documents each argument."""
+
+    def match_terms(
+        self,
+        embeddings: Tensor,
+        plan: MatchPlan,
+        temperature: Tensor,
+        scales: MatchScales | None,
+        terms: MatchTerms,
+        sequence_negatives: bool,
+        eps: float,
+        gradient: Tensor | None,
+        want_temperature: bool,
+    ) -> Tensor | None: ...
+
+    def frame_match(
+        self,
+        embeddings: Tensor,
+        rows: RowPlan,
+        temperature: Tensor,
+        values: Tensor | None,
+        known: Tensor | None,
+        exclude_own: bool,
+    ) -> FrameStatistics: ...
+
+    def frame_match_gradient(
+        self,
+        embeddings: Tensor,
+        rows: RowPlan,
+        temperature: Tensor,
+        values: Tensor | None,
+        known: Tensor | None,
+        exclude_own: bool,
+        statistics: FrameStatistics,
+        upstream: FrameUpstream,
+        gradient: Tensor | None,
+        want_temperature: bool,
+    ) -> Tensor | None: ...
+
+
+def triton_available() -> bool:
+    from . import rows_triton
+
+    return rows_triton.available()
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `auto` stands for, or the one asked for if it can do the work."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        if dtype not in FAST_DTYPES:
+            return "torch"
+        if device.type == "cuda" and triton_available():
+            return "triton"
+        return "cpp" if device.type == "cpu" and rows_cpp.available() else "torch"
+    if backend == "torch":
+        return backend
+    if dtype not in FAST_DTYPES:
+        raise ValueError(f"backend = {backend!r} does not take {dtype}; use backend='torch'")
+    if backend == "cpp":
+        if device.type != "cpu":
+            raise ValueError(f"backend = 'cpp' works on CPU tensors, embeddings lie on {device}; use backend='triton'")
+        if not rows_cpp.available():
+            raise RuntimeError(f"backend = 'cpp' is not built ({rows_cpp.WHY_MISSING}); reinstall gasp_fast")
+    if backend == "triton":
+        if device.type != "cuda" and not interpreted():
+            raise ValueError(f"backend = 'triton' works on CUDA tensors, embeddings lie on {device}; use backend='cpp'")
+        if not triton_available():
+            raise RuntimeError("backend = 'triton' needs Triton; pip install triton, or use backend='torch'")
+    return backend
+
+
+def engine_for(backend: str, embeddings: Tensor) -> Engine:
+    """The engine of a fast backend that was chosen before."""
+    if backend == "cpp":
+        return ChunkedEngine(operations=rows_cpp, workspace_bytes=CPU_WORKSPACE)
+    from . import narrow, rows_triton
+
+    if narrow.eligible(embeddings):
+        return narrow
+    return ChunkedEngine(operations=rows_triton, workspace_bytes=GPU_WORKSPACE)
