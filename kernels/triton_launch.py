@@ -1,0 +1,94 @@
+"""How the Triton kernels are launched: guarded import, tile sizes, one call.
+
+Importing this page never fails: without Triton the kernels are ordinary Python functions that nobody calls, and
+`launch` says what to install. It knows no kernel.
+
+Tile sizes are fixed, so that two runs give the same bits and the first step is as fast as the last. They stand beside
+the kernels they belong to, each with its reason. `GASP_FAST_AUTOTUNE=1` lets Triton time a few others instead
+(`Tile.neighbours`) and keeps the winners on disk, in Triton's cache. Sums may then be taken in another order than
+with the fixed tiles, but always in the same one for as long as the cache is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it
+    triton = tl = None
+
+jit: Callable[[Callable[..., Any]], Any] = (lambda function: function) if triton is None else triton.jit
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of the similarity matrix that one program holds at a time, and who works on it."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 1  # loads in flight of a pipelined loop
+
+    def neighbours(self) -> list[Tile]:
+        """What autotuning tries. `rows` decides about grids and block tables, so it stays."""
+        wider = [self.columns // 2, self.columns, self.columns * 2]
+        return [
+            replace(self, columns=columns, warps=warps, stages=stages)
+            for columns in wider
+            if columns >= 16
+            for warps in (4, 8)
+            for stages in sorted({1, self.stages, self.stages + 1})
+        ]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any], written: tuple[str, ...]) -> None:
+    """Run `kernel` with `BLOCK_ROWS` and `BLOCK_COLUMNS` of the tile. `written` are the arguments it writes to."""
+    if triton is None:
+        raise ImportError("backend 'triton' needs Triton: pip install triton, or use backend='torch'")
+    if 0 in grid:
+        return
+    arguments = arguments | {"BLOCK_ROWS": tile.rows}
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+        if autotuning():
+            _autotuned(kernel, tile, written)[grid](**arguments)
+        else:
+            kernel[grid](**arguments, BLOCK_COLUMNS=tile.columns, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def autotuning() -> bool:
+    return os.environ.get("GASP_FAST_AUTOTUNE", "0") not in ("", "0") and not INTERPRETED
+
+
+@cache
+def _autotuned(kernel: Any, tile: Tile, written: tuple[str, ...]) -> Any:
+    """Timed once per set of constants (widths, dtypes, switches). What a kernel writes is put back between trials,
+    because it may write where it reads."""
+    configs = [
+        triton.Config({"BLOCK_COLUMNS": t.columns}, num_warps=t.warps, num_stages=t.stages) for t in tile.neighbours()
+    ]
+    constants = [p.name for p in kernel.params if p.is_constexpr and not p.name.startswith("BLOCK_")]
+    return triton.autotune(configs, key=constants, restore_value=list(written), cache_results=True)(kernel)
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and `least`."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def cdiv(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def dense_inner(values: Tensor) -> Tensor:
+    """The same values with unit stride in the last dimension; for small vectors only, a copy where need be."""
+    return values if values.stride(-1) == 1 or values.shape[-1] < 2 else values.contiguous()
