@@ -20,7 +20,7 @@ VERSION = 1
 
 @dataclass
 class FrameFit:
-    """How the depth of one frame was won. `error` is the median of |fitted - sparse| / sparse over its sparse points."""
+    """How the depth of one frame was won; `error` is the median of |fitted - sparse| / sparse at its points."""
 
     file: str | None  # None: unusable
     points: int = 0

@@ -77,12 +77,7 @@ class Scene:
         """(width, height) of the colour image, from its header."""
         i = self._index(i)
         if i not in self._sizes:
-            path = self.frames[i].image
-            try:
-                with Image.open(path) as image:
-                    self._sizes[i] = _plausible(image.size)
-            except Exception as error:  # Pillow raises everything from SyntaxError to struct.error on damaged files
-                raise OSError(f"{path}: cannot read image: {one_line(error)}") from error
+            self._sizes[i] = image_size(self.frames[i].image)
         return self._sizes[i]
 
     def image(self, i: int) -> np.ndarray:  # uint8 [H, W, 3]
@@ -155,7 +150,7 @@ class Scene:
 
 
 def open_scene(path: str | os.PathLike[str]) -> Scene:
-    """The scene in the folder `path`; its format is detected. An unusable folder is a one-line error naming the file."""
+    """The scene in the folder `path`, its format detected. An unusable one is a one-line error naming the file."""
     from .computed_depth import attach_computed_depth  # these know Scene, so Scene cannot know them while it is defined
     from .formats import find_format
 
@@ -167,6 +162,15 @@ def open_scene(path: str | os.PathLike[str]) -> Scene:
 
 
 # ---- what every reader needs ----------------------------------------------------------------------------------------
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) from the header of an image file."""
+    try:
+        with Image.open(path) as image:
+            return _plausible(image.size)
+    except Exception as error:  # Pillow raises everything from SyntaxError to struct.error on damaged files
+        raise OSError(f"{path}: cannot read image: {one_line(error)}") from error
 
 
 def inside(root: Path, path: Path) -> Path:

@@ -195,10 +195,11 @@ def with_negatives(tracks: Tracks, views: Views, seed: int = 0) -> Tracks:
         size = views.size[f].astype(np.float64)
         for _ in range(NEGATIVE_TRIES):
             moved = tracks.uv[:, f] + draw.uniform(-NEGATIVE_REACH, NEGATIVE_REACH, (len(tracks), 2)) * size
-            if fundamental[f] is None:
+            matrix = fundamental[f]
+            if matrix is None:
                 distance = np.linalg.norm(moved - tracks.uv[:, f], axis=1)
             else:
-                distance = sampson_distance(fundamental[f], tracks.query, moved)
+                distance = sampson_distance(matrix, tracks.query, moved)
             wrong = ((moved >= 0) & (moved < size)).all(axis=1) & (distance > NEGATIVE_DISTANCE)
             wrong &= (tracks.depth[:, f] > 0) & np.isnan(negative[:, f, 0])
             negative[wrong, f] = moved[wrong]

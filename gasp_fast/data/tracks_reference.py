@@ -79,7 +79,7 @@ def _agrees(
 
 
 def _most_visible(visible: np.ndarray, keep: float) -> np.ndarray:
-    """Indices of the kept tracks of `visible` [F, Q]: seen at least twice, the share `keep` seen most, ties by index."""
+    """Indices of the kept tracks of `visible` [F, Q]: of those seen twice, the share seen most, ties by index."""
     seen = visible.sum(axis=0)
     candidates = np.flatnonzero(seen >= 2)
     order = candidates[np.argsort(-seen[candidates].astype(np.int32), kind="stable")]

@@ -1,4 +1,6 @@
-"""The folder formats a scene may come in. A format is a module with `NAME`, `detect(root)`, `read(root)`, `write(scene, root)`.
+"""The folder formats a scene may come in.
+
+A format is a module with `NAME`, `MARKS` (its files, in words), `detect(root)`, `read(root)`, `write(scene, root)`.
 
 Detection looks for the files that only that format has; the table is in the order of trying, most particular first
 (a DL3DV folder also contains a COLMAP model). A new format is one more module and one more line here.
@@ -9,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from . import rgbd
+from . import colmap, dl3dv, rgbd, vggt
 
-FORMATS: tuple[ModuleType, ...] = (rgbd,)
+FORMATS: tuple[ModuleType, ...] = (vggt, rgbd, dl3dv, colmap)
 
 
 def find_format(root: Path) -> ModuleType:

@@ -1,7 +1,7 @@
-"""`rgbd`: `color/KEY.jpg`, `depth/KEY.png` (16 bit), `pose/KEY.txt` (4x4 camera-to-world), `intrinsics.txt`, `meta.json`.
+"""`rgbd`: `color/KEY.jpg`, `depth/KEY.png`, `pose/KEY.txt` (4x4 camera-to-world), `intrinsics.txt`, `meta.json`.
 
 The layout of ScanNet exports and of most RGB-D recorders. OpenCV axes; one camera for all frames, for the size of the
-colour images; depth in units of 1 / `depth_scale` of `meta.json` (1000 where it says nothing: millimetres).
+colour images; depth in 16 bits, in units of 1 / `depth_scale` of `meta.json` (1000 where it says nothing: millimetres).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..depth_maps import DepthFile, one_line, write_depth
-from ..scene import IMAGE_SUFFIXES, Frame, Scene, Skipped, inside, rigid_inverse, scene_of
+from ..scene import IMAGE_SUFFIXES, Frame, Scene, Skipped, image_size, inside, pose_fault, rigid_inverse, scene_of
 
 NAME = "rgbd"
 MARKS = "color/, pose/ and intrinsics.txt"
@@ -33,6 +33,7 @@ def read(root: Path) -> Scene:
     if not images:
         raise ValueError(f"{root / 'color'}: no image")
     depths = {path.stem: path for path in sorted((root / "depth").glob("*")) if path.suffix.lower() in DEPTH_SUFFIXES}
+    camera_size = image_size(inside(root, images[0]))
     frames: list[Frame] = []
     skipped: list[Skipped] = []
     for image in images:
@@ -45,8 +46,8 @@ def read(root: Path) -> Scene:
             raise ValueError(f"{pose_file}: a pose is a 4x4 matrix, this file holds {camera_to_world.shape}")
         depth = depths.get(image.stem)
         # PNG counts in units; the float formats hold the scene's own.
-        depth_file = depth and DepthFile(depth, scale if depth.suffix.lower() == ".png" else 1.0)
-        frames.append(Frame(image.stem, image, intrinsics, _world_to_camera(camera_to_world), depth=depth_file))
+        depth_file = DepthFile(depth, scale if depth.suffix.lower() == ".png" else 1.0) if depth else None
+        frames.append(Frame(image.stem, image, intrinsics, _world_to_camera(camera_to_world), camera_size, depth_file))
     orphans = set(depths) - {image.stem for image in images}
     skipped += [Skipped(name, "depth without an image") for name in sorted(orphans)]
     return scene_of(root, NAME, frames, skipped)
@@ -71,8 +72,7 @@ def write(scene: Scene, root: Path, units_per_metre: float = 1000.0) -> None:
 
 def _world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
     # A pose that is no rigid motion stays as it is, for scene_of to name its fault.
-    rigid = np.isfinite(camera_to_world).all() and np.array_equal(camera_to_world[3], [0, 0, 0, 1])
-    return rigid_inverse(camera_to_world) if rigid else camera_to_world
+    return camera_to_world if pose_fault(camera_to_world) else rigid_inverse(camera_to_world)
 
 
 def _meta(root: Path) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""`gasp-fast scenes DIR`: what is there, in which format, and whether its geometry agrees with itself.
+
+Exit code 0 if every scene is sound, 1 if one is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ..data.scene import open_scene
+from ..data.scene_check import GAPS, SceneReport, check_scene
+
+HELP = "list scenes, check their geometry, draw their tracks"
+DEEPEST = 3  # folders between DIR and a scene: DL3DV keeps subset/hash/
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a scene, or a folder of scenes")
+    parser.add_argument(
+        "--picture",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="draw tracks over frames: PATH.png for one scene, a folder for several (default: beside you)",
+    )
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="frame the picture's tracks start in")
+    parser.add_argument("--grid", type=int, default=12, metavar="G", help="points along each axis of the picture")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console()
+    roots = find_scenes(arguments.dir)
+    reports: list[SceneReport] = []
+    failures: dict[str, str] = {}
+    pictures: list[Path] = []
+    for root in track(roots, "checking", console=console, transient=True, disable=len(roots) == 1):
+        try:
+            scene = open_scene(root)
+            reports.append(check_scene(scene))
+            if arguments.picture is not None and scene.has_depth:
+                pictures.append(_draw(scene, arguments, many=len(roots) > 1))
+        except (ValueError, OSError) as error:
+            if len(roots) == 1:
+                raise
+            failures[str(root)] = str(error)
+    _print(console, arguments.dir, reports, failures)
+    for picture in pictures:
+        console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+    if arguments.json:
+        found = {"scenes": [asdict(report) for report in reports], "unreadable": failures}
+        arguments.json.write_text(json.dumps(found, indent=1))
+    return 0 if not failures and all(report.sound for report in reports) else 1
+
+
+def find_scenes(folder: Path) -> list[Path]:
+    """`folder` itself if it is a scene, else every scene below it, not looking inside scenes."""
+    from ..data.formats import is_scene
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found: list[Path] = []
+    layer = [folder]
+    for _ in range(DEEPEST + 1):
+        found += [path for path in layer if is_scene(path)]
+        layer = sorted(child for path in layer if path not in found for child in path.iterdir() if child.is_dir())
+    if not found:
+        open_scene(folder)  # says what was looked for
+    return found
+
+
+def _draw(scene, arguments: argparse.Namespace, many: bool) -> Path:  # type: ignore[no-untyped-def]
+    from ..data.scene_picture import draw_tracks
+
+    name = f"{scene.root.resolve().name}-tracks.png"
+    path = Path(arguments.picture or ".")
+    if many or path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        path = path / name
+    elif path.suffix.lower() != ".png":
+        raise ValueError(f"--picture {path}: name a .png file or an existing folder")
+    return draw_tracks(scene, path, arguments.first, arguments.grid)
+
+
+def _print(console, folder: Path, reports: list[SceneReport], failures: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("scene", overflow="fold")
+    for heading in ("format", "frames", "skipped", "image", "depth", "known", "step / depth"):
+        table.add_column(heading, justify="right")
+    for gap in GAPS:
+        table.add_column(f"gap {gap}", justify="right")
+    table.add_column("")
+    for report in reports:
+        by_gap = {gap.gap: gap for gap in report.gaps}
+        shares = []
+        for gap in GAPS:
+            share = by_gap[gap].share if gap in by_gap else None
+            shares.append("–" if share is None else f"{share:.3f}")
+        step = f"{report.gaps[0].baseline / report.median_depth:.3f}" if report.gaps and report.median_depth else "–"
+        verdict = ("[green]sound" if report.gaps else "[yellow]no depth") if report.sound else "[bold red]WRONG"
+        table.add_row(
+            _short(report.root, folder),
+            report.format,
+            str(report.frames),
+            str(report.skipped),
+            "×".join(map(str, report.image_size)),
+            str(report.frames_with_depth),
+            f"{report.known_depth:.0%}" if report.frames_with_depth else "–",
+            step,
+            *shares,
+            verdict,
+        )
+    if reports:
+        console.print(table)
+        console.print(
+            Text("gap n: share of pixels whose depth agrees within 5 % with the frame n further on", style="dim")
+        )
+    for report in reports:
+        for finding in report.findings:
+            console.print(Text(f"{_short(report.root, folder)}: {finding}", style="red"), soft_wrap=True)
+        if not report.frames_with_depth:
+            console.print(
+                f"{_short(report.root, folder)}: no depth; make it with: gasp-fast depth {report.root}", soft_wrap=True
+            )
+    for root, why in failures.items():
+        console.print(Text(f"unreadable: {why if root in why else f'{root}: {why}'}", style="red"), soft_wrap=True)
+
+
+def _short(root: str, folder: Path) -> str:
+    path = Path(root)
+    return str(path.relative_to(folder)) if path != folder else path.resolve().name

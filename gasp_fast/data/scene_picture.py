@@ -1,0 +1,136 @@
+"""A picture that shows at a glance whether a scene's geometry is sound.
+
+The query frame, then frames further and further on, each with the tracks drawn where the geometry says they are: a
+filled dot where a point is visible, a hollow one where it is hidden, coloured by the depth at which it was seen first.
+Sixteen well-spread points carry numbers, so that one can look whether "7" sits on the same thing everywhere. Below
+each frame lies its depth map, in the same colours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .scene import Scene
+from .tracks import Tracks, build_tracks
+
+PANELS = 5
+# Which frames are shown: the query, and those at these distances from it (or spread evenly over a shorter scene).
+STEPS = (0, 1, 5, 10, 20)
+GRID = 12
+NUMBERED = 16
+COLOURS = "viridis"  # ordered in brightness, and safe for colour-blind eyes
+
+
+def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> Path:
+    """Write the picture to `path` (PNG)."""
+    if not scene.has_depth:
+        raise ValueError(f"{scene.root}: no depth, no tracks to draw; make it with: gasp-fast depth {scene.root}")
+    frames = _chosen_frames(len(scene), first)
+    tracks = build_tracks(scene, frames, grid=grid, keep=1.0)
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    maps = [scene.depth(i) for i in frames]
+    known = np.concatenate([one[one > 0] for one in maps])
+    low, high = np.percentile(known, [2, 98]) if known.size else (1.0, 2.0)
+    norm = LogNorm(low, max(high, low * 1.01))  # near things differ visibly, far ones need not
+    numbers = _spread(tracks, NUMBERED)
+
+    width, height = scene.image_size(frames[0])
+    panel = 3.6
+    figure = Figure(
+        figsize=(panel * len(frames) + 0.9, 2 * panel * height / width + 0.75), dpi=110, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(frames), squeeze=False)
+    for f, index in enumerate(frames):
+        top, bottom = axes[0, f], axes[1, f]
+        wide, tall = scene.image_size(index)
+        top.imshow(_calmed(scene.image(index)), extent=(0, wide, tall, 0))
+        _draw_points(top, tracks, f, numbers, norm)
+        shown = tracks.visible[:, f].mean() if len(tracks) else 0.0
+        step = "query frame" if f == 0 else f"{index - frames[0]} further on, {shown:.0%} of points visible"
+        top.set_title(f"{scene.frame_names[index]}\n{step}", fontsize=10)
+        masked = np.ma.masked_less_equal(maps[f], 0)
+        mesh = bottom.imshow(masked, extent=(0, wide, tall, 0), cmap=COLOURS, norm=norm, interpolation="nearest")
+        bottom.set_facecolor("0.85")
+        for axis in (top, bottom):
+            axis.set(xlim=(0, wide), ylim=(tall, 0), xticks=[], yticks=[])
+    _draw_colour_bar(figure, mesh, axes)
+    title = f"{scene.root.name}: filled = visible, hollow = hidden; the same number must sit on the same thing"
+    if not len(tracks):
+        title = f"{scene.root.name}: NO point of the first frame is seen again: poses, intrinsics or depth are wrong"
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path)
+    return path
+
+
+def _chosen_frames(count: int, first: int) -> list[int]:
+    if not 0 <= first < count:
+        raise ValueError(f"first = {first}; the scene has frames 0 to {count - 1}")
+    steps = STEPS
+    if first + STEPS[-1] >= count:
+        steps = tuple(dict.fromkeys(np.linspace(0, count - 1 - first, PANELS).round().astype(int).tolist()))
+    return [first + step for step in steps]
+
+
+def _calmed(image: np.ndarray) -> np.ndarray:
+    """Paler and greyer, so that the dots stand out."""
+    grey = image.mean(axis=2, keepdims=True)
+    return (0.35 * image + 0.35 * grey + 0.3 * 255).astype(np.uint8)
+
+
+def _spread(tracks: Tracks, count: int) -> np.ndarray:
+    """Indices of `count` tracks far from each other in the query frame, the most visible one first (farthest points)."""
+    if not len(tracks):
+        return np.zeros(0, int)
+    chosen = [0]
+    distance = np.linalg.norm(tracks.query - tracks.query[0], axis=1)
+    while len(chosen) < min(count, len(tracks)):
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(tracks.query - tracks.query[chosen[-1]], axis=1))
+    # Numbered from the top left, as one reads.
+    return np.array(sorted(chosen, key=lambda k: (tracks.query[k, 1], tracks.query[k, 0])))
+
+
+def _draw_points(axis, tracks: Tracks, f: int, numbers: np.ndarray, norm) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib import colormaps
+    from matplotlib.patheffects import withStroke
+
+    colours = colormaps[COLOURS](norm(tracks.depth[:, 0]))
+    size = np.array([axis.get_xlim()[1], axis.get_ylim()[0]])
+    inside = ((tracks.uv[:, f] >= 0) & (tracks.uv[:, f] < size)).all(axis=1) & (tracks.depth[:, f] > 0)
+    seen = tracks.visible[:, f]
+    hidden = inside & ~seen
+    axis.scatter(*tracks.uv[hidden, f].T, s=16, facecolors="none", edgecolors=colours[hidden], linewidths=1.1)
+    axis.scatter(*tracks.uv[seen, f].T, s=26, c=colours[seen], edgecolors="black", linewidths=0.6)
+    for number, k in enumerate(numbers, start=1):
+        if not seen[k]:
+            continue
+        # Up and to the right of its dot, unless that would leave the panel.
+        near_right, near_top = tracks.uv[k, f, 0] > 0.92 * size[0], tracks.uv[k, f, 1] < 0.1 * size[1]
+        axis.annotate(
+            str(number),
+            tracks.uv[k, f],
+            xytext=(-4 if near_right else 4, -4 if near_top else 3),
+            textcoords="offset points",
+            ha="right" if near_right else "left",
+            va="top" if near_top else "bottom",
+            fontsize=8,
+            fontweight="bold",
+            path_effects=[withStroke(linewidth=2.2, foreground="white")],
+        )
+
+
+def _draw_colour_bar(figure, mesh, axes) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    bar = figure.colorbar(mesh, ax=axes, fraction=0.02, pad=0.01)
+    bar.set_label("depth (scene's unit)", fontsize=9)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
