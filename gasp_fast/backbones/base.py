@@ -64,6 +64,7 @@ class Backbone(ABC):
     # q, k, v and o of the language model. The module path must be part of the pattern: a vision tower has layers of
     # the same names.
     lora_targets: ClassVar[str] = r".*language_model.*\.(q|k|v|o)_proj"
+    one_frame_count: ClassVar[bool] = False  # all sequences of a batch that show frames must show equally many
 
     def __init__(self, source: str, config: Any, processor: Any) -> None:
         self.source = source

@@ -23,6 +23,7 @@ from .token_grid import TokenGrid
 @register
 class LlavaNextVideo(Backbone):
     model_type = "llava_next_video"
+    one_frame_count = True
 
     @property
     def visual_token_id(self) -> int:

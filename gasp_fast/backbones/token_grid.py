@@ -1,6 +1,6 @@
-"""Where a frame's visual tokens lie on the frame: the pixel -> token map, and depth averaged over tokens.
+"""Where a frame's visual tokens lie on the frame: the pixel -> token map.
 
-Knows rectangles and arrays; must not know a model. What a processor does to a frame (resize each axis, crop, cut into
+Knows a rectangle; must not know a model. What a processor does to a frame (resize each axis, crop, cut into
 patches, merge or pool them) always ends in the same thing: some rectangle of the original frame, divided evenly into
 columns and rows. A backbone computes the rectangle; everything else follows here.
 """
@@ -52,34 +52,10 @@ class TokenGrid:
         cell = np.array([(self.right - self.left) / self.columns, (self.bottom - self.top) / self.rows])
         return np.array([self.left, self.top]) + (self.xy() + 0.5) * cell
 
-    def pool_depth(self, depth: NDArray[np.floating], image_size: tuple[int, int]) -> NDArray[np.float32]:
-        """Mean of the known depths in each token's patch, `[tokens]`; 0 where none is known.
+    def x_edges(self) -> NDArray[np.float64]:
+        """Where the columns begin and end, in pixels, `[columns + 1]`: what depth pooling needs."""
+        return np.linspace(self.left, self.right, self.columns + 1)
 
-        `depth [h, w]` covers the whole image of `image_size` (width, height) at a resolution of its own; zero, negative
-        and non-finite values are unknown. A depth pixel belongs to the token that contains its centre.
-
-        Tokens are axis-aligned boxes, so their sums are differences of running sums along one axis, then the other.
-        """
-        height, width = depth.shape
-        known = np.isfinite(depth) & (depth > 0)
-        columns = _first_pixels(self.left, self.right, self.columns, width / image_size[0], width)
-        rows = _first_pixels(self.top, self.bottom, self.rows, height / image_size[1], height)
-        total = _box_sums(np.where(known, depth, 0.0), columns, rows)  # [rows, columns]
-        count = _box_sums(known, columns, rows)
-        mean = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
-        return mean.astype(np.float32).reshape(-1)
-
-
-def _first_pixels(start: float, stop: float, cells: int, scale: float, size: int) -> NDArray[np.int64]:
-    """Index of the first pixel whose centre is not before each of the `cells + 1` edges; `scale` is pixels per unit."""
-    edges = (start + np.arange(cells + 1) * (stop - start) / cells) * scale
-    return np.clip(np.ceil(edges - 0.5), 0, size).astype(np.int64)
-
-
-def _box_sums(values: NDArray, columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    down = np.zeros((values.shape[0] + 1, values.shape[1]))
-    np.cumsum(values, axis=0, out=down[1:])
-    bands = down[rows[1:]] - down[rows[:-1]]  # [rows, width]
-    across = np.zeros((bands.shape[0], values.shape[1] + 1))
-    np.cumsum(bands, axis=1, out=across[:, 1:])
-    return across[:, columns[1:]] - across[:, columns[:-1]]
+    def y_edges(self) -> NDArray[np.float64]:
+        """Where the rows begin and end, in pixels, `[rows + 1]`."""
+        return np.linspace(self.top, self.bottom, self.rows + 1)
