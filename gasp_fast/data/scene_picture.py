@@ -85,7 +85,7 @@ def _calmed(image: np.ndarray) -> np.ndarray:
 
 
 def _spread(tracks: Tracks, count: int) -> np.ndarray:
-    """Indices of `count` tracks far from each other in the query frame, the most visible one first (farthest points)."""
+    """Indices of `count` tracks far from each other in the query frame: always the farthest one next."""
     if not len(tracks):
         return np.zeros(0, int)
     chosen = [0]

@@ -1,0 +1,106 @@
+"""`gasp-fast depth DIR`: depth for scenes that came without, in `DIR/computed_depth/`.
+
+Exit code 0 if every scene ended with at least one usable frame, 1 if one did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..data.computed_depth import FOLDER, INDEX, DepthIndex, read_index
+from ..data.depth_making import depth_from_predictor, depth_from_stereo, has_stereo
+from ..data.scene import Scene, open_scene, without_depth
+from ..data.scene_check import check_scene
+from .scenes import find_scenes
+
+HELP = "make depth for scenes without: COLMAP stereo maps, or a monocular model aligned to sparse points"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a scene, or a folder of scenes")
+    parser.add_argument(
+        "--source",
+        choices=("auto", "mvs", "model"),
+        default="auto",
+        help="mvs: COLMAP's *.geometric.bin; model: --model; auto: mvs where it is there, else model",
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="local folder of a transformers depth model")
+    parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--force", action="store_true", help="make it again where it is already there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console()
+    roots = find_scenes(arguments.dir)
+    predictor = None
+    complete = True
+    for root in roots:
+        scene = open_scene(root)
+        if scene.has_depth and not arguments.force:
+            console.print(f"{root}: {_already(scene)}", soft_wrap=True, highlight=False)
+            continue
+        scene = without_depth(scene)
+        stereo = arguments.source == "mvs" or (arguments.source == "auto" and has_stereo(scene))
+        if not stereo and predictor is None:
+            predictor = _predictor(arguments, root)
+        index = _make(console, scene, stereo, predictor, arguments.model)
+        complete &= _print(console, root, index)
+    return 0 if complete else 1
+
+
+def _predictor(arguments: argparse.Namespace, root: Path):  # type: ignore[no-untyped-def]
+    if arguments.model is None:
+        raise ValueError(f"{root}: no COLMAP stereo maps there; give --model DIR, a transformers depth model")
+    from ..backbones.torchvision_shim import install
+
+    install()
+    from ..data.depth_model import DepthModel
+
+    return DepthModel(arguments.model, arguments.device)
+
+
+def _make(console, scene: Scene, stereo: bool, predictor, model: Path | None) -> DepthIndex:  # type: ignore[no-untyped-def]
+    from rich.progress import track
+
+    def progress(frames: Iterable[int]) -> Iterable[int]:
+        return track(list(frames), scene.root.name, console=console, transient=True)
+
+    if stereo:
+        return depth_from_stereo(scene, progress)
+    return depth_from_predictor(scene, predictor, str(model), progress)
+
+
+def _already(scene: Scene) -> str:
+    path = scene.root / FOLDER / INDEX
+    if not path.is_file():
+        return f"comes with depth ({scene.format}); nothing to do"
+    index = read_index(path)
+    return f"has computed depth already ({index.source}, {len(index.usable)} usable frames); --force makes it again"
+
+
+def _print(console, root: Path, index: DepthIndex) -> bool:  # type: ignore[no-untyped-def]
+    from rich.text import Text
+
+    errors = sorted(fit.error for fit in index.frames.values() if fit.file is not None and fit.error is not None)
+    fit = f"median error {errors[len(errors) // 2]:.3f}, worst {errors[-1]:.3f}" if errors else "not compared"
+    console.print(
+        f"{root}: {len(index.usable)} of {len(index.frames)} frames usable, from {index.source}; "
+        f"against sparse points: {fit}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for name, frame in index.frames.items():
+        if frame.file is None:
+            console.print(Text(f"  unusable {name}: {frame.reason}", style="yellow"), soft_wrap=True)
+    if not index.usable:
+        return False
+    report = check_scene(open_scene(root))
+    shares = ", ".join(f"gap {gap.gap}: {gap.share:.3f}" for gap in report.gaps if gap.share is not None)
+    console.print(f"  frames agree with each other: {shares or 'not compared'}", highlight=False)
+    for finding in report.findings:
+        console.print(Text(f"  {finding}", style="red"), soft_wrap=True)
+    return True

@@ -1,0 +1,115 @@
+"""Scale and shift: bringing a monocular depth map onto the sparse points of its frame, whatever some of them say.
+
+A monocular model knows depth (or inverse depth) up to a factor and an offset; COLMAP's points know the scene's scale,
+at a few hundred pixels, some of them wrong. With x the prediction and y the truth (z, or 1/z), find a, b that minimise
+the relative error |a x + b − y| / y, which to first order is the relative error of the depth in both spaces.
+
+1. Least median of squares: many pairs of points give a line each; the line with the smallest median error wins. It
+   stands up to nearly half of the points being wrong. The pairs come from a fixed seed: same points, same fit.
+2. Least squares over the points within three (robust) standard deviations of that line, repeated until it settles.
+
+Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Space = Literal["depth", "inverse depth"]
+SPACES: tuple[Space, ...] = ("depth", "inverse depth")
+
+PAIRS = 400
+ROUNDS = 10
+NORMAL = 1.4826  # from the median of |error| to the standard deviation of a normal error
+# What makes a frame unusable.
+FEWEST_POINTS = 30
+LARGEST_ERROR = 0.10
+FEWEST_INLIERS = 0.5  # of the points, within LARGEST_ERROR
+# Beyond the sparse points by this factor, a fitted depth is a guess.
+REACH = 2.0
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """`z = scale * x + shift`, or `1 / z = scale * x + shift`, and how well it holds."""
+
+    space: Space
+    scale: float
+    shift: float
+    error: float  # median of |z_fitted - z| / z over all points given
+    inliers: float  # share of the points within LARGEST_ERROR
+    points: int
+    nearest: float  # depth range of the points
+    farthest: float
+
+    @property
+    def fault(self) -> str | None:
+        """Why the frame is unusable, or None."""
+        if self.points < FEWEST_POINTS:
+            return f"{self.points} sparse points; {FEWEST_POINTS} are needed"
+        if self.scale <= 0:
+            return "prediction and sparse points run against each other"
+        if self.error > LARGEST_ERROR or self.inliers < FEWEST_INLIERS:
+            return f"median error {self.error:.3f}, {self.inliers:.0%} of the points within {LARGEST_ERROR:.0%}"
+        return None
+
+    def apply(self, predicted: np.ndarray) -> np.ndarray:  # float32 [h, w]
+        """Depth in the scene's unit; 0 where the prediction runs out of the range that the points vouch for."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            value = self.scale * predicted.astype(np.float64) + self.shift
+            depth = value if self.space == "depth" else 1.0 / value
+        trusted = (depth >= self.nearest / REACH) & (depth <= self.farthest * REACH)
+        return np.where(trusted, depth, 0.0).astype(np.float32)
+
+
+def align(predicted: np.ndarray, depth: np.ndarray, space: Space) -> Alignment:
+    """Fit predictions [n] to the depths [n] of the same pixels. Never raises on bad points: see `fault`."""
+    if predicted.shape != depth.shape or predicted.ndim != 1:
+        raise ValueError(f"predicted has shape {predicted.shape} and depth {depth.shape}; both are [points]")
+    good = np.isfinite(predicted) & np.isfinite(depth) & (depth > 0)
+    x, z = predicted[good].astype(np.float64), depth[good].astype(np.float64)
+    if len(x) < 2 or np.ptp(x) == 0:
+        return Alignment(space, 0.0, 0.0, np.inf, 0.0, len(x), 0.0, 0.0)
+    y = z if space == "depth" else 1.0 / z
+    scale, shift = _least_squares(x, y, *_least_median(x, y))
+
+    fitted = scale * x + shift
+    with np.errstate(divide="ignore"):
+        fitted = fitted if space == "depth" else 1.0 / fitted
+    relative = np.where(np.isfinite(fitted) & (fitted > 0), np.abs(fitted - z) / z, np.inf)
+    near, far = (float(n) for n in np.percentile(z, [1, 99]))
+    within = float((relative <= LARGEST_ERROR).mean())
+    return Alignment(space, scale, shift, float(np.median(relative)), within, len(x), near, far)
+
+
+def _least_median(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    draw = np.random.default_rng(0)
+    first, second = draw.integers(len(x), size=(2, PAIRS))
+    apart = x[first] != x[second]
+    if not apart.any():  # nearly constant predictions: take the two ends
+        first, second, apart = np.array([x.argmin()]), np.array([x.argmax()]), np.array([True])
+    first, second = first[apart], second[apart]
+    scales = (y[second] - y[first]) / (x[second] - x[first])
+    shifts = y[first] - scales * x[first]
+    errors = np.median(np.abs(scales[:, None] * x + shifts[:, None] - y) / y, axis=1)  # [pairs]
+    # A falling line is never the truth; it is taken only if there is no other.
+    best = int(np.lexsort((errors, scales <= 0))[0])
+    return float(scales[best]), float(shifts[best])
+
+
+def _least_squares(x: np.ndarray, y: np.ndarray, scale: float, shift: float) -> tuple[float, float]:
+    columns = np.stack([x, np.ones_like(x)], axis=1) / y[:, None]  # relative: every row is divided by its y
+    for _ in range(ROUNDS):
+        errors = np.abs(columns @ (scale, shift) - 1.0)
+        near = errors <= max(3 * NORMAL * float(np.median(errors)), 1e-6)
+        if near.sum() < 2 or np.ptp(x[near]) == 0:
+            break
+        (new_scale, new_shift), *_ = np.linalg.lstsq(columns[near], np.ones(int(near.sum())), rcond=None)
+        settled = np.isclose(new_scale, scale, rtol=1e-9) and np.isclose(new_shift, shift, rtol=1e-9, atol=1e-12)
+        scale, shift = float(new_scale), float(new_shift)
+        if settled:
+            break
+    return scale, shift
