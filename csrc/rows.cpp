@@ -27,7 +27,7 @@
 namespace py = pybind11;
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONED __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define CLONED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CLONED
 #endif

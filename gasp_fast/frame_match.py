@@ -62,7 +62,7 @@ def frame_match(
     table, mask = _value_table(values, known, layers[0])
     chosen = choose_backend(backend, device, dtype)
     if chosen == "torch":
-        found = dense_frame_match(inputs.stacked(layers), rows, tau, table, mask, exclude_anchor)
+        found = dense_frame_match(inputs.stacked(layers), rows, tau, table, mask, exclude_anchor)[:4]
     else:
         float_table = None if table is None else table.float()
         found = autograd.frame_match(

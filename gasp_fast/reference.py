@@ -32,6 +32,9 @@ class DenseFrames(NamedTuple):
     peak: Tensor  # [L, A, P]
 
 
+    similarity: list[Tensor]  # [L, R, n] of each sequence
+
+
 class DenseTerms(NamedTuple):
     corr: Tensor  # [L, M]
     depth: Tensor  # [L, M]
@@ -48,7 +51,7 @@ def dense_frame_match(
     exclude_own: bool,
 ) -> DenseFrames:
     unit = F.normalize(embeddings, dim=-1, eps=1e-12)
-    per_sequence = []
+    per_sequence, similarity = [], []
     for span in rows.sequences():
         first, last = span.tokens
         row_token = rows.row_token[span.rows[0] : span.rows[1]]
@@ -56,6 +59,7 @@ def dense_frame_match(
         if exclude_own:
             own = torch.arange(first, last, device=s.device) == row_token[:, None]  # [R, n]
             s = s.masked_fill(own, float("-inf"))
+        similarity.append(s)
         ends = rows.frame_ends[span.frames[0] : span.frames[1]].tolist()
         per_frame = [
             _frame_statistics(s[..., start - first : end - first], start, end, values, known)
@@ -64,7 +68,7 @@ def dense_frame_match(
         missing = rows.longest - len(per_frame)
         per_frame += [_frame_statistics(s[..., :0], 0, 0, values, known)] * missing
         per_sequence.append([torch.stack(parts, dim=2) for parts in zip(*per_frame, strict=True)])
-    return DenseFrames(*(torch.cat(parts, dim=1) for parts in zip(*per_sequence, strict=True)))
+    return DenseFrames(*(torch.cat(parts, dim=1) for parts in zip(*per_sequence, strict=True)), similarity)
 
 
 def dense_terms(
@@ -79,11 +83,7 @@ def dense_terms(
     values = plan.values if patch_depth is None else torch.where(plan.known, patch_depth, 0)[:, None]
     frames = dense_frame_match(embeddings, plan.rows, temperature, values, plan.known, exclude_own=True)
     row, frame = _by_match(plan, plan.row), _by_match(plan, _local_frame(plan))
-    target = _by_match(plan, plan.target)
-    anchor = plan.rows.row_token[row]
-
-    unit = F.normalize(embeddings, dim=-1, eps=1e-12)
-    positive = (unit[:, anchor] * unit[:, target]).sum(-1) / temperature.to(unit.dtype)  # [L, M]
+    positive = _by_match(plan, _positives(plan, frames.similarity).mT).mT  # [L, M]
     lse = frames.lse[:, row, frame]
     corr = (frames.lse.logsumexp(-1)[:, row] if sequence_negatives else lse) - positive
 
@@ -130,6 +130,15 @@ def _logsumexp(s: Tensor) -> Tensor:
     return torch.where(some[..., 0], torch.where(some, s, 0).logsumexp(-1), float("-inf"))
 
 
+def _positives(plan: MatchPlan, similarity: list[Tensor]) -> Tensor:
+    """[L, M], sorted: each match's own similarity. Sorted matches follow the sequences."""
+    parts = []
+    for span, s in zip(plan.rows.sequences(), similarity, strict=True):
+        start, end = (int(plan.run_start[row * plan.rows.longest]) for row in span.rows)
+        parts.append(s[:, plan.row[start:end] - span.rows[0], plan.target[start:end] - span.tokens[0]])
+    return torch.cat(parts, dim=1)
+
+
 def _local_frame(plan: MatchPlan) -> Tensor:
     """int64 [M], sorted: the frame of each match within its sequence."""
     position = torch.arange(plan.order.shape[0], device=plan.order.device)
@@ -138,5 +147,5 @@ def _local_frame(plan: MatchPlan) -> Tensor:
 
 
 def _by_match(plan: MatchPlan, sorted_values: Tensor) -> Tensor:
-    """From sorted positions back to the order of `Matches`."""
-    return torch.empty_like(sorted_values).scatter_(0, plan.order, sorted_values)
+    """[M, ...] from sorted positions back to the order of `Matches`."""
+    return torch.empty_like(sorted_values).index_copy(0, plan.order, sorted_values)
