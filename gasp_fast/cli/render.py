@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=int, default=224, metavar="PX", help="width and height of a frame (default: 224)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the first scene (default: 0)")
+    parser.add_argument("--no-qa", action="store_true", help="leave out the clips and questions in DIR/qa")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)"
     )
@@ -28,12 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+    from gasp_fast.data.synthetic_qa import write_qa
 
     config = SyntheticConfig(frames=arguments.frames, width=arguments.size, height=arguments.size)
-    columns = (TextColumn("rendering scenes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        task = progress.add_task("", total=arguments.scenes)
-        for _ in render_scenes(arguments.out, arguments.scenes, arguments.seed, config, arguments.workers):
-            progress.advance(task)
+        rendering = render_scenes(arguments.out, arguments.scenes, arguments.seed, config, arguments.workers)
+        folders = list(progress.track(rendering, arguments.scenes, description="rendering scenes"))
+        if not arguments.no_qa:
+            asking = write_qa(folders, arguments.out / "qa", arguments.workers)
+            list(progress.track(asking, arguments.scenes, description="asking questions"))
     print(f"{arguments.scenes} scenes of {arguments.frames} frames in {arguments.out}")
     return 0

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.data.annotations import AnnotationCache, annotate
+    from gasp_fast.data.shards import parse_part
 
     if arguments.verify:
         return _verify(AnnotationCache(arguments.out))
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"at most about {plan.expected_bytes / 1e6:,.1f} MB, {plan.expected_bytes / len(plan):,.0f} bytes a sequence")
     if arguments.dry_run:
         return 0
-    part = _part(arguments.part)
+    part = parse_part(arguments.part)
     with _progress("computing tracks") as progress:
         task = progress.add_task("", total=len(range(part[0], plan.shards, part[1])))
         for _ in annotate(arguments.scenes, arguments.out, plan, arguments.workers, part):
@@ -87,13 +88,6 @@ def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
         epochs=arguments.epochs,
         shard_size=arguments.shard_size,
     )
-
-
-def _part(text: str) -> tuple[int, int]:
-    first, slash, step = text.partition("/")
-    if not (slash and first.isdigit() and step.isdigit() and int(first) < int(step)):
-        raise ValueError(f"--part {text}: write I/N with 0 <= I < N, such as 0/4")
-    return int(first), int(step)
 
 
 def _report(out: Path) -> int:

@@ -20,11 +20,9 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from safetensors.numpy import save
 from gasp_fast.data.library import SceneEntry, digest_of
 from gasp_fast.data.scene import Scene, open_scene
 from gasp_fast.data.sequences import SequenceConfig, SequenceSampler
+from gasp_fast.data.shards import in_processes, numbers_of_part, sweep_partials, write_atomically
 from gasp_fast.data.tracks import Tracks, build_tracks
 
 VERSION = 1
@@ -117,16 +116,6 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"tracks-{number:05d}.safetensors"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The old file or the new one, whatever happens."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def store_plan(folder: Path, plan: AnnotationPlan) -> None:
     """Begins a cache, or joins one that has the very same plan."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,37 +146,16 @@ def annotate(
 
     `part = (i, n)` does only every n-th shard, so that n machines with one disk share the work.
     """
-    first, step = part
-    if not 0 <= first < step:
-        raise ValueError(f"part = {first} of {step}: must lie in 0..{step - 1}")
+    numbers = numbers_of_part(plan.shards, part)
     store_plan(folder, plan)
     missing = []
-    for number in range(first, plan.shards, step):
+    for number in numbers:
         if _is_valid(folder, number, plan):
             yield number
         else:
             missing.append(number)
-            for partial in folder.glob(f".{shard_path(folder, number).name}.*"):  # what a killed run left
-                partial.unlink(missing_ok=True)
-    if workers <= 1 or len(missing) <= 1:
-        for number in missing:
-            write_shard(library, folder, plan, number)
-            yield number
-        return
-    # Fresh interpreters: a fork would copy whatever threads and locks the caller has.
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
-        running: dict[Future[None], int] = {}
-        try:
-            while missing or running:
-                while missing and len(running) < 2 * workers:
-                    number = missing.pop(0)
-                    running[pool.submit(write_shard, library, folder, plan, number)] = number
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    number = running.pop(done)
-                    done.result()
-                    yield number
-        finally:
-            pool.shutdown(cancel_futures=True)
+            sweep_partials(shard_path(folder, number))
+    yield from in_processes(partial(write_shard, library, folder, plan), missing, workers)
 
 
 def write_shard(library: Path, folder: Path, plan: AnnotationPlan, number: int) -> None:
