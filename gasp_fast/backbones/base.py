@@ -75,7 +75,7 @@ class Backbone(ABC):
     # ---- the model's layout ------------------------------------------------------------------------------------------
 
     @property
-    def layers(self) -> int:
+    def layer_count(self) -> int:
         """L, the number of decoder layers."""
         return self.config.text_config.num_hidden_layers
 
@@ -107,8 +107,7 @@ class Backbone(ABC):
 
     def query_projection(self, model: nn.Module, layer: int) -> tuple[Tensor, Tensor | None]:
         """W_Q of a layer: weight `[outputs, hidden]` and bias `[outputs]` or None, without any adapter on top."""
-        projection = self.attention(model, layer).q_proj
-        projection = getattr(projection, "base_layer", projection)  # peft keeps the original linear layer there
+        projection = self.attention(model, layer).q_proj  # under peft, its weight is still the original one
         return projection.weight, projection.bias
 
     def load_model(self, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa", **options: Any) -> nn.Module:

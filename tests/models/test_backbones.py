@@ -16,7 +16,7 @@ from gasp_fast.heads import CorrespondenceHeads
 
 def test_the_type_in_config_json_decides(family):
     assert family.backbone.model_type == family.model.config.model_type
-    assert family.backbone.layers == len(family.backbone.decoder_layers(family.model)) == 4
+    assert family.backbone.layer_count == len(family.backbone.decoder_layers(family.model)) == 4
 
 
 def test_a_third_backbone_is_one_file(families):
@@ -51,7 +51,7 @@ def test_lora_hits_q_k_v_o_of_every_decoder_layer_and_nothing_else(shipped):
     model = shipped.backbone.load_model(dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=shipped.backbone.lora_targets))
     hit = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
-    assert len(hit) == 4 * shipped.backbone.layers
+    assert len(hit) == 4 * shipped.backbone.layer_count
     assert all("language_model.layers." in name for name in hit)
     assert {name.rpartition(".")[2] for name in hit} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 

@@ -15,9 +15,9 @@ def test_captured_states_are_the_models_hidden_states_before_the_final_norm(fami
     encoded = family.backbone.encode([talk(noise(2))])
     with capture_of(family) as capture, torch.no_grad():
         states = family.model(**encoded.inputs, output_hidden_states=True).hidden_states
-    for layer in range(family.backbone.layers - 1):
+    for layer in range(family.backbone.layer_count - 1):
         assert torch.equal(capture.hidden(layer), states[layer + 1])
-    last = capture.hidden(family.backbone.layers - 1)
+    last = capture.hidden(family.backbone.layer_count - 1)
     assert not torch.equal(last, states[-1])
     with torch.no_grad():
         torch.testing.assert_close(family.backbone.final_norm(family.model)(last), states[-1])
@@ -82,7 +82,7 @@ def test_no_hook_outlives_the_context(shipped, talk, noise):
     backbone, model = shipped.backbone, shipped.model
     watched = [*backbone.decoder_layers(model), backbone.final_norm(model)]
     with capture_of(shipped):
-        assert sum(len(module._forward_pre_hooks) for module in watched) == backbone.layers
+        assert sum(len(module._forward_pre_hooks) for module in watched) == backbone.layer_count
     assert sum(len(module._forward_pre_hooks) for module in watched) == 0
 
 
