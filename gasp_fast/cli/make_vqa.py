@@ -1,0 +1,47 @@
+"""`gasp-fast make-vqa`: precomputed tracks as questions and answers, for a fair comparison with plain fine-tuning."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+HELP = "turn precomputed tracks into question-answer pairs in the LLaVA-Video schema (the fairness baseline)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scenes", type=Path, metavar="DIR", help="the scenes that the tracks were made from")
+    parser.add_argument("--tracks", type=Path, required=True, metavar="DIR", help="what gasp-fast tracks --out made")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for records and clips")
+    parser.add_argument("--turns", type=int, default=4, metavar="N", help="questions about each sequence (4)")
+    parser.add_argument("--longest-side", type=int, default=480, metavar="PX", help="of the clips (480)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which questions are asked (0)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each (0/1)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from gasp_fast.data.annotations import AnnotationCache
+    from gasp_fast.data.shards import numbers_of_part, parse_part
+    from gasp_fast.data.vqa_baseline import VQAConfig, make_vqa, omitted_path
+
+    config = VQAConfig(turns=arguments.turns, longest_side=arguments.longest_side, seed=arguments.seed)
+    part = parse_part(arguments.part)
+    plan = AnnotationCache(arguments.tracks).plan
+    numbers = numbers_of_part(plan.shards, part)
+    telling = make_vqa(arguments.scenes, arguments.tracks, arguments.out, config, arguments.workers, part)
+    columns = (TextColumn("telling tracks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        for _ in progress.track(telling, total=len(numbers)):
+            pass
+    total = sum(len(plan.of_shard(number)) for number in numbers)
+    lists = [omitted_path(arguments.out, number) for number in numbers]
+    omitted = [line for path in lists if path.exists() for line in path.read_text().splitlines()]
+    print(f"{arguments.out}: {total - len(omitted):,} records of {total:,} sequences")
+    for line in omitted[:10]:
+        print(f"omitted: {line}")
+    if len(omitted) > 10:
+        print(f"and {len(omitted) - 10:,} more, in {arguments.out / 'omitted-*.txt'}")
+    return 1 if len(omitted) == total else 0
