@@ -43,13 +43,15 @@ def test_without_its_gelu_the_head_is_the_best_rank_r_approximation(outputs, hid
 @pytest.mark.parametrize("outputs, hidden", SHAPES)
 def test_a_mid_size_above_the_rank_is_exact_and_every_weight_can_learn(outputs, hidden):
     torch.manual_seed(0)
-    weight, x = torch.randn(outputs, 5) @ torch.randn(5, hidden), torch.randn(100, hidden)
+    weight, x = torch.zeros(outputs, hidden), torch.randn(100, hidden)
+    weight[3:8] = torch.randn(5, hidden)  # of rank 5 without rounding
     head = CorrespondenceHead.from_query_projection(weight, mid_size=20)
     assert relative(linear(head, x.double()), x.double() @ weight.double().mT) < 2e-6
     head = CorrespondenceHead.from_query_projection(weight, mid_size=20)
     head(x).square().sum().backward()
     # The surplus rows are as large as any fresh layer's, so the zero columns behind them receive a gradient at once.
-    assert head.first.weight[5:].std() == pytest.approx(nn.Linear(hidden, 15).weight.std(), rel=0.1)
+    fresh = nn.Linear(hidden, 15).weight.std().item()
+    assert head.first.weight[5:].std().item() == pytest.approx(fresh, rel=0.1)
     assert (head.second.weight[:, 5:] == 0).all()
     assert head.second.weight.grad.abs().amin() > 0
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gasp_fast.layer_capture import LayerCapture
 
@@ -64,6 +66,40 @@ def test_states_and_gradients_are_the_same_under_gradient_checkpointing(training
     assert grads.keys() == checkpointed_grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(checkpointed_grads[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+class WholeCallsCheckpointed(nn.Module):
+    """Checkpoints its layers as transformers did up to 5.18: hooks run inside, and again when it recomputes."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.norm = nn.LayerNorm(8)
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_hooks_that_run_inside_the_checkpoint_and_twice_change_nothing(reentrant):
+    results = []
+    for mode in (None, reentrant):
+        model, x = WholeCallsCheckpointed(mode), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+        positions = torch.tensor([1, 7])
+        with LayerCapture(model.layers, model.norm) as capture:
+            loss = model(x.requires_grad_()).sum()
+            states = [capture.hidden(layer) for layer in capture.layers]
+            weight = torch.arange(16.0).reshape(2, 8)
+            loss = loss + sum((capture.tokens(layer, positions) * weight).sum() for layer in capture.layers)
+            loss.backward()
+            assert all(capture.hidden(layer) is state for layer, state in enumerate(states))
+        results.append(([state.detach() for state in states], [p.grad for p in model.parameters()], x.grad))
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
 
 
 def test_a_loss_on_one_layer_reaches_the_layers_below_it_and_no_others(training, talk, noise):
