@@ -48,7 +48,7 @@ def test_a_mid_size_above_the_rank_is_exact_and_every_weight_can_learn(outputs, 
     head = CorrespondenceHead.from_query_projection(weight, mid_size=20)
     assert relative(linear(head, x.double()), x.double() @ weight.double().mT) < 2e-6
     head = CorrespondenceHead.from_query_projection(weight, mid_size=20)
-    head(x).square().sum().backward()
+    (head(x) * torch.randn(100, outputs)).sum().backward()
     # The surplus rows are as large as any fresh layer's, so the zero columns behind them receive a gradient at once.
     fresh = nn.Linear(hidden, 15).weight.std().item()
     assert head.first.weight[5:].std().item() == pytest.approx(fresh, rel=0.1)
