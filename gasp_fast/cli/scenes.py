@@ -14,6 +14,10 @@ from ..data.scene import open_scene
 from ..data.scene_check import GAPS, SceneReport, check_scene
 
 HELP = "list scenes, check their geometry, draw their tracks"
+LEGEND = (
+    "depth: share of pixels with known depth.  step: how far the camera moves per frame, in median depths.\n"
+    "gap n: share of pixels whose depth agrees within 5 % with the frame n further on."
+)
 DEEPEST = 3  # folders between DIR and a scene: DL3DV keeps subset/hash/
 
 
@@ -94,43 +98,32 @@ def _print(console, folder: Path, reports: list[SceneReport], failures: dict[str
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("scene", overflow="fold")
-    for heading in ("format", "frames", "skipped", "image", "depth", "known", "step / depth"):
-        table.add_column(heading, justify="right")
-    for gap in GAPS:
-        table.add_column(f"gap {gap}", justify="right")
-    table.add_column("")
+    for heading in ("format", "frames", "image", "depth", "step", *(f"gap {gap}" for gap in GAPS), ""):
+        table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
-        by_gap = {gap.gap: gap for gap in report.gaps}
-        shares = []
-        for gap in GAPS:
-            share = by_gap[gap].share if gap in by_gap else None
-            shares.append("–" if share is None else f"{share:.3f}")
-        step = f"{report.gaps[0].baseline / report.median_depth:.3f}" if report.gaps and report.median_depth else "–"
-        verdict = ("[green]sound" if report.gaps else "[yellow]no depth") if report.sound else "[bold red]WRONG"
+        shares = {gap.gap: gap.share for gap in report.gaps}
         table.add_row(
             _short(report.root, folder),
             report.format,
             str(report.frames),
-            str(report.skipped),
             "×".join(map(str, report.image_size)),
-            str(report.frames_with_depth),
             f"{report.known_depth:.0%}" if report.frames_with_depth else "–",
-            step,
-            *shares,
-            verdict,
+            f"{report.gaps[0].baseline / report.median_depth:.3f}" if report.gaps and report.median_depth else "–",
+            *("–" if shares.get(gap) is None else f"{shares[gap]:.3f}" for gap in GAPS),
+            ("[green]sound" if report.gaps else "[yellow]no depth") if report.sound else "[bold red]WRONG",
         )
     if reports:
         console.print(table)
-        console.print(
-            Text("gap n: share of pixels whose depth agrees within 5 % with the frame n further on", style="dim")
-        )
+        console.print(Text(LEGEND, style="dim"))
     for report in reports:
-        for finding in report.findings:
-            console.print(Text(f"{_short(report.root, folder)}: {finding}", style="red"), soft_wrap=True)
+        name = _short(report.root, folder)
+        lines = [(finding, "red") for finding in report.findings]
+        if report.skipped:
+            lines.append((f"{report.skipped} frames skipped; the first, {report.first_skipped}", "yellow"))
         if not report.frames_with_depth:
-            console.print(
-                f"{_short(report.root, folder)}: no depth; make it with: gasp-fast depth {report.root}", soft_wrap=True
-            )
+            lines.append((f"no depth; make it with: gasp-fast depth {report.root}", "yellow"))
+        for line, style in lines:
+            console.print(Text(f"{name}: {line}", style=style), soft_wrap=True)
     for root, why in failures.items():
         console.print(Text(f"unreadable: {why if root in why else f'{root}: {why}'}", style="red"), soft_wrap=True)
 

@@ -28,6 +28,9 @@ NORMAL = 1.4826  # from the median of |error| to the standard deviation of a nor
 FEWEST_POINTS = 30
 LARGEST_ERROR = 0.10
 FEWEST_INLIERS = 0.5  # of the points, within LARGEST_ERROR
+# In front of a flat wall any prediction fits, squeezed to a constant: a fit must halve the error of the best constant,
+# unless it is this good anyway.
+GOOD_ERROR = 0.02
 # Beyond the sparse points by this factor, a fitted depth is a guess.
 REACH = 2.0
 
@@ -44,6 +47,7 @@ class Alignment:
     points: int
     nearest: float  # depth range of the points
     farthest: float
+    constant_error: float  # median error of the best constant depth
 
     @property
     def fault(self) -> str | None:
@@ -54,6 +58,8 @@ class Alignment:
             return "prediction and sparse points run against each other"
         if self.error > LARGEST_ERROR or self.inliers < FEWEST_INLIERS:
             return f"median error {self.error:.3f}, {self.inliers:.0%} of the points within {LARGEST_ERROR:.0%}"
+        if self.error > max(GOOD_ERROR, 0.5 * self.constant_error):
+            return f"median error {self.error:.3f}, hardly below the {self.constant_error:.3f} of a constant depth"
         return None
 
     def apply(self, predicted: np.ndarray) -> np.ndarray:  # float32 [h, w]
@@ -72,7 +78,7 @@ def align(predicted: np.ndarray, depth: np.ndarray, space: Space) -> Alignment:
     good = np.isfinite(predicted) & np.isfinite(depth) & (depth > 0)
     x, z = predicted[good].astype(np.float64), depth[good].astype(np.float64)
     if len(x) < 2 or np.ptp(x) == 0:
-        return Alignment(space, 0.0, 0.0, np.inf, 0.0, len(x), 0.0, 0.0)
+        return Alignment(space, 0.0, 0.0, np.inf, 0.0, len(x), 0.0, 0.0, np.inf)
     y = z if space == "depth" else 1.0 / z
     scale, shift = _least_squares(x, y, *_least_median(x, y))
 
@@ -82,7 +88,8 @@ def align(predicted: np.ndarray, depth: np.ndarray, space: Space) -> Alignment:
     relative = np.where(np.isfinite(fitted) & (fitted > 0), np.abs(fitted - z) / z, np.inf)
     near, far = (float(n) for n in np.percentile(z, [1, 99]))
     within = float((relative <= LARGEST_ERROR).mean())
-    return Alignment(space, scale, shift, float(np.median(relative)), within, len(x), near, far)
+    constant = float(np.median(np.abs(np.median(z) - z) / z))
+    return Alignment(space, scale, shift, float(np.median(relative)), within, len(x), near, far, constant)
 
 
 def _least_median(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

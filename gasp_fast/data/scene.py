@@ -237,10 +237,13 @@ def intrinsics_fault(matrix: np.ndarray) -> str | None:
 
 
 def rigid_inverse(pose: np.ndarray) -> np.ndarray:
-    """The inverse of a rigid motion: camera-to-world from world-to-camera, and back."""
-    inverse = np.eye(4)
-    inverse[:3, :3] = pose[:3, :3].T
-    inverse[:3, 3] = -pose[:3, :3].T @ pose[:3, 3]
+    """Camera-to-world from world-to-camera, and back.
+
+    The plain inverse, not R^T: rotations stored with six digits are not quite orthogonal, and whoever inverts the
+    file's matrix should find our pose to the last digits.
+    """
+    inverse: np.ndarray = np.linalg.inv(pose)
+    inverse[3] = (0.0, 0.0, 0.0, 1.0)
     return inverse
 
 

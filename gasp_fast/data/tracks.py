@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from . import tracks_reference
-from .scene import Scene
+from .scene import Scene, rigid_inverse
 
 BORDER = 4.0  # pixels; a projection closer to the image's edge is not trusted
 AGREEMENT = 0.05  # largest relative difference of two depths of one surface
@@ -66,10 +66,8 @@ class Views:
             raise ValueError("depth is empty; tracks need at least one frame")
 
     def motions(self) -> np.ndarray:  # float64 [F, 3, 4]
-        """From the camera of frame 0 to the camera of each frame: [R_f R_0^T | t_f − R_f R_0^T t_0]."""
-        rotation = self.pose[:, :3, :3] @ self.pose[0, :3, :3].T
-        translation = self.pose[:, :3, 3] - rotation @ self.pose[0, :3, 3]
-        return np.concatenate([rotation, translation[:, :, None]], axis=2)
+        """From the camera of frame 0 to the camera of each frame."""
+        return (self.pose @ rigid_inverse(self.pose[0]))[:, :3]
 
     def cameras(self) -> np.ndarray:  # float64 [F, 4]: fx, fy, cx, cy
         return np.stack([self.intrinsics[:, r, c] for r, c in ((0, 0), (1, 1), (0, 2), (1, 2))], axis=1)

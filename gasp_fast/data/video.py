@@ -54,7 +54,7 @@ def read_video(path: Path, frames: int, *, timeout: float = 30.0, longest_side: 
             if not container.streams.video:
                 raise ValueError("no video stream")
             return _read(container, frames, deadline, longest_side)
-    except TimeoutError:
+    except (TimeoutError, av.error.ExitError):  # ExitError: the deadline passed inside FFmpeg's own reading
         raise VideoTimeoutError(f"{path}: not decoded after {timeout:g} s") from None
     except Exception as error:
         raise OSError(f"{path}: cannot read video: {one_line(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,10 +112,19 @@ def scene_boxes(scene_boxes_folder: Path) -> Scene:
     return open_scene(scene_boxes_folder)
 
 
-@pytest.fixture(scope="session", params=["hololens_dvmvs_a", "apc_shelf_glue"])
-def scene_real(request: pytest.FixtureRequest) -> Scene:
-    """The two recorded scenes, which lie beside a checkout where they may be used, never in it."""
-    root = Path(__file__).resolve().parents[3] / "shared" / "realdata" / request.param
-    if not root.is_dir():
-        pytest.skip(f"the recorded scene {request.param} is not on this machine")
-    return open_scene(root)
+@pytest.fixture(scope="session")
+def scene_recorded() -> Callable[[str], Scene]:
+    """A recorded scene by name. They lie beside a checkout where they may be used, never in it."""
+
+    def find(name: str) -> Scene:
+        root = Path(__file__).resolve().parents[3] / "shared" / "realdata" / name
+        if not root.is_dir():
+            pytest.skip(f"the recorded scene {name} is not on this machine")
+        return open_scene(root)
+
+    return find
+
+
+@pytest.fixture(params=["hololens_dvmvs_a", "apc_shelf_glue"])
+def scene_real(request: pytest.FixtureRequest, scene_recorded: Callable[[str], Scene]) -> Scene:
+    return scene_recorded(request.param)

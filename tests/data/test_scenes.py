@@ -139,7 +139,8 @@ def test_a_dl3dv_folder_with_its_colmap_model_is_still_dl3dv(scene_world, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "lens", [{"k3": 0.01}, {"camera_model": "OPENCV_FISHEYE"}, {"camera_model": "EQUIRECTANGULAR"}, {"is_fisheye": True}]
+    "lens",
+    [{"k3": 0.01}, {"camera_model": "OPENCV_FISHEYE"}, {"camera_model": "EQUIRECTANGULAR"}, {"is_fisheye": True}],
 )
 def test_a_lens_we_cannot_straighten_is_refused(scene_world, tmp_path, lens):
     root = write_dl3dv(tmp_path / "hash", scene_world, **lens)
@@ -219,7 +220,7 @@ def test_colmap_cameras_keep_their_lens(tmp_path, model, params, expected):
 
 def test_a_colmap_fisheye_is_refused(tmp_path):
     write_colmap_camera(tmp_path, "OPENCV_FISHEYE", [300, 310, 180, 108, 0.1, 0, 0, 0])
-    with pytest.raises(ValueError, match="OPENCV_FISHEYE.*image_undistorter"):
+    with pytest.raises(ValueError, match=r"OPENCV_FISHEYE.*image_undistorter"):
         open_scene(tmp_path)
 
 
@@ -237,9 +238,7 @@ def write_colmap_camera(root: Path, model: str, params: list[float], text: bool 
     (root / "images").mkdir()
     Image.new("RGB", (36, 22)).save(root / "images" / "a.png")
     rec = pycolmap.Reconstruction()
-    rec.add_camera_with_trivial_rig(
-        pycolmap.Camera(model=model, width=360, height=220, params=params, camera_id=1)
-    )
+    rec.add_camera_with_trivial_rig(pycolmap.Camera(model=model, width=360, height=220, params=params, camera_id=1))
     rec.add_image_with_trivial_frame(pycolmap.Image(name="a.png", camera_id=1, image_id=1), pycolmap.Rigid3d())
     (rec.write_text if text else rec.write_binary)(str(root / "sparse" / "0"))
 
