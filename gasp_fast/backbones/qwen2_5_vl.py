@@ -74,15 +74,17 @@ def check_mrope(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     compares what the model derives from the inputs with Qwen's rule written down independently below. Needs no forward
     pass and reads no weight, so it also works on partitioned models.
     """
+    qwen = unwrap(model).model
+    visual = inputs["input_ids"] == qwen.config.image_token_id
+    if not visual.any():
+        return
     missing = [name for name in ("mm_token_type_ids", "image_grid_thw") if inputs.get(name) is None]
     if missing:
         raise ValueError(
             f"inputs lack {' and '.join(missing)}: the model would silently place visual tokens in one dimension; "
             "keep every tensor of the processor (Trainer: remove_unused_columns=False)"
         )
-    qwen = unwrap(model).model
     input_ids, token_types = inputs["input_ids"], inputs["mm_token_type_ids"]
-    visual = input_ids == qwen.config.image_token_id
     if not torch.equal(token_types.bool(), visual):
         wrong = int((token_types.bool() != visual).sum())
         raise ValueError(

@@ -136,6 +136,14 @@ def test_frames_llava_cannot_take_are_refused_with_the_cure(llava_video, talk, n
         llava_video.backbone.limit_frame_pixels(100)
 
 
+def test_fewer_pixels_a_frame_are_fewer_tokens(qwen, talk, noise):
+    backbone = load_backbone(qwen.folder, frame_pixels=100 * 16 * 16)
+    (positions,) = backbone.encode([talk(noise(2, 320, 180))]).positions
+    assert 2 * 60 < len(positions) <= 2 * 100
+    with pytest.raises(ValueError, match="frame_pixels = 100 is less than one token; use at least 256"):
+        backbone.limit_frame_pixels(100)
+
+
 def test_frames_that_are_not_rgb_bytes_are_refused(shipped, talk):
     with pytest.raises(ValueError, match=r"frame 0 of sequence 0 is float64 \[8, 8, 3\]"):
         shipped.backbone.encode([talk([np.zeros((8, 8, 3))])])
@@ -185,6 +193,12 @@ def test_the_mrope_guard_fails_loudly_when_an_input_is_missing(qwen, pictured, n
     pictured.pop(name)
     with pytest.raises(ValueError, match=f"inputs lack {name}.*remove_unused_columns=False"):
         check_mrope(qwen.model, pictured)
+
+
+def test_text_alone_needs_no_image_positions(qwen, talk):
+    inputs = qwen.backbone.encode([talk([])]).inputs
+    inputs.pop("mm_token_type_ids")
+    check_mrope(qwen.model, inputs)
 
 
 def test_without_token_types_the_model_itself_says_nothing_and_is_wrong(qwen, pictured):
