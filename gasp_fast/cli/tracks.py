@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from gasp_fast.data.annotations import AnnotationCache, AnnotationPlan
 
+SAMPLE = 20_000  # sequences drawn for the statistics of a dry run
 HELP = "compute the tracks of training sequences once and keep them in shards; resumable, parallel"
 
 
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{len(plan):,} sequences of {len(plan.scenes):,} scenes in {plan.shards:,} shards")
     print(f"at most about {plan.expected_bytes / 1e6:,.1f} MB, {plan.expected_bytes / len(plan):,.0f} bytes a sequence")
     if arguments.dry_run:
+        print(f"{'a sample of ' if len(plan.sampler) > SAMPLE else ''}an epoch: {plan.sampler.statistics(0, SAMPLE)}")
         return 0
     part = parse_part(arguments.part)
     with _progress("computing tracks") as progress:

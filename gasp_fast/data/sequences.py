@@ -106,13 +106,14 @@ class SequenceSampler:
         others = sorted((frame for frame in nearby if frame != anchor), key=lambda _: uniform())[: wanted - 1]
         return FrameSequence(scene, (anchor, *sorted(others))), wanted
 
-    def statistics(self, epoch: int) -> EpochStatistics:
-        """Draws the whole epoch once, at about 0.1 ms a sequence."""
+    def statistics(self, epoch: int, at_most: int | None = None) -> EpochStatistics:
+        """Draws the epoch once, at about 0.1 ms a sequence; or `at_most` sequences, spread evenly over it."""
         sizes: Counter[int] = Counter()
         shortened = gaps = frames = 0
         starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         seen = np.zeros(starts[-1], bool)
-        for index in range(len(self)):
+        count = len(self) if at_most is None else min(at_most, len(self))
+        for index in (number * len(self) // count for number in range(count)):
             sequence, wanted = self._draw(epoch, index)
             anchor, *others = sequence.frames
             sizes[len(sequence.frames)] += 1
@@ -121,11 +122,11 @@ class SequenceSampler:
             gaps += sum(abs(other - anchor) for other in others)
             seen[starts[sequence.scene] + np.array(sequence.frames)] = True
         return EpochStatistics(
-            sequences=len(self),
+            sequences=count,
             frames=frames,
             shortened=shortened,
             frames_per_sequence=dict(sorted(sizes.items())),
-            mean_gap=gaps / (frames - len(self)),
+            mean_gap=gaps / (frames - count),
             coverage=float(seen.mean()),
         )
 

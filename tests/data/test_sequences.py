@@ -84,6 +84,8 @@ def test_epoch_statistics_count_what_is_drawn() -> None:
     assert statistics.mean_gap == pytest.approx(np.mean(gaps))
     assert statistics.coverage == len({(s.scene, frame) for s in drawn for frame in s.frames}) / 240
     assert "60 sequences" in str(statistics)
+    some = sampler.statistics(3, at_most=20)
+    assert some.sequences == 20 and some.frames == sum(len(drawn[3 * number].frames) for number in range(20))
 
 
 def test_planning_two_million_sequences_stores_nothing_per_sequence() -> None:
