@@ -9,8 +9,12 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+from rich.text import Text
+
 from ..data.computed_depth import FOLDER, INDEX, DepthIndex, read_index
-from ..data.depth_making import depth_from_predictor, depth_from_stereo, has_stereo
+from ..data.depth_making import Predictor, depth_from_predictor, depth_from_stereo, has_stereo
 from ..data.scene import Scene, open_scene, without_depth
 from ..data.scene_check import check_scene
 from .scenes import find_scenes
@@ -32,11 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     console = Console()
     roots = find_scenes(arguments.dir)
-    predictor = None
+    loaded: Predictor | None = None
     complete = True
     for root in roots:
         scene = open_scene(root)
@@ -45,14 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         scene = without_depth(scene)
         stereo = arguments.source == "mvs" or (arguments.source == "auto" and has_stereo(scene))
-        if not stereo and predictor is None:
-            predictor = _predictor(arguments, root)
-        index = _make(console, scene, stereo, predictor, arguments.model)
+        if not stereo and loaded is None:
+            loaded = _predictor(arguments, root)
+        index = _make(console, scene, None if stereo else loaded, arguments.model)
         complete &= _print(console, root, index)
     return 0 if complete else 1
 
 
-def _predictor(arguments: argparse.Namespace, root: Path):  # type: ignore[no-untyped-def]
+def _predictor(arguments: argparse.Namespace, root: Path) -> Predictor:
     if arguments.model is None:
         raise ValueError(f"{root}: no COLMAP stereo maps there; give --model DIR, a transformers depth model")
     from ..backbones.torchvision_shim import install
@@ -63,13 +65,13 @@ def _predictor(arguments: argparse.Namespace, root: Path):  # type: ignore[no-un
     return DepthModel(arguments.model, arguments.device)
 
 
-def _make(console, scene: Scene, stereo: bool, predictor, model: Path | None) -> DepthIndex:  # type: ignore[no-untyped-def]
-    from rich.progress import track
+def _make(console: Console, scene: Scene, predictor: Predictor | None, model: Path | None) -> DepthIndex:
+    """From `predictor`, or from stereo where there is none."""
 
     def progress(frames: Iterable[int]) -> Iterable[int]:
         return track(list(frames), scene.root.name, console=console, transient=True)
 
-    if stereo:
+    if predictor is None:
         return depth_from_stereo(scene, progress)
     return depth_from_predictor(scene, predictor, str(model), progress)
 
@@ -82,9 +84,8 @@ def _already(scene: Scene) -> str:
     return f"has computed depth already ({index.source}, {len(index.usable)} usable frames); --force makes it again"
 
 
-def _print(console, root: Path, index: DepthIndex) -> bool:  # type: ignore[no-untyped-def]
-    from rich.text import Text
-
+def _print(console: Console, root: Path, index: DepthIndex) -> bool:
+    """Say how it went; whether there is anything to use."""
     errors = sorted(fit.error for fit in index.frames.values() if fit.file is not None and fit.error is not None)
     fit = f"median error {errors[len(errors) // 2]:.3f}, worst {errors[-1]:.3f}" if errors else "not compared"
     console.print(

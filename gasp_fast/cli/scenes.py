@@ -10,7 +10,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ..data.scene import open_scene
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from ..data.formats import is_scene
+from ..data.scene import Scene, open_scene
 from ..data.scene_check import GAPS, SceneReport, check_scene
 
 HELP = "list scenes, check their geometry, draw their tracks"
@@ -36,9 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import track
-
     console = Console()
     roots = find_scenes(arguments.dir)
     reports: list[SceneReport] = []
@@ -65,8 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find_scenes(folder: Path) -> list[Path]:
     """`folder` itself if it is a scene, else every scene below it, not looking inside scenes."""
-    from ..data.formats import is_scene
-
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     found: list[Path] = []
@@ -79,7 +80,7 @@ def find_scenes(folder: Path) -> list[Path]:
     return found
 
 
-def _draw(scene, arguments: argparse.Namespace, many: bool) -> Path:  # type: ignore[no-untyped-def]
+def _draw(scene: Scene, arguments: argparse.Namespace, many: bool) -> Path:
     from ..data.scene_picture import draw_tracks
 
     name = f"{scene.root.resolve().name}-tracks.png"
@@ -92,10 +93,7 @@ def _draw(scene, arguments: argparse.Namespace, many: bool) -> Path:  # type: ig
     return draw_tracks(scene, path, arguments.first, arguments.grid)
 
 
-def _print(console, folder: Path, reports: list[SceneReport], failures: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
-    from rich.table import Table
-    from rich.text import Text
-
+def _print(console: Console, folder: Path, reports: list[SceneReport], failures: dict[str, str]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("scene", overflow="fold")
     for heading in ("format", "frames", "image", "depth", "step", *(f"gap {gap}" for gap in GAPS), ""):

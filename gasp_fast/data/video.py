@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def read_video(path: Path, frames: int, *, timeout: float = 30.0, longest_side: 
         raise OSError(f"{path}: cannot read video: {one_line(error)}") from error
 
 
-def _read(container, frames: int, deadline: float, longest_side: int | None) -> Video:  # type: ignore[no-untyped-def]
+def _read(container: Any, frames: int, deadline: float, longest_side: int | None) -> Video:
     """One pass from the start: exact for every codec, where seeking lands on key frames and sometimes beside them.
 
     Times are only known once decoded, so frames are kept at a stride that doubles whenever twice as many as wanted
@@ -89,7 +90,7 @@ def _read(container, frames: int, deadline: float, longest_side: int | None) -> 
     return Video(pixels, np.array([t for t, _ in chosen]), fps, last_time + 1.0 / fps)
 
 
-def _pixels(frame, longest_side: int | None) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _pixels(frame: Any, longest_side: int | None) -> np.ndarray:
     if longest_side and max(frame.width, frame.height) > longest_side:
         factor = longest_side / max(frame.width, frame.height)
         width, height = (max(2, round(n * factor)) for n in (frame.width, frame.height))

@@ -111,7 +111,7 @@ def random_views(seed: int, frames: int = 5) -> Views:
     return Views(depth, np.array(intrinsics), np.array(pose), size, np.arange(frames))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("grid", [1, 7, 24, "dense"])
 def test_compiled_and_reference_tracks_are_equal_to_the_last_bit(seed, grid):
     views = random_views(seed)
@@ -334,13 +334,11 @@ def pooled_by_hand(depth, size, x_edges, y_edges):
     result = np.zeros((len(y_edges) - 1, len(x_edges) - 1), np.float32)
     for r in range(result.shape[0]):
         for c in range(result.shape[1]):
-            inside = [
-                float(depth[y, x])
-                for y in range(height)
-                for x in range(width)
-                if x_edges[c] <= (x + 0.5) * size[0] / width < x_edges[c + 1]
-                and y_edges[r] <= (y + 0.5) * size[1] / height < y_edges[r + 1]
-            ]
+            x = (np.arange(width) + 0.5) * size[0] / width
+            y = (np.arange(height) + 0.5) * size[1] / height
+            across = (x >= x_edges[c]) & (x < x_edges[c + 1])
+            down = (y >= y_edges[r]) & (y < y_edges[r + 1])
+            inside = depth[np.ix_(down, across)].ravel().tolist()
             known = [d for d in inside if d > 0 and math.isfinite(d)]
             result[r, c] = np.float32(math.fsum(known) / len(known)) if known else 0
     return result

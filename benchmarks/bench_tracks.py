@@ -1,0 +1,175 @@
+"""Tracks and patch depth: the compiled twin against the NumPy reference, and what a sequence costs end to end.
+
+    python benchmarks/bench_tracks.py [--rounds 7] [--json FILE]
+
+1. Depth in memory, 24 frames of 960 x 540, one thread. Grid mode is 8 x 8 queries with the pooled depth of 34 x 19
+   patches; dense mode makes every pixel of the first frame a query. Variants are interleaved and each ratio is the
+   median of the ratios of one round, so that a busy machine slows both alike. No ratio is printed unless both gave
+   the same bits.
+2. Threads: the same dense job on 1, 2, ... threads.
+3. End to end from disk (photographs as JPEG, depth as 16-bit PNG): sequences per second on one core, with frames
+   decoded each time, with depth kept decoded, and without decoding anything: how far tracks are from mattering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gasp_fast.data.frame_cache import DECODED
+from gasp_fast.data.patch_depth import grid_edges, pool_depth
+from gasp_fast.data.scene import open_scene, rigid_inverse
+from gasp_fast.data.tracks import Tracks, Views, build_tracks, grid_queries, track_points, worker_threads
+
+WIDTH, HEIGHT, FRAMES = 960, 540, 24
+PATCHES = (34, 19)  # Qwen2.5-VL's tokens of a 960 x 540 frame
+
+
+def slanted_wall(frames: int = FRAMES) -> Views:
+    """Depth maps of a slanted wall with 1 % noise and 5 % holes, from a camera that moves and turns."""
+    draw = np.random.default_rng(0)
+    camera = np.array([[700.0, 0, WIDTH / 2], [0, 700.0, HEIGHT / 2], [0, 0, 1]])
+    x = (np.arange(WIDTH) + 0.5 - camera[0, 2]) / camera[0, 0]
+    y = (np.arange(HEIGHT) + 0.5 - camera[1, 2]) / camera[1, 1]
+    depth, poses = [], []
+    for f in range(frames):
+        angle = 0.006 * f
+        pose = np.eye(4)
+        pose[:3, :3] = [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
+        pose[:3, 3] = (0.02 * f, 0.004 * f, -0.01 * f)
+        normal = pose[:3, :3] @ np.array([0.2, 0.1, 1.0])
+        wall = (3.0 + normal @ pose[:3, 3]) / (normal[0] * x[None, :] + normal[1] * y[:, None] + normal[2])
+        wall *= 1 + 0.01 * draw.standard_normal(wall.shape)
+        wall[draw.random(wall.shape) < 0.05] = 0
+        depth.append(wall.astype(np.float32))
+        poses.append(pose)
+    size = np.tile([[WIDTH, HEIGHT]], (frames, 1))
+    return Views(depth, np.tile(camera, (frames, 1, 1)), np.array(poses), size, np.arange(frames))
+
+
+def grid_mode(views: Views, backend: str) -> tuple[Tracks, np.ndarray]:
+    tracks = track_points(grid_queries(views, 8), views, backend=backend)
+    edges = (grid_edges(WIDTH, PATCHES[0]), grid_edges(HEIGHT, PATCHES[1]))
+    return tracks, pool_depth(views.depth, views.size, *edges, backend=backend)
+
+
+def dense_mode(views: Views, backend: str, threads: int = 1) -> Tracks:
+    return track_points(grid_queries(views, "dense"), views, backend=backend, threads=threads)
+
+
+def same_bits(one: Tracks, other: Tracks) -> bool:
+    return all(
+        getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in ("query", "uv", "visible", "depth")
+    )
+
+
+def seconds(job: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+
+def compare(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Times of each variant, round by round, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for k in range(rounds + 1):
+        for name, job in variants.items():
+            spent = seconds(job)
+            if k:
+                times[name].append(spent)
+    return times
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+
+
+def bench_kernels(rounds: int) -> dict[str, float]:
+    views = slanted_wall()
+    reference, compiled = grid_mode(views, "numpy"), grid_mode(views, "cpp")
+    assert same_bits(reference[0], compiled[0]) and reference[1].tobytes() == compiled[1].tobytes()
+    assert same_bits(dense_mode(views, "numpy"), dense_mode(views, "cpp"))
+    result: dict[str, float] = {}
+    for name, mode, repeats in (("grid", grid_mode, 3 * rounds), ("dense", dense_mode, rounds)):
+        times = compare({b: lambda b=b, mode=mode: mode(views, b) for b in ("numpy", "cpp")}, repeats)
+        result[f"{name}_numpy_ms"] = 1e3 * statistics.median(times["numpy"])
+        result[f"{name}_cpp_ms"] = 1e3 * statistics.median(times["cpp"])
+        result[f"{name}_ratio"] = median_ratio(times["numpy"], times["cpp"])
+    counts = sorted({1, 2, worker_threads()})
+    times = compare({str(n): lambda n=n: dense_mode(views, "cpp", n) for n in counts}, rounds)
+    for n in counts[1:]:
+        result[f"dense_threads_{n}_speedup"] = median_ratio(times["1"], times[str(n)])
+    return result
+
+
+def write_scene(root: Path, frames: int) -> None:
+    views = slanted_wall(frames)
+    draw = np.random.default_rng(0)
+    texture = np.asarray(
+        Image.fromarray(draw.integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)).resize((WIDTH, HEIGHT))
+    )
+    for folder in ("color", "depth", "pose"):
+        (root / folder).mkdir()
+    for f in range(frames):
+        Image.fromarray(np.roll(texture, 9 * f, axis=1)).save(root / "color" / f"{f:04d}.jpg", quality=92)
+        Image.fromarray(np.rint(views.depth[f] * 1000).astype(np.uint16)).save(root / "depth" / f"{f:04d}.png")
+        np.savetxt(root / "pose" / f"{f:04d}.txt", rigid_inverse(views.pose[f]))
+    np.savetxt(root / "intrinsics.txt", views.intrinsics[0])
+
+
+def bench_sequences(rounds: int) -> dict[str, float]:
+    """Sequences of 16 frames out of 48, as the sampler draws them, on one core."""
+    edges = (grid_edges(WIDTH, PATCHES[0]), grid_edges(HEIGHT, PATCHES[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        write_scene(Path(folder), 48)
+        scene = open_scene(folder)
+
+        def sequence(seed: int, images: bool) -> None:
+            frames = np.random.default_rng(seed).permutation(48)[:16]
+            tracks = build_tracks(scene, frames, grid=8)
+            pool_depth([scene.depth(int(f)) for f in frames], [(WIDTH, HEIGHT)] * 16, *edges)
+            if images:
+                for f in frames:
+                    scene.image(int(f))
+            assert len(tracks)
+
+        def timed(held_bytes: int, images: bool) -> float:
+            DECODED.resize(0)
+            DECODED.resize(held_bytes)
+            if held_bytes:
+                scene.read_ahead(range(48), images=False)
+            return statistics.median(seconds(lambda k=k: sequence(k, images)) for k in range(rounds))
+
+        times = {
+            "images_and_depth_decoded": timed(0, images=True),
+            "depth_decoded": timed(0, images=False),
+            "depth_kept_decoded": timed(1 << 30, images=False),
+        }
+    DECODED.resize(256 << 20)
+    return {f"sequences_per_second_{name}": 1 / spent for name, spent in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    result = {**bench_kernels(arguments.rounds), **bench_sequences(arguments.rounds)}
+    for name, value in result.items():
+        print(f"{name:55s} {value:10.2f}")
+    if arguments.json:
+        machine = {"machine": platform.processor() or platform.machine(), "numpy": np.__version__}
+        arguments.json.write_text(json.dumps({**machine, **result}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
