@@ -65,10 +65,10 @@ inline __attribute__((always_inline)) float exp_of_nonpositive(float x) {
   return x < -87.0f ? 0.0f : p * scale;
 }
 
-// out = x * scale * factor
+// out = x (scale factor), rounded just as the gradient's loops round it
 CLONED void scale_row(const float* x, const float* scale, float factor, std::int64_t n, float* out) {
 #pragma omp simd
-  for (std::int64_t k = 0; k < n; ++k) out[k] = x[k] * scale[k] * factor;
+  for (std::int64_t k = 0; k < n; ++k) out[k] = x[k] * (scale[k] * factor);
 }
 
 CLONED float largest(const float* s, std::int64_t n) {
@@ -397,7 +397,7 @@ void terms_of_row(const Chunk& c, std::int64_t r, const Runs& runs, Statistics s
     float here = 0.0f, slope = 0.0f;
     for (std::int64_t at = runs.begin(r, f); at < runs.end(r, f); ++at) {
       const std::int64_t match = runs.order[at], column = runs.target[at] - runs.first_token;
-      const float positive = c.row(r)[column] * c.token_scale[column] * c.factor(r);
+      const float positive = c.row(r)[column] * (c.token_scale[column] * c.factor(r));
       terms.corr[match] = (sequence_negatives ? whole : lse[f]) - positive;
       terms.best[match] = st.best[cell] + runs.first_token;
       terms.confidence[match] = std::exp(st.peak[cell] - lse[f]);

@@ -92,7 +92,8 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
         count = len(ctx.needs_input_grad) - 3
-        tensors, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them at every look
+        tensors, gradients = saved[:count], saved[count:]
         if ctx.spent:  # a second backward over a retained graph: the first one used the gradients up
             gradients = _FusedLoss._run(ctx, tensors)[5:]
         ctx.spent = True
@@ -131,7 +132,8 @@ class _MatchTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, corr_scale: Tensor, depth_scale: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
-        plan, (temperature, *embeddings) = ctx.saved_tensors[: ctx.plan_size], ctx.saved_tensors[ctx.plan_size :]
+        saved = ctx.saved_tensors
+        plan, (temperature, *embeddings) = saved[: ctx.plan_size], saved[ctx.plan_size :]
         wants_temperature, *wants = ctx.needs_input_grad[3 + ctx.plan_size :]
         _, _, _, _, slope, *gradients = ops.match_terms(
             embeddings, list(plan), temperature, corr_scale, depth_scale, *ctx.settings[:2], any(wants),

@@ -77,6 +77,8 @@ def gasp_loss(
         corr, depth, best, confidence = autograd.match_terms(layers, matches.plan.tensors(), tau, settings)
         loss = None
     else:
+        if not torch.is_grad_enabled():  # autograd functions see what requires grad, not whether anyone records
+            layers, tau = [layer.detach() for layer in layers], tau.detach()
         weighting = Weighting(float(corr_weight), float(depth_weight), mean=reduction == "mean")
         loss, corr, depth, best, confidence = autograd.fused_loss(
             layers, matches.plan.tensors(), tau, weights.detach(), weighting, settings

@@ -31,7 +31,6 @@ class DenseFrames(NamedTuple):
     best: Tensor  # int64 [L, A, P], token in the batch; -1 in an empty frame
     peak: Tensor  # [L, A, P]
 
-
     similarity: list[Tensor]  # [L, R, n] of each sequence
 
 
@@ -50,7 +49,7 @@ def dense_frame_match(
     known: Tensor | None,  # bool [N]
     exclude_own: bool,
 ) -> DenseFrames:
-    unit = F.normalize(embeddings, dim=-1, eps=1e-12)
+    unit = _normalized(embeddings)
     per_sequence, similarity = [], []
     for span in rows.sequences():
         first, last = span.tokens
@@ -98,6 +97,12 @@ def dense_terms(
         best=frames.best[:, row, frame],
         confidence=(frames.peak[:, row, frame] - lse).exp().detach(),
     )
+
+
+def _normalized(embeddings: Tensor) -> Tensor:
+    """Norms of 16-bit numbers are taken in float32: float16 has no 1e-12 to clamp at."""
+    wide = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
+    return F.normalize(wide, dim=-1, eps=1e-12).to(embeddings.dtype)
 
 
 def _frame_statistics(

@@ -129,6 +129,29 @@ class _Part:
     x: Tensor | None  # [G, R, n], to be filled with dL/d(raw dot product)
 
 
+@dataclass(frozen=True)
+class _Buffers:
+    """The workspace: flat, and seen by each chunk in its own shape."""
+
+    width: int
+    anchors: Tensor
+    similarity: Tensor
+    x: Tensor
+    row_gradient: Tensor
+
+    def views(self, groups: int, rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def view(flat: Tensor, last: int) -> Tensor:
+            return flat[: groups * rows * last].view(groups, rows, last)
+
+        gradient = self.row_gradient
+        return (
+            view(self.anchors, self.width),
+            view(self.similarity, tokens),
+            view(self.x, tokens),
+            view(gradient, self.width) if gradient.numel() else gradient,
+        )
+
+
 @dataclass
 class _Walk:
     """Every layer group, sequence and row chunk once, in a fixed order, with the products before and after."""
@@ -147,17 +170,17 @@ class _Walk:
     def parts(self) -> Iterator[_Part]:
         products = Products.of(self.embeddings)
         operations = self.engine.operations
+        buffers = self._buffers(products)
         for layers in self._layer_groups(products):
             tokens = self.embeddings[layers]  # [G, N, D]
             scale = operations.inverse_norms(tokens)  # [G, N]
             for span in self.rows.sequences():
                 first, last = span.tokens
                 total = self._accumulator(layers, span)
-                yield from self._sequence(products, layers, span, tokens[:, first:last], scale[:, first:last], total)
+                sequence, sequence_scale = tokens[:, first:last], scale[:, first:last]
+                yield from self._sequence(products, buffers, layers, span, sequence, sequence_scale, total)
                 if self.gradient is not None and total is not None:
-                    operations.project_gradient(
-                        total, tokens[:, first:last], scale[:, first:last], self.gradient[layers, first:last]
-                    )
+                    operations.project_gradient(total, sequence, sequence_scale, self.gradient[layers, first:last])
 
     def temperature_gradient(self) -> Tensor | None:
         """`-(1 / tau) sum_i e_i . (X E)_i`: every row's share was noted when its chunk passed."""
@@ -168,17 +191,23 @@ class _Walk:
         return -torch.stack(self.slopes).sum() / self.temperature
 
     def _sequence(
-        self, products: Products, layers: slice, span: SequenceSpan, tokens: Tensor, scale: Tensor, total: Tensor | None
+        self,
+        products: Products,
+        buffers: _Buffers,
+        layers: slice,
+        span: SequenceSpan,
+        tokens: Tensor,  # [G, n, D]
+        scale: Tensor,  # [G, n]
+        total: Tensor | None,  # [G, n, D]
     ) -> Iterator[_Part]:
         first, last = span.tokens
-        backward = total is not None or self.want_temperature
         offsets = self.rows.frame_offsets[span.frames[0] : span.frames[1] + 1] - first
         if total is not None and span.rows[0] == span.rows[1]:
             total.zero_()
         for block in self._blocks(products, span, tokens):
             own = self.rows.row_token[block] - first  # [R]
-            anchors = tokens[:, own].to(products.element)  # [G, R, D]
-            similarity = tokens.new_empty(*anchors.shape[:2], last - first, dtype=torch.float32)
+            anchors, similarity, x, row_gradient = buffers.views(tokens.shape[0], own.shape[0], last - first)
+            anchors.copy_(tokens[:, own])
             products.similarity(anchors, tokens, similarity)
             chunk = RowChunk(
                 similarity=similarity,
@@ -191,29 +220,38 @@ class _Walk:
                 values=None if self.values is None else self.values[first:last],
                 known=None if self.known is None else self.known[first:last],
             )
-            in_place = products.element == torch.float32
-            x = similarity if in_place or not backward else torch.empty_like(similarity, dtype=products.element)
-            yield _Part(layers, span, block, chunk, x if backward else None)
-            if backward:
-                self._gradient_products(products, x, anchors, own, tokens, total, block.start == span.rows[0])
+            yield _Part(layers, span, block, chunk, x if self._backward else None)
+            if self._backward:
+                products.row_gradient(x, tokens, row_gradient)
+            if self.want_temperature:
+                self.slopes.append((anchors * row_gradient).sum())
+            if total is not None:
+                products.token_gradient(x, anchors, total, accumulate=block.start > span.rows[0])
+                total.index_add_(1, own, row_gradient)
 
-    def _gradient_products(
-        self,
-        products: Products,
-        x: Tensor,
-        anchors: Tensor,
-        own: Tensor,
-        tokens: Tensor,
-        total: Tensor | None,
-        fresh: bool,
-    ) -> None:
-        row_gradient = torch.empty(anchors.shape, dtype=torch.float32, device=anchors.device)
-        products.row_gradient(x, tokens, row_gradient)
-        if self.want_temperature:
-            self.slopes.append((anchors * row_gradient).sum())
-        if total is not None:
-            products.token_gradient(x, anchors, total, accumulate=not fresh)
-            total.index_add_(1, own, row_gradient)
+    @property
+    def _backward(self) -> bool:
+        return self.gradient is not None or self.want_temperature
+
+    def _buffers(self, products: Products) -> _Buffers:
+        """Room for the largest chunk of all, taken once."""
+        group = self._layer_groups(products)[0].stop
+        cells = rows = 0
+        for span in self.rows.sequences():
+            for block in self._blocks(products, span, self.embeddings[:group])[:1]:
+                cells = max(cells, group * (block.stop - block.start) * span.token_count)
+                rows = max(rows, group * (block.stop - block.start))
+        width = self._width
+        like = self.embeddings
+        similarity = like.new_empty(cells, dtype=torch.float32)
+        narrow = self._backward and products.element != torch.float32
+        return _Buffers(
+            width=width,
+            anchors=like.new_empty(rows * width, dtype=products.element),
+            similarity=similarity,
+            x=like.new_empty(cells, dtype=products.element) if narrow else similarity,
+            row_gradient=like.new_empty(rows * width if self._backward else 0, dtype=torch.float32),
+        )
 
     def _accumulator(self, layers: slice, span: SequenceSpan) -> Tensor | None:
         """float32 [G, n, D]: the gradient itself where it is float32."""

@@ -1,0 +1,181 @@
+"""Every backend against the dense reference in float64: the loss, each term, each metric and every gradient."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.problems import Problem, problems, random_problem, relative_error
+
+import gasp_fast
+
+EXACT = 1e-5  # float32, IEEE
+NARROW = 1e-2  # bfloat16 and float16
+SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
+
+
+def run(problem: Problem, embeddings: torch.Tensor, backend: str, **options):
+    """Loss, gradients of embeddings and temperature, and the output."""
+    embeddings = embeddings.detach().clone().requires_grad_()
+    wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    temperature = torch.tensor(problem.temperature, dtype=wide, requires_grad=True)
+    out = gasp_fast.gasp_loss(
+        embeddings, problem.matches, temperature, problem.negatives, return_metrics=True, backend=backend, **options
+    )
+    loss = out.loss
+    if loss.dim():
+        loss = (loss * torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)).sum()
+    loss.backward()
+    return loss.detach(), embeddings.grad, temperature.grad, out
+
+
+def natural_sizes(problem: Problem, reduction: str = "mean") -> dict[str, float]:
+    """Loss, dE and dtau where nothing cancels: similarities of 1 / tau, each differentiated at full weight."""
+    matches = len(problem.matches)
+    weight = min(1, matches) if reduction == "mean" else matches
+    inverse_norms = problem.embeddings.norm(dim=-1).clamp(min=1e-12).reciprocal()
+    tau = problem.temperature
+    return {"loss": weight / tau, "dE": weight / tau * float(inverse_norms.max()), "dtau": weight / tau**2}
+
+
+def assert_agrees(problem: Problem, dtype: torch.dtype, tolerance: float, backend: str, **options) -> None:
+    rounded = problem.embeddings.to(dtype)
+    truth = run(problem, rounded.double(), "torch", **options)
+    found = run(problem, rounded, backend, **options)
+    assert found[3].backend == backend
+    natural = natural_sizes(problem, **options)
+    for name, ours, theirs in zip(natural, found, truth, strict=False):
+        assert relative_error(ours, theirs, natural[name]) <= tolerance, name
+    assert found[1].dtype == dtype
+    for name in ("corr_per_layer", "depth_per_layer"):
+        assert relative_error(getattr(found[3], name), getattr(truth[3], name), natural["loss"]) <= tolerance, name
+
+
+@settings(max_examples=320, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problems(), st.sampled_from(["mean", "sum", "none"]))
+def test_cpp_agrees_with_float64_in_float32(problem, reduction):
+    assert_agrees(problem, torch.float32, EXACT, "cpp", reduction=reduction)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_cpp_agrees_with_float64_in_sixteen_bits(problem, dtype):
+    assert_agrees(problem, dtype, NARROW, "cpp")
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_reference_in_float32_agrees_with_itself_in_float64(problem):
+    assert_agrees(problem, torch.float32, EXACT, "torch")
+
+
+@pytest.mark.parametrize("negatives", ["sequence", "frame"])
+@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.02])
+def test_cold_temperatures_underflow_nowhere(negatives, temperature):
+    """At 0.005 similarities span 400 units: a shared maximum would lose every token of known depth."""
+    problem = random_problem(5, SEQUENCES, width=3, temperature=temperature, negatives=negatives, planted=9, holes=0.8)
+    # Rounding of the embeddings themselves is magnified by 1 / tau; compare from the same float32 numbers.
+    truth = run(problem, problem.embeddings.float().double(), "torch")
+    found = run(problem, problem.embeddings.float(), "cpp")
+    assert relative_error(found[0], truth[0]) < 1e-5
+    assert relative_error(found[1], truth[1]) < 1e-5 * (0.07 / temperature)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(widths=(8, 40)))
+def test_error_is_at_most_twice_that_of_dense_arithmetic_in_the_same_type(problem):
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = problem.embeddings.to(dtype)
+        truth = run(problem, rounded.double(), "torch")
+        dense, ours = run(problem, rounded, "torch"), run(problem, rounded, "cpp")
+        # One rounding of the result itself is nobody's error.
+        rounding, natural = torch.finfo(dtype).eps, natural_sizes(problem)
+        for name, d, o, t in zip(("loss", "dE"), dense, ours, truth, strict=False):
+            size = natural[name]
+            assert relative_error(o, t, size) <= 2 * relative_error(d, t, size) + rounding, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_metrics_are_those_of_the_reference(problem):
+    truth = run(problem, problem.embeddings.float().double(), "torch")[3].metrics
+    found = run(problem, problem.embeddings.float(), "cpp")[3].metrics
+    share = 1 / max(1, len(problem.matches))  # equal similarities may rank either way after rounding
+    assert (found.accuracy - truth.accuracy).abs().max() <= share + 1e-6
+    assert (found.pck - truth.pck).abs().max() <= share + 1e-6
+    assert torch.allclose(found.confidence.double(), truth.confidence.double(), atol=1e-4)
+
+
+def test_metrics_of_planted_features_are_exact():
+    problem = random_problem(1, [[20, 20]], layers=1, width=64, matches=0)
+    anchor, target = torch.arange(20), torch.arange(20, 40)
+    xy = torch.stack([torch.arange(40) % 20, torch.zeros(40, dtype=torch.long)], dim=1)
+    matches = gasp_fast.Matches(frame_offsets=torch.tensor([0, 20, 40]), anchor=anchor, target=target, token_xy=xy)
+    embeddings = problem.embeddings.clone()
+    embeddings[:, 20:] = embeddings[:, :20].roll(2, dims=1)  # each anchor looks like the token two columns on
+    metrics = gasp_fast.gasp_loss(embeddings.float(), matches, return_metrics=True).metrics
+    assert metrics.accuracy.item() == 0.0
+    assert metrics.pck.item() == pytest.approx(18 / 20)  # the last two wrap around the row
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_layer_weights_weigh_layers_and_learn(backend, reduction):
+    problem = random_problem(2, SEQUENCES, layers=3)
+    weights = torch.tensor([0.2, 0.0, 1.5], requires_grad=True)
+    embeddings = problem.embeddings.float().requires_grad_()
+    out = gasp_fast.gasp_loss(embeddings, problem.matches, layer_weights=weights, reduction=reduction, backend=backend)
+    out.loss.sum().backward()
+    single = [
+        gasp_fast.gasp_loss(layer, problem.matches, reduction=reduction, backend=backend).loss.sum()
+        for layer in problem.embeddings.float()
+    ]
+    assert float(out.loss.detach().sum()) == pytest.approx(0.2 * float(single[0]) + 1.5 * float(single[2]), rel=1e-5)
+    assert weights.grad.tolist() == pytest.approx([float(loss) for loss in single], rel=1e-5)
+    assert embeddings.grad[1].abs().max() == 0 < embeddings.grad[2].abs().max()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_list_of_layers_is_the_same_as_a_stack(backend):
+    problem = random_problem(2, SEQUENCES, layers=3)
+    stack = problem.embeddings.float().requires_grad_()
+    layers = [layer.detach().clone().requires_grad_() for layer in problem.embeddings.float()]
+    one = gasp_fast.gasp_loss(stack, problem.matches, backend=backend)
+    many = gasp_fast.gasp_loss(layers, problem.matches, backend=backend)
+    one.loss.backward()
+    many.loss.backward()
+    assert torch.allclose(one.loss, many.loss, rtol=1e-6)
+    assert torch.allclose(stack.grad, torch.stack([layer.grad for layer in layers]), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["loss", "corr", "depth", "mixture"])
+def test_every_output_can_be_differentiated(name):
+    problem = random_problem(4, SEQUENCES, layers=2)
+    gradients = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "cpp")):
+        embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
+        out = gasp_fast.gasp_loss(embeddings, problem.matches, backend=backend)
+        scalar = 2 * out.loss - 3 * out.corr + out.depth if name == "mixture" else getattr(out, name)
+        scalar.backward()
+        gradients.append(embeddings.grad)
+    assert relative_error(gradients[1], gradients[0]) < EXACT
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_loss_is_its_two_terms(backend):
+    problem = random_problem(4, SEQUENCES, layers=3)
+    out = gasp_fast.gasp_loss(
+        problem.embeddings.float(), problem.matches, corr_weight=0.7, depth_weight=2.0, backend=backend
+    )
+    assert float(out.loss) == pytest.approx(0.7 * float(out.corr) + 2.0 * float(out.depth), rel=1e-6)
+    assert float(out.corr) == pytest.approx(float(out.corr_per_layer.mean()), rel=1e-6)
+    assert float(out.depth) == pytest.approx(float(out.depth_per_layer.mean()), rel=1e-6)
+
+
+def test_module_learns_its_temperature():
+    problem = random_problem(4, SEQUENCES, planted=3.0)
+    module = gasp_fast.GaspLoss(learnable_temperature=True)
+    plain = gasp_fast.gasp_loss(problem.embeddings.float(), problem.matches)
+    out = module(problem.embeddings.float(), problem.matches)
+    assert torch.allclose(out.loss, plain.loss)
+    out.loss.backward()
+    assert module.log_temperature.grad.abs() > 0

@@ -1,0 +1,317 @@
+"""Contract 1.4: what every fast backend promises beyond being right. Here on the CPU; `test_gpu.py` asks a GPU."""
+
+import pytest
+import torch
+from support.problems import random_problem, relative_error
+from torch.utils.checkpoint import checkpoint
+
+import gasp_fast
+from gasp_fast.kernels import engines, rows_cpp
+from gasp_fast.kernels.chunked import ChunkedEngine
+
+SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def step(problem, dtype=torch.float32, upstream=1.0, **options):
+    embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
+    out = gasp_fast.gasp_loss(embeddings, problem.matches, 0.07, backend="cpp", return_metrics=True, **options)
+    (upstream * out.loss).sum().backward()
+    return [out.loss.detach(), out.corr_per_layer, out.depth_per_layer, out.metrics.confidence, embeddings.grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_two_runs_agree_to_the_last_bit(dtype, reduction):
+    problem = random_problem(0, SEQUENCES, width=70, matches=200)
+    first, second = step(problem, dtype, reduction=reduction), step(problem, dtype, reduction=reduction)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_number_of_threads_does_not_change_a_bit_of_the_row_operations():
+    problem = random_problem(0, SEQUENCES, width=16, matches=200)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            rows_cpp._threads, original = (lambda count=count: count), rows_cpp._threads
+            results.append(step(problem))
+            rows_cpp._threads = original
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every `torch.empty` is filled with NaN (or the largest integer): what nobody writes shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("matches", [0, 1, 60])
+def test_nothing_unwritten_is_read(poisoned_memory, dtype, matches):
+    assert torch.empty(3).isnan().all()
+    problem = random_problem(0, SEQUENCES, width=33, matches=matches)
+    poisoned = step(problem, dtype)
+    assert all(value.isfinite().all() for value in poisoned)
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(poisoned, step(problem, dtype), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace", [1, 5_000, 40_000])
+def test_any_chunking_gives_the_same_result(monkeypatch, dtype, workspace):
+    problem = random_problem(0, SEQUENCES, width=24, matches=150)
+    whole = step(problem, dtype)
+    small = ChunkedEngine(operations=rows_cpp, workspace_bytes=workspace)
+    monkeypatch.setattr("gasp_fast.kernels.ops.engine_for", lambda backend, embeddings: small)
+    for a, b in zip(whole, step(problem, dtype), strict=True):
+        assert relative_error(b, a) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+def allocations(work):
+    """(largest single tensor, peak of all that was alive), in bytes, of what `work` allocates on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for size in sizes:
+        alive += size
+        peak = max(peak, alive)
+    return max(sizes, default=0), peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_of_anchor_times_token_size(dtype):
+    """And the workspace does not grow with either: only statistics and gradients do."""
+    width, extra = 64, []
+    for frames in (8, 16):  # twice the anchors and twice the tokens
+        tokens = 1024 * frames
+        problem = random_problem(0, [[1024] * frames], layers=1, width=width, matches=tokens)
+        anchors = problem.matches.plan.rows.row_token.shape[0]
+        embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
+        gasp_fast.gasp_loss(embeddings, problem.matches).loss.backward()  # whatever is only allocated once
+        embeddings.grad = None
+        largest, peak = allocations(lambda e=embeddings, m=problem.matches: gasp_fast.gasp_loss(e, m).loss.backward())
+        assert largest < anchors * tokens  # bytes: not even one byte for each pair
+        gradients = tokens * width * (4 if dtype == torch.float32 else 6)
+        statistics = anchors * frames * 4 * 8
+        extra.append(peak - gradients - statistics)
+    assert max(extra) <= engines.CPU_WORKSPACE + (8 << 20)
+    assert extra[1] <= extra[0] + (4 << 20)
+
+
+def test_addresses_pass_two_to_the_thirty_one():
+    """Rows 2^26 elements apart: the last one starts at element 4.2 * 10^9. Only touched pages cost memory."""
+    problem = random_problem(0, [[24, 17], [22]], layers=1, width=16, matches=20)
+    tokens, stride = problem.embeddings.shape[1], 1 << 26
+    storage = torch.empty(tokens * stride + 16, dtype=torch.bfloat16)
+    spread = storage.as_strided((tokens, 16), (stride, 1))
+    spread.copy_(problem.embeddings[0])
+    assert (tokens - 1) * stride > 2**31
+    results = []
+    for rows in (spread, spread.contiguous()):
+        rows.requires_grad_()
+        out = gasp_fast.gasp_loss(rows, problem.matches, backend="cpp")
+        out.loss.backward()
+        results.append((out.loss.detach(), rows.grad.clone()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_gradients_come_only_where_asked():
+    problem = random_problem(0, SEQUENCES, layers=2)
+    layers = [layer.float().clone() for layer in problem.embeddings]
+    layers[1].requires_grad_()
+    temperature = torch.tensor(0.07)
+    gasp_fast.gasp_loss(layers, problem.matches, temperature, backend="cpp").loss.backward()
+    assert layers[0].grad is None and temperature.grad is None and layers[1].grad.abs().sum() > 0
+    only_tau = torch.tensor(0.07, requires_grad=True)
+    gasp_fast.gasp_loss(problem.embeddings.float(), problem.matches, only_tau, backend="cpp").loss.backward()
+    assert only_tau.grad.abs() > 0
+
+
+def test_without_gradient_no_gradient_is_computed(monkeypatch):
+    problem = random_problem(0, SEQUENCES)
+
+    def refuse(*_):
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr(rows_cpp, "similarity_gradient", refuse)
+    with torch.no_grad():
+        gasp_fast.gasp_loss(problem.embeddings.float().requires_grad_(), problem.matches, backend="cpp")
+    gasp_fast.gasp_loss(problem.embeddings.float(), problem.matches, backend="cpp")
+    with pytest.raises(AssertionError, match="was computed"):
+        gasp_fast.gasp_loss(problem.embeddings.float().requires_grad_(), problem.matches, backend="cpp")
+
+
+@pytest.mark.parametrize("upstream", [0.0, -3.7, 1e3])
+def test_any_upstream_gradient_is_honoured(upstream):
+    problem = random_problem(0, SEQUENCES)
+    plain, scaled = step(problem)[-1], step(problem, upstream=upstream)[-1]
+    assert torch.allclose(scaled, upstream * plain, rtol=1e-6)
+
+
+def test_a_retained_graph_gives_the_same_gradient_again():
+    problem = random_problem(0, SEQUENCES)
+    embeddings = problem.embeddings.float().requires_grad_()
+    loss = gasp_fast.gasp_loss(embeddings, problem.matches, backend="cpp").loss
+    (first,) = torch.autograd.grad(2.5 * loss, embeddings, retain_graph=True)
+    first = first.clone()
+    (second,) = torch.autograd.grad(2.5 * loss, embeddings, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, embeddings)
+    assert torch.equal(first, second)
+    assert torch.allclose(third * 2.5, first, rtol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_under_activation_checkpointing(use_reentrant):
+    problem = random_problem(0, SEQUENCES)
+    plain = step(problem)
+    embeddings = problem.embeddings.float().clone().requires_grad_()
+    loss = checkpoint(
+        lambda e: gasp_fast.gasp_loss(e, problem.matches, backend="cpp").loss, embeddings, use_reentrant=use_reentrant
+    )
+    loss.backward()
+    assert torch.equal(loss.detach(), plain[0]) and torch.equal(embeddings.grad, plain[-1])
+
+
+def test_under_autocast_nothing_is_cast():
+    problem = random_problem(0, SEQUENCES)
+    plain = step(problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = step(problem)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_non_contiguous_embeddings(dtype):
+    problem = random_problem(0, SEQUENCES, layers=3)
+    plain = step(problem, dtype)
+    for spread in (
+        lambda e: e.transpose(0, 1).contiguous().transpose(0, 1),  # layers inside tokens
+        lambda e: e.mT.contiguous().mT,  # columns
+        lambda e: torch.stack([e, e], dim=-1)[..., 0],  # every other number
+    ):
+        embeddings = spread(problem.embeddings.to(dtype)).requires_grad_()
+        assert not embeddings.is_contiguous()
+        out = gasp_fast.gasp_loss(embeddings, problem.matches, backend="cpp")
+        (gradient,) = torch.autograd.grad(out.loss, embeddings)
+        assert torch.equal(gradient, plain[-1])
+
+
+def test_compiled_gradients_are_the_eager_ones_to_the_last_bit():
+    def loss(embeddings, temperature, matches, reduction):
+        out = gasp_fast.gasp_loss(embeddings, matches, temperature, reduction=reduction, backend="cpp")
+        return out.loss.sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for seed, reduction in [(0, "mean"), (1, "mean"), (2, "mean"), (3, "none")]:
+        problem = random_problem(seed, SEQUENCES, matches=10 + seed)
+        results = []
+        for function in (loss, compiled):
+            embeddings = problem.embeddings.float().clone().requires_grad_()
+            temperature = torch.tensor(0.07, requires_grad=True)
+            value = function(embeddings, temperature, problem.matches, reduction)
+            (1.7 * value).backward()
+            results.append((embeddings.grad, temperature.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_compiled_frame_match():
+    problem = random_problem(0, [[12, 9, 14]], layers=1)
+    rows, values = torch.arange(12), torch.rand(35, 2)
+
+    def moments(embeddings):
+        found = gasp_fast.frame_match(embeddings, rows, problem.matches.frame_offsets, values=values, backend="cpp")
+        return found.lse.sum() + found.expected.sum()
+
+    results = []
+    for function in (moments, torch.compile(moments)):
+        embeddings = problem.embeddings.float().clone().requires_grad_()
+        function(embeddings).backward()
+        results.append(embeddings.grad)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_refused(reduction):
+    problem = random_problem(0, SEQUENCES)
+    embeddings = problem.embeddings.float().requires_grad_()
+    loss = gasp_fast.gasp_loss(embeddings, problem.matches, reduction=reduction, backend="cpp").loss.sum()
+    with pytest.raises(RuntimeError, match="use backend='torch'"):
+        torch.autograd.grad(loss, embeddings, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_no_match_is_no_loss_and_no_gradient(dtype):
+    problem = random_problem(0, SEQUENCES, matches=0)
+    embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
+    out = gasp_fast.gasp_loss(embeddings, problem.matches, return_metrics=True)
+    out.loss.backward()
+    assert out.loss == 0 and out.corr == 0 and out.depth == 0
+    assert embeddings.grad.abs().max() == 0
+    assert out.metrics.pck.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("missing", ["target_depth", "patch_depth", "valid", "known"])
+def test_no_depth_is_a_zero_that_stays_connected(backend, missing):
+    problem = random_problem(0, SEQUENCES)
+    m = problem.matches
+    depth = {"target_depth": m.target_depth, "depth_valid": m.depth_valid, "patch_depth": m.patch_depth}
+    if missing == "target_depth":
+        depth["target_depth"] = depth["depth_valid"] = None
+    elif missing == "patch_depth":
+        depth["patch_depth"] = None
+    elif missing == "valid":
+        depth["depth_valid"] = torch.zeros(len(m), dtype=torch.bool)
+    else:
+        depth["patch_depth"] = torch.full_like(m.patch_depth, float("nan"))
+    matches = gasp_fast.Matches(
+        frame_offsets=m.frame_offsets, sequence_offsets=m.sequence_offsets, anchor=m.anchor, target=m.target, **depth
+    )
+    embeddings = problem.embeddings.float().requires_grad_()
+    out = gasp_fast.gasp_loss(embeddings, matches, backend=backend)
+    assert out.depth == 0 and out.depth.requires_grad
+    out.depth.backward(retain_graph=True)
+    assert embeddings.grad.abs().max() == 0
+    out.loss.backward()
+    assert embeddings.grad.isfinite().all() and embeddings.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_zero_embedding_row_stays_finite(backend, dtype):
+    problem = random_problem(0, SEQUENCES)
+    embeddings = problem.embeddings.to(dtype).clone()
+    anchor, target = int(problem.matches.anchor[0]), int(problem.matches.target[0])
+    for dead in (anchor, target):
+        embeddings[:, dead] = 0
+    embeddings.requires_grad_()
+    out = gasp_fast.gasp_loss(embeddings, problem.matches, backend=backend)
+    out.loss.backward()
+    alive = torch.ones(embeddings.shape[1], dtype=torch.bool)
+    alive[[anchor, target]] = False
+    assert out.loss.isfinite()
+    # The true gradient of a dead row is of the order of 1e12, which float16 cannot hold; nobody else may suffer.
+    assert embeddings.grad[:, alive if dtype == torch.float16 else slice(None)].isfinite().all()
+
+
+def test_an_embedding_that_is_nan_shows_in_the_loss():
+    problem = random_problem(0, SEQUENCES)
+    embeddings = problem.embeddings.float().clone()
+    embeddings[:, int(problem.matches.target[0])] = float("nan")
+    assert gasp_fast.gasp_loss(embeddings, problem.matches, backend="cpp").loss.isnan()
+
+
+def test_inference_mode_and_grad_free_callers():
+    problem = random_problem(0, SEQUENCES)
+    with torch.inference_mode():
+        loss = gasp_fast.gasp_loss(problem.embeddings.float(), problem.matches, backend="cpp").loss
+    assert torch.equal(loss, step(problem)[0])

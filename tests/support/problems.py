@@ -1,0 +1,157 @@
+"""Random problems for the loss, and the loss written out in loops: no vectorisation, nothing shared with the package."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gasp_fast
+
+
+@dataclass(frozen=True)
+class Problem:
+    embeddings: Tensor  # float64 [L, N, D]
+    matches: gasp_fast.Matches
+    temperature: float
+    negatives: str
+
+    def __repr__(self) -> str:  # hypothesis prints failing examples
+        offsets = self.matches.frame_offsets.tolist()
+        return (
+            f"Problem(shape={list(self.embeddings.shape)}, offsets={offsets}, {self.matches}, tau={self.temperature})"
+        )
+
+
+def random_problem(
+    seed: int,
+    sequences: list[list[int]],  # tokens of each frame of each sequence
+    *,
+    layers: int = 2,
+    width: int = 16,
+    matches: int = 12,
+    temperature: float = 0.07,
+    negatives: str = "sequence",
+    holes: float = 0.3,
+    planted: float = 0.0,  # how much of its target's direction each anchor carries
+    scale: float = 1.0,
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    sizes = [size for frames in sequences for size in frames]
+    frame_offsets = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
+    sequence_offsets = torch.tensor([0, *torch.tensor([len(f) for f in sequences]).cumsum(0).tolist()])
+    tokens = int(frame_offsets[-1])
+    frame_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    sequence_of = torch.searchsorted(sequence_offsets[1:].contiguous(), frame_of, right=True)
+    allowed = (frame_of[:, None] != frame_of) & (sequence_of[:, None] == sequence_of)
+    pairs = allowed.nonzero()
+    count = matches if len(pairs) else 0
+    chosen = pairs[torch.randint(max(1, len(pairs)), (count,), generator=generator)] if count else pairs[:0]
+    embeddings = torch.randn(layers, tokens, width, generator=generator, dtype=torch.float64)
+    for anchor, target in chosen.tolist():
+        embeddings[:, anchor] += planted * embeddings[:, target]
+    patch_depth = 0.5 + 3 * uniform(tokens)
+    patch_depth[uniform(tokens) < holes] = 0.0
+    patch_depth[uniform(tokens) < holes / 3] = float("nan")
+    target_depth = 0.5 + 3 * uniform(count)
+    target_depth[uniform(count) < 0.1] = float("inf")
+    grid = torch.stack([torch.arange(tokens) % 5, torch.arange(tokens) // 5], dim=1)
+    return Problem(
+        embeddings * scale,
+        gasp_fast.Matches(
+            frame_offsets=frame_offsets,
+            sequence_offsets=sequence_offsets if len(sequences) > 1 else None,
+            anchor=chosen[:, 0].contiguous(),
+            target=chosen[:, 1].contiguous(),
+            target_depth=target_depth,
+            depth_valid=uniform(count) < 0.8,
+            patch_depth=patch_depth,
+            token_xy=grid,
+        ),
+        temperature,
+        negatives,
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn, largest_frame: int = 9, widths: tuple[int, ...] = (1, 3, 8, 17, 40)) -> Problem:
+    """Ragged frames, several sequences, duplicate anchors and matches, holes in depth, one-token and empty frames."""
+    frame = st.integers(0, largest_frame)
+    sequences = draw(st.lists(st.lists(frame, min_size=1, max_size=5), min_size=1, max_size=3))
+    if sum(map(sum, sequences)) == 0:
+        sequences[0][0] = 1
+    return random_problem(
+        draw(st.integers(0, 2**31)),
+        sequences,
+        layers=draw(st.integers(1, 3)),
+        width=draw(st.sampled_from(widths)),
+        matches=draw(st.sampled_from([0, 1, 2, 7, 30])),
+        temperature=draw(st.sampled_from([0.05, 0.07, 0.3, 1.0])),
+        negatives=draw(st.sampled_from(["sequence", "frame"])),
+        holes=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        planted=draw(st.sampled_from([0.0, 0.5, 3.0])),
+        scale=draw(st.sampled_from([0.01, 1.0, 30.0])),
+    )
+
+
+def loss_in_loops(problem: Problem, corr_weight: float = 0.3, depth_weight: float = 1.0, eps: float = 1e-6) -> dict:
+    """Contract 1.3, one match at a time, in Python floats."""
+    m = problem.matches
+    offsets = m.frame_offsets.tolist()
+    ends = m.sequence_offsets.tolist() if m.sequence_offsets is not None else [0, len(offsets) - 1]
+    corr_layers, depth_layers, corr_terms, depth_terms = [], [], [], []
+    for layer in problem.embeddings:
+        unit = [[x / max(math.sqrt(sum(y * y for y in e)), 1e-12) for x in e] for e in layer.tolist()]
+
+        def s(i: int, k: int, unit: list = unit) -> float:
+            return sum(a * b for a, b in zip(unit[i], unit[k], strict=True)) / problem.temperature
+
+        corrs, depths, counted = [], [], 0
+        for index, (i, t) in enumerate(zip(m.anchor.tolist(), m.target.tolist(), strict=True)):
+            b = next(f for f in range(len(offsets) - 1) if offsets[f] <= t < offsets[f + 1])
+            q = next(q for q in range(len(ends) - 1) if ends[q] <= b < ends[q + 1])
+            frame = range(offsets[b], offsets[b + 1])
+            whole = range(offsets[ends[q]], offsets[ends[q + 1]])
+            among = [k for k in whole if k != i] if problem.negatives == "sequence" else list(frame)
+            corrs.append(-s(i, t) + math.log(sum(math.exp(s(i, k)) for k in among)))
+            known = [k for k in frame if math.isfinite(m.patch_depth[k]) and m.patch_depth[k] > 0]
+            d = float(m.target_depth[index])
+            if not (bool(m.depth_valid[index]) and math.isfinite(d) and d > 0 and known):
+                depths.append(0.0)
+                continue
+            weights = [math.exp(s(i, k)) for k in known]
+            guess = sum(w * float(m.patch_depth[k]) for w, k in zip(weights, known, strict=True)) / sum(weights)
+            depths.append(abs(d - guess) / (d + guess + eps))
+            counted += 1
+        corr_terms.append(corrs)
+        depth_terms.append(depths)
+        corr_layers.append(sum(corrs) / max(1, len(corrs)))
+        depth_layers.append(sum(depths) / max(1, counted))
+    layers = len(problem.embeddings)
+    return {
+        "loss": sum(corr_weight * c + depth_weight * d for c, d in zip(corr_layers, depth_layers, strict=True))
+        / layers,
+        "corr_per_layer": corr_layers,
+        "depth_per_layer": depth_layers,
+        "corr": corr_terms,
+        "depth": depth_terms,
+    }
+
+
+def relative_error(found: Tensor, truth: Tensor, natural: float = 0.0) -> float:
+    """`||found - truth|| / ||truth||`.
+
+    Where a gradient cancels to (nearly) nothing, rounding does not: a one-dimensional embedding has no tangent, a
+    match with a single candidate no loss. `natural` is the size the number has when nothing cancels; below a
+    twentieth of that, errors are measured against that twentieth (so 1e-5 asks for 5e-7 of `natural`: a few units
+    in the last place of float32).
+    """
+    difference = (found.detach().double() - truth.detach().double()).norm()
+    return float(difference / max(float(truth.detach().double().norm()), 0.05 * natural, 1e-30))
