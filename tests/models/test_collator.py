@@ -170,7 +170,10 @@ def test_sequences_of_unequal_length_are_thinned_for_llava(llava_video, qwen):
     shorter = thinned(samples[1], 4)
     assert [int(f) for f in shorter.tracks[0].frames] == [0, 2, 4, 6]
     assert all(a is samples[1].frames[f] for a, f in zip(shorter.frames, (0, 2, 4, 6), strict=True))
-    assert np.array_equal(shorter.tracks[0].uv, samples[1].tracks[0].uv[:, [0, 2, 4, 6]])
+    for name in ("uv", "visible", "depth"):
+        whole = getattr(samples[1].tracks[0], name)
+        assert np.array_equal(getattr(shorter.tracks[0], name), whole[:, [0, 2, 4, 6]])
+    assert all(a is samples[1].depth[f] for a, f in zip(shorter.depth, (0, 2, 4, 6), strict=True))
     assert Collator(qwen.backbone)(samples)["matches"].sequence_offsets.tolist() == [0, 4, 11]
 
 
