@@ -357,7 +357,7 @@ def test_damaged_files_never_crash_hang_or_speak_riddles(scene_world, tmp_path, 
     else:
         format_named(name).write(source, root)
     done = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(root), str(tmp_path / "work"), "70"],
+        [sys.executable, "-c", FUZZ, str(root), str(tmp_path / "work"), "50"],
         capture_output=True,
         text=True,
         timeout=120,
