@@ -135,6 +135,14 @@ def test_half_a_shard_is_made_anew(library: Path, plan: AnnotationPlan, cache: A
     assert hashes(tmp_path) == hashes(cache.folder)
 
 
+def test_a_shard_of_another_plan_is_made_anew(library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path):
+    list(annotate(library, tmp_path / "mine", plan))
+    list(annotate(library, tmp_path / "other", replace(plan, grid=4)))
+    os.replace(shard_path(tmp_path / "other", 1), shard_path(tmp_path / "mine", 1))
+    list(annotate(library, tmp_path / "mine", plan))
+    assert hashes(tmp_path / "mine") == hashes(cache.folder)
+
+
 def test_a_flipped_bit_is_found(library: Path, plan: AnnotationPlan, tmp_path: Path) -> None:
     list(annotate(library, tmp_path, plan))
     path = shard_path(tmp_path, 3)
