@@ -1,4 +1,4 @@
-"""Random problems for the loss, and the loss written out in loops: no vectorisation, nothing shared with the package."""
+"""Random problems for the loss, and the loss written out in loops, sharing nothing with the package."""
 
 from __future__ import annotations
 

@@ -1,0 +1,36 @@
+# Everything runs in .venv/, made here. `make demo` and `make test` do their own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup test lint format bench demo clean
+
+setup: $(STAMP)
+
+# One pip command with the pins as constraints: a second one could pull another torch. DeepSpeed compiles nothing.
+$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/gasp-fast bench
+
+demo: setup
+	$(BIN)/python examples/two_planes.py --out demo
+
+clean:
+	rm -rf build dist *.egg-info gasp_fast/*.so .pytest_cache .mypy_cache .ruff_cache
