@@ -24,6 +24,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -93,7 +94,10 @@ void for_each_block(int64_t blocks, int threads, Work work) {
         }
     };
     std::vector<std::thread> pool;
-    for (int64_t t = 1; t < used; ++t) pool.emplace_back(loop);
+    try {
+        for (int64_t t = 1; t < used; ++t) pool.emplace_back(loop);
+    } catch (const std::system_error&) {  // no more threads to be had: those that are do the work
+    }
     loop();
     for (auto& thread : pool) thread.join();
     if (failure) std::rethrow_exception(failure);
@@ -181,7 +185,10 @@ Map map_of(const Array<float>& depth, const double* size, const std::string& nam
 
 std::vector<Array<float>> maps_of(const py::list& depth) {
     std::vector<Array<float>> maps;
-    for (const auto& one : depth) maps.push_back(Array<float>::ensure(one));
+    for (const auto& one : depth) {
+        maps.push_back(Array<float>::ensure(one));
+        if (!maps.back()) throw py::type_error("depth[" + std::to_string(maps.size() - 1) + "] is not an array");
+    }
     return maps;
 }
 

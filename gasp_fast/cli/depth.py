@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     complete = True
     for root in roots:
         scene = open_scene(root)
-        if scene.has_depth and not arguments.force:
+        if scene.has_depth and not (arguments.force and (root / FOLDER / INDEX).is_file()):
             console.print(f"{root}: {_already(scene)}", soft_wrap=True, highlight=False)
             continue
         scene = without_depth(scene)

@@ -73,8 +73,10 @@ def find_scenes(folder: Path) -> list[Path]:
     found: list[Path] = []
     layer = [folder]
     for _ in range(DEEPEST + 1):
-        found += [path for path in layer if is_scene(path)]
-        layer = sorted(child for path in layer if path not in found for child in path.iterdir() if child.is_dir())
+        scenes = [path for path in layer if is_scene(path)]
+        found += scenes
+        others = sorted(set(layer) - set(scenes))
+        layer = sorted(child for path in others for child in path.iterdir() if child.is_dir())
     if not found:
         open_scene(folder)  # says what was looked for
     return found

@@ -98,7 +98,7 @@ def _read_npy(path: Path) -> np.ndarray:
 def _read_png(path: Path) -> np.ndarray:
     with Image.open(path, formats=["PNG"]) as image:
         _checked_size(*image.size)
-        if image.mode not in ("I;16", "I;16B", "I", "L"):
+        if image.mode not in ("I;16", "I;16B", "I"):
             raise ValueError(f"a depth image has one channel of 16 bits, this one is {image.mode}")
         return np.asarray(image)
 

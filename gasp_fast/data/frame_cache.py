@@ -6,6 +6,7 @@ frames, so what was decoded last is kept. The store knows keys and arrays; it do
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -47,6 +48,10 @@ class FrameCache:
                     self.held_bytes -= dropped.nbytes
         return array
 
+    def renew_lock(self) -> None:
+        """For a forked child: a thread of the parent may have held the lock, and will never let go of it here."""
+        self._lock = threading.Lock()
+
     def resize(self, limit_bytes: int) -> None:
         """Change the bound; 0 keeps nothing."""
         with self._lock:
@@ -58,3 +63,5 @@ class FrameCache:
 
 # One store per process: a loader worker reads many scenes, and they compete for the same memory.
 DECODED = FrameCache(limit_bytes=256 << 20)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=DECODED.renew_lock)

@@ -90,6 +90,8 @@ def build_tracks(
     `keep` the share of the tracks to keep, by visibility. `negatives` adds one surely wrong place per track and frame,
     drawn with `seed`.
     """
+    if threads > 1:
+        scene.read_ahead([int(i) for i in frames], images=False, threads=threads)
     views = views_of(scene, frames)
     tracks = track_points(grid_queries(views, grid), views, keep, threads=threads, backend=backend)
     return with_negatives(tracks, views, seed) if negatives else tracks

@@ -54,7 +54,7 @@ def read(root: Path) -> Scene:
         _refuse_other_lenses(path, entry)
         stated = Path(entry["file_path"])
         inside(root, path.parent / stated)  # an absolute path or one that climbs is refused, not skipped
-        key = stated.stem
+        key = str(_below_image_folder(stated).with_suffix(""))
         image = _find_image(root, path.parent, stated, listings)
         if image is None:
             skipped.append(Skipped(key, f"{stated} is missing"))
@@ -132,7 +132,7 @@ def _find_image(root: Path, base: Path, stated: Path, listings: dict[Path, dict[
 
     DL3DV's JSON says images/x.png; on disk are images_4/x.png, beside the JSON or under colmap/, or both moved up.
     """
-    tail = stated.relative_to(stated.parts[0]) if len(stated.parts) > 1 else stated
+    tail = _below_image_folder(stated)
     for folder in dict.fromkeys((base, base / "colmap", root, root / "colmap")):
         for name in IMAGE_FOLDERS:
             place = (folder / name / tail).parent
@@ -143,6 +143,10 @@ def _find_image(root: Path, base: Path, stated: Path, listings: dict[Path, dict[
                 return inside(root, listings[place][stated.stem])
     direct = base / stated
     return inside(root, direct) if direct.is_file() else None
+
+
+def _below_image_folder(stated: Path) -> Path:
+    return stated.relative_to(stated.parts[0]) if len(stated.parts) > 1 else stated
 
 
 def _depth_file(root: Path, path: Path, values: dict[str, Any]) -> DepthFile | None:
