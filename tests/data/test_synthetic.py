@@ -177,6 +177,14 @@ def test_a_killed_run_leaves_no_half_scene_and_goes_on(tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
 
 
+def test_a_scene_of_another_version_is_rendered_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = next(render_scenes(tmp_path, 1, config=SMALL))
+    stamp = (folder / "meta.json").stat().st_mtime_ns
+    monkeypatch.setattr("gasp_fast.data.synthetic.VERSION", 0)
+    next(render_scenes(tmp_path, 1, config=SMALL))
+    assert (folder / "meta.json").stat().st_mtime_ns != stamp
+
+
 def test_a_finished_scene_is_kept_and_another_configuration_replaces_it(tmp_path: Path) -> None:
     folder = next(render_scenes(tmp_path, 1, config=SMALL))
     stamp = (folder / "meta.json").stat().st_mtime_ns
