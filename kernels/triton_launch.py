@@ -4,9 +4,9 @@ Importing this page never fails: without Triton the kernels are ordinary Python 
 `launch` says what to install. It knows no kernel.
 
 Tile sizes are fixed, so that two runs give the same bits and the first step is as fast as the last. They stand beside
-the kernels they belong to, each with its reason. `GASP_FAST_AUTOTUNE=1` lets Triton time a few others instead
-(`Tile.neighbours`) and keeps the winners on disk, in Triton's cache. Sums may then be taken in another order than
-with the fixed tiles, but always in the same one for as long as the cache is kept.
+the kernels they belong to, each with its reason. `GASP_FAST_AUTOTUNE=1` lets Triton time other numbers of warps and
+stages (`Tile.neighbours`) and keeps the winners on disk, in Triton's cache. Sums may then be taken in another order
+than with the fixed ones, but always in the same one for as long as the cache is kept.
 """
 
 from __future__ import annotations
@@ -40,15 +40,9 @@ class Tile:
     stages: int = 1  # loads in flight of a pipelined loop
 
     def neighbours(self) -> list[Tile]:
-        """What autotuning tries. `rows` decides about grids and block tables, so it stays."""
-        wider = [self.columns // 2, self.columns, self.columns * 2]
-        return [
-            replace(self, columns=columns, warps=warps, stages=stages)
-            for columns in wider
-            if columns >= 16
-            for warps in (4, 8)
-            for stages in sorted({1, self.stages, self.stages + 1})
-        ]
+        """What autotuning tries. Rows and columns decide about grids and block tables, so they stay."""
+        deeper = sorted({max(1, self.stages - 1), self.stages, self.stages + 1})
+        return [replace(self, warps=warps, stages=stages) for warps in (1, 2, 4, 8) for stages in deeper]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any], written: tuple[str, ...]) -> None:
@@ -57,12 +51,12 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, 
         raise ImportError("backend 'triton' needs Triton: pip install triton, or use backend='torch'")
     if 0 in grid:
         return
-    arguments = arguments | {"BLOCK_ROWS": tile.rows}
+    arguments = arguments | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
     with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
         if autotuning():
             _autotuned(kernel, tile, written)[grid](**arguments)
         else:
-            kernel[grid](**arguments, BLOCK_COLUMNS=tile.columns, num_warps=tile.warps, num_stages=tile.stages)
+            kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def autotuning() -> bool:
@@ -73,10 +67,8 @@ def autotuning() -> bool:
 def _autotuned(kernel: Any, tile: Tile, written: tuple[str, ...]) -> Any:
     """Timed once per set of constants (widths, dtypes, switches). What a kernel writes is put back between trials,
     because it may write where it reads."""
-    configs = [
-        triton.Config({"BLOCK_COLUMNS": t.columns}, num_warps=t.warps, num_stages=t.stages) for t in tile.neighbours()
-    ]
-    constants = [p.name for p in kernel.params if p.is_constexpr and not p.name.startswith("BLOCK_")]
+    configs = [triton.Config({}, num_warps=t.warps, num_stages=t.stages) for t in tile.neighbours()]
+    constants = [p.name for p in kernel.params if p.is_constexpr]
     return triton.autotune(configs, key=constants, restore_value=list(written), cache_results=True)(kernel)
 
 
