@@ -296,7 +296,7 @@ def test_the_command_prefers_stereo_and_works_once(scene_world, scene_boxes, tmp
 
 
 def test_scenes_with_depth_of_their_own_are_left_alone(scene_boxes, capsys):
-    assert run(scene_boxes.root) == 0
+    assert run(scene_boxes.root, "--force") == 0
     assert "comes with depth" in capsys.readouterr().out
     assert not (scene_boxes.root / FOLDER).exists()
 

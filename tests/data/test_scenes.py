@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,6 +130,20 @@ def test_json_frames_without_a_photograph_are_skipped_and_counted(scene_world, t
     assert len(scene) == scene_world.frames - 2
     assert [skip.name for skip in scene.skipped] == ["frame_00002", "frame_00005"]
     np.testing.assert_allclose(scene.pose(2), scene_world.pose(3), atol=1e-12)
+
+
+def test_photographs_of_one_name_in_two_folders_stay_apart(scene_world, tmp_path):
+    root = write_dl3dv(tmp_path / "hash", scene_world)
+    meta = json.loads((root / "transforms.json").read_text())
+    for f, entry in enumerate(meta["frames"]):
+        place = root / "images_4" / ("left" if f % 2 else "right")
+        place.mkdir(exist_ok=True)
+        shutil.move(root / "images_4" / f"frame_{f:05d}.png", place / f"{f // 2}.png")
+        entry["file_path"] = f"./images/{place.name}/{f // 2}.png"
+    (root / "transforms.json").write_text(json.dumps(meta))
+    scene = open_scene(root)
+    assert scene.frame_names[:3] == ["right/0", "left/0", "right/1"]
+    assert all(np.array_equal(scene.image(f), scene_world.image(f)) for f in range(8))
 
 
 def test_a_dl3dv_folder_with_its_colmap_model_is_still_dl3dv(scene_world, tmp_path):
@@ -273,6 +289,12 @@ def test_geometric_maps_are_read_as_colmap_reads_them(tmp_path):
     assert np.array_equal(theirs.to_array(), depth)
 
 
+def test_an_eight_bit_picture_is_no_depth_map(tmp_path):
+    Image.fromarray(np.full((4, 4), 200, np.uint8)).save(tmp_path / "d.png")
+    with pytest.raises(OSError, match="one channel of 16 bits, this one is L"):
+        read_depth(tmp_path / "d.png")
+
+
 def test_a_png_too_small_for_its_depth_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not fit 16 bits"):
         write_depth(tmp_path / "d.png", np.full((2, 2), 70.0, np.float32), scale=1e-3)
@@ -336,6 +358,17 @@ def test_read_ahead_leaves_nothing_to_decode(scene_boxes):
         scene_boxes.depth(f)
         scene_boxes.image(f)
     assert frame_cache.DECODED.misses == misses
+
+
+def test_a_forked_worker_is_not_held_up_by_its_parents_threads():
+    store = frame_cache.DECODED
+    with store._lock:  # as a reading thread of the parent would
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            held = store.get("forked", lambda: np.ones(3)).sum() == 3
+            os._exit(0 if held else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_callers_own_the_image_and_share_the_depth(scene_boxes):
