@@ -111,6 +111,20 @@ CLONED float exponentiate(float* s, float m, std::int64_t n) {
   return sum;
 }
 
+// The sum of exp(s - m).
+CLONED float sum_exp(const float* s, float m, std::int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t k = 0; k < n; ++k) sum += exp_of_nonpositive(s[k] - m);
+  return sum;
+}
+
+// out = weight exp(s - m)
+CLONED void weighted_exp(const float* s, float m, float weight, std::int64_t n, float* out) {
+#pragma omp simd
+  for (std::int64_t k = 0; k < n; ++k) out[k] = weight * exp_of_nonpositive(s[k] - m);
+}
+
 CLONED float dot(const float* a, const float* b, std::int64_t n) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -381,9 +395,7 @@ struct Terms {
 float whole_lse(const float* lse, std::int64_t frames) {
   const float m = largest(lse, frames);
   if (!(m > NONE)) return m;
-  float sum = 0.0f;
-  for (std::int64_t f = 0; f < frames; ++f) sum += std::exp(lse[f] - m);
-  return m + std::log(sum);
+  return m + std::log(sum_exp(lse, m, frames));
 }
 
 void terms_of_row(const Chunk& c, std::int64_t r, const Runs& runs, Statistics st, Terms terms, bool scaled,
@@ -400,7 +412,7 @@ void terms_of_row(const Chunk& c, std::int64_t r, const Runs& runs, Statistics s
       const float positive = c.row(r)[column] * (c.token_scale[column] * c.factor(r));
       terms.corr[match] = (sequence_negatives ? whole : lse[f]) - positive;
       terms.best[match] = st.best[cell] + runs.first_token;
-      terms.confidence[match] = std::exp(st.peak[cell] - lse[f]);
+      terms.confidence[match] = exp_of_nonpositive(st.peak[cell] - lse[f]);
       const float depth = runs.depth[at], expected = c.width ? st.expected[cell * c.width] : 0.0f;
       const float total = depth + expected + eps, distance = depth - expected;
       terms.depth[match] = runs.counts[at] ? std::fabs(distance) / total : 0.0f;
@@ -416,9 +428,7 @@ void terms_of_row(const Chunk& c, std::int64_t r, const Runs& runs, Statistics s
     if (c.width) up_expected[cell * c.width] = slope;
     pulled += here;
   }
-  if (scaled && sequence_negatives)
-    for (std::int64_t f = 0; f < c.frames; ++f)
-      up_lse[r * c.frames + f] = pulled == 0.0f ? 0.0f : pulled * std::exp(lse[f] - whole);
+  if (scaled && sequence_negatives) weighted_exp(lse, whole, pulled, c.frames, up_lse + r * c.frames);
 }
 
 void match_terms(const Chunk& c, Array<float> lse, Array<float> known_lse, Array<float> expected,

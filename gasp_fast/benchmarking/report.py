@@ -1,0 +1,165 @@
+"""What a benchmark leaves behind: a table to read, JSON to keep, a plot to look at."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import statistics
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .measure import Result, Row
+
+
+def print_table(result: Result, console: Console) -> None:
+    three, one = statistics.median(result.three_products), statistics.median(result.one_product)
+    table = Table(title=result.workload.describe(), title_justify="left", caption_justify="left")
+    table.caption = (
+        f"floor: one bare product of each layer {one:.2f} ms, three {three:.2f} ms "
+        f"({result.workload.gemm_flops / three / 1e9:.2f} TFLOP/s). × = ratio to it, in the same rounds."
+    )
+    for row in result.rows:
+        if row.note:
+            table.caption += f"\nnot timed: {row.variant}: {row.note}"
+    for title in ("variant", "solves", "error", "forward ms", "× one", "both ms", "× three", "extra MiB"):
+        table.add_column(title, justify="left" if title in ("variant", "solves") else "right", no_wrap=True)
+    for row in result.rows:
+        forward, both = row.median("forward"), row.median("both")
+        if forward is None or both is None:
+            continue
+        table.add_row(
+            row.variant,
+            row.solves,
+            _error(row),
+            f"{forward:.2f}",
+            f"{forward / one:.2f}",
+            f"{both:.2f}",
+            f"{both / three:.2f}",
+            f"{row.peak_mib:.0f}",
+        )
+    console.print(table)
+
+
+def as_json(results: list[Result], device: torch.device) -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(device),
+        "versions": {name: _version(name) for name in ("gasp-fast", "torch", "triton", "numpy")},
+        "workloads": [_workload_json(result) for result in results],
+    }
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def save(results: list[Result], device: torch.device, out: Path) -> list[Path]:
+    """`DEVICE-DATE.json` and `.png` in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", machine(device).split(",")[0]) + f"-{datetime.date.today()}"
+    text = json.dumps(as_json(results, device), indent=1)
+    paths = [out / f"{name}.json", out / f"{name}.png"]
+    paths[0].write_text(text + "\n")
+    plot(results, device, paths[1])
+    return paths
+
+
+def plot(results: list[Result], device: torch.device, path: Path) -> None:
+    """Bars of forward + backward as multiples of the floor, a panel for each workload."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row.variant for result in results for row in result.rows))
+    colours = dict(zip(names, ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"], strict=False))
+    figure, panels = pyplot.subplots(1, len(results), figsize=(4.2 * len(results), 3.6), squeeze=False)
+    for panel, result in zip(panels[0], results, strict=True):
+        three = statistics.median(result.three_products)
+        rows = [row for row in result.rows if row.both]
+        ratios = [statistics.median(row.both) / three for row in rows]
+        places = range(len(rows))
+        panel.barh(places, ratios, color=[colours[row.variant] for row in rows])
+        for place, ratio in zip(places, ratios, strict=True):
+            panel.text(ratio, place, f" {ratio:.2f}×", va="center", fontsize=8)
+        panel.set_yticks(places, [row.variant for row in rows], fontsize=8)
+        panel.invert_yaxis()
+        panel.axvline(1.0, color="black", linewidth=1)
+        panel.set_xlim(0, 1.25 * max([1.0, *ratios]))
+        panel.set_title(result.workload.describe().replace(": ", "\n", 1), fontsize=8)
+        panel.set_xlabel("forward + backward / three bare products", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"gasp_fast loss on {machine(device)}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _workload_json(result: Result) -> dict[str, Any]:
+    workload = result.workload
+    three, one = statistics.median(result.three_products), statistics.median(result.one_product)
+    return {
+        "name": workload.name,
+        "L": workload.layers,
+        "A": workload.anchors,
+        "N": workload.tokens,
+        "D": workload.width,
+        "F": workload.frames,
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "one_product_ms": _quantiles(result.one_product),
+        "three_products_ms": _quantiles(result.three_products),
+        "floor_tflops": workload.gemm_flops / three / 1e9,
+        "variants": [_row_json(row, one, three) for row in result.rows],
+    }
+
+
+def _row_json(row: Row, one: float, three: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": row.variant, "solves": row.solves, "note": row.note, "error": row.error}
+    forward, both = row.median("forward"), row.median("both")
+    if forward is not None and both is not None:
+        found |= {
+            "forward_ms": _quantiles(row.forward),
+            "both_ms": _quantiles(row.both),
+            "backward_ms": row.backward(),
+            "forward_ratio": forward / one,
+            "both_ratio": both / three,
+            "extra_mib": row.peak_mib,
+        }
+    return found
+
+
+def _quantiles(samples: list[float]) -> dict[str, float]:
+    if len(samples) == 1:
+        return {"p20": samples[0], "p50": samples[0], "p80": samples[0]}
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"p20": fifths[0], "p50": statistics.median(samples), "p80": fifths[3]}
+
+
+def _error(row: Row) -> str:
+    return "" if row.error is None else f"{row.error:.0e}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

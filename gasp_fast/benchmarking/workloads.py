@@ -1,0 +1,114 @@
+"""Problems of stated sizes, as a training batch would pose them. Knows tensors and `Matches`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gasp_fast.matches import Matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """`A` anchors of one sequence, each matched into every other frame, all frames of one size."""
+
+    name: str
+    layers: int
+    anchors: int
+    tokens: int
+    width: int
+    frames: int
+    dtype: torch.dtype
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.tokens // self.frames
+
+    @property
+    def gemm_flops(self) -> int:
+        """Operations of the three products that nobody can avoid."""
+        return 6 * self.layers * self.anchors * self.tokens * self.width
+
+    def describe(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.name}: L={self.layers} A={self.anchors:,} N={self.tokens:,} D={self.width:,} F={self.frames} {kind}"
+        )
+
+    def cut_down(self) -> Workload:
+        """The same shape of problem, small enough for a float64 judge."""
+        per_frame = min(self.tokens_per_frame, 48)
+        frames = min(self.frames, 6)
+        tokens = per_frame * frames
+        return replace(
+            self,
+            layers=min(self.layers, 2),
+            frames=frames,
+            tokens=tokens,
+            anchors=max(1, min(self.anchors, tokens * self.anchors // self.tokens)),
+        )
+
+    def build(self, device: torch.device, seed: int = 0) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+        per_frame, tokens = self.tokens_per_frame, self.tokens_per_frame * self.frames
+        rows = torch.randperm(tokens, generator=generator)[: self.anchors].sort().values
+        others = max(1, self.frames - 1)
+        anchor = rows.repeat_interleave(others)
+        target_frame = torch.arange(others).repeat(len(rows))
+        target_frame = target_frame + (target_frame >= anchor // per_frame)  # every frame but the anchor's
+        target = target_frame * per_frame + torch.randint(per_frame, (len(anchor),), generator=generator)
+        patch_depth = 0.5 + 3 * torch.rand(tokens, generator=generator)
+        patch_depth[torch.rand(tokens, generator=generator) < 0.1] = 0.0
+        matches = Matches(
+            frame_offsets=torch.arange(self.frames + 1) * per_frame,
+            anchor=anchor,
+            target=target,
+            target_depth=0.5 + 3 * torch.rand(len(anchor), generator=generator),
+            patch_depth=patch_depth,
+        )
+        if device.type == "cuda":  # gigabytes: made where they are needed
+            on_device = torch.Generator(device).manual_seed(seed)
+            shape = (self.layers, tokens, self.width)
+            embeddings = torch.randn(shape, generator=on_device, device=device, dtype=self.dtype)
+        else:
+            embeddings = torch.randn(self.layers, tokens, self.width, generator=generator).to(self.dtype)
+        return Problem(self, embeddings, matches.to(device))
+
+
+@dataclass(frozen=True)
+class Problem:
+    workload: Workload
+    embeddings: Tensor  # [L, N, D]
+    matches: Matches
+
+
+def _workload(name: str, layers: int, anchors: int, tokens: int, width: int, frames: int, dtype: str) -> Workload:
+    return Workload(
+        name=name,
+        layers=layers,
+        anchors=anchors,
+        tokens=tokens,
+        width=width,
+        frames=frames,
+        dtype=getattr(torch, dtype),
+    )
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        _workload("cpu-wide", 2, 512, 2304, 3584, 16, "float32"),
+        _workload("cpu-wide-bf16", 2, 512, 2304, 3584, 16, "bfloat16"),
+        _workload("cpu-narrow", 4, 512, 2304, 256, 16, "float32"),
+        _workload("w1", 28, 6912, 24 * 576, 3584, 24, "bfloat16"),  # Qwen, fine grid, all pairs
+        _workload("w2", 32, 1024, 16 * 144, 4096, 16, "bfloat16"),  # LLaVA, coarse grid
+        _workload("w3", 28, 2304, 16 * 256, 3584, 16, "bfloat16"),
+        _workload("w4", 28, 6912, 24 * 576, 256, 24, "bfloat16"),
+        _workload("w5", 1, 65536, 131072, 1024, 2, "bfloat16"),  # a plain contrastive loss between two halves
+        _workload("tiny", 2, 48, 4 * 36, 64, 4, "float32"),
+    )
+}
+CPU_SET = ("cpu-wide", "cpu-wide-bf16", "cpu-narrow")
+GPU_SET = ("w1", "w2", "w3", "w4", "w5")

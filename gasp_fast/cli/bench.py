@@ -1,0 +1,56 @@
+"""Time the loss against three bare matrix products, dense PyTorch and its peers, in one interleaved run.
+
+Every variant is first judged against float64 on a cut-down problem; a wrong one is refused. Results are printed as a
+table and, with --out, kept as JSON and a plot.
+
+examples:
+  gasp-fast bench                                   the standard set of this machine
+  gasp-fast bench --workload w1 w3 --rounds 50      two of them, more carefully
+  gasp-fast bench --only ours --out results         one variant, kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+HELP = "kernel microbenchmarks against peers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from gasp_fast.benchmarking.variants import VARIANTS
+    from gasp_fast.benchmarking.workloads import WORKLOADS
+
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), metavar="NAME", help=", ".join(WORKLOADS))
+    parser.add_argument("--only", nargs="+", choices=[v.name for v in VARIANTS], help="time only these variants")
+    parser.add_argument("--rounds", type=int, default=20, help="interleaved rounds (default %(default)s)")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # memory is read off the profiler, which likes to talk
+    import torch
+    from rich.console import Console
+
+    from gasp_fast.benchmarking import report
+    from gasp_fast.benchmarking.measure import run_workload
+    from gasp_fast.benchmarking.workloads import CPU_SET, GPU_SET, WORKLOADS
+
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds = {arguments.rounds}; at least 1 is needed")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = arguments.workload or (GPU_SET if device.type == "cuda" else CPU_SET)
+    console = Console()
+    console = console if console.width >= 100 else Console(width=100)
+    results = []
+    console.print(f"{report.machine(device)}, torch {torch.__version__}")
+    for name in names:
+        with console.status(name) as status:
+            results.append(run_workload(WORKLOADS[name], device, arguments.rounds, arguments.only, status.update))
+        report.print_table(results[-1], console)
+    if arguments.out:
+        for path in report.save(results, device, arguments.out):
+            console.print(f"wrote {path}")
+    return 0

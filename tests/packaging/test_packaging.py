@@ -1,0 +1,124 @@
+"""What a user installs: a light import, a wheel that works without the source tree, and no shadow on `kernels`."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMOKE = """
+import torch, gasp_fast
+matches = gasp_fast.Matches(frame_offsets=torch.tensor([0, 3, 6]), anchor=torch.tensor([0]), target=torch.tensor([4]))
+embeddings = torch.randn(2, 6, 8, requires_grad=True)
+out = gasp_fast.gasp_loss(embeddings, matches)
+out.loss.backward()
+print(gasp_fast.__file__, out.backend, bool(embeddings.grad.isfinite().all()))
+"""
+
+
+def python(code, cwd, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_importing_the_loss_needs_torch_alone_and_is_quick():
+    code = """
+import sys, time, torch, json
+start = time.process_time()
+import gasp_fast
+took = time.process_time() - start
+heavy = {"transformers", "peft", "deepspeed", "triton", "PIL", "matplotlib", "pycolmap", "av", "rich"} & set(sys.modules)
+print(json.dumps([took, sorted(heavy)]))
+"""
+    out = python(code, ROOT)
+    assert out.returncode == 0, out.stderr
+    took, heavy = json.loads(out.stdout.splitlines()[-1])
+    assert took < 0.5
+    import torch  # what torch itself imports is not ours
+
+    assert heavy == [] or torch.cuda.is_available()
+
+
+def test_the_public_names_are_there():
+    names = "CorrespondenceHead GaspLoss Matches build_tracks frame_match gasp_loss open_scene".split()
+    code = f"import gasp_fast; print(all(hasattr(gasp_fast, n) and n in dir(gasp_fast) for n in {names}))"
+    assert python(code, ROOT).stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_our_kernels_folder_never_shadows_hugging_faces_package(tmp_path, installed):
+    """From the repository's root, where `kernels/` lies in the working directory."""
+    if installed:  # a stand-in for the real package, as far back on the path as can be
+        package = tmp_path / "site" / "kernels"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("__version__ = '9.9.9'\ndef get_kernel(name): return name\n")
+    code = f"""
+import sys
+sys.path.append({str(tmp_path / "site")!r})
+import transformers
+from transformers.utils import is_kernels_available
+import importlib
+try:
+    found = importlib.import_module("kernels")
+    print("file", getattr(found, "__file__", None))
+except ImportError:
+    print("file", None)
+print("available", is_kernels_available())
+import gasp_fast.kernels.engines
+print("ours", gasp_fast.kernels.engines.__file__)
+"""
+    out = python(code, ROOT)
+    assert out.returncode == 0, out.stderr
+    lines = dict(line.split(" ", 1) for line in out.stdout.splitlines() if line.split(" ", 1)[0] in ("file", "available", "ours"))
+    if installed:
+        assert lines["file"] == str(tmp_path / "site" / "kernels" / "__init__.py")
+    else:
+        assert lines["file"] == "None" and lines["available"] == "False"
+    assert lines["ours"].endswith("engines.py")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from the files that git knows, through an sdist, as a release would be."""
+    work = tmp_path_factory.mktemp("build")
+    source = work / "source"
+    source.mkdir()
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    tar = subprocess.run(["tar", "--null", "-T-", "-cf-"], cwd=ROOT, input=listed, capture_output=True, check=True)
+    subprocess.run(["tar", "-xf-"], cwd=source, input=tar.stdout, check=True)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(work / "dist"), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert list((work / "dist").glob("*.tar.gz"))
+    return next((work / "dist").glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_source_tree(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert "gasp_fast/kernels/engines.py" in names
+    assert any(name.startswith("gasp_fast/_rows.") for name in names)
+    assert not any(name.startswith(("tests/", "kernels/", "benchmarks/")) for name in names)
+    out = python(SMOKE, tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert out.returncode == 0, out.stderr
+    where, backend, finite = out.stdout.split()
+    assert where.startswith(str(tmp_path)) and backend == "cpp" and finite == "True"
+
+
+@pytest.mark.slow
+def test_the_wheel_declares_its_extras_and_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("METADATA"))
+        entry = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))
+    for extra in ("train", "eval", "gpu", "dev"):
+        assert f"Provides-Extra: {extra}" in metadata
+    assert "gasp-fast = gasp_fast.cli:main" in entry
+    assert "License-Expression: Apache-2.0" in metadata
