@@ -1,0 +1,163 @@
+"""What is evaluated: any supported model, alone or as a GASP run left it, with or without correspondence heads.
+
+Takes a model folder or hub name, a folder with a LoRA adapter, or a run (its last checkpoint). Knows files and
+backbones; knows nothing of scenes or metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones import Backbone, load_backbone
+from ..heads import CorrespondenceHead, CorrespondenceHeads
+
+_HEAD_WEIGHT = re.compile(r"(?:^|\.)by_layer\.(\d+)\.(first|second)\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model ready to be asked."""
+
+    name: str
+    backbone: Backbone
+    model: nn.Module
+    heads: CorrespondenceHeads | None
+    heads_origin: str | None  # "trained", "initial" (made from W_Q just now), or None
+    fingerprint: str  # changes when the weights on disk do
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def open_subject(
+    source: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    frame_pixels: int | None = None,
+    initial_heads: bool = False,
+) -> Subject:
+    """`initial_heads` gives a model without heads those that training would start from."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    folder = _weights_folder(Path(source))
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        backbone, model = _adapted(folder, dtype, frame_pixels)
+    else:
+        backbone = load_backbone(source if folder is None else folder, frame_pixels)
+        model = backbone.load_model(dtype=dtype)
+    model = model.eval().requires_grad_(False).to(device)
+    heads = None if folder is None else find_heads(folder)
+    origin = None if heads is None else "trained"
+    if heads is None and initial_heads:
+        projections = {layer: backbone.query_projection(model, layer) for layer in range(backbone.layer_count)}
+        heads, origin = CorrespondenceHeads.from_query_projections(projections), "initial"
+    if heads is not None:
+        _check_fit(heads, backbone, str(source))
+        heads = heads.eval().requires_grad_(False).to(device)
+    return Subject(_name_of(str(source)), backbone, model, heads, origin, _fingerprint(folder or Path(source)))
+
+
+def load_heads(path: str | os.PathLike[str]) -> CorrespondenceHeads:
+    """Heads from a safetensors file that holds the state of a `CorrespondenceHeads`, under any prefix."""
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise OSError(f"{path}: no readable safetensors file of correspondence heads ({error})") from error
+    by_layer: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in state.items():
+        if match := _HEAD_WEIGHT.search(name):
+            by_layer.setdefault(int(match[1]), {})[f"{match[2]}.{match[3]}"] = value.float()
+    if not by_layer:
+        raise ValueError(f"{path}: holds no correspondence heads (no weight called by_layer.N.first.weight)")
+    heads = {}
+    for layer, weights in by_layer.items():
+        if len(weights) != 4:
+            raise ValueError(f"{path}: the head of layer {layer} is incomplete, it has only {', '.join(weights)}")
+        mid_size, hidden_size = weights["first.weight"].shape
+        heads[layer] = CorrespondenceHead(hidden_size, mid_size, weights["second.weight"].shape[0])
+        heads[layer].load_state_dict(weights)
+    return CorrespondenceHeads(heads)
+
+
+def find_heads(folder: Path) -> CorrespondenceHeads | None:
+    """The heads that lie in a checkpoint folder, in whichever of its safetensors files."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = any(_HEAD_WEIGHT.search(name) for name in file.keys())  # noqa: SIM118 (not a dict)
+        except Exception as error:
+            raise OSError(f"{path}: not a readable safetensors file ({error})") from error
+        if found:
+            return load_heads(path)
+    return None
+
+
+def _weights_folder(source: Path) -> Path | None:
+    """The folder with weights that `source` means: itself, or of a run the last checkpoint; None for a hub name."""
+    if not source.is_dir():
+        return None
+    if _has_weights(source):
+        return source
+    checkpoints = [path for path in source.glob("checkpoint-*") if _has_weights(path)]
+    if checkpoints:
+        return max(checkpoints, key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    return source / "export" if _has_weights(source / "export") else source
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def _adapted(folder: Path, dtype: torch.dtype, frame_pixels: int | None) -> tuple[Backbone, nn.Module]:
+    """The base model that an adapter names, with the adapter merged into it."""
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder}/adapter_config.json names no base_model_name_or_path; merge it: gasp-fast export")
+    backbone = load_backbone(base, frame_pixels)
+    adapted: Any = PeftModel.from_pretrained(backbone.load_model(dtype=dtype), str(folder))
+    return backbone, adapted.merge_and_unload()
+
+
+def _check_fit(heads: CorrespondenceHeads, backbone: Backbone, source: str) -> None:
+    first: Any = heads.by_layer[str(heads.layers[0])]
+    width = first.first.in_features
+    if width != backbone.hidden_size or max(heads.layers) >= backbone.layer_count:
+        raise ValueError(
+            f"the heads of {source} are for layers {heads.layers[0]} to {heads.layers[-1]} of width {width}; the model "
+            f"has {backbone.layer_count} layers of width {backbone.hidden_size}: they belong to another model"
+        )
+
+
+def _name_of(source: str) -> str:
+    """A folder's name, told apart by its parent where it says nothing by itself; a hub name as it is."""
+    path = Path(source)
+    if not path.is_dir():
+        return source
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if re.fullmatch(r"checkpoint-\d+|export|model", path.name) else path.name
+
+
+def _fingerprint(folder: Path) -> str:
+    """Names, sizes and times of the weight files; empty for a hub name, whose weights have their own identity."""
+    digest = blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
