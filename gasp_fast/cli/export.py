@@ -1,0 +1,59 @@
+"""`gasp-fast export`: a run or checkpoint becomes a folder that plain transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+HELP = "merge adapters, drop heads, and write a plain Hugging Face model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run (its newest checkpoint is taken), or a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.add_argument("--base", metavar="MODEL", help="the model it was trained from (default: the run's own word)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of the stored weights (default: auto, the base model's)",
+    )
+    parser.add_argument("--device", metavar="NAME", help="where to compute (default: the GPU if there is one)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="largest difference of a logit that merging may make, in fp32 (default: 1e-4)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from gasp_fast.export import export
+
+    console = Console()
+    with console.status("looking at the checkpoint") as status:
+        report = export(
+            arguments.run,
+            arguments.out,
+            base=arguments.base,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            tolerance=arguments.tolerance,
+            told=status.update,
+        )
+    console.print(
+        f"{report.tensors} tensors of {report.checkpoint} in {report.dtype}: {arguments.out}", highlight=False
+    )
+    console.print(
+        f"largest difference of a logit against the trained model: {report.merge_difference:.1e} after merging, "
+        f"{report.file_difference:.1e} read back from {report.dtype} files (logits reach {report.largest_logit:.1f})",
+        highlight=False,
+    )
+    if report.trained_difference == 0:
+        console.print("[yellow]the adapters change no logit at all: was anything trained?")
+    elif report.trained_difference is not None:
+        console.print(f"the adapters changed the base model's logits by up to {report.trained_difference:.1e}")
+    return 0
