@@ -1,0 +1,126 @@
+"""`gasp-fast evaluate`: what a model knows of correspondence, layer by layer, as a report with figures and pictures.
+
+Works with any supported model folder or hub name, with a run of gasp_fast.train (its last checkpoint, heads included)
+and with a LoRA adapter. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import EvaluationConfig
+    from ..evaluation.sampling import QuestionConfig
+    from ..evaluation.subject import Subject
+
+HELP = "correspondence report of a model: layer-wise PCK, calibration, temporal robustness, pictures"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, hub name, run, or adapter")
+    parser.add_argument("--scenes", type=Path, required=True, metavar="DIR", help="a scene, or a folder of scenes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that receives the report")
+    parser.add_argument("--sequences", type=int, default=200, metavar="N", help="sequences to ask about (200)")
+    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a sequence (8)")
+    parser.add_argument("--grid", type=int, default=8, metavar="N", help="points along each axis (8)")
+    parser.add_argument("--max-gap", type=int, default=24, metavar="N", help="frames between the first and others (24)")
+    parser.add_argument(
+        "--held-out", type=float, default=0.0, metavar="X", help="only the scenes of the held-out share X (0: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the questions (0)")
+    parser.add_argument(
+        "--features",
+        default="auto",
+        metavar="LIST",
+        help="of head, qk, hidden, separated by commas; the first is the report's own (auto: all the model has). "
+        "head on a model without heads means those that training would start from",
+    )
+    parser.add_argument("--rope", choices=("before", "after"), default="before", help="queries and keys (before)")
+    parser.add_argument("--temperature", type=float, default=0.07, metavar="X", help="of the confidence (0.07)")
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences at once (4)")
+    parser.add_argument("--pictures", type=int, default=3, metavar="N", help="sequences to picture (3; 0: none)")
+    parser.add_argument("--frame-pixels", type=int, metavar="N", help="at most so many pixels a frame (Qwen)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 … (cuda if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (bfloat16 on cuda, else float32)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget answers that are already in --out")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.report import table_rows, write_report
+    from ..evaluation.sampling import QuestionConfig, Questions
+    from ..evaluation.showing import draw_pictures
+
+    console = Console()
+    asked = QuestionConfig(
+        sequences=arguments.sequences,
+        frames=arguments.frames,
+        grid=arguments.grid,
+        max_gap=arguments.max_gap,
+        held_out=arguments.held_out,
+        seed=arguments.seed,
+    )
+    config = _config(arguments, asked)
+    questions = Questions(arguments.scenes, asked)  # before the model: a wrong folder should not cost its loading
+    subject = _subject(arguments, initial_heads="head" in config.features)
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("sequences"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=len(questions))
+        evaluation = evaluate(
+            subject,
+            questions,
+            config,
+            arguments.out,
+            fresh=arguments.fresh,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    pictures = draw_pictures(subject, questions, config, evaluation, arguments.out / "pictures", arguments.pictures)
+    page = write_report(evaluation.report, arguments.out, pictures)
+    console.print(as_table(table_rows({subject.name: evaluation.report})))
+    if subject.heads_origin == "initial":
+        console.print("the heads are untrained: made from W_Q, as training starts")
+    if missing := evaluation.report["sequences_without_tracks"]:
+        console.print(f"{missing} sequences had no point that is seen twice, and count nowhere")
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _config(arguments: argparse.Namespace, asked: QuestionConfig) -> EvaluationConfig:
+    from ..evaluation.evaluate import EvaluationConfig
+
+    names = () if arguments.features == "auto" else tuple(name.strip() for name in arguments.features.split(","))
+    return EvaluationConfig(
+        questions=asked, features=names, rope=arguments.rope, temperature=arguments.temperature, batch=arguments.batch
+    )
+
+
+def _subject(arguments: argparse.Namespace, initial_heads: bool) -> Subject:
+    import torch
+
+    from ..evaluation.subject import open_subject
+
+    return open_subject(
+        arguments.model,
+        device=arguments.device,
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        frame_pixels=arguments.frame_pixels,
+        initial_heads=initial_heads,
+    )
+
+
+def as_table(rows: list[list[str]]) -> Table:
+    """Rows of text, the first one being headings, for the terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
