@@ -63,7 +63,7 @@ class LoraSettings:
     """Adapters on q, k, v and o of the language model. Used where `train.mode` is lora."""
 
     rank: int = 128  # 512 for LLaVA-NeXT-Video
-    alpha: float | None = None  # None: twice the rank
+    alpha: int | None = None  # None: twice the rank
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
