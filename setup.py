@@ -9,12 +9,15 @@ The extensions see raw pointers and NumPy arrays, never a torch header: they com
 serves every torch version.
 """
 
+import shutil
+import subprocess
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 
 
 def extensions() -> list[Pybind11Extension]:
@@ -31,8 +34,30 @@ def extensions() -> list[Pybind11Extension]:
     ]
 
 
+class BuildExtensions(build_ext):
+    """Also compiles `csrc/*.cu`, each into a library with a plain C interface, where a GPU build of torch can use it."""
+
+    def run(self) -> None:
+        super().run()
+        for source in sorted((HERE / "csrc").glob("*.cu")) if cuda_is_wanted() else ():
+            package = HERE if self.inplace else Path(self.build_lib)
+            library = package / "gasp_fast" / f"libgasp_{source.stem}.so"
+            library.parent.mkdir(parents=True, exist_ok=True)
+            command = ["nvcc", "-O3", "-std=c++17", HOPPER, "-shared", "-Xcompiler=-fPIC", "-o", library, source]
+            subprocess.run(list(map(str, command)), check=True)
+
+
+def cuda_is_wanted() -> bool:
+    """nvcc, and a torch that has a use for what it makes (seen only without build isolation)."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.version.cuda is not None and shutil.which("nvcc") is not None
+
+
 setup(
     packages=[*find_packages(include=["gasp_fast", "gasp_fast.*"]), "gasp_fast.kernels"],
     ext_modules=extensions(),
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildExtensions},
 )

@@ -24,7 +24,7 @@ gradient. Where the input is narrower than float32, one sequence's gradient is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -42,6 +42,7 @@ class ChunkedEngine:
 
     operations: ModuleType
     workspace_bytes: int
+    fused_pass: Callable[..., bool] | None = None  # all three row operations of the loss at once, where it can
 
     def match_terms(
         self,
@@ -62,9 +63,14 @@ class ChunkedEngine:
         for part in walk.parts():
             runs = _runs(plan, part)
             layer_scales = None if scales is None else MatchScales(*(scale[part.layers] for scale in scales))
+            part_terms = terms.of_layers(part.layers)
+            if self.fused_pass is not None and self.fused_pass(
+                part.chunk, runs, layer_scales, part_terms, sequence_negatives, eps, part.x
+            ):
+                continue
             statistics = self.operations.frame_statistics(part.chunk, runs, sequence_negatives)
             upstream = self.operations.match_terms(
-                part.chunk, statistics, runs, layer_scales, terms.of_layers(part.layers), sequence_negatives, eps
+                part.chunk, statistics, runs, layer_scales, part_terms, sequence_negatives, eps
             )
             if part.x is not None:
                 self.operations.similarity_gradient(part.chunk, statistics, upstream, runs, layer_scales, part.x)

@@ -112,8 +112,9 @@ def engine_for(backend: str, embeddings: Tensor) -> Engine:
     """The engine of a fast backend that was chosen before."""
     if backend == "cpp":
         return ChunkedEngine(operations=rows_cpp, workspace_bytes=CPU_WORKSPACE)
-    from . import narrow, rows_triton
+    from . import narrow, rows_cuda, rows_triton
 
     if narrow.eligible(embeddings):
         return narrow
-    return ChunkedEngine(operations=rows_triton, workspace_bytes=GPU_WORKSPACE)
+    fused_pass = rows_cuda.fused_pass if rows_cuda.enabled() else None
+    return ChunkedEngine(operations=rows_triton, workspace_bytes=GPU_WORKSPACE, fused_pass=fused_pass)

@@ -75,7 +75,9 @@ print("ours", gasp_fast.kernels.engines.__file__)
 """
     out = python(code, ROOT)
     assert out.returncode == 0, out.stderr
-    lines = dict(line.split(" ", 1) for line in out.stdout.splitlines() if line.split(" ", 1)[0] in ("file", "available", "ours"))
+    lines = dict(
+        line.split(" ", 1) for line in out.stdout.splitlines() if line.split(" ", 1)[0] in ("file", "available", "ours")
+    )
     if installed:
         assert lines["file"] == str(tmp_path / "site" / "kernels" / "__init__.py")
     else:
