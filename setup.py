@@ -35,7 +35,7 @@ def extensions() -> list[Pybind11Extension]:
 
 
 class BuildExtensions(build_ext):
-    """Also compiles `csrc/*.cu`, each into a library with a plain C interface, where a GPU build of torch can use it."""
+    """Also compiles each `csrc/*.cu` into a library with a plain C interface, where a GPU build of torch can use it."""
 
     def run(self) -> None:
         super().run()

@@ -179,8 +179,7 @@ class _FrameMatch(torch.autograd.Function):
 def _given(ctx: Any, before: int, slope: Tensor, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
     """One gradient per input: nothing for the first `before`, then the temperature's and the embeddings'."""
     wants_temperature, *wants = ctx.needs_input_grad[before:]
-    found = gradients or [None] * len(wants)
-    kept = [gradient if want else None for want, gradient in zip(wants, found, strict=True)]
+    kept = [gradients[at] if want else None for at, want in enumerate(wants)]
     return (*(None,) * before, slope if wants_temperature else None, *kept)
 
 

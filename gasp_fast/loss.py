@@ -95,6 +95,8 @@ def gasp_loss(
 class GaspLoss(nn.Module):
     """`gasp_loss` as a module. With `learnable_temperature` the temperature is trained, as its logarithm."""
 
+    layer_weights: Tensor | None
+
     def __init__(
         self,
         temperature: float = 0.07,
@@ -198,8 +200,8 @@ def _reduced(
 ) -> GaspOutput:
     if reduction == "none":
         terms = weights[:, None].to(corr.dtype) * (corr_weight * corr + depth_weight * depth)
-        per_layer = (corr.detach() * corr_factor).sum(1), (depth.detach() * depth_factor).sum(1)
-        return GaspOutput(terms, corr, depth, *per_layer, metrics, backend)
+        corr_means, depth_means = (corr.detach() * corr_factor).sum(1), (depth.detach() * depth_factor).sum(1)
+        return GaspOutput(terms, corr, depth, corr_means, depth_means, metrics, backend)
     corr_layers = (corr * corr_factor).sum(1)  # [L]
     depth_layers = (depth * depth_factor).sum(1)
     weights = weights.to(corr_layers.dtype)

@@ -67,7 +67,8 @@ def dense_frame_match(
         missing = rows.longest - len(per_frame)
         per_frame += [_frame_statistics(s[..., :0], 0, 0, values, known)] * missing
         per_sequence.append([torch.stack(parts, dim=2) for parts in zip(*per_frame, strict=True)])
-    return DenseFrames(*(torch.cat(parts, dim=1) for parts in zip(*per_sequence, strict=True)), similarity)
+    lse, expected, best, peak = (torch.cat(parts, dim=1) for parts in zip(*per_sequence, strict=True))
+    return DenseFrames(lse, expected, best, peak, similarity)
 
 
 def dense_terms(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class _Movable:
         return self.mapped(Tensor.pin_memory)
 
     def mapped(self: PlanT, change: Callable[[Tensor], Tensor]) -> PlanT:
-        moved = {}
+        moved: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
             value = getattr(self, name)
             if isinstance(value, _Movable):

@@ -18,6 +18,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +98,8 @@ def has_amx() -> bool:
 
 
 @functools.cache
-def _mkl_function() -> ctypes._CFuncPtr | None:
-    """MKL's bf16 x bf16 -> float32 product, which torch carries but has no operator for on the CPU."""
+def _mkl_function() -> Any:
+    """MKL's bf16 x bf16 -> float32 product, which torch carries without an operator for it; None where it does not."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         function = ctypes.CDLL(str(library)).cblas_gemm_bf16bf16f32

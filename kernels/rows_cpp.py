@@ -7,6 +7,9 @@ element type matters at all (norms and the last projection).
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,11 +17,11 @@ from torch import Tensor
 from . import rows_torch
 from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchScales, MatchTerms, RowChunk
 
+_rows: Any
 try:
-    from gasp_fast import _rows
+    _rows = importlib.import_module("gasp_fast._rows")
 except ImportError as error:  # a source tree that was never built
-    _rows = None
-    WHY_MISSING = str(error)
+    _rows, WHY_MISSING = None, str(error)
 else:
     WHY_MISSING = ""
 

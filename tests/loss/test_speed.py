@@ -1,0 +1,45 @@
+"""The CPU bars: time against three bare products and against dense PyTorch, interleaved in one run.
+
+Noise can only make a ratio worse, so a bar is met if one of a few tries meets it.
+"""
+
+import statistics
+
+import pytest
+import torch
+
+from gasp_fast.benchmarking.measure import run_workload
+from gasp_fast.benchmarking.workloads import WORKLOADS
+
+TRIES = 4
+
+
+def ratios(name: str) -> dict[str, float]:
+    result = run_workload(WORKLOADS[name], torch.device("cpu"), rounds=5, only=["ours", "dense eager"])
+    ours, eager = result.rows
+    assert not ours.note and not eager.note, (ours.note, eager.note)
+    return {
+        "three": ours.median("both") / statistics.median(result.three_products),
+        "one": ours.median("forward") / statistics.median(result.one_product),
+        "eager": eager.median("both") / ours.median("both"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "three", "one", "eager"),
+    [
+        ("cpu-wide", 1.35, 1.35, 1.5),
+        ("cpu-wide-bf16", 1.6, 1.8, 2.5),
+        ("cpu-narrow", None, None, 1.7),
+    ],
+)
+def test_bars(name, three, one, eager):
+    seen = []
+    for _ in range(TRIES):
+        found = ratios(name)
+        seen.append({key: round(value, 2) for key, value in found.items()})
+        fast_enough = three is None or (found["three"] <= three and found["one"] <= one)
+        if fast_enough and found["eager"] >= eager:
+            return
+    pytest.fail(f"{name}: at most {three} × three products, {one} × one, at least {eager} × eager; saw {seen}")
