@@ -1,5 +1,7 @@
 """`frame_match`: statistics of each query over each frame, on the fast path and on the dense one."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ import gasp_fast
 def by_hand(embeddings, anchors, offsets, sequences, values, known, temperature, exclude):
     """[L, A, P] log-sum-exp and [L, A, P, V] expected values, one cell at a time."""
     unit = torch.nn.functional.normalize(embeddings, dim=-1, eps=1e-12)
-    longest = max(b - a for a, b in zip(sequences, sequences[1:], strict=False))
+    longest = max(b - a for a, b in itertools.pairwise(sequences))
     lse = torch.full((len(embeddings), len(anchors), longest), float("-inf"), dtype=torch.float64)
     expected = torch.zeros(*lse.shape, values.shape[1], dtype=torch.float64)
     best = torch.full(lse.shape, -1)
