@@ -182,6 +182,10 @@ def test_a_run_that_dies_leaves_no_index(scene_world, depthless):
     assert not open_scene(depthless.root).has_depth
     depth_from_predictor(depthless, exact)
     assert open_scene(depthless.root).has_depth
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        depth_from_predictor(depthless, dies)
+    assert not open_scene(depthless.root).has_depth  # nor the index of the run before, beside half of the new maps
 
 
 def test_a_damaged_index_is_named(scene_world, depthless):

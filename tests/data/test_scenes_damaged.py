@@ -292,6 +292,22 @@ def test_a_folder_that_is_no_scene_says_what_was_looked_for(tmp_path):
         open_scene(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["cameras", "images", "points3D", "rigs", "frames"])
+def test_colmap_files_are_counted_before_pycolmap_reads_them(scene_boxes, tmp_path, name):
+    """pycolmap itself reads on for ever where a count is wrong."""
+    points = dict.fromkeys(scene_boxes.frame_names, np.ones((5, 3)))
+    format_named("colmap").write(scene_boxes, tmp_path, points)
+    path = tmp_path / "sparse" / f"{name}.bin"
+    whole = path.read_bytes()
+    for damaged in ((1 << 40).to_bytes(8, "little") + whole[8:], whole[:-3], whole + b"x", whole[:5]):
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match="damaged COLMAP file") as caught:
+            open_scene(tmp_path)
+        assert str(path) in one_line(caught)
+    path.write_bytes(whole)
+    assert len(open_scene(tmp_path)) == len(scene_boxes)
+
+
 # ---- fuzz -----------------------------------------------------------------------------------------------------------
 
 FUZZ = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -62,6 +63,13 @@ def test_a_clip_that_takes_too_long_is_given_up(clip):
         read_video(clip, 4, timeout=0.0)
 
 
+def test_the_deadline_holds_while_frames_are_decoded(clip, monkeypatch):
+    clock = iter(range(0, 1_000_000, 20))  # every look at the clock finds twenty seconds gone
+    monkeypatch.setattr("gasp_fast.data.video.time.monotonic", lambda: next(clock))
+    with pytest.raises(VideoTimeoutError, match="not decoded after 30 s"):
+        read_video(clip, 4, timeout=30.0)
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 500, b"no video at all\n" * 50, b"RIFF\x10\0\0\0AVI LIST"])
 def test_files_that_are_no_video_are_one_line(tmp_path, content):
     path = tmp_path / "bad.mp4"
@@ -78,7 +86,8 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_playlists_that_point_elsewhere_are_refused(clip, tmp_path):
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nfile://{clip}\n#EXT-X-ENDLIST\n")
-    (tmp_path / "concat.mp4").write_text(f"ffconcat version 1.0\nfile '{clip}'\n")
+    shutil.copy(clip, tmp_path / "beside")
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile beside\n")
     for name in ("list.mp4", "concat.mp4"):
         with pytest.raises(OSError, match="cannot read video"):
             read_video(tmp_path / name, 4)
