@@ -220,9 +220,8 @@ class StreamBatches(Sampler[list[int]]):
 
 
 def make_loader(
-    config: DataConfig, train: OptimisationConfig, stream: SampleStream, backbone: Backbone, share: Share, steps: int,
-    pin_memory: bool,
-) -> DataLoader[Any]:  # fmt: skip
+    config: DataConfig, stream: SampleStream, backbone: Backbone, share: Share, steps: int, pin_memory: bool
+) -> DataLoader[Any]:
     return DataLoader(
         stream,
         batch_sampler=StreamBatches(share, steps),

@@ -1,0 +1,74 @@
+"""Training: `python -m gasp_fast.train CONFIG.yaml [key.path=value ...]`, alone, under torchrun or under deepspeed.
+
+python -m gasp_fast.train configs/tiny_cpu.yaml train.steps=100
+torchrun --nproc-per-node 8 -m gasp_fast.train configs/qwen2_5_vl_7b.yaml
+deepspeed --module gasp_fast.train configs/qwen2_5_vl_7b.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gasp_fast.config import load_config, to_yaml
+from gasp_fast.data.shards import write_atomically
+from gasp_fast.training import checkpoints, dry_run, guards
+from gasp_fast.training.data import SampleStream, Share, steps_of
+from gasp_fast.training.model import build_model
+from gasp_fast.training.processes import quiet_libraries, read_deepspeed, start_processes, stop_processes, zero_stage
+from gasp_fast.training.settings import TrainConfig
+from gasp_fast.training.trainer import GaspTrainer
+
+
+def train(config: TrainConfig, *, only_try: bool = False) -> None:
+    """One training run; with `only_try` its first step alone, and a report of what it would take."""
+    guards.check_disk(config.run)
+    deepspeed = read_deepspeed(config.deepspeed)
+    processes = start_processes(deepspeed)
+    resume = None if only_try else checkpoints.to_resume(Path(config.run.out), config.run.resume)
+    if resume is not None:
+        guards.check_resume(config, processes.ranks, zero_stage(deepspeed), checkpoints.read_about(resume), resume)
+
+    stream = SampleStream(config.data)
+    share = Share(processes.rank, processes.ranks, config.train.batch_size, config.train.micro_batch_size)
+    steps = steps_of(config.train, stream)
+
+    model = build_model(config, processes.device)
+    if config.train.mode == "lora":
+        guards.check_adapters(model)
+    deepspeed = read_deepspeed(config.deepspeed, model.backbone.hidden_size)
+
+    trainer = GaspTrainer(config, model, stream, share, steps, processes, deepspeed)
+    if only_try:
+        dry_run.report(trainer)
+        return
+    if processes.first:
+        write_atomically(Path(config.run.out) / "config.yaml", to_yaml(config).encode())
+    trainer.run(resume)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gasp_fast.train", description=str(__doc__).splitlines()[0])
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, report, stop")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # older launchers pass it
+    told = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        train(load_config(TrainConfig, told.config, told.overrides), only_try=told.dry_run)
+    except (ValueError, OSError) as error:
+        if told.traceback:
+            raise
+        print(f"gasp_fast.train: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        stop_processes()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

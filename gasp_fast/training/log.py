@@ -1,0 +1,155 @@
+"""What a run tells: `log.jsonl`, a progress bar, and the numbers behind both.
+
+Knows the outputs of a step and the clock; decides nothing. One object per logged step:
+
+    step, loss, lm, corr, depth    means over the micro-batches of all processes since the last line; a term that no
+                                   batch had is null
+    corr_per_layer, depth_per_layer, pck_per_layer    [L], the same means
+    lr, grad_norm                  of the adapters (or the model); before clipping
+    tokens_per_s, mfu              over all processes
+    peak_memory                    bytes, the largest of all processes: of the GPU, or of the process without one
+
+Sums are kept on the device and fetched when a line is written: watching costs no wait in between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from .throughput import peak_flops
+
+LOG = "log.jsonl"
+
+
+class Meter:
+    """Sums over the micro-batches of this process since the last reading."""
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self.layers, self.device = layers, device
+        self._clear()
+
+    def _clear(self) -> None:
+        # loss, batches; lm, batches with answers; batches with matches; tokens, operations; corr, depth, pck [L] each
+        self.sums = torch.zeros(7 + 3 * self.layers, dtype=torch.float64, device=self.device)
+        self.start = time.perf_counter()
+
+    def add(self, outputs: dict[str, Tensor], matches: int, tokens: int, operations: float) -> None:
+        answered = (outputs["answers"] > 0).double()
+        head = [outputs["loss"].detach().double(), answered.new_ones(()), outputs["lm"].double() * answered, answered]
+        known = answered.new_tensor([float(matches > 0), float(tokens), operations])
+        layers = [outputs[name].double() * float(matches > 0) for name in ("corr", "depth", "pck") if name in outputs]
+        self.sums += torch.cat([torch.stack(head), known, *layers])
+
+    def read(self) -> dict[str, Any]:
+        """The means over all processes, and a fresh start."""
+        memory = torch.tensor(float(_peak_memory(self.device)), dtype=torch.float64, device=self.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(memory, dist.ReduceOp.MAX)
+        seconds = time.perf_counter() - self.start
+        loss, batches, lm, answered, matched, tokens, operations, *layers = self.sums.tolist()
+        per_layer = [
+            [total / matched if matched else None for total in layers[at : at + self.layers]]
+            for at in range(0, 3 * self.layers, self.layers)
+        ] if self.layers else [[], [], []]  # fmt: skip
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        record = {
+            "loss": loss / batches if batches else None,
+            "lm": lm / answered if answered else None,
+            "corr": _mean(per_layer[0]),
+            "depth": _mean(per_layer[1]),
+            "corr_per_layer": per_layer[0],
+            "depth_per_layer": per_layer[1],
+            "pck_per_layer": per_layer[2],
+            "tokens_per_s": tokens / seconds,
+            "mfu": operations / seconds / (ranks * peak_flops(self.device)),
+            "peak_memory": int(memory.item()),
+        }
+        self._clear()
+        return record
+
+
+def _mean(values: list[Any]) -> float | None:
+    return sum(values) / len(values) if values and values[0] is not None else None
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class RunLog:
+    """`log.jsonl` of a run. Lines of steps that a resumed run will do again are dropped first."""
+
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        self.path = folder / LOG
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the last line of a killed run may be half a line
+                    continue
+                if record["step"] <= steps_done:
+                    kept.append(line)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(partial, self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Bar:
+    """A line on the terminal: steps, the three losses, PCK, tokens per second, MFU."""
+
+    def __init__(self, steps: int, done: int, shown: bool) -> None:
+        self.progress = Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[told]}"),
+            disable=not shown,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=done, told="")
+        self.progress.start()
+
+    def update(self, step: int, record: dict[str, Any] | None = None) -> None:
+        self.progress.update(self.task, completed=step)
+        if record is not None:
+            self.progress.update(self.task, told=summary(record))
+
+    def stop(self) -> None:
+        self.progress.stop()
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A record in a few words; PCK is that of the best layer."""
+    pck = [value for value in record["pck_per_layer"] if value is not None]
+    parts = [f"{name} {record[name]:.3f}" for name in ("lm", "corr", "depth") if record[name] is not None]
+    parts += [f"pck {max(pck):.2f}"] if pck else []
+    return " · ".join([*parts, f"{record['tokens_per_s']:,.0f} tok/s", f"mfu {record['mfu']:.0%}"])
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The record as TensorBoard and its like take it: one number a name, layers counted from 1."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            kind = name.removesuffix("_per_layer")
+            flat |= {f"{kind}/layer_{n}": v for n, v in enumerate(value, 1) if v is not None}
+        elif value is not None:
+            flat[name] = value
+    return flat
