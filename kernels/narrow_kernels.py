@@ -39,7 +39,8 @@ def load_tile(
     mask = here[:, None]
     if WIDTH < BLOCK_WIDTH:
         mask = mask & (d < WIDTH)[None, :]
-    tile = tl.load(embeddings + token[:, None] * stride_n + d[None, :] * stride_d, mask=mask, other=0.0)
+    line = embeddings + token[:, None] * stride_n + (d.to(tl.int64) * stride_d)[None, :]
+    tile = tl.load(line, mask=mask, other=0.0)
     if UPCAST:  # the interpreter does not know bfloat16
         tile = tile.to(tl.float32)
     if NORMALISED:
@@ -154,7 +155,7 @@ def positives(
     k = tl.load(target + at, mask=here, other=0)
     x = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
-        d = start + tl.arange(0, BLOCK_COLUMNS)
+        d = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
         inside = here[:, None] & (d < WIDTH)[None, :]
         e_i = tl.load(embeddings + i[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=0.0)
         e_k = tl.load(embeddings + k[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=0.0)
@@ -299,7 +300,7 @@ def token_gradient(
         total = tl.dot(gradient.to(a.dtype), a, total, input_precision=PRECISION)
 
     total *= (norm / (tau * boosted))[:, None]
-    d = tl.arange(0, BLOCK_WIDTH)
+    d = tl.arange(0, BLOCK_WIDTH).to(tl.int64)
     line = out + group * out_g + token[:, None] * out_n + d[None, :] * out_d
     tl.store(line, total, mask=inside[:, None] & (d < WIDTH)[None, :])
 

@@ -259,21 +259,21 @@ def row_blocks(problem: Problem, tile: Tile) -> Tensor:
     """int64 [blocks, 6]: first and last row, first frame, frames, first and last of the sequence's token blocks."""
     spans = tuple(map(tuple, problem.rows.spans.tolist()))
     ends = tuple(problem.rows.frame_ends.tolist())
-    return _row_blocks(spans, ends, tile.rows, tile.columns, problem.embeddings.device)
+    return _row_blocks(spans, ends, tile.rows, tile.columns).to(problem.embeddings.device, non_blocking=True)
 
 
 def token_blocks(problem: Problem, tile: Tile) -> Tensor:
     """int64 [blocks, 5]: first and last token, the frame within the sequence, first and last row of the sequence."""
     spans = tuple(map(tuple, problem.rows.spans.tolist()))
     ends = tuple(problem.rows.frame_ends.tolist())
-    return _token_blocks(spans, ends, tile.columns, problem.embeddings.device)
+    return _token_blocks(spans, ends, tile.columns).to(problem.embeddings.device, non_blocking=True)
 
 
 Spans = tuple[tuple[int, int, int], ...]
 
 
 @lru_cache(maxsize=64)
-def _row_blocks(spans: Spans, ends: tuple[int, ...], rows: int, columns: int, to: torch.device) -> Tensor:
+def _row_blocks(spans: Spans, ends: tuple[int, ...], rows: int, columns: int) -> Tensor:
     table, frame, row, block = [], 0, 0, 0
     for _, next_frame, next_row in spans:
         begins = (0, *ends)
@@ -281,11 +281,11 @@ def _row_blocks(spans: Spans, ends: tuple[int, ...], rows: int, columns: int, to
         for first in range(row, next_row, rows):
             table.append((first, min(first + rows, next_row), frame, next_frame - frame, block, after))
         frame, row, block = next_frame, next_row, after
-    return torch.tensor(table, dtype=torch.int64).view(-1, 6).to(to, non_blocking=True)
+    return torch.tensor(table, dtype=torch.int64).view(-1, 6)
 
 
 @lru_cache(maxsize=64)
-def _token_blocks(spans: Spans, ends: tuple[int, ...], columns: int, to: torch.device) -> Tensor:
+def _token_blocks(spans: Spans, ends: tuple[int, ...], columns: int) -> Tensor:
     table, frame, row, token = [], 0, 0, 0
     for _, next_frame, next_row in spans:
         for nth, end in enumerate(ends[frame:next_frame]):
@@ -293,7 +293,7 @@ def _token_blocks(spans: Spans, ends: tuple[int, ...], columns: int, to: torch.d
                 table.append((first, min(first + columns, end), nth, row, next_row))
             token = end
         frame, row = next_frame, next_row
-    return torch.tensor(table, dtype=torch.int64).view(-1, 5).to(to, non_blocking=True)
+    return torch.tensor(table, dtype=torch.int64).view(-1, 5)
 
 
 def _row_of_token(problem: Problem) -> Tensor:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,7 +27,19 @@ try:
 except ImportError:  # CPU builds of torch come without it
     triton = tl = None
 
-jit: Callable[[Callable[..., Any]], Any] = (lambda function: function) if triton is None else triton.jit
+# Numbers that change from batch to batch. Triton would compile a kernel anew for a value of 1 and for multiples of 16;
+# nothing is gained by it here, and the first hundred steps of a run would be spent compiling.
+VARYING = {"rows", "frames", "tokens", "matches", "longest", "first_token", "row_scale_g", "token_scale_g", "inverse_g"}
+VARYING |= {"positive_g", "term_g", "corr_scale_g", "depth_scale_g"}
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, or nothing at all where there is no Triton."""
+    if triton is None:
+        return kernel
+    return triton.jit(kernel, do_not_specialize=[name for name in signature(kernel).parameters if name in VARYING])
+
+
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 

@@ -39,14 +39,15 @@ def compile_instead(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: d
     signature, constants, attributes = {}, {}, {}
     for at, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and specialised):
             signature[parameter.name], constants[(at,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             attributes[(at,)] = [["tt.divisibility", 16]]  # what the allocator gives
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and specialised:
                 attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
@@ -106,15 +107,13 @@ def wide(dtype: torch.dtype, width: int) -> None:
     runs = MatchRuns(plan.run_start, plan.rows.longest, plan.order, plan.target, plan.depth, plan.counts, 0)
     scales = MatchScales(*(torch.ones(1, 1).expand(1, 256) for _ in range(2)))
     terms = MatchTerms.empty(1, 256, torch.device("cpu"))
-    for every_frame in (True, False):
+    for every_frame in (False, True):
         statistics = rows_triton.frame_statistics(chunk, runs, every_frame)
-        upstream = rows_triton.match_terms(chunk, statistics, runs, scales, terms, every_frame, 1e-6)
-        rows_triton.match_terms(chunk, statistics, runs, None, terms, every_frame, 1e-6)
-    rows_triton.similarity_gradient(
-        chunk, statistics, upstream, runs, scales, torch.zeros(1, rows, tokens, dtype=dtype)
-    )
-    rows_triton.frame_statistics(chunk, None, True)
+        weights = scales if every_frame else None
+        upstream = rows_triton.match_terms(chunk, statistics, runs, weights, terms, every_frame, 1e-6)
     x = torch.zeros(1, rows, tokens, dtype=dtype)
+    rows_triton.similarity_gradient(chunk, statistics, upstream, runs, scales, x)
+    rows_triton.frame_statistics(chunk, None, True)
     rows_triton.similarity_gradient(chunk, statistics, upstream, None, None, x)
     rows_triton.project_gradient(torch.zeros(1, tokens, width), embeddings, scale, torch.empty_like(embeddings))
 
