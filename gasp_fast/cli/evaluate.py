@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     pictures = draw_pictures(subject, questions, config, evaluation, arguments.out / "pictures", arguments.pictures)
     page = write_report(evaluation.report, arguments.out, pictures)
-    console.print(as_table(table_rows({subject.name: evaluation.report})))
+    console.print(as_table([row[1:] for row in table_rows({subject.name: evaluation.report})]))
     if subject.heads_origin == "initial":
         console.print("the heads are untrained: made from W_Q, as training starts")
     if missing := evaluation.report["sequences_without_tracks"]:
@@ -120,7 +120,7 @@ def as_table(rows: list[list[str]]) -> Table:
     """Rows of text, the first one being headings, for the terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for place, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
+        table.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=place > 0)
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -75,7 +75,7 @@ def table_rows(reports: Mapping[str, Report], kinds: Sequence[str] | None = None
         for kind in kinds or report["by_features"]
     ]
     far = _farthest_gap([one["temporal"] for _, _, one in chosen])
-    rows = [["model", "features", "PCK@2", "layer", "mean", "moved", "same pos.", "ρ", "gap 1", f"gap {far}"]]
+    rows = [["model", "features", "PCK@2", "layer", "mean", "moved", "same", "ρ", "gap 1", f"gap {far}"]]
     for name, kind, one in chosen:
         best = one["layers"].index(one["pck"]["peak_layer"])
         values = (
@@ -139,7 +139,8 @@ _READING = """
 <h2>How to read this</h2>
 <dl>
 <dt>PCK@2</dt><dd>Share of points that a layer finds again within two patches of the truth. Compare it with the "same
-position" guess, which needs no eyes, and look at the points that moved, where that guess is always wrong. The table's values are those of the best layer, "mean" that over layers.</dd>
+position" guess, which needs no eyes, and look at the points that moved, where that guess is always wrong.
+The table tells the best layer; "mean" is over layers.</dd>
 <dt>Features</dt><dd><em>head</em>: the correspondence heads. <em>qk</em>: query and key states of the attention.
 <em>hidden</em>: the states after each decoder layer.</dd>
 <dt>ρ</dt><dd>Correlation between how sure the layer is of a match and whether it is right: 0 is no idea,

@@ -116,7 +116,9 @@ def _weights_folder(source: Path) -> Path | None:
     checkpoints = [path for path in source.glob("checkpoint-*") if _has_weights(path)]
     if checkpoints:
         return max(checkpoints, key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
-    return source / "export" if _has_weights(source / "export") else source
+    if _has_weights(source / "export"):
+        return source / "export"
+    raise OSError(f"model = {str(source)!r} holds no model, adapter or run; pass a saved model's folder, or a hub name")
 
 
 def _has_weights(folder: Path) -> bool:

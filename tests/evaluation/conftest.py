@@ -1,0 +1,64 @@
+"""Tiny models of both families, with grouped and with full attention, and scenes small enough to ask many questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gasp_fast.backbones import tiny
+from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.evaluation.sampling import QuestionConfig, Questions
+from gasp_fast.evaluation.subject import Subject, open_subject
+
+torch.set_num_threads(1)
+SIZE = 112  # pixels of a frame: 7 x 7 tokens
+MODELS = {
+    "qwen-gqa": tiny.TinyConfig(frame_size=SIZE, key_heads=2),
+    "qwen-mha": tiny.TinyConfig(frame_size=SIZE, key_heads=4),
+    "llava": tiny.TinyConfig(model_type="llava_next_video", frame_size=SIZE),
+}
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: tiny.build_tiny(root / name, config) for name, config in MODELS.items()}
+
+
+@pytest.fixture(scope="session")
+def subjects(model_folders: dict[str, Path]) -> dict[str, Subject]:
+    return {name: open_subject(folder, initial_heads=True) for name, folder in model_folders.items()}
+
+
+@pytest.fixture(params=list(MODELS))
+def subject(request: pytest.FixtureRequest, subjects: dict[str, Subject]) -> Subject:
+    return subjects[request.param]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rendered scenes of 16 frames."""
+    root = tmp_path_factory.mktemp("scenes")
+    list(render_scenes(root, 3, config=SyntheticConfig(frames=16, width=SIZE, height=SIZE), workers=1))
+    return root
+
+
+@pytest.fixture(scope="session")
+def questions(library: Path) -> Questions:
+    return Questions(library, QuestionConfig(sequences=5, frames=4, grid=5, max_gap=8))
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[[str], Path]:
+    """A recorded scene's folder by name. They lie beside a checkout where they may be used, never in it."""
+
+    def find(name: str) -> Path:
+        root = Path(__file__).resolve().parents[3] / "shared" / "realdata" / name
+        if not root.is_dir():
+            pytest.skip(f"the recorded scene {name} is not on this machine")
+        return root
+
+    return find

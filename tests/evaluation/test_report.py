@@ -1,0 +1,175 @@
+"""Reports, comparisons and pictures: complete, self-contained, on one scale; errors are one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gasp_fast.cli import compare as compare_command
+from gasp_fast.cli import evaluate as evaluate_command
+from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.evaluation.report import read_report, write_comparison
+
+CONTRACT = {"model", "sequences", "frames", "grid", "features", "pck", "pck_moved", "identity", "rho", "temporal"}
+
+
+def run(command, *words: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([*words]))
+
+
+def evaluated(model: Path, scenes: Path, out: Path, *more: str) -> Path:
+    words = ["--sequences", "4", "--frames", "4", "--grid", "5", "--max-gap", "8", "--features", "head,qk"]
+    assert run(evaluate_command, "--model", str(model), "--scenes", str(scenes), "--out", str(out), *words, *more) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def reports(model_folders, library, tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("reports")
+    return [
+        evaluated(model_folders["qwen-gqa"], library, root / "first", "--pictures", "2"),
+        evaluated(model_folders["qwen-mha"], library, root / "second", "--pictures", "0"),
+    ]
+
+
+def test_the_report_has_the_contract_s_fields(reports):
+    report = json.loads((reports[0] / "report.json").read_text())
+    assert report.keys() >= CONTRACT
+    assert report["pck"].keys() >= {"per_layer", "mean", "peak", "peak_layer"}
+    assert report["temporal"].keys() >= {"gaps", "pck", "normalized"}
+    assert (
+        len(report["pck"]["per_layer"]) == len(report["pck_moved"]["per_layer"]) == len(report["rho"]["per_layer"]) == 4
+    )
+    assert report["pck"]["peak"] == max(report["pck"]["per_layer"])
+    assert report["pck"]["per_layer"][report["pck"]["peak_layer"] - 1] == report["pck"]["peak"]
+    assert report["pck"]["mean"] == pytest.approx(np.mean(report["pck"]["per_layer"]))
+    assert report["temporal"]["gaps"] == list(range(1, 9))
+    assert isinstance(report["identity"], float) and report["features"] == "head" and report["heads"] == "initial"
+
+
+def test_the_page_holds_everything_inside(reports):
+    page = (reports[0] / "index.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(sources) == 2 + 4 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in re.sub(r'src="[^"]+"', "", page)
+
+
+def test_pictures_are_drawn_for_two_scenes(reports):
+    drawn = sorted(path.name for path in (reports[0] / "pictures").glob("*.png"))
+    assert [name.split("-")[0] for name in drawn] == ["correspondences"] * 2 + ["heat"] * 2
+    scenes = {int(re.sub(r"\D", "", name)) % 3 for name in drawn}
+    assert len(scenes) == 2
+    for name in drawn:
+        assert np.asarray(Image.open(reports[0] / "pictures" / name).convert("L")).std() > 20
+    assert not list(reports[0].glob("**/.*partial*"))
+
+
+def test_reports_are_compared_in_one_figure_per_shared_kind(reports, tmp_path, capsys):
+    assert run(compare_command, *map(str, reports), "--out", str(tmp_path), "--names", "before,after") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "compare-head.png",
+        "compare-qk.png",
+        "compare.json",
+        "index.html",
+    }
+    assert "before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "compare.json").read_text())["reports"].keys() == {"before", "after"}
+
+
+def test_compared_models_share_one_scale_and_differ_in_more_than_colour(reports, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from gasp_fast.evaluation.figures import draw_figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: kept.append(self))
+    first, second = map(read_report, reports)
+    draw_figure({"a": first, "b": second}, "head", tmp_path / "x.png")
+    pck, rho, temporal = kept[0].axes
+    lines = {line.get_label(): line for line in pck.lines}
+    assert lines["a"].get_color() != lines["b"].get_color() and lines["a"].get_marker() != lines["b"].get_marker()
+    assert lines["a"].get_ydata().tolist() == first["by_features"]["head"]["pck"]["per_layer"]
+    assert pck.get_ylim() == (0, 1)
+    assert any(list(line.get_ydata()) == [round(first["identity"], 6)] * 2 for line in pck.lines)
+    assert len(pck.collections) == 2  # a shade of deviation each
+    assert temporal.get_ylim()[0] == 0 and rho.get_ylim()[1] == 1
+
+
+def test_two_reports_of_one_model_go_by_their_folders(reports):
+    parser = argparse.ArgumentParser()
+    compare_command.add_arguments(parser)
+    arguments = parser.parse_args([*map(str, reports), "--out", "x"])
+    assert compare_command._names(arguments, ["m", "m"]) == ["first", "second"]
+    assert compare_command._names(arguments, ["m", "n"]) == ["m", "n"]
+    arguments.names = "only-one"
+    with pytest.raises(ValueError, match="1 names for 2 reports"):
+        compare_command._names(arguments, ["m", "n"])
+
+
+def test_a_comparison_of_different_questions_says_so(reports, tmp_path):
+    first, second = map(read_report, reports)
+    second = {**second, "frames": 6}
+    _, warnings = write_comparison({"a": first, "b": second}, tmp_path)
+    assert len(warnings) == 1 and "different questions (frames)" in warnings[0]
+    only_qk = {**second, "by_features": {"hidden": second["by_features"]["qk"]}}
+    with pytest.raises(ValueError, match="share no kind of features"):
+        write_comparison({"a": first, "b": only_qk}, tmp_path)
+
+
+def test_what_is_no_report_is_refused(tmp_path):
+    with pytest.raises(OSError, match=r"no report\.json here"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a report of gasp-fast evaluate"):
+        read_report(tmp_path)
+
+
+def one_line(error: BaseException) -> bool:
+    return "\n" not in str(error)
+
+
+def test_a_folder_without_a_supported_model_is_a_one_line_error(library, tmp_path):
+    (tmp_path / "model").mkdir()
+    words = ["--scenes", str(library), "--out", str(tmp_path / "out"), "--frames", "4"]
+    with pytest.raises(OSError, match="holds no model, adapter or run") as missing:
+        run(evaluate_command, "--model", str(tmp_path / "model"), *words)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"'bert'; supported types are .*qwen2_5_vl") as unsupported:
+        run(evaluate_command, "--model", str(tmp_path / "model"), *words)
+    assert one_line(missing.value) and one_line(unsupported.value)
+
+
+def test_scenes_shorter_than_asked_are_a_one_line_error(model_folders, library, tmp_path):
+    words = ["--model", str(model_folders["qwen-gqa"]), "--out", str(tmp_path), "--scenes", str(library)]
+    with pytest.raises(
+        ValueError, match="longest scene has 16 frames, frames = 20 asked; lower --frames to 16"
+    ) as error:
+        run(evaluate_command, *words, "--frames", "20")
+    assert one_line(error.value)
+    with pytest.raises(ValueError, match="max_gap = 5: 8 frames need gaps up to 7") as error:
+        run(evaluate_command, *words, "--frames", "8", "--max-gap", "5")
+    assert one_line(error.value)
+
+
+def test_scenes_without_a_valid_track_are_a_one_line_error(model_folders, tmp_path):
+    (scene,) = render_scenes(tmp_path / "scenes", 1, config=SyntheticConfig(frames=6, width=112, height=112), workers=1)
+    for path in (scene / "depth").glob("*.png"):  # no pixel has a known depth
+        Image.fromarray(np.zeros((112, 112), np.uint16)).save(path)
+    words = ["--scenes", str(tmp_path / "scenes"), "--out", str(tmp_path / "out"), "--frames", "4", "--sequences", "2"]
+    with pytest.raises(ValueError, match="in none of 2 sequences a point is seen twice; check the scenes") as error:
+        run(evaluate_command, "--model", str(model_folders["qwen-gqa"]), *words)
+    assert one_line(error.value)
+
+
+def test_unknown_features_are_refused(model_folders, library, tmp_path):
+    words = ["--model", str(model_folders["qwen-gqa"]), "--scenes", str(library), "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="features = 'values' is unknown; choose among head, qk, hidden"):
+        run(evaluate_command, *words, "--features", "values", "--frames", "4")
