@@ -49,6 +49,18 @@ def dense_frame_match(
     known: Tensor | None,  # bool [N]
     exclude_own: bool,
 ) -> DenseFrames:
+    with torch.autocast(embeddings.device.type, enabled=False):  # the caller's autocast is not meant for losses
+        return _dense_frame_match(embeddings, rows, temperature, values, known, exclude_own)
+
+
+def _dense_frame_match(
+    embeddings: Tensor,
+    rows: RowPlan,
+    temperature: Tensor,
+    values: Tensor | None,
+    known: Tensor | None,
+    exclude_own: bool,
+) -> DenseFrames:
     unit = _normalized(embeddings)
     per_sequence, similarity = [], []
     for span in rows.sequences():

@@ -13,9 +13,9 @@ SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def step(problem, dtype=torch.float32, upstream=1.0, **options):
+def step(problem, dtype=torch.float32, upstream=1.0, backend="cpp", **options):
     embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
-    out = gasp_fast.gasp_loss(embeddings, problem.matches, 0.07, backend="cpp", return_metrics=True, **options)
+    out = gasp_fast.gasp_loss(embeddings, problem.matches, 0.07, backend=backend, return_metrics=True, **options)
     (upstream * out.loss).sum().backward()
     return [out.loss.detach(), out.corr_per_layer, out.depth_per_layer, out.metrics.confidence, embeddings.grad]
 
@@ -181,12 +181,21 @@ def test_under_activation_checkpointing(use_reentrant):
     assert torch.equal(loss.detach(), plain[0]) and torch.equal(embeddings.grad, plain[-1])
 
 
-def test_under_autocast_nothing_is_cast():
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_under_autocast_nothing_is_cast(monkeypatch, backend):
     problem = random_problem(0, SEQUENCES)
-    plain = step(problem)
+    plain = step(problem, backend=backend)
+    inside = []
+
+    def spy(name, entry):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return engines.engine_for(name, entry)
+
+    monkeypatch.setattr("gasp_fast.kernels.ops.engine_for", spy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = step(problem)
+        cast = step(problem, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+    assert not any(inside) and bool(inside) == (backend == "cpp")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

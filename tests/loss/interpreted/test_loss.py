@@ -1,0 +1,43 @@
+"""`gasp_loss(backend="triton")` from end to end: the battery that every backend has to pass, on small shapes.
+
+The interpreter runs the wide strategy (IEEE float32 goes that way at any width); `test_narrow.py` runs the other.
+"""
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.agreement import EXACT, assert_agrees, run
+from support.problems import problems, random_problem
+
+import gasp_fast
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(largest_frame=4, widths=(1, 3, 8)), st.sampled_from(["mean", "none"]))
+def test_agrees_with_float64(problem, reduction):
+    assert_agrees(problem, torch.float32, EXACT, "triton", reduction=reduction)
+
+
+def test_two_runs_agree_to_the_last_bit():
+    problem = random_problem(0, [[9, 4, 1], [5, 7]], width=24, matches=40)
+    first, second = (run(problem, problem.embeddings.float(), "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+
+
+def test_frame_match_is_that_of_the_reference():
+    problem = random_problem(0, [[9, 4, 1], [5, 7]], width=24, matches=40)
+    matches = problem.matches
+    found, truth = (
+        gasp_fast.frame_match(
+            problem.embeddings.to(dtype),
+            torch.tensor([3, 0, 22, 3]),
+            matches.frame_offsets,
+            values=torch.rand(26, 3, generator=torch.Generator().manual_seed(0)).to(dtype),
+            sequence_offsets=matches.sequence_offsets,
+            backend=backend,
+        )
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "torch"))
+    )
+    assert torch.equal(found.best, truth.best)
+    assert torch.allclose(found.lse.double(), truth.lse, rtol=1e-5)
+    assert torch.allclose(found.expected.double(), truth.expected, atol=1e-5)
