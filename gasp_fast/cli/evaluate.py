@@ -119,8 +119,9 @@ def _subject(arguments: argparse.Namespace, initial_heads: bool) -> Subject:
 def as_table(rows: list[list[str]]) -> Table:
     """Rows of text, the first one being headings, for the terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=place > 0)
+    for heading in rows[0]:
+        words = heading in ("model", "features")
+        table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=heading != "model")
     for row in rows[1:]:
         table.add_row(*row)
     return table

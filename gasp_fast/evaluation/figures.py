@@ -47,9 +47,9 @@ def draw_figure(reports: Mapping[str, Mapping[str, Any]], kind: str, path: Path)
 
 
 def _title(reports: Mapping[str, Mapping[str, Any]], kind: str) -> str:
-    who = next(iter(reports)) if len(reports) == 1 else " · ".join(reports)
-    counts = sorted({report["sequences"] for report in reports.values()})
-    return f"{who}: {KIND_NAMES[kind]}, {' / '.join(map(str, counts))} sequences"
+    counts = " / ".join(map(str, sorted({report["sequences"] for report in reports.values()})))
+    what = f"{KIND_NAMES[kind]}, {counts} sequences"
+    return f"{next(iter(reports))}: {what}" if len(reports) == 1 else what[0].upper() + what[1:]
 
 
 def _styles(count: int) -> list[dict[str, Any]]:

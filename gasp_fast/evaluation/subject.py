@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from ..backbones import Backbone, load_backbone
-from ..heads import CorrespondenceHead, CorrespondenceHeads
+from ..heads import CorrespondenceHeads
+from ..supervision import read_heads
 
-_HEAD_WEIGHT = re.compile(r"(?:^|\.)by_layer\.(\d+)\.(first|second)\.(weight|bias)$")
+HEADS = "heads.safetensors"  # beside the weights of a training run's checkpoint
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def open_subject(
         backbone = load_backbone(source if folder is None else folder, frame_pixels)
         model = backbone.load_model(dtype=dtype)
     model = model.eval().requires_grad_(False).to(device)
-    heads = None if folder is None else find_heads(folder)
+    heads = read_heads(folder / HEADS) if folder is not None and (folder / HEADS).is_file() else None
     origin = None if heads is None else "trained"
     if heads is None and initial_heads:
         projections = {layer: backbone.query_projection(model, layer) for layer in range(backbone.layer_count)}
@@ -66,45 +67,6 @@ def open_subject(
         _check_fit(heads, backbone, str(source))
         heads = heads.eval().requires_grad_(False).to(device)
     return Subject(_name_of(str(source)), backbone, model, heads, origin, _fingerprint(folder or Path(source)))
-
-
-def load_heads(path: str | os.PathLike[str]) -> CorrespondenceHeads:
-    """Heads from a safetensors file that holds the state of a `CorrespondenceHeads`, under any prefix."""
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-    except Exception as error:
-        raise OSError(f"{path}: no readable safetensors file of correspondence heads ({error})") from error
-    by_layer: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in state.items():
-        if match := _HEAD_WEIGHT.search(name):
-            by_layer.setdefault(int(match[1]), {})[f"{match[2]}.{match[3]}"] = value.float()
-    if not by_layer:
-        raise ValueError(f"{path}: holds no correspondence heads (no weight called by_layer.N.first.weight)")
-    heads = {}
-    for layer, weights in by_layer.items():
-        if len(weights) != 4:
-            raise ValueError(f"{path}: the head of layer {layer} is incomplete, it has only {', '.join(weights)}")
-        mid_size, hidden_size = weights["first.weight"].shape
-        heads[layer] = CorrespondenceHead(hidden_size, mid_size, weights["second.weight"].shape[0])
-        heads[layer].load_state_dict(weights)
-    return CorrespondenceHeads(heads)
-
-
-def find_heads(folder: Path) -> CorrespondenceHeads | None:
-    """The heads that lie in a checkpoint folder, in whichever of its safetensors files."""
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = any(_HEAD_WEIGHT.search(name) for name in file.keys())  # noqa: SIM118 (not a dict)
-        except Exception as error:
-            raise OSError(f"{path}: not a readable safetensors file ({error})") from error
-        if found:
-            return load_heads(path)
-    return None
 
 
 def _weights_folder(source: Path) -> Path | None:

@@ -18,7 +18,8 @@ from gasp_fast.collator import Collator, CollatorConfig
 from gasp_fast.evaluation.evaluate import EvaluationConfig, evaluate, heat_maps, run_features
 from gasp_fast.evaluation.features import KINDS
 from gasp_fast.evaluation.sampling import QuestionConfig, Questions
-from gasp_fast.evaluation.subject import find_heads, load_heads, open_subject
+from gasp_fast.evaluation.subject import open_subject
+from gasp_fast.supervision import write_heads
 
 
 @pytest.fixture
@@ -178,27 +179,20 @@ def test_models_without_heads_are_evaluated_by_what_they_have(model_folders, que
 
 
 def test_heads_beside_a_checkpoint_are_found_and_are_the_same(subjects, model_folders, tmp_path):
-    from safetensors.torch import save_file
-
     heads = subjects["qwen-gqa"].heads
     run = tmp_path / "run"
     for number, shift in ((9, 1.0), (10, 0.0)):  # the last checkpoint by number, not by name
         folder = shutil.copytree(model_folders["qwen-gqa"], run / f"checkpoint-{number}")
-        state = {f"supervision.heads.{k}": (v + shift).contiguous() for k, v in heads.state_dict().items()}
-        save_file(state, folder / "heads.safetensors")
+        write_heads(folder / "heads.safetensors", {k: v + shift for k, v in heads.state_dict().items()}, "fp32")
     subject = open_subject(run)
     assert subject.heads_origin == "trained" and subject.name == "run"
     assert all(torch.equal(v, heads.state_dict()[k]) for k, v in subject.heads.state_dict().items())
-    assert find_heads(model_folders["qwen-gqa"]) is None
-    with pytest.raises(ValueError, match="holds no correspondence heads"):
-        load_heads(model_folders["qwen-gqa"] / "model.safetensors")
+    assert open_subject(model_folders["qwen-gqa"]).heads is None
 
 
 def test_heads_of_another_model_are_refused(subjects, tmp_path):
-    from safetensors.torch import save_file
-
     folder = tiny.build_tiny(tmp_path / "small", tiny.TinyConfig(hidden_size=64, frame_size=112))
-    save_file(subjects["qwen-gqa"].heads.state_dict(), folder / "heads.safetensors")
+    write_heads(folder / "heads.safetensors", subjects["qwen-gqa"].heads.state_dict(), "fp32")
     with pytest.raises(ValueError, match="they belong to another model"):
         open_subject(folder)
 
