@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, report, stop")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # older launchers pass it
-    told = parser.parse_args(arguments)
+    told = parser.parse_intermixed_args(arguments)
     quiet_libraries()
     try:
         train(load_config(TrainConfig, told.config, told.overrides), only_try=told.dry_run)

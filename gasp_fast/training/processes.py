@@ -52,6 +52,10 @@ def start_processes(deepspeed: dict[str, Any] | None) -> Processes:
         os.environ.setdefault("WORLD_SIZE", str(ranks))
         import deepspeed as ds
 
+        if not gpu:
+            # DeepSpeed would compile its shared-memory collectives now, behind a lock file that a killed run leaves
+            # behind, and for which every later run would wait without end. gloo does without.
+            ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
             dist.init_process_group(backend, timeout=TIMEOUT)
         ds.init_distributed(dist_backend=backend, timeout=TIMEOUT)
