@@ -69,6 +69,7 @@ class Checkpoint:
     folder: Path
     mode: Literal["lora", "full"]
     base: str  # folder or hub name of the model it was trained from
+    processor: str  # folder or hub name that has the processor: a full run saves it with its weights
 
 
 def export(
@@ -90,7 +91,7 @@ def export(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"out = {str(out)!r} exists already; remove it, or name another folder")
     checkpoint = find_checkpoint(source, base)
-    backbone = load_backbone(checkpoint.base)
+    backbone = load_backbone(checkpoint.processor)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     inputs = {name: value.to(device) for name, value in probe(backbone).items()}
 
@@ -160,7 +161,9 @@ def find_checkpoint(source: str | os.PathLike[str], base: str | None = None) -> 
                 f"without gathering, run {folder}/zero_to_fp32.py first, or pass an older checkpoint"
             )
     mode: Literal["lora", "full"] = "lora" if (folder / "adapter_config.json").is_file() else "full"
-    return Checkpoint(folder, mode, base or _named_base(folder, mode))
+    named = base or _named_base(folder, mode)
+    own = base is None and mode == "full" and (folder / "processor_config.json").is_file()
+    return Checkpoint(folder, mode, named, str(folder) if own else named)
 
 
 def _holds_model(folder: Path) -> bool:

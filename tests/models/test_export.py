@@ -148,6 +148,16 @@ def test_a_full_run_exports_all_its_weights(qwen: Any, full_run: Path, tmp_path:
     AutoProcessor.from_pretrained(str(tmp_path / "plain"))
 
 
+def test_a_full_run_needs_no_base_model_once_it_has_saved_its_processor(
+    qwen: Any, full_run: Path, tmp_path: Path
+) -> None:
+    qwen.backbone.processor.save_pretrained(full_run / "checkpoint-7")
+    (full_run / "config.yaml").write_text("model: {source: ./moved/away}")
+    report = export(full_run, tmp_path / "plain")
+    assert report.base == "./moved/away"
+    AutoProcessor.from_pretrained(str(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("name", ["by_layer.0.first.weight", "model.layers.0.self_attn.q_proj.lora_A.weight"])
 def test_weights_that_are_no_part_of_a_plain_model_stop_the_export(full_run: Path, tmp_path: Path, name: str) -> None:
     file = full_run / "checkpoint-7" / "model.safetensors"
