@@ -12,6 +12,7 @@ from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.data.sequences import SequenceConfig
 from gasp_fast.data.synthetic import SyntheticConfig, make_scene, write_scene
 from gasp_fast.data.synthetic_qa import write_qa
+from gasp_fast.loss import gasp_loss
 from gasp_fast.training.settings import (
     DataConfig,
     HeadsConfig,
@@ -87,3 +88,32 @@ def config(workshop: Workshop, tmp_path: Path) -> Callable[..., TrainConfig]:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def plain_step(model, batch, weights=(0.3, 1.0)):
+    """The same step as a user would write it: hidden states kept, all heads at once, autograd for everything."""
+    matches, positions = batch["matches"], batch["visual_positions"]
+    inputs = {name: value for name, value in batch.items() if name not in ("matches", "visual_positions", "labels")}
+    inner = model.model
+    layers = model.backbone.decoder_layers(inner)
+    states = []
+    handles = [
+        layer.register_forward_hook(lambda m, a, out: states.append(out if torch.is_tensor(out) else out[0]))
+        for layer in layers
+    ]
+    inner(**inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    rows = [states[n].flatten(0, 1)[positions] for n in model.supervision.layers]
+    embeddings = [
+        model.supervision.by_layer[str(n)].head(row) for n, row in zip(model.supervision.layers, rows, strict=True)
+    ]
+    return gasp_loss(
+        torch.stack(embeddings), matches, corr_weight=weights[0], depth_weight=weights[1], return_metrics=True,
+        backend="torch",
+    )  # fmt: skip
+
+
+@pytest.fixture(name="plain_step")
+def plain_step_fixture() -> Any:
+    return plain_step

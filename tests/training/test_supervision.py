@@ -12,7 +12,6 @@ import torch
 import gasp_fast.supervision as supervision_module
 from gasp_fast.collator import Collator
 from gasp_fast.heads import CorrespondenceHead, CorrespondenceHeads
-from gasp_fast.loss import gasp_loss
 from gasp_fast.matches import Matches
 from gasp_fast.supervision import GeometricLoss, GeometricSupervision, read_heads, write_heads
 from gasp_fast.training.data import SampleStream
@@ -30,33 +29,9 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def plain_step(model, batch, weights=(0.3, 1.0)):
-    """The same step as a user would write it: hidden states kept, all heads at once, autograd for everything."""
-    matches, positions = batch["matches"], batch["visual_positions"]
-    inputs = {name: value for name, value in batch.items() if name not in ("matches", "visual_positions", "labels")}
-    inner = model.model
-    layers = model.backbone.decoder_layers(inner)
-    states = []
-    handles = [
-        layer.register_forward_hook(lambda m, a, out: states.append(out if torch.is_tensor(out) else out[0]))
-        for layer in layers
-    ]
-    inner(**inputs, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    rows = [states[n].flatten(0, 1)[positions] for n in model.supervision.layers]
-    embeddings = [
-        model.supervision.by_layer[str(n)].head(row) for n, row in zip(model.supervision.layers, rows, strict=True)
-    ]
-    return gasp_loss(
-        torch.stack(embeddings), matches, corr_weight=weights[0], depth_weight=weights[1], return_metrics=True,
-        backend="torch",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("checkpointing", ["off", "non_reentrant", "reentrant"])
 @pytest.mark.parametrize("layers", ["all", "2-3"])
-def test_a_streamed_step_is_the_plain_step(config, family, checkpointing, layers):
+def test_a_streamed_step_is_the_plain_step(config, family, plain_step, checkpointing, layers):
     settings = config(family, heads={"layers": layers}, train={"checkpointing": "off"})
     reference = build_model(settings, CPU).train()
     batch = batch_of(settings, reference)
