@@ -262,3 +262,22 @@ def test_half_precision_keeps_its_accuracy_at_any_scale(upstream: float) -> None
             narrow.match_terms(e, plan, torch.tensor(0.07), scales, terms, True, EPS, torch.empty_like(e), True)
         )
     assert error(slopes[0], slopes[1].double()) < 5e-3
+
+
+def test_the_own_token_is_out_of_the_way_at_a_sharp_temperature() -> None:
+    """Left in, its probability would be e^100 or more: radial, hence projected away, but not without a trace."""
+    generator = torch.Generator().manual_seed(0)
+    everyone, no_depth = torch.arange(30), torch.zeros(60, dtype=torch.bool)
+    plan = MatchPlan.build(
+        torch.tensor([0, 30, 60]), torch.tensor([0, 2]), everyone, everyone + 30, None, no_depth[:30], None, no_depth
+    )
+    embeddings, tau = torch.randn(1, 60, 32, generator=generator), torch.tensor(0.004)
+    upstream = FrameUpstream(torch.ones(1, 30, 2), torch.zeros(1, 30, 2, 0))
+    found = narrow.frame_match(embeddings, plan.rows, tau, None, None, True)
+    gradient = torch.empty_like(embeddings)
+    narrow.frame_match_gradient(embeddings, plan.rows, tau, None, None, True, found, upstream, gradient, False)
+
+    exact = embeddings.double().requires_grad_()
+    s = similarities(exact, tau.double())[:, :30].masked_fill(torch.eye(30, 60, dtype=torch.bool), float("-inf"))
+    (s[..., :30].logsumexp(-1).sum() + s[..., 30:].logsumexp(-1).sum()).backward()
+    assert error(gradient, exact.grad) < 1e-5

@@ -218,3 +218,24 @@ def test_a_tiny_row_has_no_direction() -> None:
     out = torch.empty_like(gradient)
     rows_triton.project_gradient(gradient, embeddings, inverse, out)
     assert inverse.item() == pytest.approx(1e12) and torch.equal(out, gradient)
+
+
+def test_a_row_that_stands_alone_asks_for_nothing() -> None:
+    chunk = RowChunk(
+        similarity=torch.ones(1, 1, 1),
+        row_scale=torch.ones(1, 1),
+        token_scale=torch.ones(1, 1),
+        temperature=torch.tensor(0.07),
+        own_token=torch.tensor([0]),
+        exclude_own=True,
+        frame_offsets=torch.tensor([0, 1]),
+        values=torch.ones(1, 1),
+        known=torch.ones(1, dtype=torch.bool),
+    )
+    nothing = torch.zeros(0, dtype=torch.int64)
+    runs = MatchRuns(torch.tensor([0, 0]), 1, nothing, nothing, torch.zeros(0), nothing.bool(), 0)
+    statistics = rows_triton.frame_statistics(chunk, runs, True)
+    scales, terms = MatchScales(torch.zeros(1, 0), torch.zeros(1, 0)), MatchTerms.empty(1, 0, torch.device("cpu"))
+    upstream = rows_triton.match_terms(chunk, statistics, runs, scales, terms, True, 1e-6)
+    assert upstream is not None
+    assert upstream.lse.tolist() == [[[0.0]]] and upstream.expected.tolist() == [[[[0.0]]]]
