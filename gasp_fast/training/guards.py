@@ -73,6 +73,7 @@ class LearningGuard:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and ("lora_B" in name or (name.startswith("supervision.") and "weight" in name))
         }
+        self.highest = -1 if model.supervision is None else max(model.supervision.layers)
         self.before = self._sums()
 
     def _sums(self) -> dict[str, float]:
@@ -81,14 +82,22 @@ class LearningGuard:
             for name, parameter in self.watched.items()
         }
 
-    def check(self, steps: int, saw_matches: bool) -> None:
+    def check(self, steps: int, saw_matches: bool, saw_answers: bool) -> None:
         now = self._sums()
-        still = [name for name in now if now[name] == self.before[name] and (saw_matches or "lora_B" in name)]
+        reached = [name for name in now if self._is_reached(name, saw_matches, saw_answers)]
+        still = [name for name in reached if now[name] == self.before[name]]
         if still:
             raise GuardError(
-                f"{len(still)} of {len(now)} watched weights have not moved after {steps} steps, the first is "
+                f"{len(still)} of {len(reached)} watched weights have not moved after {steps} steps, the first is "
                 f"{still[0]}: no gradient reaches them. Look at train.checkpointing, heads.layers and the loss weights"
             )
+
+    def _is_reached(self, name: str, saw_matches: bool, saw_answers: bool) -> bool:
+        """Whether a loss of the steps so far depends on it: heads on matches, adapters on what is above them."""
+        if name.startswith("supervision."):
+            return saw_matches
+        layer = re.search(r"layers\.(\d+)\.", name)
+        return saw_answers or (saw_matches and layer is not None and int(layer[1]) <= self.highest)
 
 
 class BadSteps:

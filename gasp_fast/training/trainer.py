@@ -50,9 +50,10 @@ class GaspTrainer(Trainer):
         self.meter = Meter(0 if model.supervision is None else len(model.supervision.layers), processes.device)
         self.bad_steps = guards.BadSteps(config.run, processes.rank)
         self.learning: guards.LearningGuard | None = None
-        self.best: list[float] = []  # the score of each logged step since the last checkpoint
+        self.scores: list[float] = []  # of each logged step since the last checkpoint
         self.current: list[dict[str, Any]] = []  # this step's batches, as they came from the loader
         self.saw_matches, self.visual = False, 0
+        self.answers = torch.zeros((), dtype=torch.long, device=processes.device)  # labelled tokens so far
         super().__init__(model=model, args=self._arguments(config, steps, share, processes, deepspeed))
         self.model_accepts_loss_kwargs = False  # each micro-batch's loss is a mean; Trainer divides by accumulation
         self.remove_callback(PrinterCallback)
@@ -125,6 +126,7 @@ class GaspTrainer(Trainer):
         operations = self.operations(batch, length, self.visual, matches.tokens, anchors)
         self.meter.add(outputs, len(matches), batch * length, operations)
         self.saw_matches |= len(matches) > 0
+        self.answers += outputs["answers"]
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -155,9 +157,8 @@ class GaspTrainer(Trainer):
             return
         record = {"step": self.state.global_step, **self.meter.read()}
         record |= {"lr": logs["learning_rate"], "grad_norm": float(logs["grad_norm"])}
-        pck = [value for value in record["pck_per_layer"] if value is not None]
-        score = sum(pck) / len(pck) if pck else None if record["pck_per_layer"] else -(record["lm"] or 0.0)
-        self.best += [] if score is None else [score]
+        score = score_of(record)
+        self.scores += [] if score is None else [score]
         if self.processes.first:
             self.run_log.write(record)
             self.bar.update(self.state.global_step, record)
@@ -177,8 +178,8 @@ class GaspTrainer(Trainer):
         checkpoints.write_weights(self.supervised, partial, self.processes.first)
         self._save_optimizer_and_scheduler(str(partial))
         self._save_rng_state(str(partial))
-        score = sum(self.best) / len(self.best) if self.best else None
-        self.best = []
+        score = sum(self.scores) / len(self.scores) if self.scores else None
+        self.scores = []
         if score is not None and (self.state.best_metric is None or score > self.state.best_metric):
             self.state.best_metric, self.state.best_model_checkpoint = score, str(folder)
         self.processes.barrier()
@@ -237,6 +238,14 @@ class GaspTrainer(Trainer):
                 self.bar.stop()
 
 
+def score_of(record: dict[str, Any]) -> float | None:
+    """By what the best checkpoint is chosen: PCK over all layers, or the language loss where there are no heads."""
+    pck = [value for value in record["pck_per_layer"] if value is not None]
+    if pck:
+        return float(sum(pck) / len(pck))
+    return None if record["pck_per_layer"] or record["lm"] is None else -float(record["lm"])
+
+
 class _StepCallback(TrainerCallback):
     """Moves the bar, and looks whether anything learns."""
 
@@ -252,5 +261,6 @@ class _StepCallback(TrainerCallback):
         if trainer.processes.first:
             trainer.bar.update(state.global_step)
         if trainer.learning is not None and state.global_step == guards.LEARNING_STEPS:
-            trainer.learning.check(state.global_step, trainer.saw_matches)
+            saw_answers = trainer.settings.loss.lm_weight > 0 and bool(trainer.answers)
+            trainer.learning.check(state.global_step, trainer.saw_matches, saw_answers)
             trainer.learning = None

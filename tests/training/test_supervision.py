@@ -57,7 +57,7 @@ def test_a_streamed_step_is_the_plain_step(config, family, plain_step, checkpoin
 
 
 def test_geometry_alone_reaches_every_adapter_of_the_supervised_layers_and_below(config, family):
-    model = build_model(config(family, heads={"layers": "3"}, loss={}), CPU).train()
+    model = build_model(config(family, heads={"layers": "3"}), CPU).train()
     model.lm_weight = 0.0
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -1,0 +1,199 @@
+"""A run that cannot come to anything says so in one line, before it costs a night."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gasp_fast.config import to_yaml
+from gasp_fast.train import main, train
+from gasp_fast.training import guards
+from gasp_fast.training.data import SampleStream, Share
+from gasp_fast.training.model import SupervisedModel, build_model, trained_groups
+from gasp_fast.training.processes import read_deepspeed
+from gasp_fast.training.settings import DataConfig, QAConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run_main(config, tmp_path, capsys):
+    """The command with overrides: its exit status and what it said on stderr."""
+
+    def run(*overrides):
+        path = tmp_path / "config.yaml"
+        path.write_text(to_yaml(config()))
+        status = main([str(path), *overrides])
+        return status, capsys.readouterr().err.strip()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.source=nowhere/at-all"], "no readable config.json"),
+        (["data.scenes.root=nowhere"], "nowhere: no such folder"),
+        (["run.resume=nowhere/checkpoint-3"], "run.resume = 'nowhere/checkpoint-3': no such folder"),
+        (["run.min_free_gb=1e9"], "run.min_free_gb = 1e+09 are wanted"),
+        (["deepspeed=nowhere.json"], "deepspeed = 'nowhere.json' cannot be read"),
+        (["heads.layers=3-9"], "layers = '3-9' does not fit a model of 4 layers"),
+        (["model.attention=flash_attention_2"], "use model.attention=auto"),
+        (["train.batch_size=3", "train.micro_batch_size=2"], "use a multiple of 2"),
+        (["train.learning_rat=1"], "the nearest is train.learning_rate"),
+        (["model.liger=true"], "pip install liger-kernel"),
+        (["data.qa.root=nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_cure(run_main, overrides, said):
+    status, told = run_main(*overrides)
+    assert status != 0 and said in told.splitlines()[-1], told
+
+
+def test_an_empty_data_root_is_named(run_main, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, told = run_main(f"data.scenes.root={tmp_path / 'empty'}")
+    assert status != 0 and "no scene here" in told
+
+
+def test_a_model_of_an_unknown_type_is_named(run_main, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    status, told = run_main(f"model.source={tmp_path / 'model'}")
+    assert status != 0 and "'gpt2'" in told and "qwen2_5_vl" in told
+
+
+def test_a_world_size_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match=r"batch_size = 32 does not divide over 3 processes .* multiple of 3"):
+        Share(0, 3, 32, 1)
+
+
+def test_a_configuration_without_data_is_refused():
+    with pytest.raises(ValueError, match=r"data\.scenes\.root, data\.qa\.root or data\.vqa\.root"):
+        DataConfig(qa=QAConfig())
+
+
+def test_a_deepspeed_file_that_would_round_the_heads_is_refused(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"bf16": {"enabled": True}}))
+    with pytest.raises(ValueError, match="enables bf16"):
+        read_deepspeed(str(path))
+
+
+def test_adapters_outside_the_language_model_are_found(config, family):
+    model = build_model(config(family), CPU)
+    assert guards.check_adapters(model) == 4 * model.backbone.layer_count
+    from peft import LoraConfig, get_peft_model
+
+    plain = build_model(config(family, train={"mode": "full"}), CPU)
+    names = {"qwen2_5_vl": ["qkv", "q_proj"], "llava_next_video": ["q_proj", "k_proj", "v_proj", "o_proj"]}[family]
+    grabbed = get_peft_model(plain.model, LoraConfig(r=2, target_modules=names))
+    with pytest.raises(ValueError, match=r"adapters sit on .* 16 are expected"):
+        guards.check_adapters(SupervisedModel(plain.backbone, grabbed, None))
+
+
+def test_a_batch_without_its_token_types_is_refused(config):
+    from gasp_fast.collator import Collator
+
+    model = build_model(config(), CPU)
+    batch = Collator(model.backbone)([SampleStream(config().data)[0]])
+    guards.check_positions(model, batch)
+    del batch["mm_token_type_ids"]
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        guards.check_positions(model, batch)
+
+
+def test_weights_that_do_not_move_stop_the_run(config, monkeypatch):
+    """A gradient that never arrives at one layer's adapters: the run stops and names the first of them."""
+    import gasp_fast.training.model as model_module
+
+    built = model_module.build_model
+
+    def deaf(*args):
+        model = built(*args)
+        for name, parameter in model.named_parameters():
+            if "layers.2.self_attn.v_proj.lora_B" in name:
+                parameter.register_hook(torch.zeros_like)
+        return model
+
+    monkeypatch.setattr("gasp_fast.train.build_model", deaf)
+    with pytest.raises(ValueError, match=r"1 of 24 watched weights .*layers\.2\.self_attn\.v_proj\.lora_B"):
+        train(config(train={"steps": 6}))
+
+
+def test_layers_that_no_loss_reaches_need_not_move(config):
+    """Heads on layer 2 and no questions: the adapters above it have nothing to learn from, and that is no fault."""
+    settings = config(heads={"layers": "2"}, train={"steps": 6})
+    train(settings)
+    assert (Path(settings.run.out) / "checkpoint-6").is_dir()
+
+
+def poison(monkeypatch, steps):
+    """The loss of these steps (from 1) is not a number."""
+    real, seen = SupervisedModel.forward, []
+
+    def forward(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        seen.append(None)
+        if (len(seen) - 1) // 2 + 1 in steps:  # two micro-batches a step
+            out["loss"] = out["loss"] * float("nan")
+        return out
+
+    monkeypatch.setattr(SupervisedModel, "forward", forward)
+
+
+def test_a_step_without_a_finite_gradient_is_named_and_skipped(config, monkeypatch, capsys):
+    poison(monkeypatch, {2})
+    settings = config(train={"steps": 4})
+    train(settings)
+    assert "step 2: the gradient is not finite (scenes[" in capsys.readouterr().err
+    records = [json.loads(line) for line in (Path(settings.run.out) / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(record["loss"] == record["loss"] for record in records if record["step"] != 2)
+    # Step 1 has rate 0 and step 2 was skipped: step 3 sees the weights of step 1.
+    from safetensors.torch import load_file
+
+    stored = load_file(Path(settings.run.out) / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in stored.values())
+
+
+def test_too_many_bad_steps_stop_the_run_and_leave_the_batch(config, monkeypatch):
+    poison(monkeypatch, {2, 3})
+    settings = config(train={"steps": 4}, run={"bad_steps": 1})
+    with pytest.raises(ValueError, match=r"step 3: .* 2 such steps, run\.bad_steps = 1"):
+        train(settings)
+    batches = torch.load(Path(settings.run.out) / "bad-step-3-process-0.pt", weights_only=False)
+    assert len(batches) == 2 and "input_ids" in batches[0] and len(batches[0]["matches"])
+
+
+def test_resuming_with_another_number_of_steps_in_a_batch_is_refused(config, run_main):
+    train(config(train={"steps": 2}))
+    status, told = run_main("train.steps=2", "train.batch_size=4")
+    assert status != 0 and "batch_size = 2, this run has 4" in told
+    status, told = run_main("train.steps=2", "run.resume=never")
+    assert status != 0 and "give another run.out" in told
+
+
+def test_a_dry_run_reports_and_leaves_nothing(config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    settings = config(mixed=True)
+    path.write_text(to_yaml(settings))
+    assert main([str(path), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    model = build_model(settings, CPU)
+    for group in trained_groups(model):
+        assert f"{group.count:,}" in told and group.name in told
+    assert "one step:" in told and "GB a process" in told and "sdpa attention" in told
+    assert not list(Path(settings.run.out).iterdir())
+
+
+def test_checkpoints_are_kept_to_the_newest_and_the_best(config, monkeypatch):
+    from gasp_fast.training import checkpoints
+
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
+    monkeypatch.setattr("gasp_fast.training.trainer.score_of", lambda record: next(scores))
+    settings = config(train={"steps": 5}, run={"save_every": 1, "keep": 2})
+    train(settings)
+    kept = [folder.name for folder in checkpoints.finished(Path(settings.run.out))]
+    assert kept == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]

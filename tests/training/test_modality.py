@@ -1,0 +1,93 @@
+"""Whatever a batch holds, the same modules run and the same weights receive a gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+from gasp_fast.collator import Collator, Sample
+from gasp_fast.training.data import SampleStream
+from gasp_fast.training.modality import SteadyCollator, language_loss
+from gasp_fast.training.model import build_model
+
+CPU = torch.device("cpu")
+WORDS = [{"role": "user", "content": "How many boxes?"}, {"role": "assistant", "content": "Three."}]
+
+
+def modules_of_a_step(model, batch):
+    """Names of the modules with weights in the order in which they run, and of the weights that get a gradient."""
+    ran = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    model.zero_grad(set_to_none=True)
+    model(**batch)["loss"].backward()
+    for handle in handles:
+        handle.remove()
+    return ran, {name for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_scenes_questions_and_bare_words_run_the_same_modules_in_the_same_order(config, family, mode):
+    settings = config(family, mixed=True, train={"mode": mode})
+    model = build_model(settings, CPU).train()
+    collate = SteadyCollator(Collator(model.backbone))
+    stream = SampleStream(settings.data)
+    scenes = next(s for s in map(stream.__getitem__, range(50)) if s.tracks)
+    question = next(s for s in map(stream.__getitem__, range(50)) if s.messages)
+    bare = Sample(frames=[], messages=WORDS)
+    steps = [modules_of_a_step(model, collate([sample])) for sample in (scenes, question, bare)]
+    assert steps[0] == steps[1] == steps[2]
+    assert any("visual" in name or "vision_tower" in name for name in steps[0][0])
+
+
+def test_the_blank_frame_changes_nothing_that_the_words_teach(config):
+    settings = config(train={"mode": "full"})
+    model = build_model(settings, CPU).train()
+    bare = Sample(frames=[], messages=WORDS)
+    plain = Collator(model.backbone)([bare])
+    steady = SteadyCollator(Collator(model.backbone))([bare])
+    assert len(steady["input_ids"]) == 2 and "pixel_values" in steady and "pixel_values" not in plain
+    grads = []
+    for batch in (plain, steady):
+        model.zero_grad(set_to_none=True)
+        out = model(**batch)
+        out["loss"].backward()
+        grads.append((out["lm"].item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert grads[1][0] == pytest.approx(grads[0][0], rel=1e-5)
+    for name, grad in grads[0][1].items():
+        torch.testing.assert_close(grads[1][1][name], grad, rtol=1e-3, atol=1e-6)
+    for name in grads[1][1].keys() - grads[0][1].keys():
+        assert not grads[1][1][name].any(), name
+
+
+def test_language_loss_is_the_models_own(config, family):
+    settings = config(family, mixed=True, scenes={"root": ""})
+    model = build_model(settings, CPU).eval()
+    batch = Collator(model.backbone)([SampleStream(settings.data)[0]])
+    batch.pop("matches"), batch.pop("visual_positions")
+    own = model.model(**batch, use_cache=False)
+    labels = batch.pop("labels")
+    hidden = model.model.get_base_model().model(**batch, use_cache=False)[0]
+    loss, count = language_loss(model.model, hidden, labels)
+    torch.testing.assert_close(loss, own.loss, rtol=1e-5, atol=1e-6)
+    assert count == (labels[:, 1:] != -100).sum()
+
+
+def test_logits_are_made_for_labelled_tokens_only(config):
+    settings = config(mixed=True, scenes={"root": ""})
+    model = build_model(settings, CPU)
+    batch = Collator(model.backbone)([SampleStream(settings.data)[0]])
+    rows = []
+    handle = model.model.get_output_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    out = model(**batch)
+    handle.remove()
+    assert rows == [int(out["answers"])] and rows[0] < batch["input_ids"].shape[1] / 2
+
+
+def test_a_batch_with_frames_is_left_alone(config):
+    model = build_model(config(), CPU)
+    sample = Sample(frames=[np.zeros((64, 64, 3), np.uint8)] * 2, messages=WORDS)
+    collate = Collator(model.backbone)
+    assert torch.equal(SteadyCollator(collate)([sample])["input_ids"], collate([sample])["input_ids"])
