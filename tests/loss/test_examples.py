@@ -1,0 +1,109 @@
+"""The examples run as a reader would run them, against the real packages, and teach what they claim."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TRAINERS = {"plain_loop": "transformers", "hf_trainer": "transformers", "trl_sft": "trl"}  # and what each needs
+
+# Runs an example as `__main__` and asks at its first step which parameters the geometric loss alone reaches.
+ASK = """
+import runpy, sys
+import torch, gasp_fast, toy
+plain_loss, plain_model, models = gasp_fast.gasp_loss, toy.tiny_model, []
+def tiny_model(folder):
+    backbone, model = plain_model(folder)
+    models.append(model)
+    return backbone, model
+def gasp_loss(embeddings, matches, **options):
+    out = plain_loss(embeddings, matches, **options)
+    if len(models) == 1:
+        names, parameters = zip(*models[0].named_parameters())
+        gradients = torch.autograd.grad(out.loss, parameters, retain_graph=True, allow_unused=True)
+        for name, gradient in zip(names, gradients):
+            if gradient is not None and gradient.abs().max() > 0:
+                print("reached", name)
+        models.append(None)
+    return out
+gasp_fast.gasp_loss, toy.tiny_model = gasp_loss, tiny_model
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def added_lines(script: Path) -> list[str]:
+    """What stands between the marks, without blank lines."""
+    added, inside = [], False
+    for line in script.read_text().splitlines():
+        mark = re.fullmatch(r"\s*# --- gasp_fast: (begin|end)", line)
+        if mark:
+            assert inside == (mark[1] == "end"), f"{script.name}: {line.strip()} without its other half"
+            inside = mark[1] == "begin"
+        elif inside and line.strip():
+            added.append(line)
+    assert not inside, f"{script.name}: the last block is never closed"
+    return added
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_reader_adds_at_most_fifteen_lines(name):
+    script = EXAMPLES / f"{name}.py"
+    added = added_lines(script)
+    assert 5 <= len(added) <= 15, "\n".join(added)
+    outside = [line for line in script.read_text().splitlines() if line not in added and "---" not in line]
+    code = "\n".join(outside).split('"""')[2]
+    for word in ("gasp_loss", "CorrespondenceHead", "LayerCapture", "Matches"):
+        assert word not in code, f"{script.name} uses {word} outside the marks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_example_trains(name):
+    pytest.importorskip(TRAINERS[name])
+    done = run("-c", ASK, str(EXAMPLES / f"{name}.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    reached = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("reached ")]
+    for part in ("visual.patch_embed", "visual.merger", "language_model.layers.0.self_attn.q_proj", "gasp_heads.3"):
+        assert any(part in parameter for parameter in reached), f"the geometric loss does not reach {part}: {reached}"
+
+    lines = [line for line in done.stdout.splitlines() if line.strip() and not line.startswith("reached ")]
+    head = next(i for i, line in enumerate(lines) if line.split()[:2] == ["step", "loss"])
+    names = lines[head].split()
+    rows = [dict(zip(names, map(float, line.split()), strict=True)) for line in lines[head + 1 :]]
+    assert len(rows) >= 4
+    first, last = rows[0], rows[-1]
+    assert last["loss"] < 0.6 * first["loss"]
+    assert last["corr"] < first["corr"] - 0.5  # more than it wavers by from step to step
+    assert last["PCK@2"] > first["PCK@2"] + 0.05
+
+
+@pytest.mark.slow
+def test_two_planes_learns_and_shows_it(tmp_path):
+    done = run(str(EXAMPLES / "two_planes.py"), "--out", str(tmp_path / "demo"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    pck = {name: float(number) for name, number in re.findall(r"│ (\w[\w ]+\w)[^│]*│ +([\d.]+)", done.stdout)}
+    assert pck["head after training"] > pck["head before training"] + 0.25
+    assert pck["head after training"] > max(pck["same position"], pck["raw patch features"]) + 0.1
+    assert (tmp_path / "demo" / "two_planes.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_planes_says_when_nothing_was_learned(tmp_path):
+    untrained = "import sys, two_planes as t; t.STEPS, t.TRAINING_VIEWS = 1, 4; sys.exit(t.main())"
+    done = run("-c", untrained, "--out", str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "did not learn" in done.stdout
