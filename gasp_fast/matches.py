@@ -164,7 +164,7 @@ def _check_kinds(matches: Matches) -> None:
             raise ValueError(f"{name} has shape {list(value.shape)}; it must have {dimensions} dimension(s)")
         if value.device != matches.frame_offsets.device:
             raise ValueError(
-                f"{name} lies on {value.device}, frame_offsets on {matches.frame_offsets.device}; move all to one device"
+                f"{name} lies on {value.device}, frame_offsets on {matches.frame_offsets.device}; use one device"
             )
     if matches.anchor.shape != matches.target.shape:
         raise ValueError(f"anchor has {len(matches.anchor)} entries, target {len(matches.target)}; they go in pairs")

@@ -58,11 +58,11 @@ class ChunkedEngine:
     ) -> Tensor | None:
         """Both terms of every match; with `scales`, the gradients of `sum scales * terms`."""
         walk = _Walk(
-            self, embeddings, plan.rows, temperature, plan.values, plan.known, True, gradient, want_temperature
+            self, embeddings, plan.rows, temperature, plan.values, plan.known, True, gradient, want_temperature, scales
         )
         for part in walk.parts():
             runs = _runs(plan, part)
-            layer_scales = None if scales is None else MatchScales(*(scale[part.layers] for scale in scales))
+            layer_scales = None if scales is None else MatchScales(*(part.boosted(scale) for scale in scales))
             part_terms = terms.of_layers(part.layers)
             if self.fused_pass is not None and self.fused_pass(
                 part.chunk, runs, layer_scales, part_terms, sequence_negatives, eps, part.x
@@ -110,13 +110,15 @@ class ChunkedEngine:
         want_temperature: bool,
     ) -> Tensor | None:
         """The gradients of `sum upstream.lse * lse + sum upstream.expected * expected`."""
-        walk = _Walk(self, embeddings, rows, temperature, values, known, exclude_own, gradient, want_temperature)
+        walk = _Walk(
+            self, embeddings, rows, temperature, values, known, exclude_own, gradient, want_temperature, upstream
+        )
         for part in walk.parts():
-            cut = (part.layers, part.block, slice(0, part.span.frame_count))
+            frames = slice(0, part.span.frame_count)
             self.operations.similarity_gradient(
                 part.chunk,
-                FrameStatistics(*(value[cut].contiguous() for value in statistics)),
-                FrameUpstream(*(value[cut].contiguous() for value in upstream)),
+                FrameStatistics(*(value[part.layers, part.block, frames].contiguous() for value in statistics)),
+                FrameUpstream(*(part.boosted(value)[:, part.block, frames].contiguous() for value in upstream)),
                 None,
                 None,
                 part.x,
@@ -133,6 +135,12 @@ class _Part:
     block: slice  # rows of the batch
     chunk: RowChunk
     x: Tensor | None  # [G, R, n], to be filled with dL/d(raw dot product)
+    boost: Tensor | None  # float32 [G], what upstream numbers are to be multiplied with
+
+    def boosted(self, upstream: Tensor) -> Tensor:
+        """These layers of an upstream [L, ...], times their boost."""
+        cut = upstream[self.layers]
+        return cut if self.boost is None else cut * self.boost.view(-1, *[1] * (cut.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -171,6 +179,7 @@ class _Walk:
     exclude_own: bool
     gradient: Tensor | None
     want_temperature: bool
+    upstream: tuple[Tensor, ...] | None = None  # each [L, ...]: scales of terms, or gradients of statistics
     slopes: list[Tensor] = field(default_factory=list)
 
     def parts(self) -> Iterator[_Part]:
@@ -184,8 +193,11 @@ class _Walk:
                 first, last = span.tokens
                 total = self._accumulator(layers, span)
                 sequence, sequence_scale = tokens[:, first:last], scale[:, first:last]
-                yield from self._sequence(products, buffers, layers, span, sequence, sequence_scale, total)
+                boost = self._boost(products, layers, sequence_scale)
+                yield from self._sequence(products, buffers, layers, span, sequence, sequence_scale, total, boost)
                 if self.gradient is not None and total is not None:
+                    if boost is not None:
+                        total.div_(boost[:, None, None])
                     operations.project_gradient(total, sequence, sequence_scale, self.gradient[layers, first:last])
 
     def temperature_gradient(self) -> Tensor | None:
@@ -205,6 +217,7 @@ class _Walk:
         tokens: Tensor,  # [G, n, D]
         scale: Tensor,  # [G, n]
         total: Tensor | None,  # [G, n, D]
+        boost: Tensor | None,  # [G]
     ) -> Iterator[_Part]:
         first, last = span.tokens
         offsets = self.rows.frame_offsets[span.frames[0] : span.frames[1] + 1] - first
@@ -226,14 +239,24 @@ class _Walk:
                 values=None if self.values is None else self.values[first:last],
                 known=None if self.known is None else self.known[first:last],
             )
-            yield _Part(layers, span, block, chunk, x if self._backward else None)
+            yield _Part(layers, span, block, chunk, x if self._backward else None, boost)
             if self._backward:
                 products.row_gradient(x, tokens, row_gradient)
             if self.want_temperature:
-                self.slopes.append((anchors * row_gradient).sum())
+                per_layer = (anchors * row_gradient).sum((1, 2))  # [G]
+                self.slopes.append((per_layer if boost is None else per_layer / boost).sum())
             if total is not None:
                 products.token_gradient(x, anchors, total, accumulate=block.start > span.rows[0])
                 total.index_add_(1, own, row_gradient)
+
+    def _boost(self, products: Products, layers: slice, scale: Tensor) -> Tensor | None:
+        """[G] powers of two that lift `X` into float16's range: a mean's `weight r_i r_k / tau` is about 1e-8 for
+        embeddings a few thousand wide, below the smallest number float16 has. The products are divided by it."""
+        if products.element != torch.float16 or not self.upstream or any(u[layers].numel() == 0 for u in self.upstream):
+            return None
+        largest = torch.stack([u[layers].abs().flatten(1).amax(1) for u in self.upstream]).amax(0)  # [G]
+        size = largest * scale.median(dim=1).values.square() / self.temperature
+        return size.clamp(1e-30, 1e30).log2().round().neg().exp2()
 
     @property
     def _backward(self) -> bool:

@@ -8,8 +8,8 @@ Knows float types and libraries; knows nothing of frames or matches. Results tha
 | any, float32           | float32 (or TF32, where the user allowed it)                                 |
 | CUDA, bf16 or fp16     | that type, float32 results (`out_dtype`)                                     |
 | CPU with AMX, bf16     | bf16; similarities through MKL's bf16 x bf16 -> float32 product              |
-| CPU otherwise, 16 bits | float32, blocks of tokens converted on the way: several times faster than the |
-|                        | emulated 16-bit product, and more exact                                      |
+| CPU otherwise, 16 bits | float32, blocks of tokens converted on the way: several times faster than   |
+|                        | the emulated 16-bit product, and more exact                                  |
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONVERTED_BYTES = 4 << 20  # workspace for a block of tokens that is converted t
 
 @dataclass(frozen=True)
 class Products:
-    """`similarity`, `row_gradient` and `token_gradient` of one kind of input; `element` is the type of anchors and X."""
+    """The three products for one kind of input; `element` is the type of anchors and `X`."""
 
     element: torch.dtype
     converts: bool  # tokens are converted to `element`, block by block

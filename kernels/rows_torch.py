@@ -23,6 +23,8 @@ divided by 1e-12 instead, so it has no such Jacobian and keeps `u`.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def match_terms(
 
     `corr = -s_it + lse` over the target's frame or over all frames; `depth = |d - E| / (d + E + eps)`.
     """
-    groups, rows, frames = statistics.lse.shape
+    rows, frames = statistics.lse.shape[1:]
     upstream = None if scales is None else FrameUpstream.zeros_like(statistics)
     whole = statistics.lse.logsumexp(-1)  # [G, R]
     for row in range(rows):
@@ -118,7 +120,8 @@ def similarity_gradient(
     for frame, (start, end) in enumerate(_frames(chunk)):
         s = similarity[..., start:end]
         lse, known_lse = statistics.lse[:, :, frame, None], statistics.known_lse[:, :, frame, None]
-        part = _product(upstream.lse[:, :, frame, None], (s - lse).exp())
+        a = torch.where(lse == float("-inf"), 0.0, upstream.lse[:, :, frame, None])  # nothing flows into nothing
+        part = _product(a, (s - lse).exp())
         if chunk.values is not None and chunk.known is not None:
             b = upstream.expected[:, :, frame]  # [G, R, V]
             offset = (b * statistics.expected[:, :, frame]).sum(-1, keepdim=True)
@@ -192,7 +195,7 @@ def _matched(runs: MatchRuns, frame: int) -> Tensor:
 
 def _frames(chunk: RowChunk) -> list[tuple[int, int]]:
     offsets = chunk.frame_offsets.tolist()
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+    return list(itertools.pairwise(offsets))
 
 
 def _product(factor: Tensor, probability: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ COMMANDS = {  # name -> one line of help; the module has the same name
     "depth": "give depth to scenes that have none",
     "render": "render synthetic scenes with exact depth",
     "make-vqa": "turn tracks into question-answer pairs (the fairness baseline)",
+    "evaluate": "report which correspondences a model's layers know",
+    "compare": "several reports in one figure",
+    "export": "merge adapters, drop heads, and write a plain Hugging Face model",
+    "plan": "predict memory, time and GPU-hours of a recipe",
     "bench": "kernel microbenchmarks against peers",
 }
 

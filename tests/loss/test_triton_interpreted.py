@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 pytest.importorskip("triton")
 
 
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("promises", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_promises_hold_in_the_interpreter(promises: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / promises)]

@@ -81,18 +81,24 @@ def random_problem(
 
 
 @st.composite
-def problems(draw: st.DrawFn, largest_frame: int = 9, widths: tuple[int, ...] = (1, 3, 8, 17, 40)) -> Problem:
+def problems(
+    draw: st.DrawFn,
+    largest_frame: int = 9,
+    widths: tuple[int, ...] = (1, 3, 8, 17, 40),
+    most: tuple[int, int, int, int] = (3, 3, 5, 30),  # layers, sequences, frames, matches
+) -> Problem:
     """Ragged frames, several sequences, duplicate anchors and matches, holes in depth, one-token and empty frames."""
-    frame = st.integers(0, largest_frame)
-    sequences = draw(st.lists(st.lists(frame, min_size=1, max_size=5), min_size=1, max_size=3))
+    layers, most_sequences, most_frames, most_matches = most
+    frames = st.lists(st.integers(0, largest_frame), min_size=1, max_size=most_frames)
+    sequences = draw(st.lists(frames, min_size=1, max_size=most_sequences))
     if sum(map(sum, sequences)) == 0:
         sequences[0][0] = 1
     return random_problem(
         draw(st.integers(0, 2**31)),
         sequences,
-        layers=draw(st.integers(1, 3)),
+        layers=draw(st.integers(1, layers)),
         width=draw(st.sampled_from(widths)),
-        matches=draw(st.sampled_from([0, 1, 2, 7, 30])),
+        matches=draw(st.sampled_from([0, 1, 2, 7, most_matches])),
         temperature=draw(st.sampled_from([0.05, 0.07, 0.3, 1.0])),
         negatives=draw(st.sampled_from(["sequence", "frame"])),
         holes=draw(st.sampled_from([0.0, 0.3, 1.0])),

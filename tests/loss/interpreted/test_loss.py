@@ -3,6 +3,7 @@
 The interpreter runs the wide strategy (IEEE float32 goes that way at any width); `test_narrow.py` runs the other.
 """
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,9 +13,16 @@ from support.problems import problems, random_problem
 import gasp_fast
 
 
+@pytest.mark.timeout(900)
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(problems(largest_frame=4, widths=(1, 3, 8)), st.sampled_from(["mean", "none"]))
-def test_agrees_with_float64(problem, reduction):
+@given(problems(largest_frame=4, widths=(1, 3, 8), most=(1, 2, 3, 9)))
+def test_agrees_with_float64(problem):
+    assert_agrees(problem, torch.float32, EXACT, "triton")
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(largest_frame=4, widths=(8,), most=(2, 2, 3, 9)), st.sampled_from(["sum", "none"]))
+def test_agrees_with_float64_under_every_reduction(problem, reduction):
     assert_agrees(problem, torch.float32, EXACT, "triton", reduction=reduction)
 
 
