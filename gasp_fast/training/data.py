@@ -10,7 +10,7 @@ the number of steps, and the same samples make up a step on one process and on t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from gasp_fast.data.annotations import AnnotationCache
 from gasp_fast.data.library import find_scenes, survey
 from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.data.scene import Scene, open_scene
-from gasp_fast.data.sequences import SequenceSampler, split_scenes
+from gasp_fast.data.sequences import SequenceSampler, is_held_out
 from gasp_fast.data.tracks import Tracks, build_tracks
 from gasp_fast.data.video_qa import VideoQA
 
@@ -76,9 +76,13 @@ class TrackedScenes:
                 raise ValueError(f"data.scenes.root = {config.root!r} has no usable scene; {name}: {reason}")
             self.names = [entry.name for entry in entries]
             self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, self.names)
-        trained, _ = split_scenes(self.names, config.held_out)
-        wanted = set(trained)
-        self._kept = [number for number, name in enumerate(self.names) if name in wanted]  # scenes of the training part
+        # By the folder's own name, as `gasp-fast tracks` and `evaluate` do it: wherever the library lies or begins.
+        self._kept = [n for n, name in enumerate(self.names) if not is_held_out(Path(name).name, config.held_out)]
+        if not self._kept:
+            raise ValueError(
+                f"data.scenes.held_out = {config.held_out} leaves none of {len(self.names)} scenes for training; "
+                "lower it or add scenes"
+            )
 
     def __len__(self) -> int:
         return len(self._kept) * self.sampler.config.per_scene
@@ -86,10 +90,10 @@ class TrackedScenes:
     def sample(self, epoch: int, index: int, position: int) -> Sample:
         """The sequence, or the next one whose scene can be read."""
         for attempt in range(min(MANY, len(self))):
-            name, drawn = "", (index + attempt) % len(self)
+            whole = self._whole((index + attempt) % len(self))
+            name = self.names[whole // self.sampler.config.per_scene]
             try:
-                name, tracks = self._tracks(epoch, drawn)
-                return geometry_sample(self._scene(name), tracks, position)
+                return geometry_sample(self._scene(name), self._tracks(epoch, whole), position)
             except OSError as error:
                 if name not in self.broken:
                     print(f"data.scenes: {name}: {error}", file=sys.stderr)
@@ -98,17 +102,18 @@ class TrackedScenes:
             f"data.scenes.root = {self.config.root!r}: no readable sequence in {MANY}; {name}: {self.broken[name]}"
         )
 
-    def _tracks(self, epoch: int, index: int) -> tuple[str, Sequence[Tracks]]:
+    def _whole(self, index: int) -> int:
+        """The number of a training sequence among those of all scenes."""
         kept, place = divmod(index, self.sampler.config.per_scene)
-        whole = self._kept[kept] * self.sampler.config.per_scene + place
+        return self._kept[kept] * self.sampler.config.per_scene + place
+
+    def _tracks(self, epoch: int, whole: int) -> list[Tracks]:
         if self.caches:
             at = (epoch % self.epochs) * len(self.sampler) + whole
-            found = [cache[at] for cache in self.caches]
-            return found[0].scene, [annotation.tracks for annotation in found]
+            return [cache[at].tracks for cache in self.caches]
         sequence = self.sampler.draw(epoch, whole)
-        name = self.names[sequence.scene]
-        scene = self._scene(name)
-        return name, [build_tracks(scene, sequence.frames, g, self.config.keep) for g in self.config.grids]
+        scene = self._scene(self.names[sequence.scene])
+        return [build_tracks(scene, sequence.frames, g, self.config.keep) for g in self.config.grids]
 
     def _scene(self, name: str) -> Scene:
         if name not in self._scenes:

@@ -1,0 +1,107 @@
+"""The tiny recipe teaches a randomly initialised model correspondence that holds on scenes it has never seen."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gasp_fast.backbones import load_backbone
+from gasp_fast.backbones.tiny import TinyConfig, build_tiny
+from gasp_fast.collator import Collator
+from gasp_fast.config import load_config
+from gasp_fast.data.synthetic import make_scene, write_scene
+from gasp_fast.layer_capture import LayerCapture
+from gasp_fast.loss import gasp_loss
+from gasp_fast.matches import Matches
+from gasp_fast.supervision import read_heads
+from gasp_fast.train import train
+from gasp_fast.training.checkpoints import finished
+from gasp_fast.training.data import SampleStream
+from gasp_fast.training.model import build_model
+from gasp_fast.training.settings import TrainConfig
+
+REPOSITORY = Path(__file__).parents[2]
+BUDGET = 180.0  # seconds on two quiet cores
+
+
+def moved(matches):
+    """The matches whose target lies more than two patches from where the anchor was."""
+    offset = (matches.token_xy[matches.anchor] - matches.token_xy[matches.target]).square().sum(1)
+    far = offset > 4
+    return Matches(
+        frame_offsets=matches.frame_offsets,
+        sequence_offsets=matches.sequence_offsets,
+        anchor=matches.anchor[far],
+        target=matches.target[far],
+        token_xy=matches.token_xy,
+    )
+
+
+def head_pck(model, heads, scenes, sequences):
+    """PCK@2 of the last head on unseen scenes: of all points, of those that moved, of the same-place guess."""
+    backbone = load_backbone(model)
+    network = backbone.load_model(dtype=torch.float32).eval()
+    stream = SampleStream(replace(CONFIG.data, scenes=replace(scenes, held_out=0.0), workers=0))
+    collate, last = Collator(backbone), heads.layers[-1]
+    sums = torch.zeros(2, 2)
+    identity = [0, 0]
+    for position in range(sequences):
+        batch = collate([stream[position]])
+        matches, positions = batch.pop("matches"), batch.pop("visual_positions")
+        batch.pop("labels")
+        capture = LayerCapture(backbone.decoder_layers(network), backbone.final_norm(network), [last])
+        with capture, torch.no_grad():
+            network(**batch, use_cache=False)
+            embeddings = heads(last, capture.tokens(last, positions))
+            for row, subset in enumerate((matches, moved(matches))):
+                pck = gasp_loss(embeddings, subset, return_metrics=True).metrics.pck[0]
+                sums[row] += torch.tensor([float(pck) * len(subset), float(len(subset))])
+        identity[0] += len(matches) - len(moved(matches))
+        identity[1] += len(matches)
+    return sums[0, 0] / sums[0, 1], sums[1, 0] / sums[1, 1], identity[0] / identity[1]
+
+
+CONFIG = load_config(TrainConfig, REPOSITORY / "configs" / "tiny_cpu.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_tiny_recipe_learns_correspondence_in_three_minutes(tmp_path, seed):
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    ground = Path(os.environ.get("GASP_TINY_GROUND", tmp_path))  # rendered scenes may be kept between runs
+    for number in range(132):
+        folder = ground / ("seen" if number < 120 else "unseen") / f"scene-{number:06d}"
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            write_scene(make_scene(number), folder)
+    model = build_tiny(tmp_path / "model", TinyConfig(seed=seed))
+    scenes = replace(CONFIG.data.scenes, root=str(ground / "seen"), held_out=0.0)
+    config = replace(
+        CONFIG,
+        model=replace(CONFIG.model, source=str(model)),
+        train=replace(CONFIG.train, seed=seed),
+        data=replace(CONFIG.data, scenes=scenes, seed=seed),
+        run=replace(CONFIG.run, out=str(tmp_path / "run"), progress=False, min_free_gb=0.5),
+    )
+    unseen = replace(scenes, root=str(ground / "unseen"))
+    untrained = build_model(config, torch.device("cpu"))
+    from gasp_fast.heads import CorrespondenceHeads
+
+    start_heads = CorrespondenceHeads({int(n): layer.head for n, layer in untrained.supervision.by_layer.items()})
+    before, before_moved, guess = head_pck(model, start_heads, unseen, 24)
+    start = time.monotonic()
+    train(config)
+    seconds = time.monotonic() - start
+    last = finished(tmp_path / "run")[-1]
+    after, after_moved, _ = head_pck(last, read_heads(last / "heads.safetensors"), unseen, 24)
+    print(
+        f"seed {seed}: PCK {before:.3f} -> {after:.3f}, moved {before_moved:.3f} -> {after_moved:.3f}, "
+        f"same place {guess:.3f}, {seconds:.0f} s"
+    )
+    assert before < 0.25 and after >= 0.65 and after_moved >= 0.55
+    if os.environ.get("GASP_QUIET"):
+        assert seconds < BUDGET

@@ -1,0 +1,120 @@
+"""What stands at a position of the stream depends on the position alone."""
+
+import pickle
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gasp_fast.data.annotations import AnnotationPlan, annotate
+from gasp_fast.data.library import find_scenes, survey
+from gasp_fast.data.sequences import SequenceConfig, is_held_out
+from gasp_fast.training.data import SampleStream, Share, StreamBatches, TrackedScenes, steps_of
+
+SEQUENCES = SequenceConfig(min_frames=3, max_frames=3, window=4, per_scene=4)
+
+
+def same(one, other):
+    frames = all(np.array_equal(a, b) for a, b in zip(one.frames, other.frames, strict=True))
+    tracks = all(np.allclose(a.uv, b.uv, atol=1e-3) for a, b in zip(one.tracks, other.tracks, strict=True))
+    return frames and tracks and one.messages == other.messages
+
+
+def test_a_position_gives_the_same_sample_whenever_and_wherever_it_is_asked_for(config):
+    stream = SampleStream(config(mixed=True).data)
+    again = pickle.loads(pickle.dumps(stream))
+    for position in (17, 3, 17, 0):
+        assert same(stream[position], again[position])
+        assert stream[position].position == position
+
+
+def test_scenes_and_questions_alternate_by_weight(config):
+    stream = SampleStream(config(mixed=True, qa={"weight": 3.0}).data)
+    kinds = [bool(stream[position].tracks) for position in range(24)]
+    assert 2 <= sum(kinds) <= 11
+
+
+def annotated(workshop, out, grid):
+    entries = tuple(survey(workshop.scenes, find_scenes(workshop.scenes)))
+    plan = AnnotationPlan(scenes=entries, sequences=SEQUENCES, grid=grid, shard_size=5)
+    list(annotate(workshop.scenes, out, plan))
+    return str(out)
+
+
+def test_annotations_say_what_tracking_on_the_fly_says(config, workshop, tmp_path):
+    folders = tuple(annotated(workshop, tmp_path / str(grid), grid) for grid in (4, 8))
+    ready = SampleStream(config(scenes={"annotations": folders}).data)
+    on_the_fly = SampleStream(config(scenes={"grids": (4, 8)}).data)
+    for position in range(6):
+        assert len(ready[position].tracks) == 2 and same(ready[position], on_the_fly[position])
+
+
+def test_annotations_of_other_sequences_do_not_go_together(config, workshop, tmp_path):
+    first = annotated(workshop, tmp_path / "a", 4)
+    entries = tuple(survey(workshop.scenes, find_scenes(workshop.scenes)))
+    other = AnnotationPlan(scenes=entries, sequences=replace(SEQUENCES, seed=1), grid=8)
+    list(annotate(workshop.scenes, tmp_path / "b", other))
+    with pytest.raises(ValueError, match="annotates other sequences"):
+        TrackedScenes(config(scenes={"annotations": (first, str(tmp_path / "b"))}).data.scenes)
+
+
+def test_held_out_scenes_are_never_drawn(config, workshop):
+    names = find_scenes(workshop.scenes)
+    share = next(n / 20 for n in range(20) if 0 < sum(is_held_out(name, n / 20) for name in names) < len(names))
+    scenes = TrackedScenes(config(scenes={"held_out": share}).data.scenes)
+    drawn = {scenes._whole(index) // SEQUENCES.per_scene for index in range(len(scenes))}
+    assert {scenes.names[n] for n in drawn} == {name for name in names if not is_held_out(name, share)}
+    with pytest.raises(ValueError, match="leaves none of 4 scenes"):
+        TrackedScenes(config(scenes={"held_out": 1.0}).data.scenes)
+
+
+def test_a_scene_that_breaks_is_passed_over_and_named(config, workshop, tmp_path, capsys):
+    library = tmp_path / "library"
+    shutil.copytree(workshop.scenes, library)
+    scenes = TrackedScenes(config(scenes={"root": str(library)}).data.scenes)
+    for image in (library / "scene-1" / "color").iterdir():
+        image.write_bytes(b"")
+    assert scenes.sample(0, 4, 0).tracks  # sequences 4..7 are of scene-1
+    assert list(scenes.broken) == ["scene-1"] and "scene-1" in capsys.readouterr().err
+
+
+def test_a_library_in_which_everything_breaks_is_an_error(config, workshop, tmp_path):
+    library = tmp_path / "library"
+    shutil.copytree(workshop.scenes, library)
+    scenes = TrackedScenes(config(scenes={"root": str(library)}).data.scenes)
+    for image in library.rglob("color/*"):
+        image.write_bytes(b"")
+    with pytest.raises(OSError, match="no readable sequence"):
+        scenes.sample(0, 0, 0)
+
+
+def test_epochs_are_walks_through_the_scenes(config):
+    settings = config(train={"steps": None, "epochs": 2.0, "batch_size": 4})
+    stream = SampleStream(settings.data)
+    assert steps_of(settings.train, stream) == 2 * 16 // 4
+    drawn = [stream.mixture.draw(position) for position in range(32)]
+    assert sorted(d.index for d in drawn[:16]) == sorted(d.index for d in drawn[16:]) == list(range(16))
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_every_division_of_a_step_sees_the_same_positions(ranks, micro):
+    shares = [Share(rank, ranks, 8, micro) for rank in range(ranks)]
+    steps = [list(StreamBatches(share, 3)) for share in shares]
+    for step in range(3):
+        once = 8 // (ranks * micro)
+        seen = [p for batches in steps for batch in batches[step * once : (step + 1) * once] for p in batch]
+        assert sorted(seen) == list(range(8 * step, 8 * step + 8))
+
+
+def test_loader_processes_bring_the_same_batches(config):
+    from gasp_fast.backbones import load_backbone
+    from gasp_fast.training.data import make_loader
+
+    settings = config(mixed=True)
+    backbone = load_backbone(settings.model.source)
+    stream, share = SampleStream(settings.data), Share(0, 1, 1, 1)
+    batches = [list(make_loader(replace(settings.data, workers=n), stream, backbone, share, 3, False)) for n in (0, 1)]
+    for one, other in zip(*batches, strict=True):
+        assert one.keys() == other.keys() and (one["input_ids"] == other["input_ids"]).all()
+        assert (one["matches"].target == other["matches"].target).all()
