@@ -104,6 +104,22 @@ def test_one_process_takes_the_steps_of_a_plain_loop(config, family, plain_step,
     assert {len(record["pck_per_layer"]) for record in records} == {4}
 
 
+def test_what_is_trained_is_fp32_whatever_the_model_computes_in(config):
+    settings = config(model={"dtype": "bf16"}, train={"steps": 2, "checkpointing": "non_reentrant"})
+    model = build_model(settings, torch.device("cpu"))
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    seen = []
+    model.backbone.decoder_layers(model.model)[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    batch = Collator(model.backbone)([SampleStream(settings.data)[0]])
+    model.train()(**batch)["loss"].backward()
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
+    train(settings)
+    heads = read_heads(Path(settings.run.out) / "checkpoint-2" / "heads.safetensors")
+    assert {parameter.dtype for parameter in heads.parameters()} == {torch.float32}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "checkpointing"), [("qwen2_5_vl", "non_reentrant"), ("llava_next_video", "off")], indirect=["family"]
