@@ -116,14 +116,15 @@ class GaspLoss(nn.Module):
         self.negatives, self.reduction, self.backend = negatives, reduction, backend
         self.corr_weight, self.depth_weight, self.eps = corr_weight, depth_weight, eps
         self.return_metrics = return_metrics
-        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log()) if learnable_temperature else None
+        # [1], not []: DeepSpeed sends parameters around as bytes, which torch refuses for 0-dim tensors.
+        self.log_temperature = nn.Parameter(torch.tensor([float(temperature)]).log()) if learnable_temperature else None
         self.register_buffer("layer_weights", layer_weights, persistent=False)
 
     def forward(self, embeddings: Tensor | Sequence[Tensor], matches: Matches) -> GaspOutput:
         return gasp_loss(
             embeddings,
             matches,
-            temperature=self.temperature if self.log_temperature is None else self.log_temperature.exp(),
+            temperature=self.temperature if self.log_temperature is None else self.log_temperature.exp()[0],
             negatives=self.negatives,
             corr_weight=self.corr_weight,
             depth_weight=self.depth_weight,
