@@ -57,13 +57,12 @@ def test_error_is_at_most_twice_that_of_dense_arithmetic_in_the_same_type(proble
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems())
+@given(problems(widths=(8, 17, 40)))  # in one dimension every cosine is a tie
 def test_metrics_are_those_of_the_reference(problem):
     truth = run(problem, problem.embeddings.float().double(), "torch")[3].metrics
     found = run(problem, problem.embeddings.float(), "cpp")[3].metrics
-    share = 1 / max(1, len(problem.matches))  # equal similarities may rank either way after rounding
-    assert (found.accuracy - truth.accuracy).abs().max() <= share + 1e-6
-    assert (found.pck - truth.pck).abs().max() <= share + 1e-6
+    assert torch.allclose(found.accuracy.double(), truth.accuracy.double(), atol=1e-6)
+    assert torch.allclose(found.pck.double(), truth.pck.double(), atol=1e-6)
     assert torch.allclose(found.confidence.double(), truth.confidence.double(), atol=1e-4)
 
 
