@@ -58,7 +58,8 @@ class GeometricSupervision(nn.Module):
         super().__init__()
         self.loss = GeometricLoss() if loss is None else loss
         self.by_layer = nn.ModuleDict({name: SupervisedLayer(head) for name, head in heads.by_layer.items()})
-        start = torch.tensor(self.loss.temperature).log() if self.loss.learnable_temperature else None
+        # [1], not []: DeepSpeed cannot send 0-dim parameters.
+        start = torch.tensor([self.loss.temperature]).log() if self.loss.learnable_temperature else None
         self.log_temperature = None if start is None else nn.Parameter(start)
 
     @property
@@ -73,7 +74,7 @@ class GeometricSupervision(nn.Module):
         """
         fixed = self.log_temperature is None
         # A tensor on the device either way: a number would be copied there once for every layer.
-        tau = torch.tensor(self.loss.temperature) if fixed else self.log_temperature.exp()  # type: ignore[union-attr]
+        tau = torch.tensor(self.loss.temperature) if fixed else self.log_temperature.exp()[0]  # type: ignore[union-attr]
         tau = tau.to(positions.device)
         terms = [
             layer(states.hidden(int(name)), positions, matches, tau, self.loss) for name, layer in self.by_layer.items()

@@ -3,7 +3,7 @@
 Knows the outputs of a step and the clock; decides nothing. One object per logged step:
 
     step, loss, lm, corr, depth    means over the micro-batches of all processes since the last line; a term that no
-                                   batch had is null
+                                   batch had, or that is not finite, is null
     corr_per_layer, depth_per_layer, pck_per_layer    [L], the same means
     lr, grad_norm                  of the adapters (or the model); before clipping
     tokens_per_s, mfu              over all processes
@@ -15,6 +15,7 @@ Sums are kept on the device and fetched when a line is written: watching costs n
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import time
@@ -59,13 +60,13 @@ class Meter:
         seconds = time.perf_counter() - self.start
         loss, batches, lm, answered, matched, tokens, operations, *layers = self.sums.tolist()
         per_layer = [
-            [total / matched if matched else None for total in layers[at : at + self.layers]]
+            [finite(total / matched) if matched else None for total in layers[at : at + self.layers]]
             for at in range(0, 3 * self.layers, self.layers)
         ] if self.layers else [[], [], []]  # fmt: skip
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         record = {
-            "loss": loss / batches if batches else None,
-            "lm": lm / answered if answered else None,
+            "loss": finite(loss / batches) if batches else None,
+            "lm": finite(lm / answered) if answered else None,
             "corr": _mean(per_layer[0]),
             "depth": _mean(per_layer[1]),
             "corr_per_layer": per_layer[0],
@@ -79,8 +80,13 @@ class Meter:
         return record
 
 
+def finite(value: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
 def _mean(values: list[Any]) -> float | None:
-    return sum(values) / len(values) if values and values[0] is not None else None
+    return sum(values) / len(values) if values and None not in values else None
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -71,7 +71,8 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="peft")
+    for module in ("peft", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def stop_processes() -> None:

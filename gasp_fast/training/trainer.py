@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from . import checkpoints, guards
 from .data import SampleStream, Share, make_loader
-from .log import Bar, Meter, RunLog, scalars
+from .log import Bar, Meter, RunLog, finite, scalars
 from .model import SupervisedModel, trained_groups
 from .optim import make_optimizer
 from .processes import Processes, zero_stage
@@ -139,9 +139,7 @@ class GaspTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         if norm is None or math.isfinite(float(norm)):
             return norm
-        model.zero_grad(
-            set_to_none=True
-        )  # the optimiser passes over what has no gradient; DeepSpeed has done it already
+        model.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient; DeepSpeed has skipped already
         step = self.state.global_step
         first = step * self.share.accumulation
         positions = [p for batch in range(first, first + self.share.accumulation) for p in self.share.positions(batch)]
@@ -156,7 +154,7 @@ class GaspTrainer(Trainer):
         if "grad_norm" not in logs:  # the summary at the end
             return
         record = {"step": self.state.global_step, **self.meter.read()}
-        record |= {"lr": logs["learning_rate"], "grad_norm": float(logs["grad_norm"])}
+        record |= {"lr": logs["learning_rate"], "grad_norm": finite(float(logs["grad_norm"]))}
         score = score_of(record)
         self.scores += [] if score is None else [score]
         if self.processes.first:

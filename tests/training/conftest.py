@@ -17,6 +17,7 @@ from gasp_fast.training.settings import (
     DataConfig,
     HeadsConfig,
     LoraSettings,
+    LossConfig,
     ModelConfig,
     OptimisationConfig,
     QAConfig,
@@ -60,6 +61,9 @@ def config(workshop: Workshop, tmp_path: Path) -> Callable[..., TrainConfig]:
     """A small run on scenes alone; `mixed` adds questions. Keyword arguments replace fields of the parts."""
 
     def make(family: str = "qwen2_5_vl", mixed: bool = False, **parts: dict[str, Any]) -> TrainConfig:
+        unknown = parts.keys() - {"model", "train", "lora", "loss", "heads", "scenes", "qa", "run"}
+        assert not unknown, unknown
+
         def part(kind: Any, name: str, **fields: Any) -> Any:
             return kind(**{**fields, **parts.get(name, {})})
 
@@ -67,6 +71,7 @@ def config(workshop: Workshop, tmp_path: Path) -> Callable[..., TrainConfig]:
             model=part(ModelConfig, "model", source=str(workshop.models[family]), dtype="fp32"),
             train=part(OptimisationConfig, "train", steps=3, batch_size=2, learning_rate=1e-3, checkpointing="off"),
             lora=part(LoraSettings, "lora", rank=4),
+            loss=part(LossConfig, "loss"),
             heads=part(HeadsConfig, "heads", compute="fp32"),
             data=DataConfig(
                 scenes=part(

@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, tmp_path, mode)
 @pytest.mark.slow
 def test_a_run_under_zero2_goes_on_after_a_kill(config, tmp_path):
     preset = str(REPOSITORY / "configs/deepspeed/zero2.json")
-    base = config(mixed=True, train={"steps": 6}, run={"save_every": 2})
+    base = config(mixed=True, train={"steps": 6}, run={"save_every": 2}, loss={"learnable_temperature": True})
     runs = {name: replace(base, deepspeed=preset, run=replace(base.run, out=str(tmp_path / name))) for name in "ab"}
     paths = {name: write_config(run, tmp_path / f"{name}.yaml") for name, run in runs.items()}
     process = launch(2, "-m", "gasp_fast.train", paths["a"])
