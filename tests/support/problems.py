@@ -55,8 +55,9 @@ def random_problem(
     count = matches if len(pairs) else 0
     chosen = pairs[torch.randint(max(1, len(pairs)), (count,), generator=generator)] if count else pairs[:0]
     embeddings = torch.randn(layers, tokens, width, generator=generator, dtype=torch.float64)
-    for anchor, target in chosen.tolist():
-        embeddings[:, anchor] += planted * embeddings[:, target]
+    own = embeddings.clone()
+    for anchor, target in sorted(set(map(tuple, chosen.tolist()))):
+        embeddings[:, anchor] += planted * own[:, target]
     patch_depth = 0.5 + 3 * uniform(tokens)
     patch_depth[uniform(tokens) < holes] = 0.0
     patch_depth[uniform(tokens) < holes / 3] = float("nan")
