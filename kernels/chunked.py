@@ -191,6 +191,7 @@ class _Walk:
             scale = operations.inverse_norms(tokens)  # [G, N]
             for span in self.rows.sequences():
                 first, last = span.tokens
+                total = None  # the last one goes before the next one comes
                 total = self._accumulator(layers, span)
                 sequence, sequence_scale = tokens[:, first:last], scale[:, first:last]
                 boost = self._boost(products, layers, sequence_scale)

@@ -92,14 +92,16 @@ def test_no_tensor_of_anchor_times_token_size(dtype):
     width, extra = 64, []
     for frames in (8, 16):  # twice the anchors and twice the tokens
         tokens = 1024 * frames
-        problem = random_problem(0, [[1024] * frames], layers=1, width=width, matches=tokens)
+        problem = random_problem(0, [[1024] * frames], layers=2, width=width, matches=tokens)
         anchors = problem.matches.plan.rows.row_token.shape[0]
         embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
         gasp_fast.gasp_loss(embeddings, problem.matches).loss.backward()  # whatever is only allocated once
         embeddings.grad = None
         largest, peak = allocations(lambda e=embeddings, m=problem.matches: gasp_fast.gasp_loss(e, m).loss.backward())
         assert largest < anchors * tokens  # bytes: not even one byte for each pair
-        gradients = tokens * width * (4 if dtype == torch.float32 else 6)
+        gradients = 2 * tokens * width * dtype.itemsize
+        if dtype != torch.float32:
+            gradients += tokens * width * 4  # one layer's accumulator
         statistics = anchors * frames * 4 * 8
         extra.append(peak - gradients - statistics)
     assert max(extra) <= engines.CPU_WORKSPACE + (8 << 20)

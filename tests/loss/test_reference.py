@@ -10,7 +10,7 @@ import gasp_fast
 TWO_SEQUENCES = [[4, 1, 3], [2, 5]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(problems(largest_frame=5, widths=(1, 4, 7)))
 def test_reference_is_the_definition(problem):
     out = gasp_fast.gasp_loss(
