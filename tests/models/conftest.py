@@ -50,55 +50,26 @@ class Family:
         return blocks.permute(0, 2, 3, 1, 4, 5).reshape(len(frames), tokens, -1)
 
 
-def _llava(config: tiny.TinyConfig) -> tuple[Any, Any]:
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
-    tokenizer = tiny._tokenizer(
-        ["<unk>", "<s>", "</s>", "<pad>", "<image>"],
-        config,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=tiny._LLAVA_TEMPLATE,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=112, patch_size=8
-    )
-    text = LlamaConfig(**tiny._decoder(config, tokenizer, config.query_heads))
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    config_of_both = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id)
-    return LlavaForConditionalGeneration(config_of_both), processor
-
-
-def _import_third_backbone() -> None:
-    path = Path(__file__).with_name("llava_backbone.py")
-    spec = importlib.util.spec_from_file_location("llava_backbone", path)
+def _third_backbone() -> Any:
+    """The example that shows how to add one: imported, it is registered."""
+    path = Path(__file__).parents[2] / "examples" / "custom_backbone.py"
+    spec = importlib.util.spec_from_file_location("custom_backbone", path)
     assert spec is not None and spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
-    _import_third_backbone()
-    tiny._BUILDERS["llava"] = _llava
+    example = _third_backbone()
     made = {}
     for name in FAMILIES:
-        folder = tiny.build_tiny(tmp_path_factory.mktemp("tiny") / name, tiny.TinyConfig(model_type=name))
+        folder = tmp_path_factory.mktemp("tiny") / name
+        if name == example.Llava.model_type:
+            example.tiny_llava(folder)
+        else:
+            tiny.build_tiny(folder, tiny.TinyConfig(model_type=name))
         backbone = load_backbone(folder)
         made[name] = Family(backbone, backbone.load_model(dtype=torch.float32).eval(), folder)
     return made
@@ -106,7 +77,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
-    """Each supported family in turn, and a third one that lives in one file of this folder."""
+    """Each supported family in turn, and a third one that lives in one file, examples/custom_backbone.py."""
     return families[request.param]
 
 

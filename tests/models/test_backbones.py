@@ -21,7 +21,7 @@ def test_the_type_in_config_json_decides(family):
 
 def test_a_third_backbone_is_one_file(families):
     assert {"qwen2_5_vl", "llava_next_video", "llava"} <= set(supported_models())
-    assert type(families["llava"].backbone).__module__ == "llava_backbone"
+    assert type(families["llava"].backbone).__module__ == "custom_backbone"
 
 
 def test_an_unsupported_type_is_refused_with_the_supported_ones(tmp_path):

@@ -1,0 +1,127 @@
+"""A third backbone in one file, as you would add your own: LLaVA 1.5, every frame an image of 24 x 24 tokens.
+
+`Llava` is all that is needed: with it, training, evaluation and export take models of type `llava`. What stands below
+it makes a tiny model of the real class and asks the new backbone for everything at once: frames fed, visual tokens
+found, one head on each layer, the loss, its gradient. docs/extending.md walks through this file.
+
+    python examples/custom_backbone.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gasp_fast import gasp_loss
+from gasp_fast.backbones import Backbone, TokenGrid, load_backbone, register
+from gasp_fast.backbones.base import Frame
+from gasp_fast.backbones.tiny import TinyConfig, build_tiny
+from gasp_fast.collator import Collator
+from gasp_fast.heads import CorrespondenceHeads
+from gasp_fast.layer_capture import LayerCapture
+
+
+@register
+class Llava(Backbone):
+    model_type = "llava"  # what the model's config.json says
+
+    @property
+    def visual_token_id(self) -> int:
+        return self.config.image_token_id
+
+    def frame_grid(self, width: int, height: int) -> TokenGrid:
+        processor = self.processor.image_processor
+        edge, side = processor.size["shortest_edge"], processor.crop_size["width"]
+        resized = (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
+        left, top = ((size - side) // 2 for size in resized)  # where the centre crop begins, in resized pixels
+        across, down = width / resized[0], height / resized[1]  # back to pixels of the frame, each axis on its own
+        tokens = side // self.config.vision_config.patch_size
+        return TokenGrid(tokens, tokens, left * across, top * down, (left + side) * across, (top + side) * down)
+
+    def visual_content(self, frames: int) -> list[dict[str, str]]:
+        return [{"type": "image"}] * frames
+
+    def visual_arguments(self, batch: Sequence[Sequence[Frame]]) -> dict[str, Any]:
+        return {"images": [frame for frames in batch for frame in frames]}
+
+
+# ---- a model to try it on --------------------------------------------------------------------------------------------
+
+
+def tiny_llava(folder: Path) -> Path:
+    """A random LLaVA 1.5 and its real processor in `folder`: 112 x 112 pixels are 14 x 14 tokens."""
+    from transformers import (
+        AutoProcessor,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    with tempfile.TemporaryDirectory() as other:  # a tokenizer and a chat template of this family, made in a second
+        made = build_tiny(Path(other) / "model", TinyConfig(model_type="llava_next_video"))
+        speaker = AutoProcessor.from_pretrained(made)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=112, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(speaker.tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=16384,
+        pad_token_id=speaker.tokenizer.pad_token_id,
+    )
+    image_id = speaker.tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id)
+    )
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}),
+        tokenizer=speaker.tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=speaker.chat_template,
+    ).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    from toy import room
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        backbone = load_backbone(tiny_llava(folder / "model"))  # finds Llava by the type in config.json
+        model = backbone.load_model(dtype=torch.float32)
+        batch = Collator(backbone)([room(folder)])
+    matches, positions = batch.pop("matches"), batch.pop("visual_positions")
+    layers = range(backbone.layer_count)
+    heads = CorrespondenceHeads.from_query_projections({n: backbone.query_projection(model, n) for n in layers})
+    capture = LayerCapture(backbone.decoder_layers(model), backbone.final_norm(model))
+    with capture:
+        text_loss = model(**batch).loss
+    geometry = gasp_loss([heads(n, capture.tokens(n, positions)) for n in layers], matches)
+    (text_loss + geometry.loss).backward()
+    reached = backbone.attention(model, 0).q_proj.weight.grad.norm()
+
+    print(f"{type(backbone).__name__}: {backbone.layer_count} decoder layers, {backbone.hidden_size} wide")
+    print(f"{len(positions)} visual tokens in 3 frames, {len(matches)} matches between them")
+    print(f"losses: text {text_loss:.3f}, correspondence {geometry.corr:.3f}, depth {geometry.depth:.3f}")
+    print(f"gradient at the first layer's W_Q: {reached:.2e}")
+
+
+if __name__ == "__main__":
+    main()
