@@ -15,21 +15,18 @@ YAML reads `1e-4` as text, so a float may be such text; and an override of a tex
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
-import io
 import os
 import re
-import textwrap
-import tokenize
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+
+from .config_fields import dataclasses_in, default_of, field_comments, is_required, is_union, type_name
 
 ConfigT = TypeVar("ConfigT")
 
@@ -175,7 +172,7 @@ def _build(cls: Any, tree: _Branch, path: str, root: type) -> Any:
             raise _unknown(node, _join(path, key), root)
     values = {key: _convert(hints[key], node, _join(path, key), root) for key, node in tree.items()}
     for name, field in known.items():
-        if name not in values and _is_required(field):
+        if name not in values and is_required(field):
             raise ValueError(f"{tree.origin}: {_join(path, name)} is missing; it has no default")
     try:
         return cls(**values)
@@ -186,7 +183,7 @@ def _build(cls: Any, tree: _Branch, path: str, root: type) -> Any:
 
 def _convert(kind: Any, node: Any, path: str, root: type) -> Any:
     """The value of `node` as type `kind`; a ValueError says what it must be instead."""
-    if _is_union(kind):
+    if is_union(kind):
         return _convert_union(get_args(kind), node, path, root)
     if is_dataclass(kind):
         if not isinstance(node, _Branch):
@@ -273,7 +270,7 @@ def _convert_union(kinds: tuple[Any, ...], node: Any, path: str, root: type) -> 
         except ValueError:
             continue
     if not taken:
-        raise _wrong(node, path, " or ".join(map(_type_name, kinds)))
+        raise _wrong(node, path, " or ".join(map(type_name, kinds)))
     return next((result for result in taken if type(result) is type(value) and result == value), taken[0])
 
 
@@ -286,14 +283,6 @@ def _plain(node: Any) -> Any:
 def _typed(node: Any) -> str | None:
     """What was typed on the command line for this value."""
     return node.text.strip() if isinstance(node, _Leaf) and node.text is not None else None
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, types.UnionType)
-
-
-def _is_required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -335,84 +324,24 @@ def _key_paths(cls: Any, path: str) -> Iterator[str]:
         if field.init:
             here = _join(path, field.name)
             yield here
-            for inner in _dataclasses_in(hints[field.name]):
+            for inner in dataclasses_in(hints[field.name]):
                 yield from _key_paths(inner, here)
-
-
-def _dataclasses_in(kind: Any) -> list[Any]:
-    if is_dataclass(kind):
-        return [kind]
-    return [inner for member in get_args(kind) if _is_union(kind) for inner in _dataclasses_in(member)]
 
 
 # ---- the documented reference ---------------------------------------------------------------------------------------
 
 
-def field_comments(cls: type) -> dict[str, str]:
-    """What is said about each field: its metadata "help", else the comment on its line, else the comments above."""
-    comments: dict[str, str] = {}
-    for owner in reversed(cls.__mro__):
-        if is_dataclass(owner):
-            comments.update(_comments_in_source(owner))
-    for field in fields(cls):
-        if "help" in field.metadata:
-            comments[field.name] = field.metadata["help"]
-    return comments
-
-
-def _comments_in_source(cls: Any) -> dict[str, str]:
-    try:
-        source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError):
-        return {}  # made at run time: no source, no comments
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
-    alone = {line for line, token in comments.items() if token.line.lstrip().startswith("#")}
-    found: dict[str, str] = {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        lines = [line for line in range(node.lineno, (node.end_lineno or node.lineno) + 1) if line in comments]
-        if not lines:
-            first = node.lineno
-            while first - 1 in alone:
-                first -= 1
-            lines = list(range(first, node.lineno))
-        if lines:
-            found[node.target.id] = " ".join(comments[line].string.lstrip("# ") for line in lines)
-    return found
-
-
 def _reference(cls: Any, indent: str) -> Iterator[str]:
     hints, comments = get_type_hints(cls), field_comments(cls)
     for field in (field for field in fields(cls) if field.init):
-        nested = _dataclasses_in(hints[field.name])
+        nested = dataclasses_in(hints[field.name])
         said = f": {comments[field.name]}" if field.name in comments else ""
-        if nested and not (_is_union(hints[field.name]) and _default(field) is None):
+        if nested and not (is_union(hints[field.name]) and default_of(field) is None):
             yield f"{indent}{field.name}:  # {nested[0].__name__}{said}"
             yield from _reference(nested[0], indent + "  ")
             continue
-        default = "???" if _is_required(field) else yaml.safe_dump(to_tree(_default(field)), default_flow_style=True)
+        default = "???" if is_required(field) else yaml.safe_dump(to_tree(default_of(field)), default_flow_style=True)
         default = " ".join(default.removesuffix("...\n").split())
-        yield f"{indent}{field.name}: {default}  # {_type_name(hints[field.name])}{said}"
+        yield f"{indent}{field.name}: {default}  # {type_name(hints[field.name])}{said}"
         if nested:  # off unless given: show what it would hold
             yield from (f"{indent}# {line}" for line in _reference(nested[0], "  "))
-
-
-def _default(field: Field[Any]) -> Any:
-    if field.default is not MISSING:
-        return field.default
-    return None if field.default_factory is MISSING else field.default_factory()
-
-
-def _type_name(kind: Any) -> str:
-    if _is_union(kind):
-        return " or ".join(map(_type_name, get_args(kind)))
-    if get_origin(kind) is Literal:
-        return " | ".join(map(repr, get_args(kind)))
-    if kind is types.NoneType:
-        return "null"
-    if get_origin(kind):
-        inner = ", ".join("..." if part is Ellipsis else _type_name(part) for part in get_args(kind))
-        return f"{get_origin(kind).__name__}[{inner}]"
-    return getattr(kind, "__name__", str(kind))
