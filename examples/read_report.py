@@ -1,0 +1,79 @@
+"""What a report of `gasp-fast evaluate` says, in three lines and one curve.
+
+    python examples/read_report.py                    # makes a small report first: a tiny model on rendered rooms
+    python examples/read_report.py REPORT --out DIR   # reads REPORT/report.json
+
+The best layer, how far it is above the "same position" guess, and PCK against distance in time as `pck_by_gap.png`.
+The keys of report.json are listed in docs/evaluating.md; what is undefined is null there, None here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gasp_fast.evaluation.report import read_report
+
+
+def describe(report: dict[str, Any]) -> list[str]:
+    pck = report["pck"]
+    moved = report["pck_moved"]["per_layer"][report["layers"].index(pck["peak_layer"])]
+    told_moved = "no point moved" if moved is None else f"{moved:.3f} of the points that moved"
+    return [
+        f"{report['model']}: {report['sequences']} sequences, features: {report['features']}",
+        f"best layer {pck['peak_layer']} of {max(report['layers'])}: PCK@2 {pck['peak']:.3f}, {told_moved}",
+        f'gain over the "same position" guess ({report["identity"]:.3f}): {pck["peak"] - report["identity"]:+.3f}',
+    ]
+
+
+def plot(report: dict[str, Any], path: Path) -> Path:
+    """PCK of the best layer by the number of frames between; gaps nobody asked about stay open."""
+    from matplotlib.figure import Figure
+
+    temporal = report["temporal"]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(temporal["gaps"], _holes(temporal["pck"]), marker="o", label=f"layer {temporal['layer']}")
+    axis.plot(temporal["gaps"], _holes(temporal["identity"]), "--", color="0.4", label='"same position" guess')
+    axis.set(xlabel="frames between", ylabel="PCK@2", ylim=(0, 1))
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _holes(values: list[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
+
+
+def small_report(folder: Path) -> Path:
+    """A report made as the command line makes it, in seconds."""
+    from toy import SIZE, tiny_model
+
+    from gasp_fast.cli import main as gasp_fast
+    from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+
+    tiny_model(folder)
+    list(render_scenes(folder / "scenes", 2, config=SyntheticConfig(frames=12, width=SIZE, height=SIZE)))
+    asked = ["--sequences", "6", "--frames", "4", "--max-gap", "8", "--features", "hidden", "--pictures", "0"]
+    asked += ["--model", str(folder / "model"), "--scenes", str(folder / "scenes"), "--out", str(folder / "report")]
+    if code := gasp_fast(["evaluate", *asked]):
+        raise SystemExit(code)
+    return folder / "report"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("report", type=Path, nargs="?", help="folder of a report (default: one made on the spot)")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder that receives the plot")
+    told = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = read_report(told.report or small_report(Path(folder)))
+    print(*describe(report), sep="\n")
+    told.out.mkdir(parents=True, exist_ok=True)
+    print(f"plot: {plot(report, told.out / 'pck_by_gap.png')}")
+
+
+if __name__ == "__main__":
+    main()
