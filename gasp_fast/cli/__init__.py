@@ -1,36 +1,51 @@
 """`gasp-fast COMMAND`: one module of this folder per command, imported only when it is called.
 
-A command module offers `HELP` (one line), `add_arguments(parser)` and `run(arguments) -> int` (the exit code). What a
-user can mend is raised as `ValueError`, `TypeError` or `OSError` and shown as one line; anything else is a bug, and
-keeps its traceback.
+A command module offers `HELP` (one line, a plain string), `add_arguments(parser)` and `run(arguments) -> int` (the
+exit code). Its docstring is the text of its `--help`: what it reads, what it writes, and after a line `examples:`
+commands that can be typed as they stand. What a user can mend is raised as `ValueError`, `TypeError` or `OSError` and
+shown as one line; so is a package that is not installed. Anything else is a bug, and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import difflib
 import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-COMMANDS = {  # name -> one line of help; the module has the same name
-    "scenes": "what scenes a folder holds, and whether their geometry agrees with itself",
-    "tracks": "precompute point tracks of many scenes",
-    "depth": "give depth to scenes that have none",
-    "render": "render synthetic scenes with exact depth",
-    "make-vqa": "turn tracks into question-answer pairs (the fairness baseline)",
-    "evaluate": "report which correspondences a model's layers know",
-    "compare": "several reports in one figure",
-    "export": "merge adapters, drop heads, and write a plain Hugging Face model",
-    "plan": "predict memory, time and GPU-hours of a recipe",
-    "bench": "kernel microbenchmarks against peers",
+GROUPS = {  # in the order of use; a command's module has its name, with _ for -
+    "this machine": ("doctor",),
+    "scenes": ("render", "scenes", "depth", "tracks", "make-vqa"),
+    "training": ("plan",),
+    "what was trained": ("evaluate", "compare", "export"),
+    "kernels and shell": ("bench", "completion"),
 }
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
+TRAINING = """\
+  train       not a command but a module, so that launchers can start it:
+              python -m gasp_fast.train CONFIG.yaml [key.path=value ...]
+              torchrun --nproc-per-node 8 -m gasp_fast.train CONFIG.yaml"""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every option that has one and does not tell it itself, as in `(default: all cores)`."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.help or ""
+        untold = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
+        if not untold or "default" in told or f"({action.default}" in told:
+            return told
+        return f"{told} (default: %(default)s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+        print(overview())
         return 0
     if words[0] == "--version":
         from gasp_fast import __version__
@@ -39,15 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = words[0]
     if name not in COMMANDS:
-        print(f"gasp-fast: no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        cure = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"gasp-fast: no command {name!r}; {cure}", file=sys.stderr)
         return 2
-    command = _module(name)
-    parser = argparse.ArgumentParser(
-        prog=f"gasp-fast {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.add_arguments(parser)
     try:
-        return int(command.run(parser.parse_args(words[1:])))
+        command = load(name)
+        return int(command.run(parser_of(name, command).parse_args(words[1:])))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "gasp_fast":
+            raise  # a part of ours that is not there is a bug, or was never built
+        print(
+            f"gasp-fast {name}: {error.name} is not installed; gasp-fast doctor tells how to install it",
+            file=sys.stderr,
+        )
+        return 1
     except (ValueError, TypeError, OSError) as error:
         print(f"gasp-fast {name}: {error}", file=sys.stderr)
         return 1
@@ -56,11 +77,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _module(name: str) -> Any:
+def load(name: str) -> Any:
+    """The module of a command."""
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
-def _overview() -> str:
+def parser_of(name: str, command: Any) -> argparse.ArgumentParser:
+    description, _, examples = (command.__doc__ or "").partition("\nexamples:\n")
+    parser = argparse.ArgumentParser(
+        prog=f"gasp-fast {name}",
+        description=description.strip(),
+        epilog=f"examples:\n{examples.rstrip()}" if examples else None,
+        formatter_class=HelpFormatter,
+    )
+    command.add_arguments(parser)
+    return parser
+
+
+def overview() -> str:
+    lines = ["usage: gasp-fast COMMAND [options]", ""]
     width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: gasp-fast COMMAND [options]", "", *rows, "", "gasp-fast COMMAND --help tells more."])
+    for title, names in GROUPS.items():
+        lines += [f"{title}:", *(f"  {name:<{width}}  {one_line_help(name)}" for name in names)]
+        lines += [TRAINING] if "plan" in names else []
+    return "\n".join([*lines, "", "gasp-fast COMMAND --help tells what it reads and writes, and shows examples."])
+
+
+def one_line_help(name: str) -> str:
+    """`HELP` of a command's module, read from its text: importing them all costs seconds, and packages they need."""
+    source = pkgutil.get_data(__name__, f"{name.replace('-', '_')}.py") or b""
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "HELP":
+            return str(ast.literal_eval(statement.value))
+    raise LookupError(f"gasp_fast/cli: the module of {name!r} has no HELP")

@@ -1,0 +1,182 @@
+"""NVIDIA driver and devices, torch's build for them, and what is only of use there. Not yet measured on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from . import installed, packages, trials
+from .finding import BROKEN, MISSING, OK, Finding, told
+from .versions import satisfies
+
+INDEX = "https://download.pytorch.org/whl/cu{}"  # torch's own index, one for each version of CUDA
+FLASH_ATTENTION_3 = "git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper"
+
+
+def driver() -> Iterator[Finding]:
+    supported = driver_cuda()
+    if supported is None:
+        yield Finding(MISSING, "NVIDIA driver", "none: no NVIDIA GPU can be used here")
+    else:
+        yield Finding(OK, "NVIDIA driver", f"{_driver_version() or 'version not known'}, up to CUDA {_dots(supported)}")
+
+
+def torch_build() -> Iterator[Finding]:
+    """Whether this torch was built for a GPU, for one that this driver serves, and sees it."""
+    import torch
+
+    supported, built = driver_cuda(), torch.version.cuda
+    if built is None:
+        found = f"torch {torch.__version__} is not built for CUDA"
+        yield Finding(MISSING, "CUDA in torch", found, _torch_command(supported) if supported else "")
+    elif supported is None:
+        yield Finding(OK, "CUDA in torch", f"built for CUDA {built}")
+    elif int(built.split(".")[0]) > supported[0]:
+        found = f"torch is built for CUDA {built}, the driver serves {_dots(supported)}: update the driver, or torch"
+        yield Finding(BROKEN, "CUDA in torch", found, _torch_command(supported))
+    elif torch.cuda.is_available():
+        yield Finding(OK, "CUDA in torch", f"built for CUDA {built}")
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield Finding(MISSING, "CUDA in torch", "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES")
+    else:
+        yield Finding(BROKEN, "CUDA in torch", f"built for CUDA {built}, but sees no device; nvidia-smi may tell why")
+
+
+def devices() -> Iterator[Finding]:
+    if not usable():
+        return
+    import torch
+
+    everyone = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    kinds = Counter((one.name, round(one.total_memory / 1e9), one.major, one.minor) for one in everyone)
+    for (name, gigabytes, major, minor), count in kinds.items():
+        found = f"{count} x {name}, {gigabytes} GB, compute capability {major}.{minor}"
+        if _has_code(torch.cuda.get_arch_list(), major, minor):
+            yield Finding(OK, "GPU", found)
+        else:
+            yield Finding(BROKEN, "GPU", f"{found}, for which this torch holds no code", _torch_command(driver_cuda()))
+
+
+def triton() -> Iterator[Finding]:
+    wanted = installed.range_of("triton")
+    finding = packages.package("triton", wanted, installed.pip_install(f"triton{wanted}"))
+    if finding.state == MISSING and not usable():
+        yield Finding(MISSING, "triton", "not installed; only of use on a GPU")
+    elif finding.state == OK and not usable():
+        yield Finding(OK, "triton", f"{finding.found}, no device to drive")
+    else:
+        yield finding
+
+
+def loss_on_device() -> Iterator[Finding]:
+    """Compiles the Triton kernels of a small problem and launches them."""
+    if usable():
+        yield from trials.loss_against_float64("loss on the GPU", "cuda")
+
+
+def cuda_kernels() -> Iterator[Finding]:
+    from gasp_fast.kernels import rows_cuda
+
+    optional = "optional, used with GASP_FAST_CUDA_ROWS=1"
+    cure = installed.install_command("", "--force-reinstall", "--no-deps", "--no-build-isolation")
+    if not rows_cuda.LIBRARY.exists():
+        able = usable() and shutil.which("nvcc") is not None
+        found = f"not built ({optional}; needs nvcc and a CUDA build of torch)"
+        yield Finding(MISSING, "CUDA kernels", found, cure if able else "")
+        return
+    try:
+        rows_cuda.library()
+    except (OSError, AttributeError) as error:
+        yield Finding(BROKEN, "CUDA kernels", f"{rows_cuda.LIBRARY.name}: {told(error)}", cure)
+    else:
+        yield Finding(OK, "CUDA kernels", f"built ({optional})")
+
+
+def attention_and_layers() -> Iterator[Finding]:
+    """What makes the base model faster. Names of modules are those that transformers looks for."""
+    wanted = installed.range_of("flash-attn")
+    flash = installed.pip_install(f"flash-attn{wanted}", "--no-build-isolation")
+    yield _extra("FlashAttention 2", "flash-attn", "flash_attn", wanted, flash)
+    hopper = installed.pip_install("--no-build-isolation", FLASH_ATTENTION_3)
+    yield _extra("FlashAttention 3", "flash-attn-3", "flash_attn_interface", "", hopper)
+    yield _extra("Liger", "liger-kernel", "liger_kernel", "", installed.pip_install("liger-kernel"))
+
+
+def _extra(label: str, distribution: str, module: str, wanted: str, cure: str) -> Finding:
+    version = installed.version_of(distribution)
+    if version is None or not installed.has_module(module):
+        use = "optional" if usable() else "only of use on a GPU"
+        return Finding(MISSING, label, f"not installed; {use}", cure if usable() else "")
+    if not satisfies(version, wanted):
+        return Finding(BROKEN, label, f"{version} is out of range (needs {wanted})", cure)
+    if usable():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # most often: compiled for another torch
+            return Finding(BROKEN, label, f"{version} does not import: {told(error)}", cure)
+    return Finding(OK, label, version if usable() else f"{version}, no device to use it on")
+
+
+# ---- driver ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def usable() -> bool:
+    """Whether torch sees an NVIDIA GPU."""
+    try:
+        import torch
+    except Exception:  # reported by the check of torch itself
+        return False
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+@cache
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the driver serves, from the driver itself; None where there is none."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(number)) != 0 or number.value == 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def _driver_version() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\d{3,}\.\d+(\.\d+)?", text)
+    return found[0] if found else None
+
+
+def _has_code(architectures: list[str], major: int, minor: int) -> bool:
+    """Machine code of the same major version runs on later minor ones; PTX (`compute_`) on everything later."""
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        digits = re.sub(r"\D", "", number)
+        built = (int(digits[:-1]), int(digits[-1]))
+        same_major = kind == "sm" and built[0] == major and built[1] <= minor
+        if same_major or (kind == "compute" and built <= (major, minor)):
+            return True
+    return False
+
+
+def _torch_command(supported: tuple[int, int] | None) -> str:
+    """Torch from its index of the driver's major version of CUDA; any minor version runs on it."""
+    wanted, major = installed.range_of("torch"), supported[0] if supported else 13
+    index = INDEX.format({12: "126", 13: "130"}.get(major, f"{major}0"))
+    return installed.pip_install("--force-reinstall", f"torch{wanted}", "torchvision", "--index-url", index)
+
+
+def _dots(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,88 @@
+"""Processor, memory, disk, compilers, and where models are kept. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import installed
+from .finding import MISSING, OK, Finding
+
+
+def processor() -> Iterator[Finding]:
+    flags = cpu_flags()
+    known = [label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags][:1]
+    if flags:
+        known.append("AMX" if "amx_tile" in flags else "no AMX")
+    name = _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+    yield Finding(OK, "CPU", ", ".join([name, f"{cores()} cores", *known]))
+
+
+def memory() -> Iterator[Finding]:
+    total, free = (_line_of("/proc/meminfo", name) for name in ("MemTotal", "MemAvailable"))
+    if total and free:
+        yield Finding(OK, "memory", f"{_gigabytes(total)} GB, {_gigabytes(free)} GB of it free")
+    else:
+        yield Finding(OK, "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB")
+
+
+def disk() -> Iterator[Finding]:
+    here = Path.cwd()
+    yield Finding(OK, "disk", f"{shutil.disk_usage(here).free / 1e9:.0f} GB free in {here}")
+
+
+def model_cache() -> Iterator[Finding]:
+    """Where Hugging Face keeps models, by the rules of huggingface_hub, which need not be there."""
+    folder = _cache_folder()
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    found = f"{folder}{', offline (HF_HUB_OFFLINE): only models that are there are found' if offline else ''}"
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if os.access(there, os.W_OK):
+        yield Finding(OK, "model cache", f"{found}, {shutil.disk_usage(there).free / 1e9:.0f} GB free")
+    else:
+        yield Finding(MISSING, "model cache", f"{found}, cannot be written to", "export HF_HOME=A_FOLDER_OF_YOURS")
+
+
+def deepspeed_compilers() -> Iterator[Finding]:
+    """DeepSpeed compiles its own operators when one is first used; only offloading to the CPU needs one here."""
+    if not installed.has_module("deepspeed"):
+        return
+    absent = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+    if absent == ["ninja"] and installed.has_module("ninja"):
+        absent = []  # torch finds the one beside its own Python
+    if not absent:
+        yield Finding(OK, "deepspeed ops", "g++ and ninja can build those of *_offload.json, at the first step")
+        return
+    cure = installed.pip_install("ninja") if absent == ["ninja"] else ""
+    yield Finding(MISSING, "deepspeed ops", f"no {' and no '.join(absent)} to build those of *_offload.json", cure)
+
+
+def cores() -> int:
+    """As many as this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_flags() -> set[str]:
+    return set((_line_of("/proc/cpuinfo", "flags") or "").split())
+
+
+def _cache_folder() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    home = Path(os.environ.get("HF_HOME") or home)
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser().absolute()
+
+
+def _gigabytes(line: str) -> str:
+    return f"{int(line.split()[0]) * 1024 / 1e9:.0f}"
+
+
+def _line_of(file: str, key: str) -> str | None:
+    """What stands behind `key:` in one of Linux's own files."""
+    try:
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+    except OSError:
+        return None
