@@ -89,10 +89,15 @@ def shape_from_config(config: Any) -> ModelShape:
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(config)
-    language = list(model.model.language_model.parameters()) + list(model.lm_head.parameters())
-    language_parameters = sum({id(p): p.numel() for p in language}.values())  # a tied lm head counts once
-    text, vision = config.text_config, config.vision_config
+        return shape_from_model(AutoModelForImageTextToText.from_config(config))
+
+
+def shape_from_model(model: Any) -> ModelShape:
+    """From a transformers model that is not sharded yet; adapters inside it do not count."""
+    language = {id(p) for part in (model.model.language_model, model.lm_head) for p in part.parameters()}
+    own = [p for name, p in model.named_parameters() if "lora_" not in name]  # a tied lm head comes once
+    language_parameters = sum(p.numel() for p in own if id(p) in language)
+    text, vision = model.config.text_config, model.config.vision_config
     layers = getattr(vision, "depth", None) or vision.num_hidden_layers
     fixed = getattr(vision, "image_size", None)
     full = getattr(vision, "fullatt_block_indexes", None)
@@ -110,7 +115,7 @@ def shape_from_config(config: Any) -> ModelShape:
         vision_intermediate=vision.intermediate_size,
         vision_gated=full is not None,
         vision_full_layers=layers if full is None else len(full),
-        vision_parameters=sum(p.numel() for p in model.parameters()) - language_parameters,
+        vision_parameters=sum(p.numel() for p in own) - language_parameters,
         patch=vision.patch_size,
         frame_tokens=None if fixed is None else (fixed // vision.patch_size) ** 2 // PATCHES,
     )

@@ -1,6 +1,7 @@
 """What a recipe makes a GPU do: the sequences it draws, its parameters, and the operations of each part of the model.
 
 Knows a configuration and a model's shape; must not know how fast or how large any GPU is (`cost_model.py` does).
+Operations are counted here and nowhere else: the plan of a run and the MFU in its log come from the same numbers.
 
 Operations, forward, for a sequence of S tokens, N of them visual, A of those anchors of matches (a multiplication and
 its addition are two):
@@ -14,8 +15,9 @@ its addition are two):
     geometric loss  2 A N x width x supervised layers                (one product; two more are its backward)
 
 Backward costs once the forward where weights are frozen (only the input's gradient is wanted), twice where they are
-trained, two and a half times in attention (its scores are computed again). Under checkpointing decoder, attention and
-adapters run forward once more; heads and loss never do. A frozen vision tower has no backward.
+trained, and in attention. A frozen vision tower has no backward. Forward and backward are what the model needs, and all
+that MFU counts. Recomputation comes on top: attention's backward computes its scores again (half of its forward), and
+under checkpointing decoder, attention and adapters run forward once more; heads and loss never do.
 """
 
 from __future__ import annotations
@@ -55,9 +57,9 @@ class Assumptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
-    """One kind of sequence, and how often it comes."""
+    """One kind of sequence, and how often it comes; or one that came."""
 
-    share: float
+    share: float = 1.0
     frames: int
     tokens: int  # S
     visual: int  # N
@@ -125,14 +127,17 @@ class Operations:
     recompute: float = 0.0
 
     @property
+    def needed(self) -> float:
+        return self.forward + self.backward
+
+    @property
     def total(self) -> float:
-        return self.forward + self.backward + self.recompute
+        return self.needed + self.recompute
 
 
 def operations(config: TrainConfig, shape: ModelShape, sequence: Sequence) -> dict[str, Operations]:
     """Of each part, for one sequence."""
-    tokens, visual = sequence.tokens, sequence.visual
-    full = config.train.mode == "full"
+    tokens, full = sequence.tokens, config.train.mode == "full"
     again = 0.0 if config.train.checkpointing == "off" else 1.0
     weights = 2.0 if full else 1.0  # backward products per forward product
 
@@ -144,10 +149,10 @@ def operations(config: TrainConfig, shape: ModelShape, sequence: Sequence) -> di
     layers = len(supervised_layers(config, shape))
     middle, width = head_sizes(config, shape)
     heads = 2.0 * sequence.tracked * middle * (shape.hidden + width) * layers
-    loss = 2.0 * sequence.anchors * visual * width * layers
+    loss = 2.0 * sequence.anchors * sequence.tracked * width * layers
     return {
         "decoder": Operations(decoder, weights * decoder, again * decoder),
-        "attention": Operations(attention, 2.5 * attention, again * attention),
+        "attention": Operations(attention, 2 * attention, (0.5 + again) * attention),
         "adapters": Operations(adapters, 2 * adapters, again * adapters),
         "vision": Operations(vision, 2 * vision if full else 0.0, again * vision if full else 0.0),
         "lm head": Operations(lm_head, weights * lm_head),
@@ -159,7 +164,7 @@ def operations(config: TrainConfig, shape: ModelShape, sequence: Sequence) -> di
 def _vision_operations(shape: ModelShape, sequence: Sequence) -> float:
     patches = PATCHES * sequence.visual
     blocks = shape.vision_block_weights * shape.vision_layers
-    of_frame = patches // sequence.frames
+    of_frame = patches // max(1, sequence.frames)
     windowed = shape.vision_layers - shape.vision_full_layers
     keys = shape.vision_full_layers * of_frame + windowed * min(WINDOW, of_frame)  # summed over layers
     rest = shape.vision_parameters - blocks  # the projector, nearly all of it

@@ -95,15 +95,21 @@ def build_model(config: TrainConfig, device: torch.device) -> SupervisedModel:
     """The model of a run, on the CPU, the same on every process. `device` is only borrowed for the heads' SVD."""
     torch.manual_seed(config.train.seed)
     backbone = load_backbone(config.model.source, config.model.frame_pixels)
-    lora = config.train.mode == "lora"
-    model = backbone.load_model(
-        dtype=DTYPES[config.model.dtype] if lora else torch.float32,
-        attention=choose_attention(config.model, device),
-    )
+    model = backbone.load_model(dtype=stored_dtype(config), attention=choose_attention(config.model, device))
+    return supervise(config, backbone, model, device)
+
+
+def stored_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the base model: what is trained is fp32."""
+    return DTYPES[config.model.dtype] if config.train.mode == "lora" else torch.float32
+
+
+def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> SupervisedModel:
+    """A base model, wherever its weights came from, with heads, adapters and whatever else `config` asks for."""
     if config.model.liger:
         _use_liger(model)
     heads = build_heads(config.heads, backbone, model, device) if config.loss.geometric else None
-    if lora:
+    if config.train.mode == "lora":
         model = add_adapters(backbone, model, config.lora)
     else:
         model.requires_grad_(True)

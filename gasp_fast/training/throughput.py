@@ -1,34 +1,29 @@
-"""How many operations a step takes, and how many a device could do: what MFU is a ratio of.
+"""How many operations a step needs, and how many a device could do: what MFU is a ratio of.
 
-Only operations that the model needs are counted, each once, and a multiplication with its addition as two: neither
-recomputation under checkpointing nor anything the kernels do on top. Per token of a sequence of S:
-
-    matrix products of the decoder   2 · weights, forward; twice that again for a backward that also trains the weights,
-                                     once where they are frozen
-    attention                        4 · S · width · layers / 2 (causal), forward; twice that backward
-    heads                            6 · weights, on visual tokens
-    geometric loss                   6 · anchors · tokens · width for each layer
-
-The vision tower counts like the decoder, forward only where it is frozen. Its share is small, and its tokens are four
-times the visual tokens, which is what it is charged for.
+Knows batches and devices; what a sequence needs is counted in `workload.py`, as for the plan of a run. Only operations
+that the model needs are counted, each once: neither recomputation nor anything the kernels do on top.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from gasp_fast.backbones import unwrap
+from gasp_fast.backbones.chat import IGNORE
+from gasp_fast.model_shape import shape_from_model
+from gasp_fast.workload import Sequence, operations
 
 from .model import SupervisedModel
+from .settings import TrainConfig
 
 # Dense bf16 peaks, from the vendors' data sheets; the first name that occurs in the device's own name counts.
 PEAKS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
          "L40S": 362e12, "RTX 4090": 165e12, "A10": 125e12, "V100": 125e12}  # fmt: skip
-VISION_TOKENS = 4  # of the tower for each visual token of the decoder: both families pool two by two
 
 
 @lru_cache
@@ -50,30 +45,39 @@ def peak_flops(device: torch.device) -> float:
 
 
 class OperationCount:
-    """Operations of a forward and backward pass, from the shapes of a batch. Made before the model is sharded."""
+    """Operations of a forward and backward pass, from the sequences of a batch. Made before the model is sharded."""
 
-    def __init__(self, model: SupervisedModel) -> None:
-        inner = unwrap(model.model)
-        decoder = model.backbone.language_model(model.model)
-        self.layers = model.backbone.layer_count
-        shape = model.backbone.attention_shape
-        self.width = shape.query_heads * shape.head_dim
-        self.decoder = sum(p.numel() for p in decoder.layers.parameters())
-        outside = {id(p) for p in decoder.parameters()} | {id(p) for p in inner.get_output_embeddings().parameters()}
-        self.vision = sum(p.numel() for p in inner.parameters() if id(p) not in outside)
-        frozen = not any(p.requires_grad and p.ndim > 1 and "lora_" not in n for n, p in model.model.named_parameters())
-        self.decoder_factor, self.vision_factor = (4, 2) if frozen else (6, 6)
-        heads: list[Any] = [] if model.supervision is None else list(model.supervision.by_layer.values())
-        self.heads = sum(p.numel() for head in heads for p in head.parameters())
-        self.widths = sum(head.head.second.out_features for head in heads)
+    def __init__(self, config: TrainConfig, model: SupervisedModel) -> None:
+        self.config, self.shape = config, shape_from_model(unwrap(model.model))
 
-    def __call__(self, batch: int, length: int, visual: int, tracked: int, anchors: int) -> float:
-        """`batch` sequences of `length` tokens; `visual` of all tokens show frames, `tracked` of them have matches."""
-        tokens = batch * length
-        return float(
-            self.decoder_factor * self.decoder * tokens
-            + 3 * 2 * self.layers * self.width * length * tokens
-            + self.vision_factor * self.vision * VISION_TOKENS * visual
-            + 6 * self.heads * tracked
-            + 6 * self.widths * anchors * tracked
+    def __call__(self, sequences: Iterable[Sequence]) -> float:
+        return sum(
+            part.needed for sequence in sequences for part in operations(self.config, self.shape, sequence).values()
         )
+
+
+def sequences_of_batch(batch: dict[str, Any], visual_token_id: int, frame_tokens: int | None) -> list[Sequence]:
+    """The sequences of a collator's batch that is still on the CPU, padding included.
+
+    Frames are told apart by the text between them, where they are not of one known size. Sequences with tracks need
+    not stand in the row they came in: whatever is summed over the batch is right.
+    """
+    visual = batch["input_ids"] == visual_token_id  # [B, S]
+    begins = visual & ~visual.roll(1, dims=1)
+    labelled = (batch["labels"] != IGNORE).sum(1).tolist()
+    spans = [(span.token_count, span.rows[1] - span.rows[0]) for span in batch["matches"].plan.rows.sequences()]
+    spans += [(0, 0)] * (len(visual) - len(spans))
+    found = []
+    rows = zip(visual.sum(1).tolist(), begins.sum(1).tolist(), labelled, spans, strict=True)
+    for shown, runs, answered, (tracked, anchors) in rows:
+        found.append(
+            Sequence(
+                frames=shown // frame_tokens if frame_tokens else runs,
+                tokens=batch["input_ids"].shape[1],
+                visual=shown,
+                tracked=tracked,
+                anchors=anchors,
+                labelled=answered,
+            )
+        )
+    return found

@@ -27,7 +27,7 @@ from .model import SupervisedModel, trained_groups
 from .optim import make_optimizer
 from .processes import Processes, zero_stage
 from .settings import TrainConfig
-from .throughput import OperationCount
+from .throughput import OperationCount, sequences_of_batch
 
 
 class GaspTrainer(Trainer):
@@ -46,13 +46,13 @@ class GaspTrainer(Trainer):
         self.settings, self.stream, self.share, self.steps = config, stream, share, steps
         self.processes, self.stage, self.out = processes, zero_stage(deepspeed), Path(config.run.out)
         self.supervised = model
-        self.operations = OperationCount(model)
+        self.operations = OperationCount(config, model)
         self.meter = Meter(0 if model.supervision is None else len(model.supervision.layers), processes.device)
         self.bad_steps = guards.BadSteps(config.run, processes.rank)
         self.learning: guards.LearningGuard | None = None
         self.scores: list[float] = []  # of each logged step since the last checkpoint
         self.current: list[dict[str, Any]] = []  # this step's batches, as they came from the loader
-        self.saw_matches, self.visual = False, 0
+        self.saw_matches, self.useful = False, 0.0
         self.answers = torch.zeros((), dtype=torch.long, device=processes.device)  # labelled tokens so far
         super().__init__(model=model, args=self._arguments(config, steps, share, processes, deepspeed))
         self.model_accepts_loss_kwargs = False  # each micro-batch's loss is a mean; Trainer divides by accumulation
@@ -111,7 +111,8 @@ class GaspTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.processes.device
-        self.visual = int((inputs["input_ids"] == self.supervised.backbone.visual_token_id).sum())  # still on the CPU
+        token, fixed = self.supervised.backbone.visual_token_id, self.operations.shape.frame_tokens
+        self.useful = self.operations(sequences_of_batch(inputs, token, fixed))  # while they are still on the CPU
         return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -119,12 +120,9 @@ class GaspTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
-        batch, length = inputs["input_ids"].shape
         matches = inputs["matches"]
         outputs = model(**inputs)
-        anchors = matches.plan.rows.row_token.shape[0]
-        operations = self.operations(batch, length, self.visual, matches.tokens, anchors)
-        self.meter.add(outputs, len(matches), batch * length, operations)
+        self.meter.add(outputs, len(matches), inputs["input_ids"].numel(), self.useful)
         self.saw_matches |= len(matches) > 0
         self.answers += outputs["answers"]
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]

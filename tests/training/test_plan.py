@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,18 @@ from gasp_fast.cost_model import (
     tokens_at_rate,
 )
 from gasp_fast.heads import CorrespondenceHeads
-from gasp_fast.model_shape import LLAVA_NEXT_VIDEO_7B, QWEN2_5_VL_7B, ModelShape, shape_from_config, shape_of
+from gasp_fast.model_shape import (
+    LLAVA_NEXT_VIDEO_7B,
+    PATCHES,
+    QWEN2_5_VL_7B,
+    ModelShape,
+    shape_from_config,
+    shape_of,
+)
+from gasp_fast.training.data import SampleStream, Share, make_loader
+from gasp_fast.training.model import build_model
 from gasp_fast.training.settings import TrainConfig
+from gasp_fast.training.throughput import OperationCount, sequences_of_batch
 from gasp_fast.workload import Assumptions, Sequence, operations, parameters, sequences_of
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +147,49 @@ def test_forward_operations_are_those_that_torch_counts(small: tuple[Any, ModelS
     assert ours["vision"].forward == pytest.approx(vision, rel=0.08)
 
 
+class WholeCounter(FlopCounterMode):
+    """Counts without asking which module is at work: torch's way to know that breaks on gradients taken in forward."""
+
+    class _Nobody(nullcontext[None]):
+        parents = frozenset({"Global"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.mod_tracker: Any = self._Nobody()
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_operations_of_a_training_step_are_those_that_torch_counts(config: Any, family: str, mode: str) -> None:
+    """Forward and backward, heads and geometric loss among them, of what the real loader makes."""
+    recipe = config(
+        family,
+        mixed=True,
+        train={"mode": mode, "batch_size": 2, "micro_batch_size": 2},
+        loss={"backend": "torch"},
+        model={"attention": "eager"},
+    )
+    model = build_model(recipe, torch.device("cpu"))
+    count = OperationCount(recipe, model)  # the one of the trainer, which makes MFU of it
+    stream = SampleStream(recipe.data)
+    batch = next(iter(make_loader(recipe.data, stream, model.backbone, Share(0, 1, 2, 2), 1, pin_memory=False)))
+    sequences = sequences_of_batch(batch, model.backbone.visual_token_id, count.shape.frame_tokens)
+    assert sum(s.visual for s in sequences) == int((batch["input_ids"] == model.backbone.visual_token_id).sum())
+    assert [s.frames for s in sequences] == ([2, 3] if family == "qwen2_5_vl" else [2, 2])  # LLaVA: as many in each
+    assert sum(s.anchors > 0 for s in sequences) == sum(s.labelled > 0 for s in sequences) == 1
+    with WholeCounter(display=False) as counter:
+        model.train()(**batch)["loss"].backward()
+    ours = [operations(recipe, count.shape, sequence) for sequence in sequences]
+    assert count(sequences) == sum(part.needed for of in ours for part in of.values())
+    masked = sum(of["attention"].needed for of in ours)  # torch counts the whole square of attention
+    # LLaVA reads the last but one layer of its tower, a third of this one's: no gradient enters the last.
+    unread = 0.0
+    if (family, mode) == ("llava_next_video", "full"):
+        shape, patches = count.shape, PATCHES * sum(s.visual for s in sequences)
+        of_frame = PATCHES * count.shape.frame_tokens
+        unread = 2 * patches * (2 * shape.vision_block_weights + 4 * of_frame * shape.vision_hidden)
+    assert counter.get_total_flops() == pytest.approx(count(sequences) + masked - unread, rel=0.03)
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_activations_are_those_that_autograd_saves(small: tuple[Any, ModelShape], mode: str) -> None:
     backbone, shape = small
@@ -163,7 +217,7 @@ def test_activations_are_those_that_autograd_saves(small: tuple[Any, ModelShape]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
         model.train()(**inputs)
     rotations = 2 * (4 if mode == "full" else 2) * shape.head_dim  # shared by all layers
-    assert activation_bytes(config, shape) == pytest.approx(sum(saved.values()) / tokens - rotations, rel=0.02)
+    assert activation_bytes(config, shape) == pytest.approx(sum(saved.values()) / tokens - rotations, rel=0.00002)
 
 
 # ---- counts against a pencil ----------------------------------------------------------------------------------------
@@ -186,7 +240,9 @@ def test_operations_of_one_sequence_by_hand() -> None:
     assert work["heads"].total == 3 * 2 * 900 * 28 * (3584 * 1792 * 2)
     assert work["geometric loss"].total == 6 * 100 * 900 * 3584 * 28
     assert work["lm head"].forward == 2 * 10 * 3584 * 152064
-    assert work["vision"].backward == 0 and all(part.recompute == 0 for part in work.values())
+    assert work["vision"].backward == 0
+    assert work["attention"].needed == 3 * work["attention"].forward  # the rest is recomputation, by its own backward
+    assert {name for name, part in work.items() if part.recompute} == {"attention"}
 
 
 def test_memory_of_weights_and_states_by_hand() -> None:
