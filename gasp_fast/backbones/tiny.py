@@ -31,11 +31,40 @@ class TinyConfig:
     vocabulary: int = 512
     context: int = 16384
     seed: int = 0
+    # What follows is derived unless it is given: for models that are not tiny.
+    intermediate_size: int | None = None  # twice the hidden size
+    embeddings: int | None = None  # rows of the embedding and of the lm head: as many as the tokenizer has tokens
+    vision_heads: int = 4
+    vision_intermediate_size: int | None = None  # twice its hidden size
+    vision_full_layers: tuple[int, ...] | None = None  # Qwen's, whose attention is not in windows: the last
+
+
+# The real sizes of both 7B models: shapes to time and count with, the tokenizer aside. Nothing is downloaded.
+REAL = {
+    "qwen2_5_vl": TinyConfig(
+        model_type="qwen2_5_vl", hidden_size=3584, layers=28, query_heads=28, key_heads=4, intermediate_size=18944,
+        embeddings=152064, vision_depth=32, vision_hidden_size=1280, vision_heads=16, vision_intermediate_size=3420,
+        vision_full_layers=(7, 15, 23, 31), patch_size=14, frame_size=672, context=128000,
+    ),
+    "llava_next_video": TinyConfig(
+        model_type="llava_next_video", hidden_size=4096, layers=32, query_heads=32, key_heads=32,
+        intermediate_size=11008, embeddings=32064, vision_depth=23, vision_hidden_size=1024, vision_heads=16,
+        vision_intermediate_size=4096, patch_size=14, frame_size=336, context=4096,
+    ),
+}  # fmt: skip
 
 
 def build_tiny(folder: str | os.PathLike[str], config: TinyConfig | None = None) -> Path:
     """Write a tiny model and its processor for `from_pretrained` to `folder`, which appears whole or not at all."""
-    config = TinyConfig() if config is None else config
+    return _write(folder, TinyConfig() if config is None else config, weights=True)
+
+
+def build_without_weights(folder: str | os.PathLike[str], config: TinyConfig) -> Path:
+    """The same, but for the weights: configuration and processor alone, for weights made elsewhere."""
+    return _write(folder, config, weights=False)
+
+
+def _write(folder: str | os.PathLike[str], config: TinyConfig, weights: bool) -> Path:
     if config.model_type not in _BUILDERS:
         raise ValueError(
             f"model_type = {config.model_type!r} has no tiny version; choose one of {', '.join(_BUILDERS)}"
@@ -44,12 +73,15 @@ def build_tiny(folder: str | os.PathLike[str], config: TinyConfig | None = None)
     if folder.exists():
         raise FileExistsError(f"folder = {str(folder)!r} exists already; remove it, or name another one")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model, processor = _BUILDERS[config.model_type](config)
+    model_class, model_config, processor = _BUILDERS[config.model_type](config)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        model.save_pretrained(unfinished)
+        if weights:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model_class(model_config).save_pretrained(unfinished)
+        else:
+            model_config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         unfinished.chmod(0o755)
         unfinished.rename(folder)
@@ -59,7 +91,7 @@ def build_tiny(folder: str | os.PathLike[str], config: TinyConfig | None = None)
     return folder
 
 
-def _qwen2_5_vl(config: TinyConfig) -> tuple[Any, Any]:
+def _qwen2_5_vl(config: TinyConfig) -> tuple[Any, Any, Any]:
     from transformers import (
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
@@ -100,14 +132,14 @@ def _qwen2_5_vl(config: TinyConfig) -> tuple[Any, Any]:
         vision_config={
             "depth": config.vision_depth,
             "hidden_size": config.vision_hidden_size,
-            "intermediate_size": 2 * config.vision_hidden_size,
-            "num_heads": 4,
+            "intermediate_size": config.vision_intermediate_size or 2 * config.vision_hidden_size,
+            "num_heads": config.vision_heads,
             "patch_size": config.patch_size,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "tokens_per_second": 2,
             "window_size": 8 * config.patch_size,
-            "fullatt_block_indexes": [config.vision_depth - 1],
+            "fullatt_block_indexes": list(config.vision_full_layers or [config.vision_depth - 1]),
             "out_hidden_size": config.hidden_size,
         },
         image_token_id=id_of("<|image_pad|>"),
@@ -116,10 +148,10 @@ def _qwen2_5_vl(config: TinyConfig) -> tuple[Any, Any]:
         vision_end_token_id=id_of("<|vision_end|>"),
         tie_word_embeddings=False,
     )
-    return Qwen2_5_VLForConditionalGeneration(model_config), processor
+    return Qwen2_5_VLForConditionalGeneration, model_config, processor
 
 
-def _llava_next_video(config: TinyConfig) -> tuple[Any, Any]:
+def _llava_next_video(config: TinyConfig) -> tuple[Any, Any, Any]:
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -148,9 +180,9 @@ def _llava_next_video(config: TinyConfig) -> tuple[Any, Any]:
     model_config = LlavaNextVideoConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=config.vision_hidden_size,
-            intermediate_size=2 * config.vision_hidden_size,
+            intermediate_size=config.vision_intermediate_size or 2 * config.vision_hidden_size,
             num_hidden_layers=config.vision_depth + 1,  # the model reads the last but one
-            num_attention_heads=4,
+            num_attention_heads=config.vision_heads,
             image_size=size,
             patch_size=config.patch_size,
             projection_dim=config.vision_hidden_size,
@@ -162,7 +194,7 @@ def _llava_next_video(config: TinyConfig) -> tuple[Any, Any]:
         image_seq_length=patches,
         video_seq_length=patches // 4,
     )
-    return LlavaNextVideoForConditionalGeneration(model_config), processor
+    return LlavaNextVideoForConditionalGeneration, model_config, processor
 
 
 _BUILDERS = {"qwen2_5_vl": _qwen2_5_vl, "llava_next_video": _llava_next_video}
@@ -170,9 +202,9 @@ _BUILDERS = {"qwen2_5_vl": _qwen2_5_vl, "llava_next_video": _llava_next_video}
 
 def _decoder(config: TinyConfig, tokenizer: Any, key_heads: int) -> dict[str, Any]:
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": config.embeddings or len(tokenizer),
         "hidden_size": config.hidden_size,
-        "intermediate_size": 2 * config.hidden_size,
+        "intermediate_size": config.intermediate_size or 2 * config.hidden_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.query_heads,
         "num_key_value_heads": key_heads,
