@@ -36,8 +36,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         told = action.help or ""
-        untold = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
-        if not untold or "default" in told or f"({action.default}" in told:
+        none = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        if none or not action.option_strings or "default" in told or f"({action.default}" in told:
             return told
         return f"{told} (default: %(default)s)"
 

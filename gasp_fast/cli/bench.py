@@ -1,12 +1,12 @@
 """Time the loss against three bare matrix products, dense PyTorch and its peers, in one interleaved run.
 
-Every variant is first judged against float64 on a cut-down problem; a wrong one is refused. Results are printed as a
-table and, with --out, kept as JSON and a plot.
+Every variant is first judged against float64 on a cut-down problem; a wrong one is refused. Prints a table; with --out,
+writes DEVICE-DATE.json and a plot into that folder.
 
 examples:
-  gasp-fast bench                                   the standard set of this machine
-  gasp-fast bench --workload w1 w3 --rounds 50      two of them, more carefully
-  gasp-fast bench --only ours --out results         one variant, kept
+  gasp-fast bench                                    # the standard set of this machine
+  gasp-fast bench --workload w1 w3 --rounds 50       # two of them, more carefully
+  gasp-fast bench --only ours --out results          # one variant, kept
 """
 
 from __future__ import annotations
@@ -15,18 +15,25 @@ import argparse
 import os
 from pathlib import Path
 
-HELP = "kernel microbenchmarks against peers"
+HELP = "time the loss against bare matrix products and its peers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from gasp_fast.benchmarking.variants import VARIANTS
     from gasp_fast.benchmarking.workloads import WORKLOADS
 
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), metavar="NAME", help=", ".join(WORKLOADS))
-    parser.add_argument("--only", nargs="+", choices=[v.name for v in VARIANTS], help="time only these variants")
-    parser.add_argument("--rounds", type=int, default=20, help="interleaved rounds (default %(default)s)")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        choices=list(WORKLOADS),
+        metavar="NAME",
+        help=f"of {', '.join(WORKLOADS)} (default: the set of the device)",
+    )
+    variants = [variant.name for variant in VARIANTS]
+    parser.add_argument("--only", nargs="+", choices=variants, metavar="NAME", help=f"only of {', '.join(variants)}")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="interleaved rounds")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the JSON and the plot")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,11 @@
-"""`gasp-fast compare A B C --out DIR`: several reports of gasp-fast evaluate in one figure, on one scale.
+"""Several reports of gasp-fast evaluate in one figure, on one scale.
 
 Typically the model before training, after correspondence-only, and after the full recipe, asked the same questions.
+Reads report folders; writes into --out index.html and the figures.
+
+examples:
+  gasp-fast compare before after --out comparison
+  gasp-fast compare before corr full --names "before,correspondence only,full" --out comparison
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from rich.console import Console
 
 from .evaluate import as_table
 
-HELP = "several correspondence reports in one figure"
+HELP = "several of these reports in one figure"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

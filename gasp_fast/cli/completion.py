@@ -21,7 +21,7 @@ from pathlib import Path
 from gasp_fast import cli
 
 HELP = "a script that completes commands, options and files in bash, zsh or fish"
-FOLDERS = ("DIR", "RUN", "REPORT")  # metavars of what is a folder; any other path may be a file
+FOLDERS = ("DIR", "MODEL", "RUN", "REPORT")  # metavars of what is a folder; any other path may be a file
 FILES = ("FILE", "CONFIG", "PATH")
 
 
@@ -216,7 +216,9 @@ def _zsh(commands: list[Command]) -> str:
 def _zsh_specs(argument: Argument) -> list[str]:
     """Specifications of zsh's `_arguments`: an option as often as it has names, a positional once."""
     action = {"folder": "_files -/", "file": "_files", "anything": " ", "nothing": ""}.get(argument.takes)
-    action = f"({' '.join(map(_zsh_text, argument.words))})" if action is None else action
+    if action is None:
+        words = [_zsh_text(word).replace(" ", "\\ ") for word in argument.words]
+        action = f"({' '.join(words)})"
     if not argument.flags:
         return [shlex.quote(f"{'*' if argument.many else ''}:{_zsh_text(argument.help)}:{action}")]
     value = f":value:{action}" if action else ""

@@ -1,7 +1,13 @@
-"""`gasp-fast evaluate`: what a model knows of correspondence, layer by layer, as a report with figures and pictures.
+"""Ask a model which token of a later frame a point is on, layer by layer, and report how often it knows.
 
-Works with any supported model folder or hub name, with a run of gasp_fast.train (its last checkpoint, heads included)
-and with a LoRA adapter. A run that was stopped goes on where it was.
+Reads a model (a folder or hub name, a run of gasp_fast.train with its heads, or a LoRA adapter) and scenes in any
+format that gasp-fast scenes reads. Writes into --out index.html to look at, report.json, figures and pictures. A run
+that was stopped goes on where it was. docs/evaluating.md says what each figure means.
+
+examples:
+  gasp-fast evaluate --model runs/full --scenes held-out --out report
+  gasp-fast evaluate --model Qwen/Qwen2.5-VL-7B-Instruct --scenes scenes --out before --features qk,hidden
+  gasp-fast evaluate --model runs/full --scenes scenes --held-out 0.05 --out report     # only what training left out
 """
 
 from __future__ import annotations
@@ -19,38 +25,50 @@ if TYPE_CHECKING:
     from ..evaluation.sampling import QuestionConfig
     from ..evaluation.subject import Subject
 
-HELP = "correspondence report of a model: layer-wise PCK, calibration, temporal robustness, pictures"
+HELP = "report what a model knows of correspondence, layer by layer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, hub name, run, or adapter")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="model folder, hub name, run, or adapter")
     parser.add_argument("--scenes", type=Path, required=True, metavar="DIR", help="a scene, or a folder of scenes")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that receives the report")
-    parser.add_argument("--sequences", type=int, default=200, metavar="N", help="sequences to ask about (200)")
-    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a sequence (8)")
-    parser.add_argument("--grid", type=int, default=8, metavar="N", help="points along each axis (8)")
-    parser.add_argument("--max-gap", type=int, default=24, metavar="N", help="frames between the first and others (24)")
+    parser.add_argument("--sequences", type=int, default=200, metavar="N", help="sequences to ask about")
+    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a sequence")
+    parser.add_argument("--grid", type=int, default=8, metavar="N", help="points along each axis")
     parser.add_argument(
-        "--held-out", type=float, default=0.0, metavar="X", help="only the scenes of the held-out share X (0: all)"
+        "--max-gap", type=int, default=24, metavar="N", help="most frames between the first and another"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the questions (0)")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="only the scenes that training leaves out with this share; 0: all",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the questions")
     parser.add_argument(
         "--features",
         default="auto",
         metavar="LIST",
-        help="of head, qk, hidden, separated by commas; the first is the report's own (auto: all the model has). "
-        "head on a model without heads means those that training would start from",
+        help="of head, qk, hidden, separated by commas; the first leads the report; auto: all that the model has. "
+        "head on a model without heads: those that training would start from",
     )
-    parser.add_argument("--rope", choices=("before", "after"), default="before", help="queries and keys (before)")
-    parser.add_argument("--temperature", type=float, default=0.07, metavar="X", help="of the confidence (0.07)")
-    parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences at once (4)")
-    parser.add_argument("--pictures", type=int, default=3, metavar="N", help="sequences to picture (3; 0: none)")
-    parser.add_argument("--frame-pixels", type=int, metavar="N", help="at most so many pixels a frame (Qwen)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 … (cuda if there is one)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (bfloat16 on cuda, else float32)"
+        "--rope", choices=("before", "after"), default="before", help="qk before or after the rotary embedding"
     )
-    parser.add_argument("--fresh", action="store_true", help="forget answers that are already in --out")
+    parser.add_argument("--temperature", type=float, default=0.07, metavar="X", help="of the confidence")
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences at once")
+    parser.add_argument("--pictures", type=int, default=3, metavar="N", help="sequences to picture; 0: none")
+    parser.add_argument(
+        "--frame-pixels", type=int, metavar="N", help="most pixels of a frame (Qwen; default: the processor's)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the model (default: bfloat16 on cuda, else float32)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever --out holds")
 
 
 def run(arguments: argparse.Namespace) -> int:

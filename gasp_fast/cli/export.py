@@ -1,4 +1,12 @@
-"""`gasp-fast export`: a run or checkpoint becomes a folder that plain transformers loads."""
+"""Make a plain Hugging Face model of a run or checkpoint: adapters merged, heads dropped.
+
+Reads RUN/checkpoint-N/ and, for adapters, the model they were trained on. Writes a new folder that transformers loads
+without gasp_fast, and only if the merged model gives the logits of the trained one.
+
+examples:
+  gasp-fast export runs/full --out model
+  gasp-fast export runs/full/checkpoint-500 --out model --dtype fp32 --device cpu
+"""
 
 from __future__ import annotations
 
@@ -12,21 +20,23 @@ HELP = "merge adapters, drop heads, and write a plain Hugging Face model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run (its newest checkpoint is taken), or a checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make; new or empty")
     parser.add_argument("--base", metavar="MODEL", help="the model it was trained from (default: the run's own word)")
     parser.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the stored weights (default: auto, the base model's)",
+        help="of the stored weights; auto: the base model's",
     )
-    parser.add_argument("--device", metavar="NAME", help="where to compute (default: the GPU if there is one)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="where to compute: cpu, cuda, cuda:1 … (default: cuda if there is one)"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-4,
         metavar="X",
-        help="largest difference of a logit that merging may make, in fp32 (default: 1e-4)",
+        help="largest difference of a logit that merging may make, in fp32",
     )
 
 

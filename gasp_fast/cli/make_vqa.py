@@ -1,4 +1,12 @@
-"""`gasp-fast make-vqa`: precomputed tracks as questions and answers, for a fair comparison with plain fine-tuning."""
+"""Tell precomputed tracks in words: the baseline that has the same geometry as GASP, but only as training text.
+
+Reads the scenes and what gasp-fast tracks made of them. Writes into --out records in LLaVA-Video's schema, a clip for
+each, and omitted-*.txt with the sequences that tell nothing. Shards that are there are kept, so a killed run goes on.
+
+examples:
+  gasp-fast make-vqa scenes --tracks tracks --out vqa
+  gasp-fast make-vqa scenes --tracks tracks --out vqa --part 0/4     # the first of four machines
+"""
 
 from __future__ import annotations
 
@@ -8,18 +16,22 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-HELP = "turn precomputed tracks into question-answer pairs in the LLaVA-Video schema (the fairness baseline)"
+HELP = "tell tracks as questions and answers (the fairness baseline)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenes", type=Path, metavar="DIR", help="the scenes that the tracks were made from")
     parser.add_argument("--tracks", type=Path, required=True, metavar="DIR", help="what gasp-fast tracks --out made")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for records and clips")
-    parser.add_argument("--turns", type=int, default=4, metavar="N", help="questions about each sequence (4)")
-    parser.add_argument("--longest-side", type=int, default=480, metavar="PX", help="of the clips (480)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which questions are asked (0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each (0/1)")
+    parser.add_argument("--turns", type=int, default=4, metavar="N", help="questions about each sequence")
+    parser.add_argument("--longest-side", type=int, default=480, metavar="PX", help="of the clips")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which questions are asked")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+    )
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each, counted from 0"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,13 @@
-"""`gasp-fast render`: synthetic scenes with exact geometry, and questions about them, from a seed."""
+"""Render synthetic rooms with exact depth and poses, and ask questions about them; a function of the seed.
+
+Reads nothing. Writes DIR/scene-*/ (colour, depth, poses: the rgbd format, which every other command reads) and DIR/qa/
+(a clip of each scene, questions and answers in LLaVA-Video's schema). Scenes that are there already are kept.
+
+examples:
+  gasp-fast render --out scenes --scenes 8
+  gasp-fast render --out held-out --scenes 10 --seed 1000     # other seeds, other rooms
+  gasp-fast render --out small --scenes 2 --frames 8 --size 112 --no-qa
+"""
 
 from __future__ import annotations
 
@@ -8,19 +17,19 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-HELP = "render synthetic rooms with exact depth and poses, and write questions and answers about them"
+HELP = "render synthetic rooms with exact depth and poses, and questions about them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder that receives one folder per scene"
     )
-    parser.add_argument("--scenes", type=int, default=50, metavar="N", help="how many scenes (default: 50)")
-    parser.add_argument("--frames", type=int, default=32, metavar="N", help="frames of each scene (default: 32)")
+    parser.add_argument("--scenes", type=int, default=50, metavar="N", help="how many scenes")
+    parser.add_argument("--frames", type=int, default=32, metavar="N", help="frames of each scene")
+    parser.add_argument("--size", type=int, default=224, metavar="PX", help="width and height of a frame")
     parser.add_argument(
-        "--size", type=int, default=224, metavar="PX", help="width and height of a frame (default: 224)"
+        "--seed", type=int, default=0, metavar="N", help="seed of the first scene; each next one has the next"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the first scene (default: 0)")
     parser.add_argument("--no-qa", action="store_true", help="leave out the clips and questions in DIR/qa")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)"
