@@ -1,6 +1,13 @@
-"""`gasp-fast depth DIR`: depth for scenes that came without, in `DIR/computed_depth/`.
+"""Make depth for scenes that came without.
 
-Exit code 0 if every scene ended with at least one usable frame, 1 if one did not.
+Reads scenes with COLMAP's stereo maps, or with sparse points to which the depth of a monocular model is fitted. Writes
+computed_depth/ into each scene; gasp-fast scenes tells how well it agrees with itself. Scenes that come with depth are
+left alone. Exit code 0 if every scene ended with at least one usable frame, 1 if one did not.
+
+examples:
+  gasp-fast depth scenes                                    # from COLMAP's stereo maps
+  gasp-fast depth scenes --model DepthAnythingV2 --device cuda
+  gasp-fast depth scenes/one --source mvs --force
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ from ..data.scene import Scene, open_scene, without_depth
 from ..data.scene_check import check_scene
 from .scenes import find_scenes
 
-HELP = "make depth for scenes without: COLMAP stereo maps, or a monocular model aligned to sparse points"
+HELP = "make depth for scenes that came without"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mvs: COLMAP's *.geometric.bin; model: --model; auto: mvs where it is there, else model",
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="local folder of a transformers depth model")
-    parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where the model runs: cpu, cuda, cuda:1 …")
     parser.add_argument("--force", action="store_true", help="make it again where it is already there")
 
 
