@@ -62,12 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = load(name)
         return int(command.run(parser_of(name, command).parse_args(words[1:])))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "gasp_fast":
-            raise  # a part of ours that is not there is a bug, or was never built
-        print(
-            f"gasp-fast {name}: {error.name} is not installed; gasp-fast doctor tells how to install it",
-            file=sys.stderr,
-        )
+        package = (error.name or "gasp_fast").split(".")[0]
+        if package == "gasp_fast":
+            raise  # a part of ours that is not there is a bug
+        print(f"gasp-fast {name}: {package} is not installed; gasp-fast doctor says how to", file=sys.stderr)
         return 1
     except (ValueError, TypeError, OSError) as error:
         print(f"gasp-fast {name}: {error}", file=sys.stderr)
