@@ -22,9 +22,9 @@ from rich.text import Text
 
 from ..data.computed_depth import FOLDER, INDEX, DepthIndex, read_index
 from ..data.depth_making import Predictor, depth_from_predictor, depth_from_stereo, has_stereo
+from ..data.library import find_scenes
 from ..data.scene import Scene, open_scene, without_depth
 from ..data.scene_check import check_scene
-from .scenes import find_scenes
 
 HELP = "make depth for scenes that came without"
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     console = Console()
-    roots = find_scenes(arguments.dir)
+    roots = [arguments.dir / name for name in find_scenes(arguments.dir)]
     loaded: Predictor | None = None
     complete = True
     for root in roots:

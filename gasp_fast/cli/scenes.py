@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,16 +16,25 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from ..data.formats import is_scene
+from ..data.library import find_scenes
 from ..data.scene import Scene, open_scene
 from ..data.scene_check import GAPS, SceneReport, check_scene
+from ..data.shards import in_processes, usable_cores
 
 HELP = "list scenes, check their geometry, draw their tracks"
 LEGEND = (
     "depth: share of pixels with known depth.  step: how far the camera moves per frame, in median depths.\n"
     "gap n: share of pixels whose depth agrees within 5 % with the frame n further on."
 )
-DEEPEST = 3  # folders between DIR and a scene: DL3DV keeps subset/hash/
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What came of looking at one scene: a report, or the reason why there is none."""
+
+    report: SceneReport | None = None
+    picture: Path | None = None
+    failure: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,48 +48,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--first", type=int, default=0, metavar="N", help="frame the picture's tracks start in")
     parser.add_argument("--grid", type=int, default=12, metavar="G", help="points along each axis of the picture")
+    parser.add_argument(
+        "--jobs", type=int, default=usable_cores(), metavar="N", help="scenes looked at side by side (all cores)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON too")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs {arguments.jobs}: at least 1")
     console = Console()
-    roots = find_scenes(arguments.dir)
-    reports: list[SceneReport] = []
-    failures: dict[str, str] = {}
-    pictures: list[Path] = []
-    for root in track(roots, "checking", console=console, transient=True, disable=len(roots) == 1):
-        try:
-            scene = open_scene(root)
-            reports.append(check_scene(scene))
-            if arguments.picture is not None and scene.has_depth:
-                pictures.append(_draw(scene, arguments, many=len(roots) > 1))
-        except (ValueError, OSError) as error:
-            if len(roots) == 1:
-                raise
-            failures[str(root)] = str(error)
+    roots = [arguments.dir / name for name in find_scenes(arguments.dir)]
+    looks = _look_at_all(console, roots, arguments)
+    if len(roots) == 1 and looks[0].failure:
+        raise ValueError(looks[0].failure)
+    reports = [look.report for look in looks if look.report]
+    failures = {str(root): look.failure for root, look in zip(roots, looks, strict=True) if look.failure}
     _print(console, arguments.dir, reports, failures)
-    for picture in pictures:
-        console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+    for look in looks:
+        if look.picture:
+            console.print(f"picture: {look.picture}", highlight=False, soft_wrap=True)
     if arguments.json:
         found = {"scenes": [asdict(report) for report in reports], "unreadable": failures}
         arguments.json.write_text(json.dumps(found, indent=1))
     return 0 if not failures and all(report.sound for report in reports) else 1
 
 
-def find_scenes(folder: Path) -> list[Path]:
-    """`folder` itself if it is a scene, else every scene below it, not looking inside scenes."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    found: list[Path] = []
-    layer = [folder]
-    for _ in range(DEEPEST + 1):
-        scenes = [path for path in layer if is_scene(path)]
-        found += scenes
-        others = sorted(set(layer) - set(scenes))
-        layer = sorted(child for path in others for child in path.iterdir() if child.is_dir())
-    if not found:
-        open_scene(folder)  # says what was looked for
-    return found
+def _look_at_all(console: Console, roots: list[Path], arguments: argparse.Namespace) -> list[Looked]:
+    """One look for each root, in order, whichever was done first."""
+    look = partial(_look, arguments=arguments, many=len(roots) > 1)
+    done = in_processes(look, roots, arguments.jobs)
+    shown = track(done, "checking", total=len(roots), console=console, transient=True, disable=len(roots) == 1)
+    looks = dict(shown)
+    return [looks[root] for root in roots]
+
+
+def _look(root: Path, arguments: argparse.Namespace, many: bool) -> Looked:
+    """A scene that cannot be read is a finding about that scene, not the end of the command."""
+    try:
+        scene = open_scene(root)
+        report = check_scene(scene)
+        wanted = arguments.picture is not None and scene.has_depth
+        return Looked(report, _draw(scene, arguments, many) if wanted else None)
+    except (ValueError, OSError) as error:
+        return Looked(failure=str(error))
 
 
 def _draw(scene: Scene, arguments: argparse.Namespace, many: bool) -> Path:

@@ -155,7 +155,8 @@ def annotate(
         else:
             missing.append(number)
             sweep_partials(shard_path(folder, number))
-    yield from in_processes(partial(write_shard, library, folder, plan), missing, workers)
+    for number, _ in in_processes(partial(write_shard, library, folder, plan), missing, workers):
+        yield number
 
 
 def write_shard(library: Path, folder: Path, plan: AnnotationPlan, number: int) -> None:

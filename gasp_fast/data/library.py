@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gasp_fast.data.formats import is_scene
+from gasp_fast.data.formats import is_scene, known_marks
 from gasp_fast.data.scene import Scene, open_scene
 
-DEEPEST = 4  # folders between the library and a scene: DL3DV keeps them in 1K/<hash>
+DEEPEST = 4  # how many folders below the library a scene may lie: DL3DV keeps its own in 1K/<hash>
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,16 @@ class SceneEntry:
 
 
 def find_scenes(library: Path) -> list[str]:
-    """Names of all scenes under `library`, sorted. Hidden folders (unfinished work) are passed over."""
+    """Names of all scenes under `library`, sorted; `["."]` if it is a scene itself.
+
+    Folders may be nested, `DEEPEST` of them. Scenes inside a scene are not looked for, and hidden folders (unfinished
+    work) are passed over.
+    """
     if not library.is_dir():
-        raise OSError(f"{library}: no such folder")
+        raise FileNotFoundError(f"{library}: no such folder")
     names = sorted(path.relative_to(library).as_posix() for path in _scenes_under(library, DEEPEST))
     if not names:
-        raise OSError(f"{library}: no scene here; gasp-fast scenes --help lists the formats that are read")
+        raise OSError(f"{library}: no scene here or up to {DEEPEST} folders below. Looked for {known_marks()}")
     return names
 
 

@@ -13,7 +13,6 @@ Knows arrays and scenes, no model.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -167,11 +166,6 @@ def use_cpp(backend: Backend) -> bool:
             raise ValueError('backend = "cpp": gasp_fast._tracks is not built; run: pip install -e .') from None
         return False
     return True
-
-
-def worker_threads() -> int:
-    """As many as this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- negatives ------------------------------------------------------------------------------------------------------

@@ -236,7 +236,8 @@ def make_vqa(
         else:
             missing.append(number)
             sweep_partials(records_path(out, number))
-    yield from in_processes(partial(write_shard, library, annotations, out, config), missing, workers)
+    for number, _ in in_processes(partial(write_shard, library, annotations, out, config), missing, workers):
+        yield number
 
 
 def records_path(out: Path, number: int) -> Path:

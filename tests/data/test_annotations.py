@@ -308,10 +308,3 @@ def test_a_bad_part_is_named(library: Path, tmp_path: Path, part: str) -> None:
     words = [str(library), "--out", str(tmp_path), f"--part={part}", "--min-frames", "4", "--max-frames", "6"]
     with pytest.raises(ValueError, match=f"--part {part}"):
         command.run(arguments(*words))
-
-
-def test_a_folder_without_scenes_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no scene here"):
-        find_scenes(tmp_path)
-    with pytest.raises(OSError, match="no such folder"):
-        find_scenes(tmp_path / "nowhere")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -138,15 +138,32 @@ def test_a_folder_of_scenes_is_walked_and_bad_ones_do_not_stop_it(scene_long, sc
         (tmp_path / name).mkdir(parents=True)
         format_named(kind).write(scene_boxes, tmp_path / name)
     (tmp_path / "1K/a/intrinsics.npy").write_bytes(b"")
-    assert run(tmp_path) == 1
+    assert run(tmp_path, "--jobs", 1) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "unreadable" in said and "intrinsics.npy" in said
     assert "colmap" in said and "dl3dv" in said and said.count("sound") == 2
 
 
+def test_scenes_side_by_side_are_told_in_order(scene_long, scene_boxes, capsys, tmp_path):
+    """The first one takes longest; the second is broken and costs only itself."""
+    for name, scene in (("a", scene_long), ("b", scene_boxes), ("c", scene_boxes), ("d", scene_boxes)):
+        (tmp_path / name).mkdir()
+        format_named("vggt").write(scene, tmp_path / name)
+    (tmp_path / "b/intrinsics.npy").write_bytes(b"")
+    assert run(tmp_path, "--jobs", 2, "--json", tmp_path / "r.json", "--picture", tmp_path / "pictures") == 1
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert [report["root"] for report in told["scenes"]] == [str(tmp_path / name) for name in "acd"]
+    assert list(told["unreadable"]) == [str(tmp_path / "b")]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [f"{n}-tracks.png" for n in "acd"]
+    alone = asdict(check_scene(open_scene(tmp_path / "c")))
+    assert told["scenes"][1] == json.loads(json.dumps(alone))
+    with pytest.raises(ValueError, match="--jobs 0"):
+        run(tmp_path, "--jobs", 0)
+
+
 def test_no_scene_anywhere_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no scene of a known format"):
+    with pytest.raises(OSError, match="no scene here"):
         run(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         run(tmp_path / "nowhere")

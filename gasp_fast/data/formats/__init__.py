@@ -21,8 +21,12 @@ def find_format(root: Path) -> ModuleType:
     for module in FORMATS:
         if module.detect(root):
             return module
-    wanted = "; ".join(f"{module.NAME}: {module.MARKS}" for module in FORMATS)
-    raise ValueError(f"{root}: no scene of a known format here. Looked for {wanted}")
+    raise ValueError(f"{root}: no scene of a known format here. Looked for {known_marks()}")
+
+
+def known_marks() -> str:
+    """What each format is recognised by, in words."""
+    return "; ".join(f"{module.NAME}: {module.MARKS}" for module in FORMATS)
 
 
 def is_scene(root: Path) -> bool:
