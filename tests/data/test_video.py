@@ -6,23 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gasp_fast.data.clips import write_clip
 from gasp_fast.data.video import VideoTimeoutError, read_video
 
 av = pytest.importorskip("av")
 FRAMES, FPS = 40, 10
 
 
-@pytest.fixture(scope="session", params=["mp4", "webm", "avi"])
+@pytest.fixture(scope="session", params=["mp4", "mov", "webm", "avi"])
 def clip(request, tmp_path_factory) -> Path:
     """Each frame is one grey that tells its number."""
     path = tmp_path_factory.mktemp("video") / f"clip.{request.param}"
-    codec = {"mp4": "mpeg4", "webm": "libvpx", "avi": "mjpeg"}[request.param]
+    codec = {"mp4": "libx264", "mov": "mpeg4", "webm": "libvpx", "avi": "mjpeg"}[request.param]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=FPS)
         stream.width, stream.height = 64, 48
@@ -68,6 +70,72 @@ def test_the_deadline_holds_while_frames_are_decoded(clip, monkeypatch):
     monkeypatch.setattr("gasp_fast.data.video.time.monotonic", lambda: next(clock))
     with pytest.raises(VideoTimeoutError, match="not decoded after 30 s"):
         read_video(clip, 4, timeout=30.0)
+
+
+def test_a_decoder_that_hangs_inside_one_frame_is_left_behind(clip, monkeypatch):
+    """No look at a clock helps there; the caller goes on, and so does the next file."""
+    released, entered = threading.Event(), threading.Event()
+
+    def hang(*_):
+        entered.set()
+        released.wait(60)
+        raise ValueError("released")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gasp_fast.data.video._pixels", hang)
+        began = time.monotonic()
+        with pytest.raises(VideoTimeoutError, match=r"not decoded after 0\.5 s"):
+            read_video(clip, 4, timeout=0.5)
+        assert entered.is_set() and time.monotonic() - began < 10
+    assert len(read_video(clip, 4).frames) == 4
+    released.set()
+
+
+HANGING = """
+import sys, threading
+from pathlib import Path
+import gasp_fast.data.video as video
+video._pixels = lambda *_: threading.Event().wait()
+try:
+    video.read_video(Path(sys.argv[1]), 4, timeout=0.1)
+except video.VideoTimeoutError:
+    print("late")
+"""
+
+
+def test_a_process_with_a_stuck_decoder_still_ends(tmp_path):
+    write_clip(tmp_path / "a.mp4", [np.zeros((32, 32, 3), np.uint8)] * 4)
+    command = [sys.executable, "-c", HANGING, str(tmp_path / "a.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout.strip()) == (0, "late")
+
+
+def test_frames_too_large_to_decode_in_time_are_refused(clip, monkeypatch):
+    monkeypatch.setattr("gasp_fast.data.video.LARGEST_FRAME", 64 * 48 - 1)
+    with pytest.raises(OSError, match="implausible size 64 x 48"):
+        read_video(clip, 4)
+
+
+def test_the_decoder_itself_refuses_frames_that_are_too_large(tmp_path, monkeypatch):
+    """A header may promise less than the frames hold: here the second half of a stream is larger than the first."""
+    parts = []
+    for side in (64, 256):
+        write_clip(tmp_path / "part.mp4", [np.full((side, side, 3), 90, np.uint8)] * 4)
+        raw = tmp_path / "part.h264"
+        with av.open(str(tmp_path / "part.mp4")) as source, av.open(str(raw), "w", format="h264") as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        parts.append(raw.read_bytes())
+    path = tmp_path / "grows.h264"
+    path.write_bytes(b"".join(parts))
+    with pytest.raises(OSError, match="frames change their size"):
+        read_video(path, 8)
+    monkeypatch.setattr("gasp_fast.data.video.LARGEST_FRAME", 100 * 100)
+    with pytest.raises(OSError, match="Invalid data"):
+        read_video(path, 8)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 500, b"no video at all\n" * 50, b"RIFF\x10\0\0\0AVI LIST"])
