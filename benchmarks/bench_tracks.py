@@ -1,21 +1,23 @@
 """Tracks and patch depth: the compiled twin against the NumPy reference, and what a sequence costs end to end.
 
-    python benchmarks/bench_tracks.py [--rounds 7] [--json FILE]
+    python benchmarks/bench_tracks.py [--rounds 7] [--out benchmarks/results]
 
 1. Depth in memory, 24 frames of 960 x 540, one thread. Grid mode is 8 x 8 queries with the pooled depth of 34 x 19
    patches; dense mode makes every pixel of the first frame a query. Variants are interleaved and each ratio is the
-   median of the ratios of one round, so that a busy machine slows both alike. No ratio is printed unless both gave
+   median of the ratios of one round, so that a busy machine slows both alike. No ratio is formed unless both gave
    the same bits.
-2. Threads: the same dense job on 1, 2, ... threads.
-3. End to end from disk (photographs as JPEG, depth as 16-bit PNG): sequences per second on one core, with frames
-   decoded each time, with depth kept decoded, and without decoding anything: how far tracks are from mattering.
+2. Threads: the same dense job on 1, 2, ... threads, as ratios to one thread.
+3. End to end from disk (photographs as JPEG, depth as 16-bit PNG), sequences of 16 frames on one core: frames decoded
+   each time ("cold"), all of them held decoded ("cached"), and tracks with patch depth alone on held depth, which says
+   how far tracks are from mattering. Then the cold sequence again, read ahead by two threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import platform
+import re
 import statistics
 import tempfile
 import time
@@ -23,15 +25,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from gasp_fast.benchmarking.report import machine
 from gasp_fast.data.frame_cache import DECODED
 from gasp_fast.data.patch_depth import grid_edges, pool_depth
-from gasp_fast.data.scene import open_scene, rigid_inverse
-from gasp_fast.data.tracks import Tracks, Views, build_tracks, grid_queries, track_points, worker_threads
+from gasp_fast.data.scene import Scene, open_scene, rigid_inverse
+from gasp_fast.data.shards import usable_cores
+from gasp_fast.data.tracks import Tracks, Views, build_tracks, grid_queries, track_points
 
 WIDTH, HEIGHT, FRAMES = 960, 540, 24
 PATCHES = (34, 19)  # Qwen2.5-VL's tokens of a 960 x 540 frame
+SCENE, SEQUENCE = 48, 16  # frames end to end
 
 
 def slanted_wall(frames: int = FRAMES) -> Views:
@@ -104,10 +110,10 @@ def bench_kernels(rounds: int) -> dict[str, float]:
         result[f"{name}_numpy_ms"] = 1e3 * statistics.median(times["numpy"])
         result[f"{name}_cpp_ms"] = 1e3 * statistics.median(times["cpp"])
         result[f"{name}_ratio"] = median_ratio(times["numpy"], times["cpp"])
-    counts = sorted({1, 2, worker_threads()})
+    counts = sorted({1, 2, usable_cores()})
     times = compare({str(n): lambda n=n: dense_mode(views, "cpp", n) for n in counts}, rounds)
     for n in counts[1:]:
-        result[f"dense_threads_{n}_speedup"] = median_ratio(times["1"], times[str(n)])
+        result[f"dense_{n}_threads_ratio"] = median_ratio(times["1"], times[str(n)])
     return result
 
 
@@ -126,49 +132,62 @@ def write_scene(root: Path, frames: int) -> None:
     np.savetxt(root / "intrinsics.txt", views.intrinsics[0])
 
 
-def bench_sequences(rounds: int) -> dict[str, float]:
-    """Sequences of 16 frames out of 48, as the sampler draws them, on one core."""
+def sequence(scene: Scene, seed: int, images: bool = True, threads: int = 1) -> None:
+    """What a loader does for one sequence, up to the processor: tracks, patch depth, photographs."""
+    frames = [int(f) for f in np.random.default_rng(seed).permutation(SCENE)[:SEQUENCE]]
+    if threads > 1:
+        scene.read_ahead(frames, images=images, threads=threads)
+    assert len(build_tracks(scene, frames, grid=8))
     edges = (grid_edges(WIDTH, PATCHES[0]), grid_edges(HEIGHT, PATCHES[1]))
+    pool_depth([scene.depth(f) for f in frames], [(WIDTH, HEIGHT)] * SEQUENCE, *edges)
+    if images:
+        for f in frames:
+            scene.image(f)
+
+
+def bench_sequences(rounds: int) -> dict[str, float]:
+    """Sequences of 16 frames out of 48, on one core, and cold ones on two threads."""
     with tempfile.TemporaryDirectory() as folder:
-        write_scene(Path(folder), 48)
+        write_scene(Path(folder), SCENE)
         scene = open_scene(folder)
 
-        def sequence(seed: int, images: bool) -> None:
-            frames = np.random.default_rng(seed).permutation(48)[:16]
-            tracks = build_tracks(scene, frames, grid=8)
-            pool_depth([scene.depth(int(f)) for f in frames], [(WIDTH, HEIGHT)] * 16, *edges)
-            if images:
-                for f in frames:
-                    scene.image(int(f))
-            assert len(tracks)
-
-        def timed(held_bytes: int, images: bool) -> float:
+        def from_disk(threads: int) -> None:
             DECODED.resize(0)
-            DECODED.resize(held_bytes)
-            if held_bytes:
-                scene.read_ahead(range(48), images=False)
-            return statistics.median(seconds(lambda k=k: sequence(k, images)) for k in range(rounds))
+            DECODED.resize(1 << 30)
+            sequence(scene, seed=0, threads=threads)
 
-        times = {
-            "images_and_depth_decoded": timed(0, images=True),
-            "depth_decoded": timed(0, images=False),
-            "depth_kept_decoded": timed(1 << 30, images=False),
-        }
+        def held(images: bool) -> None:
+            sequence(scene, seed=0, images=images)
+
+        times = compare({"cold": lambda: from_disk(1), "read_ahead": lambda: from_disk(2)}, rounds)
+        # The last of the cold rounds left its frames decoded.
+        times |= compare({"cached": lambda: held(images=True), "tracks_alone": lambda: held(images=False)}, 3 * rounds)
     DECODED.resize(256 << 20)
-    return {f"sequences_per_second_{name}": 1 / spent for name, spent in times.items()}
+    names = ("cold", "cached", "tracks_alone")
+    result = {f"sequences_per_second_per_core_{name}": 1 / statistics.median(times[name]) for name in names}
+    return {**result, "read_ahead_2_threads_ratio": median_ratio(times["cold"], times["read_ahead"])}
+
+
+def save(result: dict[str, float], rounds: int, out: Path) -> Path:
+    """`MACHINE-DATE-tracks.json`, beside what `gasp-fast bench` keeps."""
+    processor, today = machine(torch.device("cpu")).split(",")[0], datetime.date.today().isoformat()
+    about = {"date": today, "machine": processor, "cores": usable_cores(), "numpy": np.__version__, "rounds": rounds}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', processor)}-{today}-tracks.json"
+    path.write_text(json.dumps({**about, **{name: round(value, 3) for name, value in result.items()}}, indent=1) + "\n")
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the JSON")
     arguments = parser.parse_args()
     result = {**bench_kernels(arguments.rounds), **bench_sequences(arguments.rounds)}
     for name, value in result.items():
         print(f"{name:55s} {value:10.2f}")
-    if arguments.json:
-        machine = {"machine": platform.processor() or platform.machine(), "numpy": np.__version__}
-        arguments.json.write_text(json.dumps({**machine, **result}, indent=1))
+    if arguments.out:
+        print(f"wrote {save(result, arguments.rounds, arguments.out)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Knows shapes, counts and data sheets; must not know how any of it is computed, a
 
     counted    from shapes: parameters and operations (`workload.py`), bytes; tests compare them with real modules
     stated     by a vendor: `GPUS`
-    assumed    efficiencies and what the data holds: `Assumptions`, not yet measured on a GPU
+    assumed    efficiencies and what the data holds: `Assumptions`, not yet measured on a GPU; a measured step replaces
+               them (`calibration.py`)
 
 Memory of a GPU: weights, gradients, optimiser states, saved activations, and the largest working set on top. Whatever
 is trained is fp32 (4 bytes of weight, 4 of gradient, 8 of moments, 4 more of DeepSpeed's own copy, 2 of the bf16 copy
@@ -177,7 +178,7 @@ def seconds(
     rates = {
         "decoder": base * given.decoder,
         "attention": base * given.attention,
-        "adapters": base * given.decoder,
+        "adapters": base * given.adapters,
         "vision": base * given.vision,
         "lm head": base * given.decoder,
         "heads": getattr(gpu, config.heads.compute) * given.heads,
@@ -228,7 +229,7 @@ class Plan:
     memory: dict[str, float]  # bytes
     capacity: float  # bytes
     operations: dict[str, Operations]  # of the mean sequence
-    seconds: dict[str, float]  # of an optimiser step, by part; "waiting", "communication" and "optimiser" among them
+    seconds: dict[str, float]  # of an optimiser step, by part; with waiting, communication, optimiser, idle
     geometry_share: float  # of the computing time
     batch_size: int
     steps: int
@@ -289,7 +290,8 @@ def make_plan(
     meetings = accumulation if Sharding.of(config.deepspeed).stage >= 2 else accumulation**0.5
     step["waiting"] = excess * meetings * batch**0.5
     step["communication"] = _communication_seconds(config, shape, accumulation, gpus, gpu, given)
-    step["optimiser"] = _optimiser_seconds(config, shape, gpus, gpu, given)
+    step["optimiser"] = optimiser_seconds(config, shape, gpus, gpu, given)
+    step["idle"] = given.idle * (computing + step["optimiser"])
 
     done = [operations(config, shape, kind) for kind in kinds]
     work = {
@@ -342,15 +344,15 @@ def _communication_seconds(
         return 0.0
     speed = gpu.link if gpus <= 8 else min(gpu.link, gpu.network)  # of a ring through all, bound by its slowest hop
     sent = communication_bytes(config, shape, accumulation) * (gpus - 1) / gpus
-    return given.exposed * sent / (speed * given.bandwidth)
+    return given.exposed * sent / (speed * given.link)
 
 
-def _optimiser_seconds(config: TrainConfig, shape: ModelShape, gpus: int, gpu: GPU, given: Assumptions) -> float:
+def optimiser_seconds(config: TrainConfig, shape: ModelShape, gpus: int, gpu: GPU, given: Assumptions) -> float:
     """AdamW reads weight, gradient and two moments and writes three of them: 28 bytes, and 8 more to clip."""
     count, sharding = parameters(config, shape), Sharding.of(config.deepspeed)
     trained = count["model"] + count["adapters"] + count["heads"]
     own = trained / gpus if sharding.stage >= 1 else trained
-    speed = given.cpu_bandwidth if sharding.optimiser_on_cpu else gpu.bandwidth * given.bandwidth
+    speed = given.cpu_bandwidth if sharding.optimiser_on_cpu else gpu.bandwidth * given.optimiser
     return 36.0 * own / speed
 
 

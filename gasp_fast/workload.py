@@ -33,14 +33,18 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What is neither counted nor stated. None of it has been measured on a GPU yet."""
+    """What is neither counted nor stated. None of it has been measured on a GPU yet; `calibration.py` replaces it."""
 
     decoder: float = 0.60  # of the peak, in the decoder's products
     attention: float = 0.45
+    adapters: float = 0.60
     vision: float = 0.35  # small matrices, attention in windows
     heads: float = 0.50
     loss: float = 0.50
-    bandwidth: float = 0.70  # of the stated one, in norms, activations, rotations and the optimiser
+    bandwidth: float = 0.70  # of the stated one, in norms, activations, rotations
+    optimiser: float = 0.70  # of the stated bandwidth
+    idle: float = 0.0  # of the computing time, on top: a GPU that waits for its host
+    link: float = 0.70  # of the stated one
     exposed: float = 0.30  # share of communication that hides behind nothing
     visible: float = 0.6  # of all (track, frame) pairs
     prompt_tokens: int = 64  # text of a sequence of a scene

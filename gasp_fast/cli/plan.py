@@ -1,7 +1,7 @@
 """`gasp-fast plan`: what a recipe needs and costs on a cluster, from a written cost model; nothing is run.
 
 Counts are exact, efficiencies are assumptions (`gasp_fast/cost_model.py` states them all): take times as a guess
-within a factor of two until a step has been measured on your GPUs.
+within a factor of two until a step has been measured on your GPUs (`benchmarks/step.sh`, then `--measured FILE`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from gasp_fast.cost_model import Plan
+    from gasp_fast.cost_model import GPU, Plan
+    from gasp_fast.model_shape import ModelShape
+    from gasp_fast.training.settings import TrainConfig
+    from gasp_fast.workload import Assumptions
 
 HELP = "predict memory, time and GPU-hours of a recipe"
 GPU_NAMES = ("a100", "b200", "h100", "h200")
@@ -29,13 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frame-tokens", type=int, metavar="N", help="visual tokens of a frame (default: the recipe's)"
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="sequences of an epoch (default: the annotations')")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="efficiencies from a result of benchmarks/step.sh"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from gasp_fast.calibration import read_measured
     from gasp_fast.config import load_config
-    from gasp_fast.cost_model import GPUS, Assumptions, make_plan
+    from gasp_fast.cost_model import GPUS, make_plan
     from gasp_fast.model_shape import shape_of
     from gasp_fast.training.settings import TrainConfig
+    from gasp_fast.workload import Assumptions
 
     for name in ("gpus", "frame_tokens", "sequences"):
         value = getattr(arguments, name)
@@ -43,7 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     shape, gpu = shape_of(config.model.source), GPUS[arguments.gpu]
-    plan = make_plan(config, shape, arguments.gpus, gpu, Assumptions(), arguments.frame_tokens, arguments.sequences)
+    given, origin = Assumptions(), "efficiencies are assumptions, not yet measured on a GPU"
+    if arguments.measured:
+        given, measured = read_measured(arguments.measured, shape)
+        origin = f"efficiencies are those of {measured}; what no step tells is assumed"
+    plan = make_plan(config, shape, arguments.gpus, gpu, given, arguments.frame_tokens, arguments.sequences)
 
     console = Console(highlight=False)
     console.print(
@@ -56,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     for line in conclusions(plan):
         console.print(line)
     if arguments.gpu == "h200" and shape.language_parameters > 5e9:
-        console.print(against_paper(plan, config, shape, gpu))
-    for note in (*plan.notes, "efficiencies are assumptions, not yet measured on a GPU"):
+        console.print(against_paper(plan, config, shape, gpu, given))
+    for note in (*plan.notes, origin):
         console.print(f"note: {note}", style="dim")
     return 0 if plan.bytes_needed <= plan.capacity else 1
 
@@ -77,11 +89,11 @@ def conclusions(plan: Plan) -> list[str]:
     ]
 
 
-def against_paper(plan: Plan, config: object, shape: object, gpu: object) -> str:
+def against_paper(plan: Plan, config: TrainConfig, shape: ModelShape, gpu: GPU, given: Assumptions) -> str:
     """The rate that the paper's totals imply, and what it would take here."""
-    from gasp_fast.cost_model import PAPER_RATE, Assumptions, tokens_at_rate
+    from gasp_fast.cost_model import PAPER_RATE, tokens_at_rate
 
-    most = tokens_at_rate(PAPER_RATE, config, shape, plan.gpus, gpu, Assumptions())  # type: ignore[arg-type]
+    most = tokens_at_rate(PAPER_RATE, config, shape, plan.gpus, gpu, given)
     told = (
         f"the paper's totals imply {PAPER_RATE:.1f} sequences a second on each H200; this model says {plan.rate:.2f}. "
     )

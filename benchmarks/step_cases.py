@@ -1,0 +1,193 @@
+"""What `step.py` measures, in which order, and on which data. Knows shapes and configurations; runs no step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from gasp_fast.backbones import load_backbone
+from gasp_fast.backbones.tiny import REAL, TinyConfig, build_without_weights
+from gasp_fast.collator import Sample
+from gasp_fast.data.sequences import SequenceConfig
+from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.training.data import SampleStream, Share, make_loader
+from gasp_fast.training.settings import (
+    DataConfig,
+    HeadsConfig,
+    LoraSettings,
+    LossConfig,
+    ModelConfig,
+    OptimisationConfig,
+    RunConfig,
+    ScenesConfig,
+    TrainConfig,
+)
+
+WARM_UP, MEASURED = 2, 5
+QUESTION = {"role": "user", "content": "Which way did the camera turn, and how many boxes are in the room?"}
+ANSWER = {"role": "assistant", "content": "The camera turned to the left. There are 3 boxes: red, green, blue. " * 6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How large everything is."""
+
+    models: dict[str, TinyConfig]
+    ranks: dict[str, int]
+    scenes: SyntheticConfig
+    count: int  # of scenes
+    batch_size: int  # sequences of a step: what falls to one of 32 GPUs
+
+
+SHAPES = {
+    "7b": Shape(
+        models=REAL,
+        ranks={"qwen2_5_vl": 128, "llava_next_video": 512},
+        scenes=SyntheticConfig(frames=26, width=960, height=540, samples=1),
+        count=4,
+        batch_size=4,
+    ),
+    "tiny": Shape(
+        models={
+            name: TinyConfig(
+                model_type=name, hidden_size=64, frame_size=112, vision_hidden_size=32, query_heads=2, layers=2
+            )
+            for name in REAL
+        },
+        ranks={"qwen2_5_vl": 4, "llava_next_video": 8},
+        scenes=SyntheticConfig(frames=8, width=96, height=80, samples=1),
+        count=2,
+        batch_size=2,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration of a step. The defaults are those of the recipes in configs/."""
+
+    family: str
+    frames: int
+    geometry: bool = True
+    checkpointing: str = "non_reentrant"
+    attention: str = "sdpa"
+    liger: bool = False
+    heads: str = "tf32"
+    at_once: int = 1
+    profile: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.family, f"{self.frames} frames", "geometry" if self.geometry else "plain"]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for field in ("checkpointing", "attention", "heads"):
+            words += [f"{field} {getattr(self, field)}"] * (getattr(self, field) != defaults[field])
+        words += ["liger"] * self.liger + [f"{self.at_once} at once"] * (self.at_once > 1)
+        return ", ".join(words)
+
+
+def cases(shape: str) -> Iterator[Case]:
+    """In the order of their importance."""
+    qwen, llava = (lambda frames, name=name, **more: Case(family=name, frames=frames, **more) for name in REAL)
+    if shape == "tiny":
+        for of in (qwen, llava):
+            yield of(3, profile=True)
+            yield of(3, geometry=False)
+        yield qwen(2, heads="bf16", checkpointing="off", at_once=2)
+        yield qwen(2, attention="flash_attention_2")
+        yield qwen(2, liger=True)
+        return
+    for of, frames in ((qwen, 24), (llava, 16), (llava, 24)):
+        yield of(frames, profile=frames == 24 or of is llava)
+        yield of(frames, geometry=False)
+    yield qwen(24, heads="bf16")
+    yield llava(16, checkpointing="off")
+    yield llava(16, checkpointing="off", heads="bf16")
+    yield qwen(24, liger=True)
+    yield llava(16, liger=True)
+    yield qwen(24, attention="flash_attention_2")
+    yield llava(16, attention="flash_attention_2")
+    for frames in (16, 8):
+        yield qwen(frames)
+        yield qwen(frames, geometry=False)
+    yield qwen(8, checkpointing="off")
+    yield qwen(24, checkpointing="off")
+    yield qwen(24, checkpointing="off", geometry=False)
+    yield qwen(24, heads="fp32")
+    yield llava(16, at_once=4)
+    yield llava(8)
+    yield llava(8, geometry=False)
+    yield llava(24, checkpointing="off")
+
+
+# ---- what a case is made of -----------------------------------------------------------------------------------------
+
+
+class Workshop:
+    """Scenes, models without weights, and the batches of each kind of case, made when first asked for."""
+
+    def __init__(self, shape: Shape, folder: Path) -> None:
+        self.shape, self.folder = shape, folder
+        self.models = {name: build_without_weights(folder / name, config) for name, config in shape.models.items()}
+        list(render_scenes(folder / "scenes", shape.count, config=shape.scenes, workers=shape.count))
+        self._batches: dict[tuple[str, int, int], tuple[list[dict[str, Any]], float]] = {}
+
+    def config(self, case: Case) -> TrainConfig:
+        weights = {} if case.geometry else {"corr_weight": 0.0, "depth_weight": 0.0}
+        drawn = SequenceConfig(min_frames=case.frames, max_frames=case.frames, window=case.frames, per_scene=4)
+        steps = WARM_UP + MEASURED + case.profile
+        # Random heads of the sizes that those from W_Q have: its SVD takes longer than the steps.
+        return TrainConfig(
+            model=ModelConfig(source=str(self.models[case.family]), attention=case.attention, liger=case.liger),  # type: ignore[arg-type]
+            train=OptimisationConfig(
+                steps=steps,
+                batch_size=self.shape.batch_size,
+                micro_batch_size=case.at_once,
+                checkpointing=case.checkpointing,  # type: ignore[arg-type]
+            ),
+            lora=LoraSettings(rank=self.shape.ranks[case.family]),
+            heads=HeadsConfig(init="random", compute=case.heads),  # type: ignore[arg-type]
+            loss=LossConfig(**weights),
+            data=DataConfig(scenes=ScenesConfig(root=str(self.folder / "scenes"), sequences=drawn), workers=0),
+            run=RunConfig(out=str(self.folder / "run"), progress=False),
+        )
+
+    def batches(self, case: Case, config: TrainConfig, pin: bool) -> tuple[list[dict[str, Any]], float]:
+        """The micro-batches of one step, by the real loader; and the seconds that one process took for a sequence."""
+        key = (case.family, case.frames, case.at_once)
+        if key not in self._batches:
+            backbone = load_backbone(config.model.source)
+            share = Share(0, 1, config.train.batch_size, case.at_once)
+            start = time.perf_counter()
+            loader = make_loader(config.data, Answered(config.data), backbone, share, 1, pin_memory=pin)
+            found = list(loader)
+            self._batches[key] = found, (time.perf_counter() - start) / config.train.batch_size
+        return self._batches[key]
+
+
+class Answered(SampleStream):
+    """The stream of sequences with tracks, each with something to say besides."""
+
+    def __getitem__(self, position: int) -> Sample:
+        return dataclasses.replace(super().__getitem__(position), messages=[QUESTION, ANSWER])
+
+
+class Repeated(Dataset[dict[str, Any]]):
+    """The micro-batches of one step, again for every step."""
+
+    def __init__(self, batches: list[dict[str, Any]], steps: int) -> None:
+        self.batches, self.steps = batches, steps
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.steps
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        if at >= len(self):
+            raise IndexError(at)
+        return self.batches[at % len(self.batches)]
