@@ -69,8 +69,14 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield from check()
+    except ModuleNotFoundError as error:  # that it is not there is a finding of its own
+        yield Finding(MISSING, _name(check), f"cannot be looked at without {error.name}")
     except Exception as error:  # anything may be wrong with an environment; the other checks shall still be made
-        yield Finding(BROKEN, getattr(check, "func", check).__name__, told(error))
+        yield Finding(BROKEN, _name(check), told(error))
+
+
+def _name(check: Callable[[], Iterator[Finding]]) -> str:
+    return str(getattr(check, "func", check).__name__).replace("_", " ")
 
 
 __all__ = ["BROKEN", "GROUPS", "LOSS_SELF_TEST", "MISSING", "OK", "Finding", "examine", "loss_works"]

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -103,10 +104,13 @@ def install_command(extra: str = "", *options: str) -> str:
 
 
 def pip_install(*words: str) -> str:
-    """`pip install ...` for this very Python; with uv where the environment has no pip, as uv makes them."""
-    pip = [sys.executable, "-m", "pip", "install"]
-    uv = ["uv", "pip", "install", "--python", sys.executable]
-    return shlex.join([*(pip if has_module("pip") else uv), *words])
+    """`pip install ...` for this very Python. Environments made by uv have no pip: then with uv, or pip comes first."""
+    pip = shlex.join([sys.executable, "-m", "pip", "install", *words])
+    if has_module("pip"):
+        return pip
+    if shutil.which("uv"):
+        return shlex.join(["uv", "pip", "install", "--python", sys.executable, *words])
+    return f"{shlex.quote(sys.executable)} -m ensurepip && {pip}"
 
 
 def source_of(ours: Distribution | None) -> Path | None:
