@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gasp_fast.data.shards import usable_cores
 
 if TYPE_CHECKING:
     from gasp_fast.data.annotations import AnnotationCache, AnnotationPlan
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampler (0)")
     parser.add_argument("--shard-size", type=int, default=1024, metavar="N", help="sequences in a shard (1024)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="processes (all cores)")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each (0/1)")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be made, and how large it would be")
     parser.add_argument("--verify", action="store_true", help="check the checksums of what is there and stop")
