@@ -59,7 +59,7 @@ def test_every_case_is_measured_or_says_why_not(result: dict[str, Any], out: Pat
         assert len(record["step_seconds_all"]) == step_cases.MEASURED and record["step_seconds"] > 0
         assert record["tokens_per_s"] > 0 and record["mfu"] > 0
     assert sum("failed" not in record for record in result["cases"]) >= 5
-    assert result["machine"] and result["date"] and result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert result["machine"] and result["date"] and torch.__version__.startswith(result["versions"]["torch"][:5])
     assert len(list(out.glob("*.png"))) == 1
 
 
