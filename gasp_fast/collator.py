@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -168,10 +169,12 @@ def _through(tracks: Tracks, kept: NDArray[np.integer]) -> Tracks:
 def _patch_depth(sample: Sample, grids: Sequence[TokenGrid]) -> NDArray[np.float32]:
     """Mean known depth of every token's patch, `[N]`; 0 where none is known."""
     assert sample.depth is not None
+    sizes = [(frame.shape[1], frame.shape[0]) for frame in sample.frames]
     pooled = []
-    for frame, depth, grid in zip(sample.frames, sample.depth, grids, strict=True):
-        size = (frame.shape[1], frame.shape[0])
-        pooled.append(pool_depth([depth], [size], grid.x_edges(), grid.y_edges()).ravel())
+    # Frames of one size have one grid and are pooled in one call; all frames of a sequence, as a rule.
+    for (size, grid), run in groupby(zip(sizes, grids, sample.depth, strict=True), key=lambda one: one[:2]):
+        maps = [depth for _, _, depth in run]
+        pooled.append(pool_depth(maps, [size] * len(maps), grid.x_edges(), grid.y_edges()).ravel())
     return np.concatenate(pooled)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +12,18 @@ import pytest
 from gasp_fast.data.scene import Scene, open_scene
 from gasp_fast.data.sequences import SequenceConfig, SequenceSampler
 from gasp_fast.data.synthetic import SyntheticConfig, SyntheticScene, make_scene, render_scenes
-from gasp_fast.data.tracks import build_tracks
+from gasp_fast.data.tracks import Views, build_tracks, track_points
 
 # With 7-pixel cells the grid's cell centres are pixel centres, where depth maps are exact: no error but the
 # millimetre of the depth file is left, and the recipe's own choices show.
 GRID = 32
 SCENES = 8
+
+# The recipe compares depths within 5 % of the smaller, so it cannot see an occluder at depth D in front of a point at
+# z if z - D < 0.05 D, that is if D > z / 1.05: one nearer by less than 4.8 % of the point's own depth. It is meant to
+# be blind there (real depth is noisy), so the 1 % that the recipe may be wrong is judged with the same blindness and
+# not a hair more; what a real camera would see is judged beside it, with nothing forgiven.
+FORGIVEN = 1 - 1 / 1.05
 
 
 class Pair(NamedTuple):
@@ -62,11 +69,11 @@ def test_tracks_lie_within_half_a_pixel_of_the_truth(pairs: list[Pair]) -> None:
 
 @pytest.mark.parametrize("keep", [0.5, 1.0])
 def test_visibility_agrees_with_the_truth_within_one_percent(pairs: list[Pair], keep: float) -> None:
-    """The recipe forgives an occluder that is nearer by less than 5 %, and so does the truth it is compared with."""
+    """Of all verdicts; the truth is as blind to occluders as the recipe itself, see FORGIVEN."""
     wrong = total = seen = 0
     for scene, truth, frames in pairs:
         tracks = build_tracks(scene, frames, grid=GRID, keep=keep)
-        exact = truth.exact_tracks(frames, tracks.query, tolerance=0.05)
+        exact = truth.exact_tracks(frames, tracks.query, tolerance=FORGIVEN)
         wrong += np.sum(tracks.visible != exact.visible)
         seen += np.sum(exact.visible)
         total += tracks.visible.size
@@ -74,16 +81,29 @@ def test_visibility_agrees_with_the_truth_within_one_percent(pairs: list[Pair], 
     assert 0.3 < seen / total < 0.9  # there is something to tell apart
 
 
-def test_what_the_recipe_forgives_is_little(pairs: list[Pair]) -> None:
-    """Against what a real camera would see, at most 2 % of the verdicts are wrong, nearly all of them forgiving."""
+def test_nothing_more_is_forgiven_than_the_recipe_forgives() -> None:
+    """A wall at depth 1: the recipe still believes a point behind it up to 1 / (1 - FORGIVEN), and no further."""
+    hidden_at = 1 / (1 - FORGIVEN)
+    camera = np.array([[16.0, 0, 8], [0, 16, 8], [0, 0, 1]])
+    wall = np.ones((16, 16), np.float32)
+    views = Views([wall, wall], np.stack([camera] * 2), np.stack([np.eye(4)] * 2), np.array([[16, 16]] * 2))
+    for depth, believed in ((hidden_at * 0.999, True), (hidden_at * 1.001, False)):
+        behind = replace(views, depth=[wall * np.float32(depth), wall])
+        assert len(track_points(np.array([[8.0, 8.0]]), behind, keep=1.0)) == int(believed)
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_with_nothing_forgiven_at_most_two_percent_of_verdicts_are_wrong(pairs: list[Pair], keep: float) -> None:
+    """Against what a real camera would see: 0.8 % of all tracks' verdicts and 1.1 % of the kept half's when this was
+    written, nearly all of it what the recipe forgives."""
     forgiven = missed = total = 0
     for scene, truth, frames in pairs:
-        tracks = build_tracks(scene, frames, grid=GRID, keep=1.0)
+        tracks = build_tracks(scene, frames, grid=GRID, keep=keep)
         exact = truth.exact_tracks(frames, tracks.query)
         forgiven += np.sum(tracks.visible & ~exact.visible)
         missed += np.sum(~tracks.visible & exact.visible)
         total += tracks.visible.size
-    assert forgiven / total < 0.02
+    assert (forgiven + missed) / total < 0.02
     assert missed / total < 0.002
 
 

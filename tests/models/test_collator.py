@@ -114,6 +114,22 @@ def test_patch_depth_is_the_mean_of_the_pixels_that_lie_in_the_token(family):
     assert (matches.patch_depth == 0).any()
 
 
+def test_frames_of_several_sizes_keep_their_order_in_patch_depth(qwen):
+    sample = random_sample(frames=5)
+    sample.frames[2] = np.zeros((180, 320, 3), np.uint8)
+    whole = Collator(qwen.backbone)([sample])["matches"]
+    assert len(set(np.diff(whole.frame_offsets.tolist()))) == 2
+    for f, (start, end) in enumerate(pairwise(whole.frame_offsets.tolist())):
+        pair = [f, (f + 1) % 5]
+        part = Sample(
+            frames=[sample.frames[i] for i in pair],
+            tracks=[tracks_at(np.full((1, 2, 2), 50.0))],
+            depth=[sample.depth[i] for i in pair],
+        )
+        alone = Collator(qwen.backbone)([part])["matches"].patch_depth[: end - start]
+        assert torch.equal(whole.patch_depth[start:end], alone)
+
+
 def test_anchors_come_from_the_first_frame_from_all_or_from_drawn_pairs(qwen):
     sample = random_sample(frames=5, tracks=20)
     tokens = qwen.backbone.frame_grid(224, 224).tokens
