@@ -147,6 +147,8 @@ def annotate(
     `part = (i, n)` does only every n-th shard, so that n machines with one disk share the work.
     """
     numbers = numbers_of_part(plan.shards, part)
+    if part == (0, 1):
+        sweep_partials(folder / PLAN_FILE)  # with parts, another machine may be writing it at this moment
     store_plan(folder, plan)
     missing = []
     for number in numbers:

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import pickle
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,32 +103,113 @@ def test_bytes_do_not_depend_on_processes_or_parts(
     assert hashes(parallel) == hashes(parts) == hashes(cache.folder)
 
 
-def test_a_killed_run_restarts_to_the_same_bytes(library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path):
-    """SIGKILL at an arbitrary moment, several times, then finish."""
-    folder = tmp_path / "out"
-    store_plan(folder, plan)
-    program = (
-        "import sys, pathlib\n"
-        "from gasp_fast.data.annotations import AnnotationPlan, annotate\n"
-        "library, folder = map(pathlib.Path, sys.argv[1:])\n"
-        "plan = AnnotationPlan.from_json((folder / 'plan.json').read_text())\n"
-        "for number in annotate(library, folder, plan): print(number, flush=True)\n"
+def in_a_fork(work: Callable[[], object], seconds: float | None = None) -> bool:
+    """Runs `work` in a child that may kill itself, or is killed after `seconds`; whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def die_at(moment: str, wanted: int) -> None:
+    """From now on this process kills itself in its `wanted`-th write, at the named moment."""
+    replace_file, sync, calls = os.replace, os.fsync, itertools.count(1)
+
+    def end(at: str) -> bool:
+        return moment == at and next(calls) == wanted
+
+    def syncing(file: int) -> None:
+        if end("half written"):
+            os.truncate(file, os.fstat(file).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(file)
+
+    def renaming(source: Path, target: Path) -> None:
+        if end("before the rename"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+        if end("after the rename"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync, os.replace = syncing, renaming  # type: ignore[assignment]
+
+
+def shards_in(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in hashes(folder).items() if not name.startswith(".")}
+
+
+@pytest.mark.parametrize("moment", ["half written", "before the rename", "after the rename"])
+def test_killed_within_a_write_it_restarts_to_the_same_bytes(
+    library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path: Path, moment: str
+) -> None:
+    whole, folder = hashes(cache.folder), tmp_path / "out"
+    for wanted in (1, 3, 1, 2):  # the first write is that of the plan
+        assert in_a_fork(lambda wanted=wanted: (die_at(moment, wanted), list(annotate(library, folder, plan))))
+        assert shards_in(folder).items() <= whole.items()
+        assert any(name.startswith(".") for name in hashes(folder)) == (moment != "after the rename")
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("tracks-*")}
+    assert 1 <= len(made) < plan.shards
+    list(annotate(library, folder, plan))
+    assert hashes(folder) == whole
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in made.items())  # what was there is kept
+
+
+def test_killed_at_any_moment_it_restarts_to_the_same_bytes(
+    library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path: Path
+) -> None:
+    whole, draw, states = hashes(cache.folder), random.Random(0), set()
+    began = time.perf_counter()
+    in_a_fork(lambda: list(annotate(library, tmp_path / "timed", plan)))
+    seconds = time.perf_counter() - began
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        for _ in range(4):
+            in_a_fork(lambda folder=folder: list(annotate(library, folder, plan)), draw.uniform(0, seconds / 3))
+            folder.mkdir(exist_ok=True)
+            assert shards_in(folder).items() <= whole.items()
+            states.add(frozenset(shards_in(folder)))
+        list(annotate(library, folder, plan))
+        assert hashes(folder) == whole
+    assert len(states) > 3  # the kills did hit different moments
+
+
+def test_the_killed_command_leaves_no_worker_and_restarts_to_the_same_bytes(library: Path, tmp_path: Path) -> None:
+    words = ["--min-frames", "4", "--max-frames", "8", "--per-scene", "16", "--shard-size", "2", "--workers", "2"]
+    words = [str(library), *words]
+    assert command.run(arguments(*words, "--out", str(tmp_path / "whole"), "--workers", "1")) == 0
+    out = tmp_path / "out"
+    program = "import sys; from gasp_fast.cli import main; main(sys.argv[1:])"
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, "tracks", *words, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    for wanted in (1, 4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(library), str(folder)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        for _ in range(wanted):
-            process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        there = [n for n in range(plan.shards) if shard_path(folder, n).exists()]
-        assert 1 <= len(there) < plan.shards
-    stamps = {n: shard_path(folder, n).stat().st_mtime_ns for n in there}
-    assert list(annotate(library, folder, plan)) == list(range(plan.shards))
-    assert {n: shard_path(folder, n).stat().st_mtime_ns for n in there} == stamps
-    assert hashes(folder) == hashes(cache.folder)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("tracks-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert 1 <= len(list(out.glob("tracks-*"))) < 24
+    while alive(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(run.pid)
+    assert command.run(arguments(*words, "--out", str(out), "--workers", "1")) == 0
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def alive(group: int) -> bool:
+    """Whether any process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_half_a_shard_is_made_anew(library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path: Path) -> None:
@@ -197,12 +282,16 @@ def test_the_command_makes_verifies_and_repeats(library: Path, tmp_path: Path, c
     words = [str(library), "--out", str(tmp_path / "out"), "--min-frames", "4", "--max-frames", "6", "--per-scene", "2"]
     assert command.run(arguments(*words, "--dry-run")) == 0
     assert not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    stated = int(re.search(r"([\d,]+) bytes a sequence", said)[1].replace(",", ""))
     assert command.run(arguments(*words)) == 0
     before = hashes(tmp_path / "out")
     assert command.run(arguments(*words)) == 0
     assert hashes(tmp_path / "out") == before
     assert command.run(arguments(*words, "--verify")) == 0
-    assert "6 sequences of 3 scenes in 1 shards" in capsys.readouterr().out
+    assert "6 sequences of 3 scenes in 1 shards" in said
+    size = shard_path(tmp_path / "out", 0).stat().st_size
+    assert 0.4 * stated < (size - 1100) / 6 < stated  # apart from the header
 
 
 def test_held_out_scenes_never_enter_the_cache(library: Path, tmp_path: Path) -> None:
