@@ -18,11 +18,13 @@ import argparse
 import dataclasses
 import gc
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,10 @@ def measure(case: Case, workshop: Workshop, gpu: GPU) -> dict[str, Any]:
             attn_implementation=choose_attention(config.model, processes.device),
         )
         model = supervise(config, backbone, base, processes.device)
+    if case.liger and not any(
+        getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in base.modules()
+    ):
+        raise ValueError(f"liger-kernel leaves {case.family} as it is")  # it does not say so itself
     share = Share(0, 1, config.train.batch_size, case.at_once)
     (workshop.folder / "run").mkdir(exist_ok=True)
     trainer = StepTrainer(config, model, SampleStream(config.data), share, config.train.steps or 0, processes)
@@ -187,11 +193,26 @@ def this_gpu() -> GPU:
     return GPU(memory=memory, bf16=peak, tf32=peak, fp32=peak, bandwidth=10e9, link=10e9)
 
 
+@contextmanager
+def patches_undone() -> Iterator[None]:
+    """Liger replaces classes and functions in transformers' modules: for every later model of this process, too."""
+    modelling = [
+        module for name, module in sys.modules.items() if re.match(r"transformers\.models\..*\.modeling_", name)
+    ]
+    before = [dict(vars(module)) for module in modelling]
+    try:
+        yield
+    finally:
+        for module, names in zip(modelling, before, strict=True):
+            vars(module).update(names)
+
+
 def tried(case: Case, workshop: Workshop, gpu: GPU) -> dict[str, Any]:
     """The record of one case, or why there is none. Whatever it held is given back."""
     record: dict[str, Any] = {"name": case.name, **dataclasses.asdict(case)}
     try:
-        record |= measure(case, workshop, gpu)
+        with patches_undone():
+            record |= measure(case, workshop, gpu)
     except torch.OutOfMemoryError:
         record["failed"] = "out of memory"
     except Exception as error:  # one case that breaks must not cost the others their turn

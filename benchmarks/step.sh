@@ -16,4 +16,4 @@ fi
 python3 setup.py build_ext --inplace -q 2>&1 | tail -n 5
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-python3 benchmarks/step.py --out "$out" --seconds $((${LIMIT:-500} - SECONDS)) 2>&1 | tee "$out/step.log"
+python3 benchmarks/step.py --out "$out" --seconds $((${LIMIT:-480} - SECONDS)) 2>&1 | tee "$out/step.log"

@@ -66,9 +66,7 @@ def judged(result: Record) -> list[Record]:
     verdicts.append(
         _verdict("LLaVA, 16 frames: sequences/s (wanted of an H200)", max(rates, default=None), RATE, at_most=False)
     )
-    worst = max(
-        (abs(r["plan_error"]) for r in done if "plan_error" in r and r["frames"] and _is_default(r)), default=None
-    )
+    worst = max((abs(r["plan_error"]) for r in done if "plan_error" in r and _is_default(r)), default=None)
     verdicts.append(_verdict("plan: worst error on the recipes' steps", worst, 0.15, at_most=True))
     return verdicts
 

@@ -115,6 +115,20 @@ def test_what_runs_out_of_memory_or_breaks_is_recorded_and_not_the_end(monkeypat
         assert step.tried(case, None, GPUS["h100"])["failed"] == said  # type: ignore[arg-type]
 
 
+def test_what_one_case_replaces_in_transformers_is_back_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    own = modeling_llama.LlamaMLP
+
+    def replace_classes(*_: Any) -> dict[str, Any]:  # as Liger does
+        modeling_llama.LlamaMLP = torch.nn.Identity  # type: ignore[misc,assignment]
+        return {}
+
+    monkeypatch.setattr(step, "measure", replace_classes)
+    step.tried(step_cases.Case(family="llava_next_video", frames=2), None, GPUS["h100"])  # type: ignore[arg-type]
+    assert modeling_llama.LlamaMLP is own
+
+
 def test_the_real_shapes_are_those_of_the_real_models(tmp_path: Path) -> None:
     for name, known in (("qwen2_5_vl", QWEN2_5_VL_7B), ("llava_next_video", LLAVA_NEXT_VIDEO_7B)):
         assert shape_of(str(build_without_weights(tmp_path / name, REAL[name]))) == known
