@@ -107,7 +107,7 @@ def try_command(words: list[str], block: Block) -> None:
     run = block.mark is None
     command = shlex.join(words)
     for word in words:
-        if re.match(r"(configs|examples|benchmarks|docs)/", word):
+        if re.match(r"(configs|examples|benchmarks|docs|tests)/", word):
             assert (ROOT / word).exists(), f"{block.where}: {word} does not exist"
     arguments = training_arguments(words)
     if arguments is not None:
