@@ -65,6 +65,8 @@ def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
 
     names = find_scenes(arguments.scenes)
     names = [name for name in names if not is_held_out(Path(name).name, arguments.held_out)]
+    if not names:
+        raise ValueError(f"--held-out {arguments.held_out} leaves no scene of {arguments.scenes}; lower it")
     usable: list[SceneEntry] = []
     with _progress("reading scenes") as progress:
         for found in progress.track(survey(arguments.scenes, names), total=len(names)):

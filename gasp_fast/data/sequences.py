@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -137,21 +137,7 @@ def is_held_out(name: str, share: float) -> bool:
     A property of the name alone: adding scenes, moving the folder or reading it in another order moves no scene from
     one side to the other.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share = {share}: give the part of the scenes to hold out, from 0 to 1")
     digest = blake2b(f"held-out/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2**64
-
-
-def split_scenes(names: Iterable[str], share: float) -> tuple[list[str], list[str]]:
-    """`(training, held out)`, each in the given order."""
-    if not 0 <= share < 1:
-        raise ValueError(f"share = {share}: give the part of the scenes to hold out, 0 <= share < 1")
-    training: list[str] = []
-    held_out: list[str] = []
-    for name in names:
-        (held_out if is_held_out(name, share) else training).append(name)
-    if not training or (share > 0 and not held_out):
-        raise ValueError(
-            f"share = {share} splits {len(training) + len(held_out)} scenes into {len(training)} for training and "
-            f"{len(held_out)} held out: add scenes or change the share"
-        )
-    return training, held_out

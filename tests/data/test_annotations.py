@@ -302,6 +302,8 @@ def test_held_out_scenes_never_enter_the_cache(library: Path, tmp_path: Path) ->
     assert command.run(arguments(*words)) == 0
     names = [entry.name for entry in AnnotationCache(tmp_path).plan.scenes]
     assert names == [f"scene-{n:06d}" for n in range(3) if not is_held_out(f"scene-{n:06d}", share)]
+    with pytest.raises(ValueError, match=r"--held-out 1\.0 leaves no scene"):
+        command.run(arguments(*words[:-1], "1"))
 
 
 def test_a_cache_pickles_into_a_worker(cache: AnnotationCache) -> None:
