@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..frame_match import frame_match
+from ..frame_matching import frame_match
 from ..matches import Matches
 
 
