@@ -123,6 +123,9 @@ class Backbone(ABC):
             **options,
         )
 
+    def quicken(self, model: nn.Module) -> None:  # noqa: B027 (nothing to do, for most)
+        """Replace what transformers computes the long way round; the mathematics stays the same."""
+
     # ---- visual tokens -----------------------------------------------------------------------------------------------
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .base import Backbone, Frame, register, unwrap
 from .token_grid import TokenGrid
+from .window_attention import batch_windows
 
 
 @register
@@ -55,6 +56,10 @@ class Qwen2_5_VL(Backbone):
             raise ValueError(f"frame_pixels = {frame_pixels} is less than one token; use at least {block * block}")
         least = min(processor.size["shortest_edge"], frame_pixels)
         processor.size = {"shortest_edge": least, "longest_edge": frame_pixels}
+
+    def quicken(self, model: nn.Module) -> None:
+        vision = unwrap(model).model.visual
+        batch_windows(vision, sys.modules[type(vision).__module__].apply_rotary_pos_emb_vision)
 
     def visual_content(self, frames: int) -> list[dict[str, str]]:
         return [{"type": "image"}] * frames

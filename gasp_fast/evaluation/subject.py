@@ -57,6 +57,7 @@ def open_subject(
     else:
         backbone = load_backbone(source if folder is None else folder, frame_pixels)
         model = backbone.load_model(dtype=dtype)
+    backbone.quicken(model)
     model = model.eval().requires_grad_(False).to(device)
     heads = read_heads(folder / HEADS) if folder is not None and (folder / HEADS).is_file() else None
     origin = None if heads is None else "trained"

@@ -106,6 +106,7 @@ def stored_dtype(config: TrainConfig) -> torch.dtype:
 
 def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> SupervisedModel:
     """A base model, wherever its weights came from, with heads, adapters and whatever else `config` asks for."""
+    backbone.quicken(model)
     if config.model.liger:
         _use_liger(model)
     heads = build_heads(config.heads, backbone, model, device) if config.loss.geometric else None
