@@ -12,8 +12,8 @@ Knows frames, token grids and answers; knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,41 +64,49 @@ class Sight:
 
 def draw_correspondences(sight: Sight, path: Path) -> Path:
     """Top row: what the layer answers. Bottom row: the truth."""
+    return draw_answers({"what the model finds": sight}, sight.title, path)
+
+
+def draw_answers(sights: Mapping[str, Sight], title: str, path: Path) -> Path:
+    """A row of answers for each model, all about the same questions, and the truth below them."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
+    sight = next(iter(sights.values()))
     moved = sight.displacement()
     norm = Normalize(0, max(0.05, max(moved.values())))
     shown = sight.shown()
-    figure, axes, bar = _laid_out(sight, len(shown), rows=2)
-    frame_of = sight.frame_of(sight.target)
+    figure, axes, bar = _laid_out(sight, len(shown), rows=len(sights) + 1)
     anchors = np.array(sorted(moved))
-    for row, answer in enumerate((sight.best, sight.target)):
-        first = axes[row][0]
-        _show(first, sight.frames[0])
-        _dots(first, sight.place(anchors), [moved[int(a)] for a in anchors], norm)
-        first.set_ylabel(("what the model finds", "the truth")[row], fontsize=11)
-        for column, f in enumerate(shown, start=1):
-            axis = axes[row][column]
-            here = frame_of == f
-            place = sight.place(answer[here])
-            colour = np.array([moved[int(a)] for a in sight.anchor[here]])
-            right = sight.correct[here] if row == 0 else np.ones(here.sum(), bool)
-            _show(axis, sight.frames[f])
-            _errors(axis, place[~right], sight.place(sight.target[here])[~right])
-            _crosses(axis, place[~right], colour[~right], norm)
-            _dots(axis, place[right], colour[right], norm)
-            if row == 0:
-                gap = sight.numbers[f] - sight.numbers[0]
-                axis.set_title(f"{gap} frame{'s' * (gap > 1)} later: {right.mean():.0%} right", fontsize=10)
+    truth = replace(sight, best=sight.target, correct=np.ones_like(sight.correct))
+    for row, (label, answers) in zip(axes, [*sights.items(), ("the truth", truth)], strict=True):
+        _show(row[0], sight.frames[0])
+        _dots(row[0], sight.place(anchors), [moved[int(a)] for a in anchors], norm)
+        row[0].set_ylabel(label, fontsize=11)
+        for axis, frame in zip(row[1:], shown, strict=True):
+            share = _draw_found(axis, answers, frame, moved, norm)
+            if answers is not truth:
+                gap = sight.numbers[frame] - sight.numbers[0]
+                later = f"{gap} frame{'s' * (gap > 1)} later: " if row is axes[0] else ""
+                axis.set_title(f"{later}{share:.0%} right", fontsize=10)
     axes[0][0].set_title(f"points of frame {sight.numbers[0]}", fontsize=10)
     colours = figure.colorbar(ScalarMappable(norm, MAP), cax=bar)
     colours.set_label("true displacement (share of image width)", fontsize=9)
-    figure.suptitle(
-        f"{sight.title}\ndot: within 2 patches of the truth, cross: wrong, with a line to the truth", fontsize=11
-    )
+    _head(figure, f"{title}\ndot: within 2 patches of the truth, cross: wrong, with a line to the truth")
     figure.savefig(path)
     return path
+
+
+def _draw_found(axis: Any, sight: Sight, frame: int, moved: Mapping[int, float], norm: Any) -> float:
+    """The answers in one frame; returns the share of them that is right."""
+    here = sight.frame_of(sight.target) == frame
+    place, right = sight.place(sight.best[here]), sight.correct[here]
+    colour = np.array([moved[int(a)] for a in sight.anchor[here]])
+    _show(axis, sight.frames[frame])
+    _errors(axis, place[~right], sight.place(sight.target[here])[~right])
+    _crosses(axis, place[~right], colour[~right], norm)
+    _dots(axis, place[right], colour[right], norm)
+    return float(right.mean())
 
 
 def draw_heat_map(sight: Sight, maps: Sequence[NDArray[np.floating]], anchor: int, path: Path) -> Path:
@@ -134,7 +142,7 @@ def draw_heat_map(sight: Sight, maps: Sequence[NDArray[np.floating]], anchor: in
         axis.set_title(f"{gap} frame{'s' * (gap > 1)} later", fontsize=10)
     colours = figure.colorbar(ScalarMappable(norm, HEAT), cax=bar)
     colours.set_label("matching probability", fontsize=9)
-    figure.suptitle(f"{sight.title}\none point over later frames; the ring marks the truth", fontsize=11)
+    _head(figure, f"{sight.title}\none point over later frames; the ring marks the truth")
     figure.savefig(path)
     return path
 
@@ -146,9 +154,10 @@ def _laid_out(sight: Sight, columns: int, rows: int) -> tuple[Any, Any, Any]:
 
     height, width = sight.frames[0].shape[:2]
     panel, gap, left, head, foot, right = 2.7, 0.1, 0.4, 0.78, 0.12, 0.95
+    between = gap if rows < 3 else 0.3  # room for the titles of further rows
     tall = panel * height / width
     count = columns + 1
-    total = (left + count * panel + columns * gap + right, head + rows * tall + (rows - 1) * gap + foot)
+    total = (left + count * panel + columns * gap + right, head + rows * tall + (rows - 1) * between + foot)
     figure = Figure(figsize=total, dpi=120)
     FigureCanvasAgg(figure)
 
@@ -156,10 +165,15 @@ def _laid_out(sight: Sight, columns: int, rows: int) -> tuple[Any, Any, Any]:
         return figure.add_axes((x / total[0], 1 - (y + high) / total[1], wide / total[0], high / total[1]))
 
     axes = [
-        [box(left + c * (panel + gap), head + r * (tall + gap), panel, tall) for c in range(count)] for r in range(rows)
+        [box(left + c * (panel + gap), head + r * (tall + between), panel, tall) for c in range(count)]
+        for r in range(rows)
     ]
-    bar = box(left + count * (panel + gap), head, 0.14, rows * tall + (rows - 1) * gap)
+    bar = box(left + count * (panel + gap), head, 0.14, rows * tall + (rows - 1) * between)
     return figure, axes, bar
+
+
+def _head(figure: Any, text: str) -> None:
+    figure.suptitle(text, fontsize=11, y=1 - 0.08 / figure.get_figheight(), va="top")  # in inches, however tall it is
 
 
 def _show(axis: Any, image: NDArray[np.uint8]) -> None:

@@ -50,8 +50,17 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def write_comparison(reports: Mapping[str, Report], folder: Path) -> tuple[Path, list[str]]:
-    """Several reports in one figure for each kind of features they share. Returns the page, and what to beware of."""
+def write_comparison(
+    reports: Mapping[str, Report],
+    folder: Path,
+    pictures: Sequence[tuple[str, Path]] = (),
+    title: str | None = None,
+    introduction: str = "",
+) -> tuple[Path, list[str]]:
+    """Several reports in one figure for each kind of features they share. Returns the page, and what to beware of.
+
+    `pictures` are (caption, PNG); `introduction` is HTML, and opens the page under its `title`.
+    """
     kinds = [kind for kind in KIND_NAMES if all(kind in report["by_features"] for report in reports.values())]
     if not kinds:
         held = "; ".join(f"{name}: {', '.join(report['by_features'])}" for name, report in reports.items())
@@ -62,9 +71,9 @@ def write_comparison(reports: Mapping[str, Report], folder: Path) -> tuple[Path,
     write_atomically(
         folder / "compare.json", (json.dumps({"kinds": kinds, "reports": reports}, indent=1) + "\n").encode()
     )
-    parts = [f"<p class=warn>{html.escape(warning)}</p>" for warning in warnings]
-    parts += [_table(reports, kinds), *(_image(*figure) for figure in figures)]
-    return _write_page(folder, "Comparison: " + ", ".join(reports), parts), warnings
+    parts = [introduction, *(f"<p class=warn>{html.escape(warning)}</p>" for warning in warnings)]
+    parts += [_table(reports, kinds), *(_image(*figure) for figure in [*pictures[:1], *figures, *pictures[1:]])]
+    return _write_page(folder, title or "Comparison: " + ", ".join(reports), parts), warnings
 
 
 def table_rows(reports: Mapping[str, Report], kinds: Sequence[str] | None = None) -> list[list[str]]:

@@ -87,12 +87,28 @@ class AnswerStore:
 
     def load(self, index: int) -> Answers | None:
         """None if the sequence has not been answered (or its file was damaged)."""
-        try:
-            with np.load(self._path(index), allow_pickle=False) as file:
-                plain = [file[name] for name in _PLAIN]
-                return Answers(*plain, *({kind: file[f"{name}.{kind}"] for kind in self._kinds} for name in _BY_KIND))
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-            return None
+        return _load(self._path(index), self._kinds)
+
+
+def read_answers(folder: Path, kind: str, sequences: int) -> list[Answers]:
+    """All that a finished evaluation in `folder` answered, of one kind of features."""
+    found = []
+    for index in range(sequences):
+        path = folder / "answers" / f"{index:05d}.npz"
+        answers = _load(path, [kind])
+        if answers is None:
+            raise OSError(f"{path} cannot be read; run gasp-fast evaluate again")
+        found.append(answers)
+    return found
+
+
+def _load(path: Path, kinds: Sequence[str]) -> Answers | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            plain = [file[name] for name in _PLAIN]
+            return Answers(*plain, *({kind: file[f"{name}.{kind}"] for kind in kinds} for name in _BY_KIND))
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _short(value: Any) -> str:
