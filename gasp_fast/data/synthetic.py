@@ -34,8 +34,8 @@ from gasp_fast.data.synthetic_textures import PATTERNS, SIZE, Grey, make_texture
 
 Float = NDArray[np.float64]
 
-VERSION = 1  # raised whenever the same seed gives other bytes, so that old folders are rendered anew
-TEXTURE_METRES = 4.0
+VERSION = 2  # raised whenever the same seed gives other bytes, so that old folders are rendered anew
+TEXTURE_METRES = 12.0  # before it repeats: walls are shorter, so that no two places of a room look the same
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,5 +26,4 @@ def make_optimizer(groups: Iterable[Group], config: OptimisationConfig) -> torch
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
             if parameters:
                 settings.append({"params": parameters, "lr": scale * config.learning_rate, "weight_decay": decay})
-    on_gpu = any(parameter.is_cuda for group in settings for parameter in group["params"])
-    return torch.optim.AdamW(settings, lr=config.learning_rate, fused=on_gpu)
+    return torch.optim.AdamW(settings, lr=config.learning_rate, fused=True)
