@@ -14,8 +14,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Two files at a time, one thread each; then, alone, what is timed.
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 lint: setup
 	$(BIN)/ruff check .
@@ -30,7 +32,7 @@ bench: setup
 	$(BIN)/gasp-fast bench
 
 demo: setup
-	$(BIN)/python examples/two_planes.py --out demo
+	$(BIN)/python examples/demo.py --out demo
 
 clean:
 	rm -rf build dist *.egg-info gasp_fast/*.so .pytest_cache .mypy_cache .ruff_cache

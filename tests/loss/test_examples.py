@@ -89,21 +89,3 @@ def test_the_example_trains(name):
     assert last["loss"] < 0.6 * first["loss"]
     assert last["corr"] < first["corr"] - 0.5  # more than it wavers by from step to step
     assert last["PCK@2"] > first["PCK@2"] + 0.05
-
-
-@pytest.mark.slow
-def test_two_planes_learns_and_shows_it(tmp_path):
-    done = run(str(EXAMPLES / "two_planes.py"), "--out", str(tmp_path / "demo"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    pck = {name: float(number) for name, number in re.findall(r"│ (\w[\w ]+\w)[^│]*│ +([\d.]+)", done.stdout)}
-    assert pck["head after training"] > pck["head before training"] + 0.25
-    assert pck["head after training"] > max(pck["same position"], pck["raw patch features"]) + 0.1
-    assert (tmp_path / "demo" / "two_planes.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_two_planes_says_when_nothing_was_learned(tmp_path):
-    untrained = "import sys, two_planes as t; t.STEPS, t.TRAINING_VIEWS = 1, 4; sys.exit(t.main())"
-    done = run("-c", untrained, "--out", str(tmp_path))
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "did not learn" in done.stdout

@@ -1,0 +1,30 @@
+"""The demo goes through all its steps, and does not call success what is none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+
+
+@pytest.mark.slow
+def test_a_demo_that_learned_nothing_shows_it_and_fails(tmp_path):
+    words = ["--out", str(tmp_path / "demo"), "--scenes", "12", "--steps", "2", "--sequences", "4"]
+    done = subprocess.run(
+        [sys.executable, str(DEMO), *words], cwd=DEMO.parents[1], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 1 and "training failed" in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+    noise = [line for line in (done.stdout + done.stderr).splitlines() if "arning" in line]
+    assert not noise, noise
+    out = tmp_path / "demo"
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 5  # two of answers, two figures, the tracks
+    for name in ("before", "language only", "correspondence only", "full"):
+        assert f"<td>{name}</td>" in page
+    for folder in ("language-only", "correspondence-only", "full"):
+        assert len((out / "runs" / folder / "log.jsonl").read_text().splitlines()) == 2
+    assert (out / "export" / "model.safetensors").is_file()
+    table = done.stdout.split("=== 6/6")[1]
+    assert "moved" in table and "same" in table and "gap 8" in table
