@@ -215,6 +215,7 @@ def test_a_written_folder_follows_the_rgbd_format(tmp_path: Path) -> None:
     assert seen[:, 2].tolist() == [int(np.sum(surface // 6 == b + 1)) for b in range(len(scene.boxes))]
 
 
+@pytest.mark.alone
 def test_rendering_is_fast_enough_for_fifty_scenes_a_minute(tmp_path: Path) -> None:
     """50 scenes x 32 frames in 60 s on 2 cores is 75 ms of one core a frame; a noisy machine gets twice that."""
     start = time.process_time()

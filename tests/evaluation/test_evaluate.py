@@ -233,6 +233,7 @@ def test_the_report_is_strict_json(subjects, questions, config, tmp_path):
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_evaluating_28_layers_costs_at_most_a_third_of_a_forward_pass_more(tmp_path):
     """All kinds of features at once. By processor time, runs interleaved, the best of each: what other processes do

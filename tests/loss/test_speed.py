@@ -25,6 +25,7 @@ def ratios(name: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "three", "one", "eager"),

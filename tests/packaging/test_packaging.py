@@ -27,6 +27,7 @@ def python(code, cwd, **environment):
     )
 
 
+@pytest.mark.alone
 def test_importing_the_loss_needs_torch_alone_and_is_quick():
     code = """
 import sys, time, torch, json
