@@ -1,8 +1,13 @@
-"""Training: `python -m gasp_fast.train CONFIG.yaml [key.path=value ...]`, alone, under torchrun or under deepspeed.
+"""Train a vision-language model with geometric supervision, alone, under torchrun or under deepspeed.
 
-python -m gasp_fast.train configs/tiny_cpu.yaml train.steps=100
-torchrun --nproc-per-node 8 -m gasp_fast.train configs/qwen2_5_vl_7b.yaml
-deepspeed --module gasp_fast.train configs/qwen2_5_vl_7b.yaml
+Reads a recipe (those of configs/ are the paper's), every key of which can be overridden. Writes into run.out:
+config.yaml as it was understood, log.jsonl, checkpoint-N/. The same command goes on where a run was stopped.
+
+examples:
+  python -m gasp_fast.train configs/tiny_cpu.yaml train.steps=100
+  python -m gasp_fast.train configs/qwen2_5_vl_7b.yaml --dry-run
+  torchrun --nproc-per-node 8 -m gasp_fast.train configs/qwen2_5_vl_7b.yaml
+  deepspeed --module gasp_fast.train configs/qwen2_5_vl_7b.yaml
 """
 
 from __future__ import annotations
@@ -50,9 +55,20 @@ def train(config: TrainConfig, *, only_try: bool = False) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gasp_fast.train", description=str(__doc__).splitlines()[0])
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    description, _, examples = str(__doc__).partition("\nexamples:\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m gasp_fast.train",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="instead of what the recipe says: train.learning_rate=2e-4",
+    )
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, report, stop")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # older launchers pass it

@@ -1,7 +1,11 @@
-"""`gasp-fast plan`: what a recipe needs and costs on a cluster, from a written cost model; nothing is run.
+"""What a recipe needs and costs on a cluster, from a written cost model: memory, step time, GPU-hours. Runs nothing.
 
 Counts are exact, efficiencies are assumptions (`gasp_fast/cost_model.py` states them all): take times as a guess
 within a factor of two until a step has been measured on your GPUs (`benchmarks/step.sh`, then `--measured FILE`).
+
+examples:
+  gasp-fast plan configs/qwen2_5_vl_7b.yaml --gpus 32 --gpu h200
+  gasp-fast plan configs/llava_next_video_7b.yaml --gpus 8 --gpu h100
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ GPU_NAMES = ("a100", "b200", "h100", "h200")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a recipe: configs/*.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
-    parser.add_argument("--gpus", type=int, default=32, metavar="N", help="how many (default: 32)")
-    parser.add_argument("--gpu", choices=GPU_NAMES, default="h200", help="which (default: h200)")
+    parser.add_argument("--gpus", type=int, default=32, metavar="N", help="how many")
+    parser.add_argument("--gpu", choices=GPU_NAMES, default="h200", help="which")
     parser.add_argument(
         "--frame-tokens", type=int, metavar="N", help="visual tokens of a frame (default: the recipe's)"
     )

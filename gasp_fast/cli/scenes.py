@@ -1,6 +1,12 @@
-"""`gasp-fast scenes DIR`: what is there, in which format, and whether its geometry agrees with itself.
+"""What scenes a folder holds, in which format, and whether their geometry agrees with itself.
 
-Exit code 0 if every scene is sound, 1 if one is not.
+Reads a scene, or a folder of scenes at any depth, in any of the formats dl3dv, colmap, vggt, rgbd. Writes nothing but
+what --picture and --json name. Exit code 0 if every scene is sound, 1 if one is not.
+
+examples:
+  gasp-fast scenes scenes
+  gasp-fast scenes scenes/scene-000003 --picture tracks.png
+  gasp-fast scenes /data/DL3DV/1K --jobs 8 --json findings.json
 """
 
 from __future__ import annotations
@@ -49,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first", type=int, default=0, metavar="N", help="frame the picture's tracks start in")
     parser.add_argument("--grid", type=int, default=12, metavar="G", help="points along each axis of the picture")
     parser.add_argument(
-        "--jobs", type=int, default=usable_cores(), metavar="N", help="scenes looked at side by side (all cores)"
+        "--jobs",
+        type=int,
+        default=usable_cores(),
+        metavar="N",
+        help="scenes looked at side by side (default: all cores)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON too")
 

@@ -1,4 +1,13 @@
-"""`gasp-fast tracks`: the tracks of many sequences, computed once."""
+"""Compute the point tracks of training sequences once, into shards that training opens lazily.
+
+Reads a folder of scenes with depth. Writes into --out a plan and checksummed shards; a run that was stopped goes on
+where it was, and gives the same bytes. One folder holds one grid: coarse and fine are two runs.
+
+examples:
+  gasp-fast tracks scenes --out tracks --dry-run
+  gasp-fast tracks scenes --out tracks/grid8 --grid 8 --held-out 0.05
+  gasp-fast tracks scenes --out tracks/grid24 --grid 24 --held-out 0.05 --part 0/4
+"""
 
 from __future__ import annotations
 
@@ -20,19 +29,19 @@ HELP = "compute the tracks of training sequences once and keep them in shards; r
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenes", type=Path, metavar="DIR", help="a scene, or a folder of scenes")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that receives the shards")
-    parser.add_argument("--per-scene", type=int, default=16, metavar="N", help="sequences of a scene an epoch (16)")
-    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="epochs with different sequences (1)")
-    parser.add_argument("--min-frames", type=int, default=8, metavar="N", help="fewest frames of a sequence (8)")
-    parser.add_argument("--max-frames", type=int, default=24, metavar="N", help="most frames of a sequence (24)")
-    parser.add_argument("--window", type=int, default=48, metavar="N", help="frames around the anchor (48)")
+    parser.add_argument("--per-scene", type=int, default=16, metavar="N", help="sequences of a scene an epoch")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="epochs with different sequences")
+    parser.add_argument("--min-frames", type=int, default=8, metavar="N", help="fewest frames of a sequence")
+    parser.add_argument("--max-frames", type=int, default=24, metavar="N", help="most frames of a sequence")
+    parser.add_argument("--window", type=int, default=48, metavar="N", help="frames around the anchor")
     parser.add_argument("--grid", type=int, default=8, metavar="N", help="query points along each axis (8; fine: 24)")
     parser.add_argument("--keep", type=float, default=0.5, metavar="X", help="share of the tracks that is kept (0.5)")
+    parser.add_argument("--held-out", type=float, default=0.0, metavar="X", help="share of scenes left out for testing")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampler")
+    parser.add_argument("--shard-size", type=int, default=1024, metavar="N", help="sequences in a shard")
     parser.add_argument(
-        "--held-out", type=float, default=0.0, metavar="X", help="share of scenes left out for testing (0)"
+        "--workers", type=int, default=usable_cores(), metavar="N", help="processes (default: all cores)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampler (0)")
-    parser.add_argument("--shard-size", type=int, default=1024, metavar="N", help="sequences in a shard (1024)")
-    parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="processes (all cores)")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each (0/1)")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be made, and how large it would be")
     parser.add_argument("--verify", action="store_true", help="check the checksums of what is there and stop")

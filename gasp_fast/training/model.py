@@ -177,12 +177,18 @@ def choose_attention(config: ModelConfig, device: torch.device) -> str:
     return config.attention
 
 
-def _use_liger(model: nn.Module) -> None:
+def _use_liger(model: Any) -> None:
     """Fused norms, rotary embeddings and MLPs. The loss stays ours: it only ever sees labelled tokens."""
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError:
         raise ValueError("model.liger = true, but liger-kernel is not installed; pip install liger-kernel") from None
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"model.liger = true, but liger-kernel has nothing for {model.config.model_type}; use model.liger=false"
+        )
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
