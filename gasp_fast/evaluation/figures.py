@@ -34,6 +34,8 @@ def draw_figure(reports: Mapping[str, Mapping[str, Any]], kind: str, path: Path)
         _draw_pck(axes[0], one, style, "all points" if single else name)
         _draw_rho(axes[1], one, style, name)
         label = f"layer {one['temporal']['layer']} (best)" if single else f"{name}, layer {one['temporal']['layer']}"
+        if (first := one["temporal"]["pck"][0]) is not None:
+            label += f": 1 is {first:.2f}"  # a curve of shares hides how much there was to lose
         _draw_temporal(axes[2], one, style, label, with_mean=single)
     _draw_baselines(axes, list(found.values()))
     _finish(axes, list(found.values()))

@@ -154,7 +154,8 @@ The table tells the best layer; "mean" is over layers.</dd>
 <em>hidden</em>: the states after each decoder layer.</dd>
 <dt>ρ</dt><dd>Correlation between how sure the layer is of a match and whether it is right: 0 is no idea,
 1 is perfect self-knowledge. A dash: not defined.</dd>
-<dt>How long a match holds</dt><dd>PCK@2 between frames further and further apart, relative to neighbouring frames.</dd>
+<dt>How long a match holds</dt><dd>PCK@2 between frames further and further apart, relative to neighbouring frames; the
+legend tells what 1 stands for. Who finds next to nothing has nothing to lose: compare curves that begin alike.</dd>
 </dl>
 """
 

@@ -24,7 +24,7 @@ def test_a_demo_that_learned_nothing_shows_it_and_fails(tmp_path):
     for name in ("before", "language only", "correspondence only", "full"):
         assert f"<td>{name}</td>" in page
     for folder in ("language-only", "correspondence-only", "full"):
-        assert len((out / "runs" / folder / "log.jsonl").read_text().splitlines()) == 2
+        assert (out / "runs" / folder / "checkpoint-2").is_dir() and (out / "runs" / folder / "log.jsonl").read_text()
     assert (out / "export" / "model.safetensors").is_file()
     table = done.stdout.split("=== 6/6")[1]
     assert "moved" in table and "same" in table and "gap 8" in table

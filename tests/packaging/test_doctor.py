@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -77,8 +77,9 @@ def site_of(folder, *roots):
 
 @pytest.fixture
 def ours():
-    found = distribution("gasp-fast")
-    return next(Path(str(found.locate_file(file.parts[0]))) for file in found.files or () if "METADATA" in file.name)
+    """The folder of our installed metadata. A build leaves a second one, `*.egg-info`, beside the source."""
+    files = [(found, file) for found in distributions(name="gasp-fast") for file in found.files or ()]
+    return next(Path(str(found.locate_file(file.parts[0]))) for found, file in files if file.name == "METADATA")
 
 
 def doctor_in(site, preamble=""):
