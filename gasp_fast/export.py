@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, Conversation, load_backbone
 from .data.shards import write_atomically
+from .run_files import CONFIG, finished
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,13 +149,13 @@ def find_checkpoint(source: str | os.PathLike[str], base: str | None = None) -> 
         raise FileNotFoundError(f"source = {str(source)!r} is no folder; pass a run, or one of its checkpoints")
     folder = source
     if not _holds_model(source):
-        found = [path for path in source.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+        found = finished(source)
         if not found:
             raise FileNotFoundError(
                 f"source = {str(source)!r} holds neither a checkpoint's weights (adapter_model.safetensors or "
                 "model.safetensors) nor checkpoint-N folders; pass a run of gasp_fast.train, or one of its checkpoints"
             )
-        folder = max(found, key=lambda path: int(path.name.partition("-")[2]))
+        folder = found[-1]
         if not _holds_model(folder):
             raise FileNotFoundError(
                 f"{folder} holds no gathered weights (adapter_model.safetensors or model.safetensors); after ZeRO-3 "
@@ -175,8 +176,8 @@ def _holds_model(folder: Path) -> bool:
 def _named_base(folder: Path, mode: str) -> str:
     """The base model by the run's own configuration, else by the adapter's."""
     for beside in (folder.parent, folder):
-        if (beside / "config.yaml").is_file():
-            said = yaml.safe_load((beside / "config.yaml").read_text(encoding="utf-8"))
+        if (beside / CONFIG).is_file():
+            said = yaml.safe_load((beside / CONFIG).read_text(encoding="utf-8"))
             name = said.get("model", {}).get("source") if isinstance(said, dict) else None
             if isinstance(name, str):
                 return name

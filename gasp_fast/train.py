@@ -1,7 +1,8 @@
 """Train a vision-language model with geometric supervision, alone, under torchrun or under deepspeed.
 
 Reads a recipe (those of configs/ are the paper's), every key of which can be overridden. Writes into run.out:
-config.yaml as it was understood, log.jsonl, checkpoint-N/. The same command goes on where a run was stopped.
+config.yaml as it was understood, log.jsonl, checkpoint-N/, and at the end training.png. The same command goes on
+where a run was stopped.
 
 examples:
   python -m gasp_fast.train configs/tiny_cpu.yaml train.steps=100
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from gasp_fast.config import load_config, to_yaml
 from gasp_fast.data.shards import write_atomically
+from gasp_fast.run_files import CONFIG
 from gasp_fast.training import checkpoints, dry_run, guards
 from gasp_fast.training.data import SampleStream, Share, steps_of
 from gasp_fast.training.model import build_model
@@ -50,7 +52,7 @@ def train(config: TrainConfig, *, only_try: bool = False) -> None:
         dry_run.report(trainer)
         return
     if processes.first:
-        write_atomically(Path(config.run.out) / "config.yaml", to_yaml(config).encode())
+        write_atomically(Path(config.run.out) / CONFIG, to_yaml(config).encode())
     trainer.run(resume)
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Backbone, Frame, register, unwrap
@@ -60,6 +62,7 @@ class Qwen2_5_VL(Backbone):
     def quicken(self, model: nn.Module) -> None:
         vision = unwrap(model).model.visual
         batch_windows(vision, sys.modules[type(vision).__module__].apply_rotary_pos_emb_vision)
+        multiply_patches(vision.patch_embed.proj)
 
     def visual_content(self, frames: int) -> list[dict[str, str]]:
         return [{"type": "image"}] * frames
@@ -69,6 +72,15 @@ class Qwen2_5_VL(Backbone):
 
     def check_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         check_mrope(model, inputs)
+
+
+def multiply_patches(projection: Any) -> None:
+    """Let a convolution be the matrix product that it is when its kernel covers its whole input, as a patch's does."""
+
+    def forward(self: Any, patches: Tensor) -> Tensor:  # [N, C, T, p, p] -> [N, out, 1, 1, 1]
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
+
+    projection.forward = MethodType(forward, projection)  # the module is still called: ZeRO-3 gathers its weight then
 
 
 def check_mrope(model: nn.Module, inputs: dict[str, Tensor]) -> None:

@@ -1,11 +1,12 @@
 """Ask a model which token of a later frame a point is on, layer by layer, and report how often it knows.
 
 Reads a model (a folder or hub name, a run of gasp_fast.train with its heads, or a LoRA adapter) and scenes in any
-format that gasp-fast scenes reads. Writes into --out index.html to look at, report.json, figures and pictures. A run
-that was stopped goes on where it was. docs/evaluating.md says what each figure means.
+format that gasp-fast scenes reads. Writes into --out (RUN/report, unless it is given) index.html to look at,
+report.json, figures and pictures. An evaluation that was stopped goes on where it was. docs/evaluating.md says what
+each figure means.
 
 examples:
-  gasp-fast evaluate --model runs/full --scenes held-out --out report
+  gasp-fast evaluate --model runs/full --scenes held-out                          # into runs/full/report
   gasp-fast evaluate --model Qwen/Qwen2.5-VL-7B-Instruct --scenes scenes --out before --features qk,hidden
   gasp-fast evaluate --model runs/full --scenes scenes --held-out 0.05 --out report     # only what training left out
 """
@@ -31,7 +32,7 @@ HELP = "report what a model knows of correspondence, layer by layer"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="model folder, hub name, run, or adapter")
     parser.add_argument("--scenes", type=Path, required=True, metavar="DIR", help="a scene, or a folder of scenes")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that receives the report")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (of a run: RUN/report)")
     parser.add_argument("--sequences", type=int, default=200, metavar="N", help="sequences to ask about")
     parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a sequence")
     parser.add_argument("--grid", type=int, default=8, metavar="N", help="points along each axis")
@@ -76,7 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evaluation.report import table_rows, write_report
     from ..evaluation.sampling import QuestionConfig, Questions
     from ..evaluation.showing import draw_pictures
+    from ..run_files import REPORT, place_for
 
+    out = arguments.out or place_for(arguments.model, REPORT)
     console = Console()
     asked = QuestionConfig(
         sequences=arguments.sequences,
@@ -96,12 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
             subject,
             questions,
             config,
-            arguments.out,
+            out,
             fresh=arguments.fresh,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    pictures = draw_pictures(subject, questions, config, evaluation, arguments.out / "pictures", arguments.pictures)
-    page = write_report(evaluation.report, arguments.out, pictures)
+    pictures = draw_pictures(subject, questions, config, evaluation, out / "pictures", arguments.pictures)
+    page = write_report(evaluation.report, out, pictures)
     console.print(as_table([row[1:] for row in table_rows({subject.name: evaluation.report})]))
     if subject.heads_origin == "initial":
         console.print("the heads are untrained: made from W_Q, as training starts")

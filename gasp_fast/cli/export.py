@@ -1,10 +1,11 @@
 """Make a plain Hugging Face model of a run or checkpoint: adapters merged, heads dropped.
 
 Reads RUN/checkpoint-N/ and, for adapters, the model they were trained on. Writes a new folder that transformers loads
-without gasp_fast, and only if the merged model gives the logits of the trained one.
+without gasp_fast (RUN/export, unless --out names another), and only if the merged model gives the logits of the
+trained one.
 
 examples:
-  gasp-fast export runs/full --out model
+  gasp-fast export runs/full
   gasp-fast export runs/full/checkpoint-500 --out model --dtype fp32 --device cpu
 """
 
@@ -20,7 +21,7 @@ HELP = "merge adapters, drop heads, and write a plain Hugging Face model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run (its newest checkpoint is taken), or a checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make; new or empty")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to make; new or empty (RUN/export)")
     parser.add_argument("--base", metavar="MODEL", help="the model it was trained from (default: the run's own word)")
     parser.add_argument(
         "--dtype",
@@ -42,21 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.export import export
+    from gasp_fast.run_files import EXPORT, place_for
 
+    out = arguments.out or place_for(arguments.run, EXPORT)
     console = Console()
     with console.status("looking at the checkpoint") as status:
         report = export(
             arguments.run,
-            arguments.out,
+            out,
             base=arguments.base,
             dtype=arguments.dtype,
             device=arguments.device,
             tolerance=arguments.tolerance,
             told=status.update,
         )
-    console.print(
-        f"{report.tensors} tensors of {report.checkpoint} in {report.dtype}: {arguments.out}", highlight=False
-    )
+    console.print(f"{report.tensors} tensors of {report.checkpoint} in {report.dtype}: {out}", highlight=False)
     console.print(
         f"largest difference of a logit against the trained model: {report.merge_difference:.1e} after merging, "
         f"{report.file_difference:.1e} read back from {report.dtype} files (logits reach {report.largest_logit:.1f})",

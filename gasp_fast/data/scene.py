@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LARGEST_IMAGE = 1 << 27  # pixels; a corrupted header may claim any size
 # How far R^T R may be from the identity: poses stored as text with six digits stay below 1e-4.
 ROTATION_TOLERANCE = 1e-3
+_LAST_ROW, _IDENTITY = np.array([0.0, 0.0, 0.0, 1.0]), np.eye(3)
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,18 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def inside(root: Path, path: Path) -> Path:
     """`path` if it lies under `root` after every `..` and link is resolved; else an error that names it."""
-    real_root = os.path.realpath(root)
-    real = os.path.realpath(path)
-    if os.path.commonpath([real_root, real]) != real_root:
+    real = os.path.join(_real_folder(path.parent), path.name)
+    if path.name == ".." or os.path.islink(real):
+        real = os.path.realpath(path)
+    real_root = _real_folder(root)
+    if real != real_root and not real.startswith(os.path.join(real_root, "")):
         raise ValueError(f"{path}: leads out of the scene folder {root}; put the file itself inside")
     return path
+
+
+@lru_cache(maxsize=256)  # a scene has hundreds of files in a handful of folders
+def _real_folder(path: Path) -> str:
+    return os.path.realpath(path)
 
 
 def scene_of(
@@ -212,11 +221,11 @@ def pose_fault(pose: np.ndarray) -> str | None:
         return f"pose has shape {pose.shape}, not 4x4"
     if not np.isfinite(pose).all():
         return "pose is not finite"
-    if not np.allclose(pose[3], [0, 0, 0, 1], atol=ROTATION_TOLERANCE):
+    if np.abs(pose[3] - _LAST_ROW).max() > ROTATION_TOLERANCE:
         return f"last row of the pose is {pose[3].tolist()}, not 0 0 0 1"
     rotation = pose[:3, :3]
     with np.errstate(over="ignore", invalid="ignore"):
-        off = np.abs(rotation @ rotation.T - np.eye(3)).max()
+        off = np.abs(rotation @ rotation.T - _IDENTITY).max()
         mirrored = np.linalg.det(rotation) < 0
     if not off <= ROTATION_TOLERANCE:
         return f"pose is no rotation (R R^T is off by {off:.2g})"
@@ -229,9 +238,7 @@ def intrinsics_fault(matrix: np.ndarray) -> str | None:
         return f"intrinsics are not a finite 3x3 matrix: {matrix.tolist()}"
     if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
         return f"focal length {matrix[0, 0]:g}, {matrix[1, 1]:g} is not positive"
-    rest = matrix.copy()
-    rest[[0, 1, 0, 1], [0, 1, 2, 2]] = 0
-    if not np.allclose(rest, np.diag([0, 0, 1]), atol=1e-6):
+    if np.abs(matrix - pinhole(matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2])).max() > 1e-6:
         return "intrinsics have skew or a last row other than 0 0 1; only pinhole cameras are read"
     return None
 

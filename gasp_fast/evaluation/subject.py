@@ -19,9 +19,8 @@ from torch import nn
 
 from ..backbones import Backbone, load_backbone
 from ..heads import CorrespondenceHeads
+from ..run_files import EXPORT, HEADS, finished
 from ..supervision import read_heads
-
-HEADS = "heads.safetensors"  # beside the weights of a training run's checkpoint
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,11 @@ def _weights_folder(source: Path) -> Path | None:
         return None
     if _has_weights(source):
         return source
-    checkpoints = [path for path in source.glob("checkpoint-*") if _has_weights(path)]
+    checkpoints = [path for path in finished(source) if _has_weights(path)]
     if checkpoints:
-        return max(checkpoints, key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
-    if _has_weights(source / "export"):
-        return source / "export"
+        return checkpoints[-1]
+    if _has_weights(source / EXPORT):
+        return source / EXPORT
     raise OSError(f"model = {str(source)!r} holds no model, adapter or run; pass a saved model's folder, or a hub name")
 
 

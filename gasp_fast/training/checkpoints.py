@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gasp_fast.data.shards import write_atomically
+from gasp_fast.run_files import HEADS, finished
 from gasp_fast.supervision import write_heads
 
 from .model import SupervisedModel
 
-HEADS, ABOUT = "heads.safetensors", "about.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+ABOUT = "about.json"
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
@@ -98,12 +98,6 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def partial_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
-
-
-def finished(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in out.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def to_resume(out: Path, resume: str) -> Path | None:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from gasp_fast.backbones import unwrap
 
 from .log import Bar, RunLog, summary
@@ -29,7 +31,7 @@ def report(trainer: GaspTrainer) -> None:
     trainer.args.set_save(strategy="no")
     with tempfile.TemporaryDirectory() as folder:
         trainer.out = Path(folder)
-        trainer.run_log, trainer.bar = RunLog(trainer.out, 0), Bar(1, 0, shown=False)
+        trainer.run_log, trainer.bar = RunLog(trainer.out, 0), Bar(1, 0, False, Console())
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start

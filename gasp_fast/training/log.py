@@ -24,12 +24,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from gasp_fast.run_files import LOG
+
 from .throughput import peak_flops
 
-LOG = "log.jsonl"
+SECONDS_BETWEEN_LINES = 30.0  # on what is no terminal: a batch system's log
 
 
 class Meter:
@@ -119,15 +122,19 @@ class RunLog:
 
 
 class Bar:
-    """A line on the terminal: steps, the three losses, PCK, tokens per second, MFU."""
+    """Steps, the three losses, PCK, tokens per second, MFU: a line on a terminal that moves, or now and then a line."""
 
-    def __init__(self, steps: int, done: int, shown: bool) -> None:
+    def __init__(self, steps: int, done: int, shown: bool, console: Console) -> None:
+        self.steps, self.console = steps, console
+        self.in_lines = shown and not console.is_terminal
+        self.last_line = -math.inf
         self.progress = Progress(
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
             TimeRemainingColumn(),
             TextColumn("{task.fields[told]}"),
-            disable=not shown,
+            console=console,
+            disable=not shown or self.in_lines,
         )
         self.task = self.progress.add_task("", total=steps, completed=done, told="")
         self.progress.start()
@@ -136,6 +143,10 @@ class Bar:
         self.progress.update(self.task, completed=step)
         if record is not None:
             self.progress.update(self.task, told=summary(record))
+            now = time.monotonic()
+            if self.in_lines and (now - self.last_line > SECONDS_BETWEEN_LINES or step == self.steps):
+                self.last_line = now
+                self.console.print(f"{step}/{self.steps} {summary(record)}", highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         self.progress.stop()

@@ -159,7 +159,7 @@ class DataConfig:
 class RunConfig:
     """Where the run lives and what it leaves behind."""
 
-    out: str  # folder of the run: config.yaml, log.jsonl, checkpoint-N/
+    out: str  # folder of the run: config.yaml, log.jsonl, training.png, checkpoint-N/
     resume: str = "auto"  # auto: go on from the last checkpoint in `out`, if any; never; or a checkpoint folder
     log_every: int = 1  # steps
     save_every: int = 500  # steps; the last step is always saved
@@ -168,7 +168,7 @@ class RunConfig:
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio
     bad_steps: int = 3  # steps whose gradient is not finite that may be skipped before the run stops
     min_free_gb: float = 5.0  # on the disk of `out`, to begin and to go on
-    progress: bool = True  # a bar on the terminal
+    progress: bool = True  # a bar on the terminal (lines, where there is none), and a table at the end
 
     def __post_init__(self) -> None:
         if not self.out:

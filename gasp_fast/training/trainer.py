@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import checkpoints, guards
 from .data import SampleStream, Share, make_loader
+from .ending import conclude
 from .log import Bar, Meter, RunLog, finite, scalars
 from .model import SupervisedModel, trained_groups
 from .optim import make_optimizer
@@ -224,14 +226,17 @@ class GaspTrainer(Trainer):
     def run(self, resume: Path | None) -> None:
         """Train from the beginning, or from a checkpoint on."""
         done = 0 if resume is None else checkpoints.read_about(resume)["step"]
+        console = Console(stderr=True)
         if self.processes.first:
             self.run_log = RunLog(self.out, done)
-            self.bar = Bar(self.steps, done, self.settings.run.progress and sys.stderr.isatty())
+            self.bar = Bar(self.steps, done, self.settings.run.progress, console)
         try:
             self.train(resume_from_checkpoint=None if resume is None else str(resume))
         finally:
             if self.processes.first:
                 self.bar.stop()
+        if self.processes.first:
+            conclude(self.out, console, self.settings.run.progress)
 
 
 def score_of(record: dict[str, Any]) -> float | None:
