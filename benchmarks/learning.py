@@ -48,7 +48,8 @@ from gasp_fast.training.processes import quiet_libraries
 from gasp_fast.training.settings import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "configs"
-ROOMS = {"seen": (0, 120), "unseen": (500, 12), "new": (1000, 40)}  # first seed, and how many
+ROOMS = {"seen": (0, 120), "unseen": (120, 48), "new": (1000, 40)}  # first seed, and how many
+LAYERS = 3
 CORRESPONDENCE_ONLY = ["loss.depth_weight=0"]
 FROZEN = ["train.learning_rate=1e-30", "train.head_lr_scale=1e27"]  # 1e-3 for the heads, nothing for the adapters
 
@@ -109,7 +110,7 @@ def ask_untrained(config: TrainConfig, unseen: Path) -> Knowledge:
 
 
 def ask(
-    config: TrainConfig, backbone: Backbone, network: Any, heads: CorrespondenceHeads, unseen: Path, sequences: int = 24
+    config: TrainConfig, backbone: Backbone, network: Any, heads: CorrespondenceHeads, unseen: Path, sequences: int = 48
 ) -> Knowledge:
     """Questions as the recipe draws them, about the rooms in `unseen`."""
     network.eval()
@@ -168,7 +169,7 @@ def moved(matches: Matches) -> Matches:
 def experiment(folder: Path, seed: int, steps: int, lora_steps: int) -> dict[str, dict[str, float]]:
     """What each run of a seed knows afterwards, by name, with its seconds of training."""
     unseen, runs = folder / "unseen", folder / f"seed-{seed}"
-    model = build_tiny(runs / "model", TinyConfig(seed=seed))
+    model = build_tiny(runs / "model", TinyConfig(layers=LAYERS, seed=seed))
     known: dict[str, dict[str, float]] = {}
 
     def teach(name: str, config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ def record(step, lm=None, corr=None, depth=None, pck=()):
 
 
 GEOMETRIC = [
-    record(n, lm=None if n % 3 else 5 / n, corr=8 / n, depth=1 / n, pck=[n / 40, n / 50]) for n in range(1, 31)
+    record(n, lm=None if n % 3 else 5 / n, corr=8 / n, depth=1 / n, pck=[n / 40, n / 40 + 0.1]) for n in range(1, 31)
 ]
 
 
