@@ -11,7 +11,6 @@ Fails (exit code 1) if training does not raise PCK on unseen scenes by at least 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -110,10 +109,6 @@ def train(out: Path, name: str, changes: list[str], steps: int) -> None:
         *changes,
     ]
     command("python -m gasp_fast.train", os.path.relpath(RECIPE), *settings)
-    last = json.loads((folder_of(out, name) / "log.jsonl").read_text().splitlines()[-1])
-    from gasp_fast.training.log import summary
-
-    print(f"   {name}: {summary(last)}")
 
 
 def evaluate(out: Path, name: str, model: Path, sequences: int) -> Path:

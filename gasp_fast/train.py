@@ -53,6 +53,9 @@ def train(config: TrainConfig, *, only_try: bool = False) -> None:
         return
     if processes.first:
         write_atomically(Path(config.run.out) / CONFIG, to_yaml(config).encode())
+        if config.run.progress:
+            begin = "from the beginning" if resume is None else f"on from {resume}"
+            print(f"{dry_run.describe(trainer)}\n{steps:,} steps into {config.run.out}, {begin}", file=sys.stderr)
     trainer.run(resume)
 
 

@@ -11,10 +11,11 @@ examples:
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gasp_fast.data.shards import usable_cores
 
 HELP = "tell tracks as questions and answers (the fairness baseline)"
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest-side", type=int, default=480, metavar="PX", help="of the clips")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which questions are asked")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+        "--workers", type=int, default=usable_cores(), metavar="N", help="processes (default: all cores)"
     )
     parser.add_argument(
         "--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each, counted from 0"

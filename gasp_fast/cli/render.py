@@ -12,10 +12,11 @@ examples:
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gasp_fast.data.shards import usable_cores
 
 HELP = "render synthetic rooms with exact depth and poses, and questions about them"
 
@@ -31,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="seed of the first scene; each next one has the next"
     )
     parser.add_argument("--no-qa", action="store_true", help="leave out the clips and questions in DIR/qa")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)"
-    )
+    parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="threads (default: all cores)")
 
 
 def run(arguments: argparse.Namespace) -> int:

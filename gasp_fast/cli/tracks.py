@@ -69,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
     from gasp_fast.data.annotations import AnnotationPlan
-    from gasp_fast.data.library import SceneEntry, find_scenes, survey
+    from gasp_fast.data.library import SceneEntry, find_scenes, own_name, survey
     from gasp_fast.data.sequences import SequenceConfig, is_held_out
 
     names = find_scenes(arguments.scenes)
-    names = [name for name in names if not is_held_out(Path(name).name, arguments.held_out)]
+    names = [name for name in names if not is_held_out(own_name(arguments.scenes, name), arguments.held_out)]
     if not names:
         raise ValueError(f"--held-out {arguments.held_out} leaves no scene of {arguments.scenes}; lower it")
     usable: list[SceneEntry] = []

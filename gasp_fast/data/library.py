@@ -41,6 +41,11 @@ def find_scenes(library: Path) -> list[str]:
     return names
 
 
+def own_name(library: Path, name: str) -> str:
+    """The name of a scene's own folder, by which scenes are held out."""
+    return library.resolve().name if name == "." else Path(name).name
+
+
 def _scenes_under(folder: Path, depth: int) -> Iterator[Path]:
     if is_scene(folder):
         yield folder

@@ -28,9 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gasp_fast import _render
 from gasp_fast.data.synthetic_layout import COLOURS, Box, is_clear, place_boxes, walk
 from gasp_fast.data.synthetic_textures import PATTERNS, SIZE, Grey, make_texture, mip_levels
+
+try:
+    from gasp_fast import _render
+except ImportError as error:
+    raise OSError(
+        "gasp_fast._render, the renderer, is not built here; gasp-fast doctor says how to build it"
+    ) from error
 
 Float = NDArray[np.float64]
 

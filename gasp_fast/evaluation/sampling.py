@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..collator import Sample
-from ..data.library import SceneEntry, find_scenes, survey
+from ..data.library import SceneEntry, find_scenes, own_name, survey
 from ..data.scene import Scene, open_scene
 from ..data.sequences import is_held_out
 from ..data.tracks import build_tracks
@@ -86,7 +86,9 @@ class Questions:
 
 def _usable_scenes(library: Path, config: QuestionConfig) -> list[SceneEntry]:
     """As many scenes as there are sequences, or all there are; drawn from the whole library in a seeded order."""
-    names = [name for name in find_scenes(library) if not config.held_out or _held_out(library, name, config)]
+    names = find_scenes(library)
+    if config.held_out:
+        names = [name for name in names if is_held_out(own_name(library, name), config.held_out)]
     if not names:
         raise ValueError(
             f"held_out = {config.held_out} leaves none of the scenes of {library}; raise it, or give 0 to take all"
@@ -113,8 +115,3 @@ def _usable_scenes(library: Path, config: QuestionConfig) -> list[SceneEntry]:
             f"lower --frames to {longest}, or give longer scenes"
         )
     raise ValueError(f"{library}: no scene can be used; the first, {unreadable[0][0]}: {unreadable[0][1]}")
-
-
-def _held_out(library: Path, name: str, config: QuestionConfig) -> bool:
-    """By the name of the scene's own folder, as the training side splits."""
-    return is_held_out((library / name).resolve().name if name == "." else Path(name).name, config.held_out)

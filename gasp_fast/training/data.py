@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gasp_fast.backbones import Backbone, messages_from_record
 from gasp_fast.collator import Collator, Sample, geometry_sample
 from gasp_fast.data.annotations import AnnotationCache
-from gasp_fast.data.library import find_scenes, survey
+from gasp_fast.data.library import find_scenes, own_name, survey
 from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.data.scene import Scene, open_scene
 from gasp_fast.data.sequences import SequenceSampler, is_held_out
@@ -77,7 +77,8 @@ class TrackedScenes:
             self.names = [entry.name for entry in entries]
             self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, self.names)
         # By the folder's own name, as `gasp-fast tracks` and `evaluate` do it: wherever the library lies or begins.
-        self._kept = [n for n, name in enumerate(self.names) if not is_held_out(Path(name).name, config.held_out)]
+        own_names = [own_name(self.root, name) for name in self.names]
+        self._kept = [n for n, name in enumerate(own_names) if not is_held_out(name, config.held_out)]
         if not self._kept:
             raise ValueError(
                 f"data.scenes.held_out = {config.held_out} leaves none of {len(self.names)} scenes for training; "
