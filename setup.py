@@ -25,6 +25,7 @@ def extensions() -> list[Pybind11Extension]:
         Pybind11Extension(
             f"gasp_fast._{source.stem}",
             [str(source.relative_to(HERE))],
+            depends=[str(header.relative_to(HERE)) for header in sorted(source.parent.glob(f"{source.stem}*.h"))],
             cxx_std=17,
             # Loops are vectorised per instruction set at run time (target_clones), so a wheel is portable.
             extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall"],

@@ -40,9 +40,9 @@ from gasp_fast.heads import CorrespondenceHeads
 from gasp_fast.layer_capture import LayerCapture
 from gasp_fast.loss import gasp_loss
 from gasp_fast.matches import Matches
+from gasp_fast.run_files import HEADS, finished
 from gasp_fast.supervision import read_heads
 from gasp_fast.train import train
-from gasp_fast.training.checkpoints import finished
 from gasp_fast.training.data import SampleStream
 from gasp_fast.training.model import build_model
 from gasp_fast.training.processes import quiet_libraries
@@ -96,7 +96,7 @@ def recipe(name: str, folder: Path, rooms: Path, out: Path, seed: int, changes: 
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
 
-def ask_trained(config: TrainConfig, unseen: Path) -> Knowledge:
+def ask_trained(config: TrainConfig, unseen: Path, sequences: int = 48) -> Knowledge:
     """A finished run, through its newest checkpoint."""
     last = finished(Path(config.run.out))[-1]
     supervised = build_model(config, torch.device("cpu"))
@@ -107,19 +107,19 @@ def ask_trained(config: TrainConfig, unseen: Path) -> Knowledge:
         network = PeftModel.from_pretrained(supervised.backbone.load_model(dtype=torch.float32), str(last))
     else:
         network = load_backbone(last).load_model(dtype=torch.float32)
-    return ask(config, supervised.backbone, network, read_heads(last / "heads.safetensors"), unseen)
+    return ask(config, supervised.backbone, network, read_heads(last / HEADS), unseen, sequences)
 
 
-def ask_untrained(config: TrainConfig, unseen: Path) -> Knowledge:
+def ask_untrained(config: TrainConfig, unseen: Path, sequences: int = 48) -> Knowledge:
     """The model as a run begins: heads made from its own query projections."""
     supervised = build_model(config, torch.device("cpu"))
     layers: Any = supervised.supervision.by_layer  # type: ignore[union-attr]
     heads = {int(name): layer.head for name, layer in layers.items()}
-    return ask(config, supervised.backbone, supervised.model, CorrespondenceHeads(heads), unseen)
+    return ask(config, supervised.backbone, supervised.model, CorrespondenceHeads(heads), unseen, sequences)
 
 
 def ask(
-    config: TrainConfig, backbone: Backbone, network: Any, heads: CorrespondenceHeads, unseen: Path, sequences: int = 48
+    config: TrainConfig, backbone: Backbone, network: Any, heads: CorrespondenceHeads, unseen: Path, sequences: int
 ) -> Knowledge:
     """Questions as the recipe draws them, about the rooms in `unseen`."""
     network.eval()

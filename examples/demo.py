@@ -104,6 +104,7 @@ def train(out: Path, name: str, changes: list[str], steps: int) -> None:
         "data.qa.frames=4",
         f"train.steps={steps}",
         f"run.out={folder_of(out, name)}",
+        "data.workers=1",  # questions decode clips, too
         "run.save_every=100000",
         "run.min_free_gb=1",
         *changes,
