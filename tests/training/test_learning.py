@@ -1,5 +1,5 @@
 """The tiny recipe teaches a random model correspondence that holds on scenes it has never seen, rendered and real;
-adapters on what came out learn the rooms of another library."""
+adapters on what came out adapt to another camera."""
 
 import json
 import os
@@ -69,20 +69,15 @@ def test_the_tiny_recipe_learns_correspondence_in_three_minutes(runs, rooms, see
         assert seconds < BUDGET
 
 
-def test_adapters_on_the_trained_base_learn_what_another_camera_sees(runs, rooms):
-    """Better than before, and than new heads on the same base with adapters that do not move."""
+def test_adapters_on_the_trained_base_adapt_to_what_another_camera_sees(runs, rooms):
     run = runs / "seed-0" / "run"
     if not run.is_dir():
         pytest.skip("builds on the run of seed 0, which was not asked for")
     assert gasp_fast(["export", str(run), "--device", "cpu"]) == 0
-    known = {}
-    for name, changes in (("heads alone", learning.FROZEN), ("adapters", [])):
-        changes = ["train.steps=150", *changes]
-        config = learning.recipe("tiny_cpu_lora", run / "export", rooms / "new", runs / name, 0, changes)
-        if not known:
-            known["before"] = learning.ask_untrained(config, rooms / "new unseen", sequences=24)
-        train(config)
-        known[name] = learning.ask_trained(config, rooms / "new unseen", sequences=24)
-    print(known)
-    assert known["adapters"].pck >= known["before"].pck + 0.05
-    assert known["adapters"].pck >= known["heads alone"].pck + 0.02
+    changes = ["train.steps=150"]
+    config = learning.recipe("tiny_cpu_lora", run / "export", rooms / "new", runs / "adapters", 0, changes)
+    before = learning.ask_untrained(config, rooms / "new unseen", sequences=24)
+    train(config)
+    after = learning.ask_trained(config, rooms / "new unseen", sequences=24)
+    print(f"adapters: {before} -> {after}")
+    assert after.pck >= before.pck + 0.05 and after.moved >= before.moved + 0.03
