@@ -34,7 +34,7 @@ class TinyConfig:
     # What follows is derived unless it is given: for models that are not tiny.
     intermediate_size: int | None = None  # twice the hidden size
     embeddings: int | None = None  # rows of the embedding and of the lm head: as many as the tokenizer has tokens
-    vision_heads: int = 4
+    vision_heads: int = 2
     vision_intermediate_size: int | None = None  # twice its hidden size
     vision_full_layers: tuple[int, ...] | None = None  # Qwen's, whose attention is not in windows: the last
 

@@ -31,7 +31,7 @@ from .modality import SteadyCollator
 from .settings import DataConfig, OptimisationConfig, QAConfig, ScenesConfig
 
 MANY = 16  # unreadable sequences in a row: then it is not the sequences
-OPEN_SCENES = 32
+OPEN_FRAMES = 16384  # of the scenes kept open, so tens of megabytes of poses and paths
 
 
 class Samples(Protocol):
@@ -118,9 +118,10 @@ class TrackedScenes:
 
     def _scene(self, name: str) -> Scene:
         if name not in self._scenes:
-            while len(self._scenes) >= OPEN_SCENES:
+            scene = open_scene(self.root / name)
+            while self._scenes and sum(map(len, self._scenes.values())) + len(scene) > OPEN_FRAMES:
                 self._scenes.pop(next(iter(self._scenes)))
-            self._scenes[name] = open_scene(self.root / name)
+            self._scenes[name] = scene
         return self._scenes[name]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import pytest
 
 from gasp_fast.data.annotations import AnnotationPlan, annotate
 from gasp_fast.data.library import find_scenes, survey
+from gasp_fast.data.scene import open_scene
 from gasp_fast.data.sequences import SequenceConfig, is_held_out
+from gasp_fast.training import data as training_data
 from gasp_fast.training.data import SampleStream, Share, StreamBatches, TrackedScenes, steps_of
 
 SEQUENCES = SequenceConfig(min_frames=3, max_frames=3, window=4, per_scene=4)
@@ -77,6 +79,19 @@ def test_a_scene_that_breaks_is_passed_over_and_named(config, workshop, tmp_path
         image.write_bytes(b"")
     assert scenes.sample(0, 4, 0).tracks  # sequences 4..7 are of scene-1
     assert list(scenes.broken) == ["scene-1"] and "scene-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bound", "open_at_once"), [(10_000, 4), (2.5, 2), (0.5, 1)])  # in lengths of a scene
+def test_scenes_stay_open_up_to_a_number_of_frames(config, monkeypatch, bound, open_at_once):
+    opened = []
+    scenes = TrackedScenes(config().data.scenes)
+    length = len(open_scene(scenes.root / scenes.names[0]))
+    monkeypatch.setattr(training_data, "OPEN_FRAMES", bound * length)
+    monkeypatch.setattr(training_data, "open_scene", lambda path: opened.append(path.name) or open_scene(path))
+    for name in scenes.names * 2:
+        assert scenes._scene(name).root.name == name and len(scenes._scenes) <= open_at_once
+    assert len(scenes._scenes) == open_at_once
+    assert len(opened) == (4 if open_at_once == 4 else 8)
 
 
 def test_a_library_in_which_everything_breaks_is_an_error(config, workshop, tmp_path):
