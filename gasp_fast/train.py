@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from gasp_fast.config import load_config, to_yaml
 from gasp_fast.data.shards import write_atomically
@@ -24,7 +26,14 @@ from gasp_fast.run_files import CONFIG
 from gasp_fast.training import checkpoints, dry_run, guards
 from gasp_fast.training.data import SampleStream, Share, steps_of
 from gasp_fast.training.model import build_model
-from gasp_fast.training.processes import quiet_libraries, read_deepspeed, start_processes, stop_processes, zero_stage
+from gasp_fast.training.processes import (
+    Processes,
+    quiet_libraries,
+    read_deepspeed,
+    start_processes,
+    stop_processes,
+    zero_stage,
+)
 from gasp_fast.training.settings import TrainConfig
 from gasp_fast.training.trainer import GaspTrainer
 
@@ -34,6 +43,11 @@ def train(config: TrainConfig, *, only_try: bool = False) -> None:
     guards.check_disk(config.run)
     deepspeed = read_deepspeed(config.deepspeed)
     processes = start_processes(deepspeed)
+    with guards.alone_in(Path(config.run.out)) if processes.first and not only_try else nullcontext():
+        _train(config, deepspeed, processes, only_try)
+
+
+def _train(config: TrainConfig, deepspeed: dict[str, Any] | None, processes: Processes, only_try: bool) -> None:
     resume = None if only_try else checkpoints.to_resume(Path(config.run.out), config.run.resume)
     if resume is not None:
         guards.check_resume(config, processes.ranks, zero_stage(deepspeed), checkpoints.read_about(resume), resume)

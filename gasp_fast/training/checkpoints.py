@@ -5,7 +5,7 @@
     heads.safetensors                                 correspondence heads, and the temperature if it learns
     optimizer.pt, scheduler.pt or global_stepN/       optimiser and schedule; the latter is DeepSpeed's
     rng_state*.pth, trainer_state.json                random numbers of each process, and transformers' own counters
-    about.json                                        processes, ZeRO stage, mode, step
+    about.json                                        processes, ZeRO stage, mode, step; what the log has yet to tell
 
 A checkpoint is written to `.checkpoint-N.partial` by all processes and renamed by the first.
 """

@@ -1,15 +1,19 @@
 """Checks that refuse to waste a night on a cluster. Each failure is one line that names the cause and the cure.
 
-Before the first step: everything the run needs is there, adapters sit where they should and only there, the model
-will place the tokens of the very first batch correctly. After a few steps: what should learn has moved. At every step:
-a gradient that is not finite is named and its step skipped, a few times; then the run stops and leaves the batch.
+Before the first step: everything the run needs is there, and its folder is no other run's; adapters sit where they
+should and only there; the model will place the tokens of the very first batch correctly. After a few steps: what should
+learn has moved. At every step: a gradient that is not finite is named and its step skipped, a few times; then the run
+stops and leaves the batch.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,24 @@ def check_disk(config: RunConfig) -> None:
             f"run.out = {config.out!r} has {free:.1f} GB left, run.min_free_gb = {config.min_free_gb:g} are wanted; "
             "make room or write elsewhere"
         )
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """While this lasts no other run writes into `out`. The lock goes with the process, however that ends."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GuardError(
+                f"run.out = {str(out)!r} is where another run is writing; wait for it, stop it, or name another folder"
+            ) from None
+        except OSError:  # some file systems of clusters know no locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def check_adapters(model: SupervisedModel) -> int:

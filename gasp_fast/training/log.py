@@ -54,6 +54,22 @@ class Meter:
         layers = [outputs[name].double() * float(matches > 0) for name in ("corr", "depth", "pck") if name in outputs]
         self.sums += torch.cat([torch.stack(head), known, *layers])
 
+    def state(self) -> list[list[float]]:
+        """Of every process, what has been summed since the last line, and the seconds that took. All must call."""
+        own = torch.cat([self.sums, self.sums.new_tensor([time.perf_counter() - self.start])])
+        everybodys = [own]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+            dist.all_gather(everybodys, own)
+        return [one.tolist() for one in everybodys]
+
+    def restore(self, state: list[list[float]], rank: int, ranks: int) -> None:
+        """Go on from `state`; where other processes wrote it, the first one takes all of it."""
+        sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums and seconds]
+        seconds = float(sums[0, -1])
+        own = sums[rank] if len(sums) == ranks else sums.sum(0) * (rank == 0)
+        self.sums, self.start = own[:-1].to(self.device), time.perf_counter() - seconds
+
     def read(self) -> dict[str, Any]:
         """The means over all processes, and a fresh start."""
         memory = torch.tensor(float(_peak_memory(self.device)), dtype=torch.float64, device=self.device)

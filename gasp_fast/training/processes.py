@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=20)  # of a collective: long enough to load a model, short enough not to lose a night
+
+LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # what torchrun and deepspeed leave in the environment
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Processes:
 
 def start_processes(deepspeed: dict[str, Any] | None) -> Processes:
     """Join the other processes, if there are any. DeepSpeed wants a process group even for one."""
+    if not LAUNCHERS.isdisjoint(os.environ):
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
@@ -62,6 +69,13 @@ def start_processes(deepspeed: dict[str, Any] | None) -> Processes:
     elif ranks > 1 and not dist.is_initialized():
         dist.init_process_group(backend, timeout=TIMEOUT)
     return Processes(rank, ranks, device)
+
+
+def _end_with(launcher: int) -> None:
+    """A launcher that is killed cannot stop its processes: they would go on, beside the run that follows."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def quiet_libraries() -> None:

@@ -161,7 +161,7 @@ class RunConfig:
 
     out: str  # folder of the run: config.yaml, log.jsonl, training.png, checkpoint-N/
     resume: str = "auto"  # auto: go on from the last checkpoint in `out`, if any; never; or a checkpoint folder
-    log_every: int = 1  # steps
+    log_every: int = 1  # steps; the last step is always logged
     save_every: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints to keep
     keep_best: bool = True  # and the one with the best PCK (the least loss, without geometry) since the one before

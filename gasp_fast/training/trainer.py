@@ -178,6 +178,7 @@ class GaspTrainer(Trainer):
         self._save_rng_state(str(partial))
         score = sum(self.scores) / len(self.scores) if self.scores else None
         self.scores = []
+        unlogged = self.meter.state()
         if score is not None and (self.state.best_metric is None or score > self.state.best_metric):
             self.state.best_metric, self.state.best_model_checkpoint = score, str(folder)
         self.processes.barrier()
@@ -191,6 +192,8 @@ class GaspTrainer(Trainer):
                 mode=self.settings.train.mode,
                 batch_size=self.settings.train.batch_size,
                 score=score,
+                bad_steps=self.bad_steps.seen,
+                unlogged=unlogged,
             )
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -225,7 +228,11 @@ class GaspTrainer(Trainer):
 
     def run(self, resume: Path | None) -> None:
         """Train from the beginning, or from a checkpoint on."""
-        done = 0 if resume is None else checkpoints.read_about(resume)["step"]
+        done = 0
+        if resume is not None:
+            about = checkpoints.read_about(resume)
+            done, self.bad_steps.seen = about["step"], about["bad_steps"]
+            self.meter.restore(about["unlogged"], self.processes.rank, self.processes.ranks)
         console = Console(stderr=True)
         if self.processes.first:
             self.run_log = RunLog(self.out, done)
@@ -248,7 +255,7 @@ def score_of(record: dict[str, Any]) -> float | None:
 
 
 class _StepCallback(TrainerCallback):
-    """Moves the bar, and looks whether anything learns."""
+    """Moves the bar, has the last step logged whatever `log_every` says, and looks whether anything learns."""
 
     def __init__(self, trainer: GaspTrainer) -> None:
         self.trainer = trainer
@@ -259,6 +266,7 @@ class _StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
+        control.should_log |= state.global_step == state.max_steps
         if trainer.processes.first:
             trainer.bar.update(state.global_step)
         if trainer.learning is not None and state.global_step == guards.LEARNING_STEPS:

@@ -144,26 +144,44 @@ def test_two_processes_take_the_steps_of_a_plain_loop_under_every_zero_stage(
         assert heads.layers == [0, 1, 2, 3] and all(p.any() for p in heads.parameters())
 
 
+def children_of(process):
+    return [int(n) for n in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
+
+
+def lives(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def kill_at(process, out, step, deadline):
-    """kill -9 as soon as the log tells of `step`."""
+    """kill -9, as soon as the log tells of `step`, of whoever was started: not of those that it has started itself."""
     log = Path(out) / "log.jsonl"
     end = time.monotonic() + deadline
     while not (log.exists() and f'"step": {step},' in log.read_text()):
         assert process.poll() is None, process.stdout.read()[-3000:]
         assert time.monotonic() < end, "too slow"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    children = children_of(process)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(lives, children)):
+        assert time.monotonic() < end, "processes outlive their launcher"
+        time.sleep(0.1)
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, tmp_path, mode):
-    whole = config(mixed=True, train={"mode": mode, "steps": 7}, run={"save_every": 2}, lora={"dropout": 0.1})
+@pytest.mark.parametrize(("mode", "log_every", "logged"), [("lora", 1, range(1, 8)), ("full", 3, [1, 3, 6, 7])])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, tmp_path, mode, log_every, logged):
+    run = {"save_every": 2, "log_every": log_every}  # lines that straddle a checkpoint, too
+    whole = config(mixed=True, train={"mode": mode, "steps": 7}, run=run, lora={"dropout": 0.1})
     train(whole)
+    assert [record["step"] for record in log_of(whole.run.out)] == list(logged)
     broken = replace(whole, run=replace(whole.run, out=str(tmp_path / "killed")))
     path = write_config(broken, tmp_path / "killed.yaml")
-    process = launch(1, "-m", "gasp_fast.train", path, start_new_session=True)
-    kill_at(process, broken.run.out, 3 if mode == "lora" else 5, 120)
+    process = launch(1, "-m", "gasp_fast.train", path)
+    kill_at(process, broken.run.out, 3, 120)
     assert not (Path(broken.run.out) / "checkpoint-7").exists()
     train(broken)
     assert without_clock(log_of(broken.run.out)) == without_clock(log_of(whole.run.out))
@@ -173,14 +191,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, tmp_path, mode)
 @pytest.mark.slow
 def test_a_run_under_zero2_goes_on_after_a_kill(config, tmp_path):
     preset = str(REPOSITORY / "configs/deepspeed/zero2.json")
-    base = config(mixed=True, train={"steps": 6}, run={"save_every": 2}, loss={"learnable_temperature": True})
+    run = {"save_every": 2, "log_every": 3}
+    base = config(mixed=True, train={"steps": 12}, run=run, loss={"learnable_temperature": True})
     runs = {name: replace(base, deepspeed=preset, run=replace(base.run, out=str(tmp_path / name))) for name in "ab"}
     paths = {name: write_config(run, tmp_path / f"{name}.yaml") for name, run in runs.items()}
     process = launch(2, "-m", "gasp_fast.train", paths["a"])
     told, _ = process.communicate(timeout=200)
     assert process.returncode == 0, told[-3000:]
-    process = launch(2, "-m", "gasp_fast.train", paths["b"], start_new_session=True)
+    process = launch(2, "-m", "gasp_fast.train", paths["b"])
     kill_at(process, tmp_path / "b", 3, 200)
+    assert not (tmp_path / "b" / "checkpoint-12").exists()
     process = launch(2, "-m", "gasp_fast.train", paths["b"])
     told, _ = process.communicate(timeout=200)
     assert process.returncode == 0, told[-3000:]
@@ -196,8 +216,7 @@ def test_the_death_of_a_rank_ends_the_run_within_a_minute(config, tmp_path):
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children_of(process)[-1], signal.SIGKILL)
     start = time.monotonic()
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - start < 60

@@ -64,6 +64,16 @@ def test_a_model_of_an_unknown_type_is_named(run_main, tmp_path):
     assert status != 0 and "'gpt2'" in told and "qwen2_5_vl" in told
 
 
+def test_a_second_run_into_the_same_folder_is_refused(config, run_main, tmp_path):
+    out = tmp_path / "taken"
+    out.mkdir()
+    with guards.alone_in(out):
+        status, told = run_main(f"run.out={out}")
+        assert status != 0 and "another run is writing" in told and not list(out.iterdir())
+    with guards.alone_in(out):
+        pass
+
+
 def test_a_world_size_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"batch_size = 32 does not divide over 3 processes .* multiple of 3"):
         Share(0, 3, 32, 1)
@@ -159,11 +169,15 @@ def test_a_step_without_a_finite_gradient_is_named_and_skipped(config, monkeypat
 
 def test_too_many_bad_steps_stop_the_run_and_leave_the_batch(config, monkeypatch):
     poison(monkeypatch, {2, 3})
-    settings = config(train={"steps": 4}, run={"bad_steps": 1})
+    settings = config(train={"steps": 4}, run={"bad_steps": 1, "save_every": 2})
     with pytest.raises(ValueError, match=r"step 3: .* 2 such steps, run\.bad_steps = 1"):
         train(settings)
     batches = torch.load(Path(settings.run.out) / "bad-step-3-process-0.pt", weights_only=False)
     assert len(batches) == 2 and "input_ids" in batches[0] and len(batches[0]["matches"])
+    monkeypatch.undo()
+    poison(monkeypatch, {1})  # the first step of the run that goes on, which does not count anew
+    with pytest.raises(ValueError, match=r"step 3: .* 2 such steps, run\.bad_steps = 1"):
+        train(settings)
 
 
 def test_resuming_with_another_number_of_steps_in_a_batch_is_refused(config, run_main):
