@@ -22,15 +22,22 @@ def run(problem: Problem, embeddings: torch.Tensor, backend: str, **options):
     )
     loss = out.loss
     if loss.dim():
-        loss = (loss * torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)).sum()
+        loss = (loss * upstream(loss.numel(), loss.dtype).view(loss.shape)).sum()
     loss.backward()
     return loss.detach(), embeddings.grad, temperature.grad, out
 
 
+def upstream(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """What the losses of reduction "none", one for each layer and match, are multiplied with."""
+    return torch.linspace(-1, 2, count, dtype=dtype)
+
+
 def natural_sizes(problem: Problem, reduction: str = "mean") -> dict[str, float]:
     """Loss, dE and dtau where nothing cancels: similarities of 1 / tau, each differentiated at full weight."""
-    matches = len(problem.matches)
-    weight = min(1, matches) if reduction == "mean" else matches
+    layers, matches = problem.embeddings.shape[0], len(problem.matches)
+    weights = {"mean": min(1, matches), "sum": matches}
+    weights["none"] = float(upstream(layers * matches, torch.float64).abs().sum())
+    weight = weights[reduction]
     inverse_norms = problem.embeddings.norm(dim=-1).clamp(min=1e-12).reciprocal()
     tau = problem.temperature
     return {"loss": weight / tau, "dE": weight / tau * float(inverse_norms.max()), "dtau": weight / tau**2}
@@ -45,5 +52,6 @@ def assert_agrees(problem: Problem, dtype: torch.dtype, tolerance: float, backen
     for name, ours, theirs in zip(natural, found, truth, strict=False):
         assert relative_error(ours, theirs, natural[name]) <= tolerance, name
     assert found[1].dtype == dtype
+    size = natural_sizes(problem)["loss"]  # means, whatever the reduction of the loss
     for name in ("corr_per_layer", "depth_per_layer"):
-        assert relative_error(getattr(found[3], name), getattr(truth[3], name), natural["loss"]) <= tolerance, name
+        assert relative_error(getattr(found[3], name), getattr(truth[3], name), size) <= tolerance, name
