@@ -96,8 +96,8 @@ def recipe(name: str, folder: Path, rooms: Path, out: Path, seed: int, changes: 
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
 
-def ask_trained(config: TrainConfig, unseen: Path, sequences: int = 48) -> Knowledge:
-    """A finished run, through its newest checkpoint."""
+def ask_trained(config: TrainConfig, unseen: Path, sequences: int = 48, adapted: bool = True) -> Knowledge:
+    """A finished run, through its newest checkpoint; its heads on the base alone, if not `adapted`."""
     last = finished(Path(config.run.out))[-1]
     supervised = build_model(config, torch.device("cpu"))
     network = supervised.model
@@ -105,6 +105,8 @@ def ask_trained(config: TrainConfig, unseen: Path, sequences: int = 48) -> Knowl
         from peft import PeftModel
 
         network = PeftModel.from_pretrained(supervised.backbone.load_model(dtype=torch.float32), str(last))
+        if not adapted:
+            network.base_model.disable_adapter_layers()
     else:
         network = load_backbone(last).load_model(dtype=torch.float32)
     return ask(config, supervised.backbone, network, read_heads(last / HEADS), unseen, sequences)

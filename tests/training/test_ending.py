@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -12,7 +13,7 @@ from gasp_fast.cli import main as gasp_fast
 from gasp_fast.run_files import CONFIG, FIGURE, LOG, finished, place_for, run_of
 from gasp_fast.training import log
 from gasp_fast.training.ending import as_table, conclude, draw
-from gasp_fast.training.log import Bar
+from gasp_fast.training.log import Bar, Meter
 
 
 def record(step, lm=None, corr=None, depth=None, pck=()):
@@ -97,3 +98,14 @@ def test_results_of_a_run_belong_into_the_run(tmp_path, capsys):
     assert run_of("Qwen/Qwen2.5-VL-7B-Instruct") is None
     assert gasp_fast(["evaluate", "--model", str(tmp_path), "--scenes", str(tmp_path)]) == 1
     assert "no run of gasp_fast.train that could hold the report; give --out DIR" in capsys.readouterr().err
+
+
+def test_what_the_log_has_yet_to_tell_passes_to_any_number_of_processes():
+    told = [[float(n) for n in range(11)], [10.0 * n for n in range(11)]]  # two processes, one layer; seconds last
+    found = []
+    for rank, ranks in ((0, 2), (1, 2), (0, 1), (0, 3), (1, 3)):
+        meter = Meter(1, torch.device("cpu"))
+        meter.restore(told, rank, ranks)
+        found.append(meter.state()[0][:-1])
+    both = [11.0 * n for n in range(10)]
+    assert found == [told[0][:-1], told[1][:-1], both, both, [0.0] * 10]
