@@ -23,6 +23,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	rm -rf build/imports && mkdir -p build/imports && cp -rL gasp_fast build/imports && touch build/imports/gasp_fast/kernels/__init__.py
+	cd build/imports && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache --config $(CURDIR)/pyproject.toml
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -29,11 +29,12 @@ import torch
 from PIL import Image
 
 from gasp_fast.benchmarking.report import machine
-from gasp_fast.data.frame_cache import DECODED
-from gasp_fast.data.patch_depth import grid_edges, pool_depth
-from gasp_fast.data.scene import Scene, open_scene, rigid_inverse
-from gasp_fast.data.shards import usable_cores
-from gasp_fast.data.tracks import Tracks, Views, build_tracks, grid_queries, track_points
+from gasp_fast.data.depth.patches import grid_edges, pool_depth
+from gasp_fast.data.scenes.frame_cache import DECODED
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.scene import Scene, rigid_inverse
+from gasp_fast.data.tracks.build import Tracks, Views, build_tracks, grid_queries, track_points
+from gasp_fast.processes import usable_cores
 
 WIDTH, HEIGHT, FRAMES = 960, 540, 24
 PATCHES = (34, 19)  # Qwen2.5-VL's tokens of a 960 x 540 frame

@@ -33,20 +33,20 @@ from gasp_fast.backbones import Backbone, load_backbone
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.benchmarking.report import machine
 from gasp_fast.collator import Collator
-from gasp_fast.config import load_config
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.config.loader import load_config
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.export import export
-from gasp_fast.heads import CorrespondenceHeads
-from gasp_fast.layer_capture import LayerCapture
-from gasp_fast.loss import gasp_loss
-from gasp_fast.matches import Matches
-from gasp_fast.run_files import HEADS, finished
-from gasp_fast.supervision import read_heads
+from gasp_fast.loss.function import gasp_loss
+from gasp_fast.loss.matches import Matches
+from gasp_fast.run_folder import HEADS, finished
+from gasp_fast.supervision.head_files import read_heads
+from gasp_fast.supervision.heads import CorrespondenceHeads
+from gasp_fast.supervision.layer_capture import LayerCapture
 from gasp_fast.train import train
+from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.data import SampleStream
 from gasp_fast.training.model import build_model
 from gasp_fast.training.processes import quiet_libraries
-from gasp_fast.training.settings import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "configs"
 CAMERA = SyntheticConfig()

@@ -38,16 +38,16 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from gasp_fast.backbones import load_backbone
 from gasp_fast.benchmarking.report import machine
-from gasp_fast.calibration import MeasuredStep, calibrate
-from gasp_fast.cost_model import GPU, GPUS, make_plan
-from gasp_fast.model_shape import ModelShape
+from gasp_fast.planning.calibration import MeasuredStep, calibrate
+from gasp_fast.planning.cost_model import GPU, GPUS, make_plan
+from gasp_fast.planning.shapes import ModelShape
+from gasp_fast.planning.workload import Assumptions, Sequence
+from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.data import SampleStream, Share
 from gasp_fast.training.model import SupervisedModel, choose_attention, stored_dtype, supervise
 from gasp_fast.training.processes import quiet_libraries, start_processes
-from gasp_fast.training.settings import TrainConfig
 from gasp_fast.training.throughput import peak_flops, sequences_of_batch
 from gasp_fast.training.trainer import GaspTrainer
-from gasp_fast.workload import Assumptions, Sequence
 
 
 class StepTrainer(GaspTrainer):
@@ -187,7 +187,9 @@ def this_gpu() -> GPU:
         for known, gpu in GPUS.items():
             if known in name:
                 return gpu
-        raise ValueError(f"{name} is not among {', '.join(GPUS)}; add its data sheet to gasp_fast/cost_model.py")
+        raise ValueError(
+            f"{name} is not among {', '.join(GPUS)}; add its data sheet to gasp_fast/planning/cost_model.py"
+        )
     peak = peak_flops(torch.device("cpu"))
     memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return GPU(memory=memory, bf16=peak, tf32=peak, fp32=peak, bandwidth=10e9, link=10e9)

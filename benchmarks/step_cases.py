@@ -14,10 +14,9 @@ from torch.utils.data import Dataset
 from gasp_fast.backbones import load_backbone
 from gasp_fast.backbones.tiny import REAL, TinyConfig, build_without_weights
 from gasp_fast.collator import Sample
-from gasp_fast.data.sequences import SequenceConfig
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
-from gasp_fast.training.data import SampleStream, Share, make_loader
-from gasp_fast.training.settings import (
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
+from gasp_fast.data.tracks.sequences import SequenceConfig
+from gasp_fast.training.config import (
     DataConfig,
     HeadsConfig,
     LoraSettings,
@@ -28,6 +27,7 @@ from gasp_fast.training.settings import (
     ScenesConfig,
     TrainConfig,
 )
+from gasp_fast.training.data import SampleStream, Share, make_loader
 
 WARM_UP, MEASURED = 2, 5
 QUESTION = {"role": "user", "content": "Which way did the camera turn, and how many boxes are in the room?"}

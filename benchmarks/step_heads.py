@@ -22,11 +22,11 @@ import torch
 
 from gasp_fast.backbones.tiny import build_tiny
 from gasp_fast.benchmarking.report import machine
-from gasp_fast.config import load_config
-from gasp_fast.data.synthetic import render_scenes
+from gasp_fast.config.loader import load_config
+from gasp_fast.data.synthetic.scenes import render_scenes
 from gasp_fast.train import train
+from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.processes import quiet_libraries
-from gasp_fast.training.settings import TrainConfig
 
 RECIPE = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
 

@@ -1,4 +1,4 @@
-// Point tracks from depth, and the mean depth of patches: the compiled twin of gasp_fast/data/tracks_reference.py and
+// Point tracks from depth, and the mean depth of patches: the compiled twin of gasp_fast/data/tracks/reference.py and
 // of patch_depth.py. It knows arrays; the recipe is told there.
 //
 // Same bits as NumPy. Each line is the same sequence of single IEEE double operations as its NumPy counterpart. What

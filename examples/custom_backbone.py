@@ -21,8 +21,8 @@ from gasp_fast.backbones import Backbone, TokenGrid, load_backbone, register
 from gasp_fast.backbones.base import Frame
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.collator import Collator
-from gasp_fast.heads import CorrespondenceHeads
-from gasp_fast.layer_capture import LayerCapture
+from gasp_fast.supervision.heads import CorrespondenceHeads
+from gasp_fast.supervision.layer_capture import LayerCapture
 
 
 @register

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from gasp_fast import build_tracks, open_scene
-from gasp_fast.data import formats
-from gasp_fast.data.depth_maps import DepthFile
-from gasp_fast.data.scene import Frame, Scene, pinhole, rigid_inverse, scene_of
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.data.scenes import formats
+from gasp_fast.data.scenes.depth_maps import DepthFile
+from gasp_fast.data.scenes.scene import Frame, Scene, pinhole, rigid_inverse, scene_of
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 
 NAME = "recorder"
 MARKS = "recording.json"

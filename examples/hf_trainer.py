@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 # --- gasp_fast: begin
 from gasp_fast import CorrespondenceHead, gasp_loss
 from gasp_fast.collator import Collator
-from gasp_fast.layer_capture import LayerCapture
+from gasp_fast.supervision.layer_capture import LayerCapture
 
 
 class GeometryTrainer(Trainer):

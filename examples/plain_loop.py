@@ -16,7 +16,7 @@ from toy import room, tiny_model
 # --- gasp_fast: begin
 from gasp_fast import CorrespondenceHead, gasp_loss
 from gasp_fast.collator import Collator
-from gasp_fast.layer_capture import LayerCapture
+from gasp_fast.supervision.layer_capture import LayerCapture
 
 # --- gasp_fast: end
 

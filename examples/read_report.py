@@ -52,7 +52,7 @@ def small_report(folder: Path) -> Path:
     from toy import SIZE, tiny_model
 
     from gasp_fast.cli import main as gasp_fast
-    from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+    from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 
     tiny_model(folder)
     list(render_scenes(folder / "scenes", 2, config=SyntheticConfig(frames=12, width=SIZE, height=SIZE)))

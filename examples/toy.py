@@ -17,9 +17,9 @@ from torch import nn
 from gasp_fast.backbones import Backbone, load_backbone
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.collator import Collator, Sample
-from gasp_fast.data.scene import open_scene
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
-from gasp_fast.data.tracks import build_tracks
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
+from gasp_fast.data.tracks.build import build_tracks
 
 SIZE = 160  # pixels along each side of a frame
 FRAMES = [0, 4, 8]  # far enough apart that few points stay where they were

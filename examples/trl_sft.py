@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 # --- gasp_fast: begin
 from gasp_fast import CorrespondenceHead, Matches, gasp_loss
-from gasp_fast.layer_capture import LayerCapture
+from gasp_fast.supervision.layer_capture import LayerCapture
 
 
 class GeometryTrainer(SFTTrainer):

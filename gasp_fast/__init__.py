@@ -10,33 +10,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data.scene import open_scene
-    from .data.tracks import build_tracks
-    from .frame_matching import FrameMatch, frame_match
-    from .heads import CorrespondenceHead
-    from .loss import GaspLoss, GaspOutput, LayerMetrics, gasp_loss
-    from .matches import Matches
+    from gasp_fast.data.scenes.open import open_scene
+    from gasp_fast.data.tracks.build import build_tracks
+    from gasp_fast.loss.frame_matching import FrameMatch, frame_match
+    from gasp_fast.loss.function import GaspOutput, LayerMetrics, gasp_loss
+    from gasp_fast.loss.matches import Matches
+    from gasp_fast.loss.module import GaspLoss
+    from gasp_fast.loss.naive import naive_loss
+    from gasp_fast.supervision.heads import CorrespondenceHead
 
 __version__ = "0.1.0"
 
-_HOME = {  # no name of these is that of a module beside this one: importing that module would hide it
-    "CorrespondenceHead": ".heads",
-    "FrameMatch": ".frame_matching",
-    "GaspLoss": ".loss",
-    "GaspOutput": ".loss",
-    "LayerMetrics": ".loss",
-    "Matches": ".matches",
-    "build_tracks": ".data.tracks",
-    "frame_match": ".frame_matching",
-    "gasp_loss": ".loss",
-    "open_scene": ".data.scene",
+_HOME = {
+    "CorrespondenceHead": "gasp_fast.supervision.heads",
+    "FrameMatch": "gasp_fast.loss.frame_matching",
+    "GaspLoss": "gasp_fast.loss.module",
+    "GaspOutput": "gasp_fast.loss.function",
+    "LayerMetrics": "gasp_fast.loss.function",
+    "Matches": "gasp_fast.loss.matches",
+    "build_tracks": "gasp_fast.data.tracks.build",
+    "frame_match": "gasp_fast.loss.frame_matching",
+    "gasp_loss": "gasp_fast.loss.function",
+    "naive_loss": "gasp_fast.loss.naive",
+    "open_scene": "gasp_fast.data.scenes.open",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name], __name__), name)
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
     return value
 
 
@@ -54,5 +57,6 @@ __all__ = [
     "build_tracks",
     "frame_match",
     "gasp_loss",
+    "naive_loss",
     "open_scene",
 ]

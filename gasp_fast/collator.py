@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gasp_fast.backbones.base import Frame
+from gasp_fast.backbones.chat import Message
+from gasp_fast.data.depth.patches import pool_depth
+from gasp_fast.data.scenes.scene import Scene
+from gasp_fast.data.tracks.build import Tracks
+from gasp_fast.loss.matches import Matches
+
 from .backbones import Backbone, Conversation, TokenGrid
-from .backbones.base import Frame
-from .backbones.chat import Message
-from .data.patch_depth import pool_depth
-from .data.scene import Scene
-from .data.tracks import Tracks
-from .matches import Matches
 
 Anchors = Literal["first", "all", "pairs"]
 

@@ -37,8 +37,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .backbones import Backbone, Conversation, load_backbone
-from .data.shards import write_atomically
-from .run_files import CONFIG, finished
+from .files import write_atomically
+from .run_folder import CONFIG, finished
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

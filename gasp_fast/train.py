@@ -20,10 +20,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from gasp_fast.config import load_config, to_yaml
-from gasp_fast.data.shards import write_atomically
-from gasp_fast.run_files import CONFIG
-from gasp_fast.training import checkpoints, dry_run, guards
+from gasp_fast.config.loader import load_config, to_yaml
+from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.data import SampleStream, Share, steps_of
 from gasp_fast.training.model import build_model
 from gasp_fast.training.processes import (
@@ -34,8 +32,11 @@ from gasp_fast.training.processes import (
     stop_processes,
     zero_stage,
 )
-from gasp_fast.training.settings import TrainConfig
 from gasp_fast.training.trainer import GaspTrainer
+
+from .files import write_atomically
+from .run_folder import CONFIG
+from .training import checkpoints, dry_run, guards
 
 
 def train(config: TrainConfig, *, only_try: bool = False) -> None:

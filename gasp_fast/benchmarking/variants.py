@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gasp_fast.loss import gasp_loss
-from gasp_fast.matches import Matches
-from gasp_fast.reference import dense_terms
+from gasp_fast.loss.dense import dense_terms
+from gasp_fast.loss.function import gasp_loss
+from gasp_fast.loss.matches import Matches
 
 from .workloads import Problem
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gasp_fast.matches import Matches
+from gasp_fast.loss.matches import Matches
 
 
 @dataclass(frozen=True, kw_only=True)

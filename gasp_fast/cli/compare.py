@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..evaluation.report import read_report, table_rows, write_comparison
+    from gasp_fast.evaluation.report import read_report, table_rows, write_comparison
 
     console = Console()
     found = [read_report(path) for path in arguments.reports]
@@ -49,8 +49,8 @@ def _pictures(arguments: argparse.Namespace, folders: dict[str, Path]) -> list[t
         raise ValueError("--scenes and --model belong together: frames and their tokens; give both, or neither")
     if arguments.scenes is None:
         return []
-    from ..backbones import load_backbone
-    from ..evaluation.showing import draw_comparison
+    from gasp_fast.backbones import load_backbone
+    from gasp_fast.evaluation.showing import draw_comparison
 
     folders = {name: path.parent if path.is_file() else path for name, path in folders.items()}
     return draw_comparison(folders, arguments.scenes, load_backbone(arguments.model), arguments.out / "pictures", 3)

@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from ..data.computed_depth import FOLDER, INDEX, DepthIndex, read_index
-from ..data.depth_making import Predictor, depth_from_predictor, depth_from_stereo, has_stereo
-from ..data.library import find_scenes
-from ..data.scene import Scene, open_scene, without_depth
-from ..data.scene_check import check_scene
+from gasp_fast.data.depth.making import Predictor, depth_from_predictor, depth_from_stereo, has_stereo
+from gasp_fast.data.inspection.check import check_scene
+from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, DepthIndex, read_index
+from gasp_fast.data.scenes.library import find_scenes
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.scene import Scene, without_depth
 
 HELP = "make depth for scenes that came without"
 
@@ -64,10 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _predictor(arguments: argparse.Namespace, root: Path) -> Predictor:
     if arguments.model is None:
         raise ValueError(f"{root}: no COLMAP stereo maps there; give --model DIR, a transformers depth model")
-    from ..backbones.torchvision_shim import install
+    from gasp_fast.backbones.torchvision_shim import install
 
     install()
-    from ..data.depth_model import DepthModel
+    from gasp_fast.data.depth.monocular import DepthModel
 
     return DepthModel(arguments.model, arguments.device)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from gasp_fast.machine import BROKEN, MISSING, OK, Finding, examine, loss_works
+from gasp_fast.doctor import BROKEN, MISSING, OK, Finding, examine, loss_works
 
 HELP = "what this machine can do, and the command that mends what is missing"
 SIGNS = {OK: ("✓", "ok", "32"), MISSING: ("–", "--", "33"), BROKEN: ("✗", "XX", "1;31")}  # plain letters, ASCII, colour

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import EvaluationConfig
-    from ..evaluation.sampling import QuestionConfig
-    from ..evaluation.subject import Subject
+    from gasp_fast.evaluation.evaluate import EvaluationConfig
+    from gasp_fast.evaluation.sampling import QuestionConfig
+    from gasp_fast.evaluation.subject import Subject
 
 HELP = "report what a model knows of correspondence, layer by layer"
 
@@ -73,11 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.report import table_rows, write_report
-    from ..evaluation.sampling import QuestionConfig, Questions
-    from ..evaluation.showing import draw_pictures
-    from ..run_files import REPORT, place_for
+    from gasp_fast.evaluation.evaluate import evaluate
+    from gasp_fast.evaluation.report import table_rows, write_report
+    from gasp_fast.evaluation.sampling import QuestionConfig, Questions
+    from gasp_fast.evaluation.showing import draw_pictures
+    from gasp_fast.run_folder import REPORT, place_for
 
     out = arguments.out or place_for(arguments.model, REPORT)
     console = Console()
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace, asked: QuestionConfig) -> EvaluationConfig:
-    from ..evaluation.evaluate import EvaluationConfig
+    from gasp_fast.evaluation.evaluate import EvaluationConfig
 
     names = () if arguments.features == "auto" else tuple(name.strip() for name in arguments.features.split(","))
     return EvaluationConfig(
@@ -126,7 +126,7 @@ def _config(arguments: argparse.Namespace, asked: QuestionConfig) -> EvaluationC
 def _subject(arguments: argparse.Namespace, initial_heads: bool) -> Subject:
     import torch
 
-    from ..evaluation.subject import open_subject
+    from gasp_fast.evaluation.subject import open_subject
 
     return open_subject(
         arguments.model,

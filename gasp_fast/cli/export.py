@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.export import export
-    from gasp_fast.run_files import EXPORT, place_for
+    from gasp_fast.run_folder import EXPORT, place_for
 
     out = arguments.out or place_for(arguments.run, EXPORT)
     console = Console()

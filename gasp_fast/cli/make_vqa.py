@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gasp_fast.data.shards import usable_cores
+from gasp_fast.processes import usable_cores
 
 HELP = "tell tracks as questions and answers (the fairness baseline)"
 
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.data.annotations import AnnotationCache
-    from gasp_fast.data.shards import numbers_of_part, parse_part
-    from gasp_fast.data.vqa_baseline import VQAConfig, make_vqa, omitted_path
+    from gasp_fast.data.annotations.cache import AnnotationCache
+    from gasp_fast.data.annotations.shards import numbers_of_part, parse_part
+    from gasp_fast.data.questions.from_tracks import VQAConfig, make_vqa, omitted_path
 
     config = VQAConfig(turns=arguments.turns, longest_side=arguments.longest_side, seed=arguments.seed)
     part = parse_part(arguments.part)

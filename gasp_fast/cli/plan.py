@@ -1,7 +1,7 @@
 """What a recipe needs and costs on a cluster, from a written cost model: memory, step time, GPU-hours. Runs nothing.
 
-Counts are exact, efficiencies are assumptions (`gasp_fast/cost_model.py` states them all): take times as a guess
-within a factor of two until a step has been measured on your GPUs (`benchmarks/step.sh`, then `--measured FILE`).
+Counts are exact, efficiencies are assumptions (`gasp_fast/planning/workload.py` states them all): take times as a
+guess within a factor of two until a step has been measured on your GPUs (`benchmarks/step.sh`, then `--measured FILE`).
 
 examples:
   gasp-fast plan configs/qwen2_5_vl_7b.yaml --gpus 32 --gpu h200
@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from gasp_fast.cost_model import GPU, Plan
-    from gasp_fast.model_shape import ModelShape
-    from gasp_fast.training.settings import TrainConfig
-    from gasp_fast.workload import Assumptions
+    from gasp_fast.planning.cost_model import GPU, Plan
+    from gasp_fast.planning.shapes import ModelShape
+    from gasp_fast.planning.workload import Assumptions
+    from gasp_fast.training.config import TrainConfig
 
 HELP = "predict memory, time and GPU-hours of a recipe"
 GPU_NAMES = ("a100", "b200", "h100", "h200")
@@ -42,12 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.calibration import read_measured
-    from gasp_fast.config import load_config
-    from gasp_fast.cost_model import GPUS, make_plan
-    from gasp_fast.model_shape import shape_of
-    from gasp_fast.training.settings import TrainConfig
-    from gasp_fast.workload import Assumptions
+    from gasp_fast.config.loader import load_config
+    from gasp_fast.planning.calibration import read_measured
+    from gasp_fast.planning.cost_model import GPUS, make_plan
+    from gasp_fast.planning.shapes import shape_of
+    from gasp_fast.planning.workload import Assumptions
+    from gasp_fast.training.config import TrainConfig
 
     for name in ("gpus", "frame_tokens", "sequences"):
         value = getattr(arguments, name)
@@ -95,7 +95,7 @@ def conclusions(plan: Plan) -> list[str]:
 
 def against_paper(plan: Plan, config: TrainConfig, shape: ModelShape, gpu: GPU, given: Assumptions) -> str:
     """The rate that the paper's totals imply, and what it would take here."""
-    from gasp_fast.cost_model import PAPER_RATE, tokens_at_rate
+    from gasp_fast.planning.cost_model import PAPER_RATE, tokens_at_rate
 
     most = tokens_at_rate(PAPER_RATE, config, shape, plan.gpus, gpu, given)
     told = (

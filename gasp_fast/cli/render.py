@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gasp_fast.data.shards import usable_cores
+from gasp_fast.processes import usable_cores
 
 HELP = "render synthetic rooms with exact depth and poses, and questions about them"
 
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
-    from gasp_fast.data.synthetic_qa import write_qa
+    from gasp_fast.data.synthetic.questions import write_qa
+    from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 
     config = SyntheticConfig(frames=arguments.frames, width=arguments.size, height=arguments.size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

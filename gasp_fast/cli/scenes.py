@@ -22,10 +22,11 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from ..data.library import find_scenes
-from ..data.scene import Scene, open_scene
-from ..data.scene_check import GAPS, SceneReport, check_scene
-from ..data.shards import in_processes, usable_cores
+from gasp_fast.data.inspection.check import GAPS, SceneReport, check_scene
+from gasp_fast.data.scenes.library import find_scenes
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.scene import Scene
+from gasp_fast.processes import in_processes, usable_cores
 
 HELP = "list scenes, check their geometry, draw their tracks"
 LEGEND = (
@@ -105,7 +106,7 @@ def _look(root: Path, arguments: argparse.Namespace, many: bool) -> Looked:
 
 
 def _draw(scene: Scene, arguments: argparse.Namespace, many: bool) -> Path:
-    from ..data.scene_picture import draw_tracks
+    from gasp_fast.data.inspection.picture import draw_tracks
 
     name = f"{scene.root.resolve().name}-tracks.png"
     path = Path(arguments.picture or ".")

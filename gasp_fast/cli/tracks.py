@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gasp_fast.data.shards import usable_cores
+from gasp_fast.processes import usable_cores
 
 if TYPE_CHECKING:
-    from gasp_fast.data.annotations import AnnotationCache, AnnotationPlan
+    from gasp_fast.data.annotations.cache import AnnotationCache, AnnotationPlan
 
 SAMPLE = 20_000  # sequences drawn for the statistics of a dry run
 HELP = "compute the tracks of training sequences once and keep them in shards; resumable, parallel"
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.data.annotations import AnnotationCache, annotate
-    from gasp_fast.data.shards import parse_part
+    from gasp_fast.data.annotations.cache import AnnotationCache, annotate
+    from gasp_fast.data.annotations.shards import parse_part
 
     if arguments.verify:
         return _verify(AnnotationCache(arguments.out))
@@ -68,9 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
-    from gasp_fast.data.annotations import AnnotationPlan
-    from gasp_fast.data.library import SceneEntry, find_scenes, own_name, survey
-    from gasp_fast.data.sequences import SequenceConfig, is_held_out
+    from gasp_fast.data.annotations.cache import AnnotationPlan
+    from gasp_fast.data.scenes.library import SceneEntry, find_scenes, own_name, survey
+    from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
 
     names = find_scenes(arguments.scenes)
     names = [name for name in names if not is_held_out(own_name(arguments.scenes, name), arguments.held_out)]
@@ -105,7 +105,7 @@ def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
 
 
 def _report(out: Path) -> int:
-    from gasp_fast.data.annotations import AnnotationCache, shard_path
+    from gasp_fast.data.annotations.cache import AnnotationCache, shard_path
 
     cache = AnnotationCache(out)
     size = sum(shard_path(out, number).stat().st_size for number in range(cache.plan.shards))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gasp_fast.data.permutation import permuted
+from .permutation import permuted
 
 BLOCK = 1000
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..collator import Collator, CollatorConfig, Sample
+from gasp_fast.collator import Collator, CollatorConfig, Sample
+
 from .features import KINDS, FeatureTap, Kind, Rope, layers_of
 from .matching import Matcher, similarities
 from .metrics import summary, within

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..backbones import AttentionShape, Backbone
-from ..heads import CorrespondenceHeads
+from gasp_fast.backbones import AttentionShape, Backbone
+from gasp_fast.supervision.heads import CorrespondenceHeads
 
 Kind = Literal["head", "qk", "hidden"]
 KINDS: tuple[Kind, ...] = ("head", "qk", "hidden")  # in the order of their interest: the first is the report's own

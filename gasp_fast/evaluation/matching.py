@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..frame_matching import frame_match
-from ..matches import Matches
+from gasp_fast.loss.frame_matching import frame_match
+from gasp_fast.loss.matches import Matches
 
 
 class Matcher:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbones import TokenGrid
+from gasp_fast.backbones import TokenGrid
 
 PANELS = 4  # later frames that are shown
 RIGHT, WRONG = "#ffffff", "#000000"  # edges of dots and crosses; the colour itself tells the displacement

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.shards import write_atomically
+from gasp_fast.files import write_atomically
+
 from .figures import KIND_NAMES, draw_figure
 
 Report = Mapping[str, Any]

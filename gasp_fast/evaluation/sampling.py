@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..collator import Sample
-from ..data.library import SceneEntry, find_scenes, own_name, survey
-from ..data.scene import Scene, open_scene
-from ..data.sequences import is_held_out
-from ..data.tracks import build_tracks
+from gasp_fast.collator import Sample
+from gasp_fast.data.scenes.library import SceneEntry, find_scenes, own_name, survey
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.scene import Scene
+from gasp_fast.data.tracks.build import build_tracks
+from gasp_fast.data.tracks.sequences import is_held_out
 
 OPEN_SCENES = 16
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..backbones import Backbone
+from gasp_fast.backbones import Backbone
+
 from .evaluate import Evaluation, EvaluationConfig, heat_maps
 from .figures import KIND_NAMES
 from .pictures import Sight, draw_answers, draw_correspondences, draw_heat_map

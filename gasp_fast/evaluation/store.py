@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.shards import write_atomically
+from gasp_fast.files import write_atomically
+
 from .metrics import Outcomes
 
 VERSION = 1

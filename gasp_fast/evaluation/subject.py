@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbones import Backbone, load_backbone
-from ..heads import CorrespondenceHeads
-from ..run_files import EXPORT, HEADS, finished
-from ..supervision import read_heads
+from gasp_fast.backbones import Backbone, load_backbone
+from gasp_fast.run_folder import EXPORT, HEADS, finished
+from gasp_fast.supervision.head_files import read_heads
+from gasp_fast.supervision.heads import CorrespondenceHeads
 
 
 @dataclass(frozen=True)

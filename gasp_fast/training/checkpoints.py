@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gasp_fast.data.shards import write_atomically
-from gasp_fast.run_files import HEADS, finished
-from gasp_fast.supervision import write_heads
+from gasp_fast.files import write_atomically
+from gasp_fast.run_folder import HEADS, finished
+from gasp_fast.supervision.head_files import write_heads
 
 from .model import SupervisedModel
 

@@ -19,16 +19,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gasp_fast.backbones import Backbone, messages_from_record
 from gasp_fast.collator import Collator, Sample, geometry_sample
-from gasp_fast.data.annotations import AnnotationCache
-from gasp_fast.data.library import find_scenes, own_name, survey
+from gasp_fast.data.annotations.cache import AnnotationCache
 from gasp_fast.data.mixture import Mixture, Source
-from gasp_fast.data.scene import Scene, open_scene
-from gasp_fast.data.sequences import SequenceSampler, is_held_out
-from gasp_fast.data.tracks import Tracks, build_tracks
-from gasp_fast.data.video_qa import VideoQA
+from gasp_fast.data.questions.video_qa import VideoQA
+from gasp_fast.data.scenes.library import find_scenes, own_name, survey
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.scene import Scene
+from gasp_fast.data.tracks.build import Tracks, build_tracks
+from gasp_fast.data.tracks.sequences import SequenceSampler, is_held_out
 
+from .config import DataConfig, OptimisationConfig, QAConfig, ScenesConfig
 from .modality import SteadyCollator
-from .settings import DataConfig, OptimisationConfig, QAConfig, ScenesConfig
 
 MANY = 16  # unreadable sequences in a row: then it is not the sequences
 OPEN_FRAMES = 16384  # of the scenes kept open, so tens of megabytes of poses and paths

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from gasp_fast.run_files import FIGURE, LOG
+from gasp_fast.run_folder import FIGURE, LOG
 
 Record = dict[str, Any]
 COLOURS = {"lm": "#0072B2", "corr": "#D55E00", "depth": "#009E73"}  # Okabe and Ito's

@@ -22,8 +22,8 @@ import torch
 from gasp_fast.backbones import unwrap
 
 from .checkpoints import whole
+from .config import RunConfig, TrainConfig
 from .model import SupervisedModel
-from .settings import RunConfig, TrainConfig
 
 LEARNING_STEPS = 5  # after these, with warm-up and all, every head and adapter must have moved
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from gasp_fast.run_files import LOG
+from gasp_fast.run_folder import LOG
 
 from .throughput import peak_flops
 

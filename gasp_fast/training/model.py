@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from gasp_fast.backbones import Backbone, load_backbone, unwrap
-from gasp_fast.heads import CorrespondenceHead, CorrespondenceHeads, parse_layers
-from gasp_fast.layer_capture import LayerCapture
-from gasp_fast.matches import Matches
-from gasp_fast.supervision import GeometricLoss, GeometricSupervision
+from gasp_fast.loss.matches import Matches
+from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, parse_layers
+from gasp_fast.supervision.layer_capture import LayerCapture
+from gasp_fast.supervision.streamed import GeometricLoss, GeometricSupervision
 
+from .config import HeadsConfig, LoraSettings, LossConfig, ModelConfig, TrainConfig
 from .modality import backbone_states, language_loss
-from .settings import HeadsConfig, LoraSettings, LossConfig, ModelConfig, TrainConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from .config import OptimisationConfig
 from .model import Group
-from .settings import OptimisationConfig
 
 
 def make_optimizer(groups: Iterable[Group], config: OptimisationConfig) -> torch.optim.Optimizer:

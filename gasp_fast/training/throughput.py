@@ -15,11 +15,11 @@ import torch
 
 from gasp_fast.backbones import unwrap
 from gasp_fast.backbones.chat import IGNORE
-from gasp_fast.model_shape import shape_from_model
-from gasp_fast.workload import Sequence, operations
+from gasp_fast.planning.shapes import shape_from_model
+from gasp_fast.planning.workload import Sequence, operations
 
+from .config import TrainConfig
 from .model import SupervisedModel
-from .settings import TrainConfig
 
 # Dense bf16 peaks, from the vendors' data sheets; the first name that occurs in the device's own name counts.
 PEAKS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,

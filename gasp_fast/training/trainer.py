@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import checkpoints, guards
+from .config import TrainConfig
 from .data import SampleStream, Share, make_loader
 from .ending import conclude
 from .log import Bar, Meter, RunLog, finite, scalars
 from .model import SupervisedModel, trained_groups
 from .optim import make_optimizer
 from .processes import Processes, zero_stage
-from .settings import TrainConfig
 from .throughput import OperationCount, sequences_of_batch
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gasp_fast.data.scene import Scene, open_scene
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.scene import Scene
 
 WIDTH, HEIGHT = 360, 216  # cells of a 24 x 24 grid have their centres on pixel centres
 CAMERA = np.array([[300.0, 0.0, 181.5], [0.0, 310.0, 107.25], [0.0, 0.0, 1.0]])

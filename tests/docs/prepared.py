@@ -12,10 +12,11 @@ import torch
 from gasp_fast import train as training
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.cli import main as gasp_fast
-from gasp_fast.data.formats import format_named
-from gasp_fast.data.scene import open_scene, rigid_inverse, without_depth
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
-from gasp_fast.data.synthetic_qa import write_qa
+from gasp_fast.data.scenes.formats import format_named
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.scene import rigid_inverse, without_depth
+from gasp_fast.data.synthetic.questions import write_qa
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]

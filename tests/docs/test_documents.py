@@ -29,9 +29,9 @@ from docs.prepared import ROOT, SHORT, SHORT_TRAINING
 
 from gasp_fast import cli
 from gasp_fast import train as training
-from gasp_fast.config import load_config
-from gasp_fast.data import formats
-from gasp_fast.training.settings import TrainConfig
+from gasp_fast.config.loader import load_config
+from gasp_fast.data.scenes import formats
+from gasp_fast.training.config import TrainConfig
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MARK = re.compile(r"<!-- (not run|from): (.+) -->")

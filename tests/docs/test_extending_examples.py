@@ -13,8 +13,8 @@ import pytest
 
 from gasp_fast import build_tracks, open_scene
 from gasp_fast.backbones import base
-from gasp_fast.data import formats
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.data.scenes import formats
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gasp_fast.backbones import tiny
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.evaluation.sampling import QuestionConfig, Questions
 from gasp_fast.evaluation.subject import Subject, open_subject
 

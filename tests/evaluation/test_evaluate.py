@@ -16,12 +16,12 @@ from evaluation import brute_force
 
 from gasp_fast.backbones import tiny
 from gasp_fast.collator import Collator, CollatorConfig
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.evaluation.evaluate import EvaluationConfig, _Asker, evaluate, heat_maps, run_features
 from gasp_fast.evaluation.features import KINDS, layers_of
 from gasp_fast.evaluation.sampling import QuestionConfig, Questions
 from gasp_fast.evaluation.subject import open_subject
-from gasp_fast.supervision import write_heads
+from gasp_fast.supervision.head_files import write_heads
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_questions_are_reproducible_ascending_and_within_reach(library):
 
 
 def test_only_held_out_scenes_are_asked_about(library):
-    from gasp_fast.data.sequences import is_held_out
+    from gasp_fast.data.tracks.sequences import is_held_out
 
     names = sorted(path.name for path in library.iterdir() if path.is_dir())
     share = next(s / 100 for s in range(1, 100) if 0 < sum(is_held_out(n, s / 100) for n in names) < len(names))

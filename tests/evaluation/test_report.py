@@ -13,7 +13,7 @@ from PIL import Image
 
 from gasp_fast.cli import compare as compare_command
 from gasp_fast.cli import evaluate as evaluate_command
-from gasp_fast.data.synthetic import SyntheticConfig, render_scenes
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.evaluation.report import read_report, write_comparison
 
 CONTRACT = {"model", "sequences", "frames", "grid", "features", "pck", "pck_moved", "identity", "rho", "temporal"}

@@ -115,7 +115,7 @@ def test_bad_input_is_refused_before_any_kernel_runs(monkeypatch):
     def never(*_):
         raise AssertionError("a kernel ran")
 
-    monkeypatch.setattr("gasp_fast.kernels.ops.engine_for", never)
+    monkeypatch.setattr("gasp_fast.loss.operators.engine_for", never)
     with pytest.raises(ValueError, match="temperature"):
         gasp_fast.gasp_loss(E, PROBLEM.matches, temperature=-1.0)
     with pytest.raises(AssertionError, match="a kernel ran"):

@@ -69,7 +69,7 @@ def test_any_chunking_gives_the_same_result(monkeypatch, dtype, workspace):
     problem = random_problem(0, SEQUENCES, width=24, matches=150)
     whole = step(problem, dtype)
     small = ChunkedEngine(operations=rows_cpp, workspace_bytes=workspace)
-    monkeypatch.setattr("gasp_fast.kernels.ops.engine_for", lambda backend, embeddings: small)
+    monkeypatch.setattr("gasp_fast.loss.operators.engine_for", lambda backend, embeddings: small)
     for a, b in zip(whole, step(problem, dtype), strict=True):
         assert relative_error(b, a) < (1e-6 if dtype == torch.float32 else 3e-3)
 
@@ -193,7 +193,7 @@ def test_under_autocast_nothing_is_cast(monkeypatch, backend):
         inside.append(torch.is_autocast_enabled("cpu"))
         return engines.engine_for(name, entry)
 
-    monkeypatch.setattr("gasp_fast.kernels.ops.engine_for", spy)
+    monkeypatch.setattr("gasp_fast.loss.operators.engine_for", spy)
     embeddings = problem.embeddings.float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = gasp_fast.gasp_loss(embeddings, problem.matches, backend=backend).loss

@@ -5,10 +5,10 @@ import sys
 import torch
 from accelerate.state import AcceleratorState
 
-from gasp_fast.config import load_config
+from gasp_fast.config.loader import load_config
 from gasp_fast.train import train
+from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.processes import quiet_libraries, stop_processes
-from gasp_fast.training.settings import TrainConfig
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

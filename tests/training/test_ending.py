@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from gasp_fast.cli import main as gasp_fast
-from gasp_fast.run_files import CONFIG, FIGURE, LOG, finished, place_for, run_of
+from gasp_fast.run_folder import CONFIG, FIGURE, LOG, finished, place_for, run_of
 from gasp_fast.training import log
 from gasp_fast.training.ending import as_table, conclude, draw
 from gasp_fast.training.log import Bar, Meter

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from gasp_fast.backbones.base import load_backbone
 from gasp_fast.collator import Collator
-from gasp_fast.config import to_yaml
-from gasp_fast.supervision import read_heads
+from gasp_fast.config.loader import to_yaml
+from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.train import train
 from gasp_fast.training.data import SampleStream
 from gasp_fast.training.model import build_model

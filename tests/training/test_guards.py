@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gasp_fast.config import to_yaml
+from gasp_fast.config.loader import to_yaml
 from gasp_fast.train import main, train
 from gasp_fast.training import guards
+from gasp_fast.training.config import DataConfig, QAConfig
 from gasp_fast.training.data import SampleStream, Share
 from gasp_fast.training.model import SupervisedModel, build_model, trained_groups
 from gasp_fast.training.processes import read_deepspeed
-from gasp_fast.training.settings import DataConfig, QAConfig
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gasp_fast.data.annotations import AnnotationPlan, annotate
-from gasp_fast.data.library import find_scenes, survey
-from gasp_fast.data.scene import open_scene
-from gasp_fast.data.sequences import SequenceConfig, is_held_out
+from gasp_fast.data.annotations.cache import AnnotationPlan, annotate
+from gasp_fast.data.scenes.library import find_scenes, survey
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
 from gasp_fast.training import data as training_data
 from gasp_fast.training.data import SampleStream, Share, StreamBatches, TrackedScenes, steps_of
 

@@ -1,0 +1,149 @@
+"""A picture that shows at a glance whether a scene's geometry is sound.
+
+The query frame, then frames further and further on, each with the tracks drawn where the geometry says they are: a
+filled dot where a point is visible, a hollow one where it is hidden, coloured by the depth at which it was seen first.
+Sixteen well-spread points carry numbers, so that one can look whether "7" sits on the same thing everywhere. Below
+each frame lies its depth map, in the same colours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gasp_fast.data.scenes.scene import Scene
+from gasp_fast.data.tracks.build import Tracks, build_tracks
+
+PANELS = 5
+# Which frames are shown: the query, and those at these distances from it (or spread evenly over a shorter scene).
+STEPS = (0, 1, 5, 10, 20)
+GRID = 12
+NUMBERED = 16
+COLOURS = "viridis"  # ordered in brightness, and safe for colour-blind eyes
+
+
+def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> Path:
+    """Write the picture to `path` (PNG)."""
+    if not scene.has_depth:
+        raise ValueError(f"{scene.root}: no depth, no tracks to draw; make it with: gasp-fast depth {scene.root}")
+    frames = _chosen_frames(len(scene), first)
+    tracks = build_tracks(scene, frames, grid=grid, keep=1.0)
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    maps = [scene.depth(i) for i in frames]
+    known = np.concatenate([one[one > 0] for one in maps])
+    low, high = np.percentile(known, [2, 98]) if known.size else (1.0, 2.0)
+    norm = LogNorm(low, max(high, low * 1.01))  # near things differ visibly, far ones need not
+    numbers = _spread(tracks, NUMBERED)
+
+    width, height = scene.image_size(frames[0])
+    figure, axes, bar_axis = _laid_out(Figure, len(frames), height / width)
+    FigureCanvasAgg(figure)
+    for f, index in enumerate(frames):
+        top, bottom = axes[0, f], axes[1, f]
+        wide, tall = scene.image_size(index)
+        top.imshow(_calmed(scene.image(index)), extent=(0, wide, tall, 0))
+        _draw_points(top, tracks, f, numbers, norm)
+        shown = tracks.visible[:, f].mean() if len(tracks) else 0.0
+        step = "query frame" if f == 0 else f"{index - frames[0]} further on, {shown:.0%} of points visible"
+        top.set_title(f"{scene.frame_names[index]}\n{step}", fontsize=10)
+        masked = np.ma.masked_less_equal(maps[f], 0)
+        mesh = bottom.imshow(masked, extent=(0, wide, tall, 0), cmap=COLOURS, norm=norm, interpolation="nearest")
+        bottom.set_facecolor("0.85")
+        for axis in (top, bottom):
+            axis.set(xlim=(0, wide), ylim=(tall, 0), xticks=[], yticks=[])
+    _draw_colour_bar(figure, mesh, bar_axis)
+    title = f"{scene.root.name}: filled = visible, hollow = hidden; the same number must sit on the same thing"
+    if not len(tracks):
+        title = f"{scene.root.name}: NO point of the first frame is seen again: poses, intrinsics or depth are wrong"
+    figure.suptitle(title, fontsize=11, y=0.985)
+    figure.savefig(path)
+    return path
+
+
+def _laid_out(figure_class: Any, columns: int, tall: float) -> tuple[Any, Any, Any]:
+    """Two rows of panels and a colour bar, placed by hand in inches: exact, and twice as fast as a layout engine."""
+    panel, gap, head, margin, bar = 3.6, 0.12, 0.85, 0.12, 0.75
+    width = 2 * margin + columns * panel + (columns - 1) * gap + bar
+    height = head + 2 * panel * tall + gap + margin
+    figure = figure_class(figsize=(width, height), dpi=110)
+    sides = {"left": margin / width, "right": 1 - (margin + bar) / width}
+    ends = {"top": 1 - head / height, "bottom": margin / height}
+    spaces = {"wspace": gap / panel, "hspace": gap / (panel * tall)}
+    axes = figure.subplots(2, columns, squeeze=False, gridspec_kw={**sides, **ends, **spaces})
+    bar_axis = figure.add_axes(
+        (sides["right"] + gap / width, ends["bottom"], 0.14 / width, ends["top"] - ends["bottom"])
+    )
+    return figure, axes, bar_axis
+
+
+def _chosen_frames(count: int, first: int) -> list[int]:
+    if not 0 <= first < count:
+        raise ValueError(f"first = {first}; the scene has frames 0 to {count - 1}")
+    steps = STEPS
+    if first + STEPS[-1] >= count:
+        steps = tuple(dict.fromkeys(np.linspace(0, count - 1 - first, PANELS).round().astype(int).tolist()))
+    return [first + step for step in steps]
+
+
+def _calmed(image: np.ndarray) -> np.ndarray:
+    """Paler and greyer, so that the dots stand out."""
+    grey = image.mean(axis=2, keepdims=True)
+    return (0.35 * image + 0.35 * grey + 0.3 * 255).astype(np.uint8)
+
+
+def _spread(tracks: Tracks, count: int) -> np.ndarray:
+    """Indices of `count` tracks far from each other in the query frame: always the farthest one next."""
+    if not len(tracks):
+        return np.zeros(0, int)
+    chosen = [0]
+    distance = np.linalg.norm(tracks.query - tracks.query[0], axis=1)
+    while len(chosen) < min(count, len(tracks)):
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(tracks.query - tracks.query[chosen[-1]], axis=1))
+    # Numbered from the top left, as one reads.
+    return np.array(sorted(chosen, key=lambda k: (tracks.query[k, 1], tracks.query[k, 0])))
+
+
+def _draw_points(axis: Any, tracks: Tracks, f: int, numbers: np.ndarray, norm: Any) -> None:
+    from matplotlib import colormaps
+    from matplotlib.patheffects import withStroke
+
+    colours = colormaps[COLOURS](norm(tracks.depth[:, 0]))
+    size = np.array([axis.get_xlim()[1], axis.get_ylim()[0]])
+    inside = ((tracks.uv[:, f] >= 0) & (tracks.uv[:, f] < size)).all(axis=1) & (tracks.depth[:, f] > 0)
+    seen = tracks.visible[:, f]
+    hidden = inside & ~seen
+    axis.scatter(*tracks.uv[hidden, f].T, s=16, facecolors="none", edgecolors=colours[hidden], linewidths=1.1)
+    axis.scatter(*tracks.uv[seen, f].T, s=26, c=colours[seen], edgecolors="black", linewidths=0.6)
+    for number, k in enumerate(numbers, start=1):
+        if not seen[k]:
+            continue
+        # Up and to the right of its dot, unless that would leave the panel.
+        near_right, near_top = tracks.uv[k, f, 0] > 0.92 * size[0], tracks.uv[k, f, 1] < 0.1 * size[1]
+        axis.annotate(
+            str(number),
+            tracks.uv[k, f],
+            xytext=(-4 if near_right else 4, -4 if near_top else 3),
+            textcoords="offset points",
+            ha="right" if near_right else "left",
+            va="top" if near_top else "bottom",
+            fontsize=8,
+            fontweight="bold",
+            path_effects=[withStroke(linewidth=2.2, foreground="white")],
+        )
+
+
+def _draw_colour_bar(figure: Any, mesh: Any, axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    bar = figure.colorbar(mesh, cax=axis)
+    bar.set_label("depth (scene's unit)", fontsize=9)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,179 @@
+"""Questions and answers about videos, in the schema of LLaVA-Video-178K. Knows files and text; no model, no tokens.
+
+A root holds JSON lists of `{id, conversations: [{from, value}], data_source, video}`, either itself or in "config"
+folders (`0_30_s_academic_v0_1`, …); `video` is relative to the JSON's folder, or else to the root. The dataset has
+over a million records, so they are kept as one block of bytes and one array of offsets: small, quick to pickle, and
+shared between forked workers, where a list of dictionaries would be copied by its reference counts.
+
+Collections this large contain broken files. A record that cannot be used is left out at loading; a video that cannot
+be read is left out when it is met, and the next record takes its place. Both are counted and named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .video import Video, read_video
+
+LLAVA_VIDEO_178K = (
+    *(
+        f"{length}_{source}_v0_1"
+        for length in ("0_30_s", "30_60_s", "1_2_m", "2_3_m")
+        for source in ("academic", "youtube")
+    ),
+    *(f"0_30_s_{source}" for source in ("activitynet", "perceptiontest", "nextqa")),
+)
+MANY = 64  # broken videos in a row: then it is not the videos
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance; `speaker` is "human" or "gpt". The first human one holds `<image>` where the video belongs."""
+
+    speaker: str
+    text: str
+
+
+@dataclass(frozen=True)
+class QARecord:
+    """One conversation about one video."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    data_source: str
+    video: str  # relative to the folder of its JSON
+
+    @classmethod
+    def from_json(cls, fields: Any) -> QARecord:
+        """Checks what training relies on; a record that lacks it is a `ValueError` in a few words."""
+        if not isinstance(fields, dict):
+            raise ValueError("not an object")
+        video, talk = fields.get("video"), fields.get("conversations")
+        if not isinstance(video, str) or not video:
+            raise ValueError("names no video")
+        if PurePosixPath(video).is_absolute() or ".." in PurePosixPath(video).parts:
+            raise ValueError(f"video {video!r} leads out of its folder")
+        if not isinstance(talk, list) or len(talk) < 2:
+            raise ValueError("has no conversation")
+        turns = []
+        for place, turn in enumerate(talk):
+            speaker = ("human", "gpt")[place % 2]
+            if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+                raise ValueError(f"turn {place} of the conversation is not {speaker}'s")
+            turns.append(Turn(speaker, turn["value"]))
+        if not all(turn.text.strip() for turn in turns if turn.speaker == "gpt"):
+            raise ValueError("has an empty answer")
+        return cls(str(fields.get("id", "")), tuple(turns), str(fields.get("data_source", "")), video)
+
+
+@dataclass(frozen=True)
+class QASample:
+    """A record with frames of its video. `index` differs from the one asked for when broken videos were passed over."""
+
+    index: int
+    record: QARecord
+    video: Video
+
+
+@dataclass
+class VideoQA:
+    """All records under a root, by number. `configs` names the folders to read; by default all that hold JSON lists."""
+
+    root: Path
+    configs: Sequence[str] = ()
+    skipped: list[str] = field(default_factory=list)  # records left out at loading, with the reason
+    broken: dict[str, str] = field(default_factory=dict)  # videos that could not be read, with the reason
+
+    def __post_init__(self) -> None:
+        self.root = Path(self.root)
+        self._folders: list[Path] = []
+        parts: list[bytes] = []
+        folder_of: list[int] = []
+        for path in self._lists():
+            if path.parent not in self._folders:
+                self._folders.append(path.parent)
+            for record in self._read_list(path):
+                parts.append(json.dumps(record, ensure_ascii=False).encode())
+                folder_of.append(self._folders.index(path.parent))
+        if not parts:
+            reason = f"; the first: {self.skipped[0]}" if self.skipped else ""
+            raise ValueError(f"{self.root}: none of {len(self.skipped)} records can be used{reason}")
+        self._text: NDArray[np.uint8] = np.frombuffer(b"".join(parts), np.uint8)
+        self._offsets: NDArray[np.int64] = np.cumsum([0, *map(len, parts)])
+        self._folder_of: NDArray[np.int32] = np.array(folder_of, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._folder_of)
+
+    def record(self, index: int) -> QARecord:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {self.root}, which has {len(self)}")
+        return QARecord.from_json(json.loads(self._text[self._offsets[index] : self._offsets[index + 1]].tobytes()))
+
+    def video_path(self, index: int) -> Path:
+        """Where the video of a record lies, whether or not it is there."""
+        video = self.record(index).video
+        beside = self._folders[self._folder_of[index]] / video
+        return beside if beside.exists() else self.root / video
+
+    def sample(self, index: int, frames: int = 16, timeout: float = 30.0, longest_side: int | None = None) -> QASample:
+        """Record `index` with evenly spread frames, or the next record after it whose video can be read."""
+        for attempt in range(min(MANY, len(self))):
+            place = (index + attempt) % len(self)
+            record = self.record(place)
+            if record.video in self.broken:
+                continue
+            try:
+                video = read_video(self.video_path(place), frames, timeout=timeout, longest_side=longest_side)
+            except OSError as error:
+                self.broken[record.video] = str(error)
+                continue
+            return QASample(place, record, video)
+        first = next(iter(self.broken.items()))
+        raise OSError(
+            f"{self.root}: no readable video in {min(MANY, len(self))} records from {index} on ({first[1]}); "
+            "are the archives unpacked beside their JSON lists?"
+        )
+
+    def _lists(self) -> list[Path]:
+        if not self.root.is_dir():
+            raise OSError(f"{self.root}: no such folder")
+        if self.configs:
+            missing = [name for name in self.configs if not (self.root / name).is_dir()]
+            if missing:
+                raise OSError(f"{self.root}: has no config {missing[0]!r}")
+            folders = [self.root / name for name in self.configs]
+        else:
+            folders = [self.root, *sorted(path for path in self.root.iterdir() if path.is_dir())]
+        lists = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl")]
+        if not lists:
+            raise OSError(f"{self.root}: no JSON lists of questions here or one folder below")
+        return lists
+
+    def _read_list(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The usable records of one file, reduced to the keys that are read."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            records = (
+                [json.loads(line) for line in text.splitlines() if line]
+                if path.suffix == ".jsonl"
+                else json.loads(text)
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a JSON list ({error})") from error
+        if not isinstance(records, list):
+            raise ValueError(f"{path}: holds {type(records).__name__}, not a list of records")
+        for number, fields in enumerate(records):
+            try:
+                QARecord.from_json(fields)
+            except ValueError as error:
+                self.skipped.append(f"{path.name}[{number}]: {error}")
+                continue
+            yield {key: fields[key] for key in ("id", "conversations", "data_source", "video") if key in fields}

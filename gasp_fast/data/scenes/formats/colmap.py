@@ -1,0 +1,94 @@
+"""`colmap`: a sparse model, its photographs, and, where COLMAP's multi-view stereo has run, a depth map for each.
+
+Two layouts: a project (`sparse/0`, `images/`) and the dense workspace that `colmap image_undistorter` makes (`sparse`,
+`images/`, `stereo/depth_maps/NAME.geometric.bin`). A workspace inside a project (`dense/` or `dense/0/`) is preferred,
+since only it has depth, and only with the undistorted photographs that it was computed on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gasp_fast.data.scenes.depth_maps import DepthFile, write_depth
+from gasp_fast.data.scenes.lens import NO_DISTORTION
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, inside, scene_of
+
+from .colmap_model import ModelImage, has_model, read_model, write_model
+
+NAME = "colmap"
+MARKS = "a model (cameras, images, points3D as .bin or .txt) in sparse/ or sparse/0/"
+WORKSPACES = (".", "dense/0", "dense", "colmap", "colmap/dense/0", "colmap/dense", "colmap/colmap")
+MODELS = ("sparse", "sparse/0")
+IMAGE_FOLDERS = ("images", "images_4", "images_8", "images_2")
+DEPTH_FOLDER = "stereo/depth_maps"
+
+
+def detect(root: Path) -> bool:
+    return find_model(root) is not None
+
+
+def find_model(root: Path) -> tuple[Path, Path] | None:
+    """(workspace, model folder) below `root`: one with stereo depth if there is one."""
+    found = [
+        (root / workspace, root / workspace / model)
+        for workspace in WORKSPACES
+        for model in MODELS
+        if has_model(root / workspace / model)
+    ]
+    with_depth = [pair for pair in found if (pair[0] / DEPTH_FOLDER).is_dir()]
+    return next(iter(with_depth + found), None)
+
+
+def read(root: Path) -> Scene:
+    found = find_model(root)
+    if found is None:
+        raise ValueError(f"{root}: no COLMAP model; looked for {MARKS}")
+    workspace, model = found
+    for file in sorted(model.iterdir()):
+        inside(root, file)
+    images = read_model(model)
+    folder = _image_folder(root, workspace)
+    stems = [_without_suffix(image.name) for image in images]
+    keys = stems if len(set(stems)) == len(stems) else [image.name for image in images]
+    frames: list[Frame] = []
+    skipped: list[Skipped] = []
+    for key, image in zip(keys, images, strict=True):
+        path = inside(root, folder / image.name)
+        if not path.is_file():
+            skipped.append(Skipped(key, f"{path} is missing"))
+            continue
+        depth = inside(root, workspace / DEPTH_FOLDER / f"{image.name}.geometric.bin")
+        depth_file = DepthFile(depth) if depth.is_file() else None
+        frames.append(Frame(key, path, image.intrinsics, image.pose, image.size, depth_file, image.distortion))
+    return scene_of(root, NAME, frames, skipped, sparse_model=model)
+
+
+def write(scene: Scene, root: Path, points: dict[str, np.ndarray] | None = None) -> None:
+    """Write `scene` as a dense workspace; `points` are world positions [n, 3] that each frame, by name, observes."""
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    (root / DEPTH_FOLDER).mkdir(parents=True, exist_ok=True)
+    images = []
+    for i, key in enumerate(scene.frame_names):
+        name = f"{key}.png"
+        Image.fromarray(scene.image(i)).save(root / "images" / name)
+        if scene.frames[i].depth is not None:
+            write_depth(root / DEPTH_FOLDER / f"{name}.geometric.bin", scene.depth(i))
+        seen = (points or {}).get(key)
+        camera = (scene.image_size(i), scene.intrinsics(i), NO_DISTORTION)
+        images.append(ModelImage(name, *camera, scene.pose(i), seen))
+    write_model(root / "sparse", images)
+
+
+def _image_folder(root: Path, workspace: Path) -> Path:
+    for base in (workspace, root):
+        for name in IMAGE_FOLDERS:
+            if (base / name).is_dir():
+                return base / name
+    raise ValueError(f"{root}: a COLMAP model but no photographs; looked for {', '.join(IMAGE_FOLDERS)}")
+
+
+def _without_suffix(name: str) -> str:
+    return str(Path(name).with_suffix("")) if Path(name).name else name

@@ -1,0 +1,189 @@
+"""A COLMAP sparse model, read through pycolmap into plain arrays.
+
+pycolmap trusts its input: a damaged count in a binary model makes it read for ever or ask for all memory. So the
+files are walked first, record by record; only a model whose records fill its files exactly is handed over.
+Knows COLMAP; knows nothing of scenes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gasp_fast.data.scenes.depth_maps import one_line
+from gasp_fast.data.scenes.lens import NO_DISTORTION, Distortion
+
+# How each camera model orders fx, fy, cx, cy and k1, k2, p1, p2 in its parameters; None is 0.
+_CAMERA_MODELS: dict[str, tuple[tuple[int, int, int, int], tuple[int | None, ...]]] = {
+    "SIMPLE_PINHOLE": ((0, 0, 1, 2), (None, None, None, None)),
+    "PINHOLE": ((0, 1, 2, 3), (None, None, None, None)),
+    "SIMPLE_RADIAL": ((0, 0, 1, 2), (3, None, None, None)),
+    "RADIAL": ((0, 0, 1, 2), (3, 4, None, None)),
+    "OPENCV": ((0, 1, 2, 3), (4, 5, 6, 7)),
+}
+_REQUIRED = ("cameras", "images", "points3D")
+
+
+@dataclass(frozen=True)
+class ModelImage:
+    """One registered photograph."""
+
+    name: str  # path below the image folder
+    size: tuple[int, int]  # (width, height) for which the intrinsics hold
+    intrinsics: np.ndarray  # float64 [3, 3]
+    distortion: Distortion
+    pose: np.ndarray  # float64 [4, 4], world-to-camera
+    points: np.ndarray | None = None  # float64 [n, 3], world positions of the points it observes; only on request
+
+
+def has_model(folder: Path) -> bool:
+    return any(all((folder / f"{part}{suffix}").is_file() for part in _REQUIRED) for suffix in (".bin", ".txt"))
+
+
+def read_model(folder: Path, with_points: bool = False) -> list[ModelImage]:
+    """The registered images of the model in `folder`, by name."""
+    import pycolmap
+
+    if (folder / "cameras.bin").is_file():
+        for stem, walk in _WALKS.items():
+            path = folder / f"{stem}.bin"
+            if path.is_file():
+                _check_records(path, walk)
+    try:
+        model = pycolmap.Reconstruction(str(folder))
+        return sorted(_images(model, folder, with_points), key=lambda image: image.name)
+    except UnsupportedCameraError:
+        raise
+    except Exception as error:  # pycolmap raises RuntimeError, IndexError and more
+        raise OSError(f"{folder}: cannot read COLMAP model: {one_line(error)}") from error
+
+
+class UnsupportedCameraError(ValueError):
+    """A camera that is no pinhole with k1, k2, p1, p2."""
+
+
+def _images(model: Any, folder: Path, with_points: bool) -> list[ModelImage]:
+    images = []
+    for image in model.images.values():
+        if not image.has_pose:
+            continue
+        camera = model.cameras[image.camera_id]
+        if camera.model_name not in _CAMERA_MODELS:
+            raise UnsupportedCameraError(
+                f"{folder}: camera model {camera.model_name} of {image.name} is not read; undistort the photographs "
+                "first: colmap image_undistorter"
+            )
+        pinhole, lens = _CAMERA_MODELS[camera.model_name]
+        fx, fy, cx, cy = (float(camera.params[k]) for k in pinhole)
+        k1, k2, p1, p2 = (0.0 if k is None else float(camera.params[k]) for k in lens)
+        pose = np.vstack([image.cam_from_world().matrix(), [0.0, 0.0, 0.0, 1.0]])
+        points = None
+        if with_points:
+            seen = [point.point3D_id for point in image.points2D if point.has_point3D()]
+            points = np.array([model.points3D[k].xyz for k in seen]).reshape(-1, 3)
+        intrinsics = np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
+        lens_or_none = (k1, k2, p1, p2) if any((k1, k2, p1, p2)) else NO_DISTORTION
+        size = (int(camera.width), int(camera.height))
+        images.append(ModelImage(image.name, size, intrinsics, lens_or_none, pose, points))
+    return images
+
+
+def write_model(folder: Path, images: list[ModelImage]) -> None:
+    """Write undistorted `images` as a binary model; the world positions in `points` become its 3D points."""
+    import pycolmap
+
+    model = pycolmap.Reconstruction()
+    for k, image in enumerate(images, start=1):
+        matrix = image.intrinsics
+        camera = pycolmap.Camera(
+            model="PINHOLE",
+            width=image.size[0],
+            height=image.size[1],
+            params=[matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]],
+            camera_id=k,
+        )
+        model.add_camera_with_trivial_rig(camera)
+        entry = pycolmap.Image(name=image.name, camera_id=k, image_id=k)
+        points = np.zeros((0, 3)) if image.points is None else image.points
+        in_camera = points @ image.pose[:3, :3].T + image.pose[:3, 3]
+        pixels = (in_camera @ matrix.T)[:, :2] / in_camera[:, 2:]
+        entry.points2D = pycolmap.Point2DList([pycolmap.Point2D(pixel) for pixel in pixels])
+        model.add_image_with_trivial_frame(entry, pycolmap.Rigid3d(image.pose[:3]))
+        for i, point in enumerate(points):
+            track = pycolmap.Track()
+            track.add_element(k, i)
+            model.add_point3D(point, track, np.zeros(3, np.uint8))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.write_binary(str(folder))
+
+
+# ---- walking the binary files ---------------------------------------------------------------------------------------
+# A walk takes the bytes and the place of one record and gives the place of the next. struct.error means that the
+# record runs over the end of the file.
+
+_COUNT = struct.Struct("<Q")
+_PARAMETERS = {0: 3, 1: 4, 2: 4, 3: 5, 4: 8, 5: 8, 6: 12, 7: 5, 8: 4, 9: 5, 10: 12}  # by COLMAP's model id
+
+
+def _after_camera(data: bytes, at: int) -> int:
+    _, model, _, _ = struct.unpack_from("<IiQQ", data, at)
+    if model not in _PARAMETERS:  # a kind this table does not know: its length cannot be told
+        raise ValueError(f"camera model number {model} is not read; undistort first: colmap image_undistorter")
+    return at + 24 + 8 * _PARAMETERS[model]
+
+
+def _after_image(data: bytes, at: int) -> int:
+    end_of_name = data.find(b"\0", at + 64)
+    if end_of_name < 0:
+        raise ValueError("an image name does not end")
+    (points,) = _COUNT.unpack_from(data, end_of_name + 1)
+    return int(end_of_name + 9 + 24 * points)
+
+
+def _after_point(data: bytes, at: int) -> int:
+    (length,) = _COUNT.unpack_from(data, at + 43)
+    return int(at + 51 + 8 * length)
+
+
+def _after_rig(data: bytes, at: int) -> int:
+    _, sensors = struct.unpack_from("<II", data, at)
+    at += 8 + (8 if sensors else 0)
+    for _ in range(sensors - 1):
+        (has_pose,) = struct.unpack_from("<B", data, at + 8)
+        at += 9 + (56 if has_pose else 0)
+    return at
+
+
+def _after_frame(data: bytes, at: int) -> int:
+    (members,) = struct.unpack_from("<I", data, at + 64)
+    return int(at + 68 + 16 * members)
+
+
+_WALKS: dict[str, Callable[[bytes, int], int]] = {
+    "cameras": _after_camera,
+    "images": _after_image,
+    "points3D": _after_point,
+    "rigs": _after_rig,
+    "frames": _after_frame,
+}
+
+
+def _check_records(path: Path, walk: Callable[[bytes, int], int]) -> None:
+    """Raise unless the file is its record count followed by exactly that many records."""
+    data = path.read_bytes()
+    try:
+        (count,) = _COUNT.unpack_from(data, 0)
+        at = _COUNT.size
+        for _ in range(count):
+            at = walk(data, at)
+            if at > len(data):
+                raise ValueError("a record runs over the end")
+    except (struct.error, ValueError) as error:
+        raise OSError(f"{path}: damaged COLMAP file: {one_line(error)}") from error
+    if at != len(data):
+        raise OSError(f"{path}: damaged COLMAP file: {len(data) - at} bytes after the last record")

@@ -1,0 +1,178 @@
+"""`dl3dv`: `transforms.json` as Nerfstudio writes it, photographs in `images_4/` or the like, no depth of its own.
+
+Camera-to-world in Blender axes (x right, y up, z backwards): the camera's y and z are turned over. The intrinsics hold
+for the `w`, `h` of the JSON; the photographs that are there are usually a quarter of that. Lens distortion
+`k1, k2, p1, p2` is taken out by the scene; other lenses are refused. Depth comes from Nerfstudio's `depth_file_path`
+where the JSON has it, else from `gasp-fast depth`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gasp_fast.data.scenes.depth_maps import DepthFile, one_line, write_depth
+from gasp_fast.data.scenes.scene import (
+    IMAGE_SUFFIXES,
+    Frame,
+    Scene,
+    Skipped,
+    inside,
+    pinhole,
+    pose_fault,
+    rigid_inverse,
+    scene_of,
+)
+
+from . import colmap
+
+NAME = "dl3dv"
+JSON_NAME = "transforms.json"
+JSON_FOLDERS = (".", "nerfstudio", "colmap")  # the benchmark set keeps all of it one folder down
+MARKS = "transforms.json here, in nerfstudio/ or in colmap/"
+# 960 x 540 first: what the recipe trains on, and a sixteenth of the pixels to decode.
+IMAGE_FOLDERS = ("images_4", "images_8", "images_2", "images")
+BLENDER_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
+PLAIN_CAMERAS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "SIMPLE_RADIAL")
+OTHER_LENS = ("k3", "k4", "k5", "k6")
+
+
+def detect(root: Path) -> bool:
+    return find_json(root) is not None
+
+
+def find_json(root: Path) -> Path | None:
+    candidates = (root / folder / JSON_NAME for folder in JSON_FOLDERS)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read(root: Path) -> Scene:
+    path = find_json(root)
+    if path is None:
+        raise ValueError(f"{root}: no {JSON_NAME}")
+    meta = _load(inside(root, path))
+    _refuse_other_lenses(path, meta)
+    listings: dict[Path, dict[str, Path]] = {}
+    frames: list[Frame] = []
+    skipped: list[Skipped] = []
+    for k, entry in enumerate(meta["frames"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_path"), str) or not entry["file_path"]:
+            raise ValueError(f"{path}: frames[{k}] has no file_path")
+        _refuse_other_lenses(path, entry)
+        stated = Path(entry["file_path"])
+        inside(root, path.parent / stated)  # an absolute path or one that climbs is refused, not skipped
+        key = str(_below_image_folder(stated).with_suffix(""))
+        image = _find_image(root, path.parent, stated, listings)
+        if image is None:
+            skipped.append(Skipped(key, f"{stated} is missing"))
+            continue
+        values = {**meta, **entry}
+        fx, fy, cx, cy, width, height = (_number(path, values, name) for name in ("fl_x", "fl_y", "cx", "cy", "w", "h"))
+        if min(width, height) < 1:
+            raise ValueError(f"{path}: size {width:g} x {height:g} of frames[{k}] is no image")
+        k1, k2, p1, p2 = (_number(path, values, name, 0.0) for name in ("k1", "k2", "p1", "p2"))
+        frames.append(
+            Frame(
+                key,
+                image,
+                pinhole(fx, fy, cx, cy),
+                _world_to_camera(entry.get("transform_matrix")),
+                (int(width), int(height)),
+                _depth_file(root, path, values),
+                (k1, k2, p1, p2),
+            )
+        )
+    sparse = colmap.find_model(root) or colmap.find_model(path.parent)
+    return scene_of(root, NAME, frames, skipped, sparse_model=sparse and sparse[1])
+
+
+def write(scene: Scene, root: Path) -> None:
+    """Write `scene` in this format, undistorted, depth beside it as float32 `.npy`."""
+    (root / "images_4").mkdir(parents=True, exist_ok=True)
+    (root / "depths").mkdir(parents=True, exist_ok=True)
+    entries = []
+    for i, name in enumerate(scene.frame_names):
+        matrix = scene.intrinsics(i)
+        width, height = scene.image_size(i)
+        camera_to_world = rigid_inverse(scene.pose(i)) @ BLENDER_FROM_OPENCV
+        entry: dict[str, Any] = {
+            "file_path": f"images/{name}.png",
+            "transform_matrix": camera_to_world.tolist(),
+            **{"fl_x": matrix[0, 0], "fl_y": matrix[1, 1], "cx": matrix[0, 2], "cy": matrix[1, 2]},
+            **{"w": width, "h": height},
+        }
+        Image.fromarray(scene.image(i)).save(root / "images_4" / f"{name}.png")
+        if scene.frames[i].depth is not None:
+            entry["depth_file_path"] = f"depths/{name}.npy"
+            write_depth(root / entry["depth_file_path"], scene.depth(i))
+        entries.append(entry)
+    (root / JSON_NAME).write_text(json.dumps({"camera_model": "PINHOLE", "frames": entries}, indent=1))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {one_line(error)}") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
+        raise ValueError(f"{path}: has no list of frames")
+    return meta
+
+
+def _refuse_other_lenses(path: Path, values: dict[str, Any]) -> None:
+    model = values.get("camera_model", "OPENCV")
+    bent = [name for name in OTHER_LENS if values.get(name)]
+    if model not in PLAIN_CAMERAS or bent or values.get("is_fisheye"):
+        what = f"{bent[0]} = {values[bent[0]]}" if bent else f"camera_model {model!r}"
+        raise ValueError(f"{path}: {what} is not read (only k1, k2, p1, p2 are); undistort the photographs first")
+
+
+def _number(path: Path, values: dict[str, Any], name: str, default: float | None = None) -> float:
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise ValueError(f"{path}: {name} = {value!r} is not a number")
+    return float(value)
+
+
+def _find_image(root: Path, base: Path, stated: Path, listings: dict[Path, dict[str, Path]]) -> Path | None:
+    """The photograph that `stated` means, in whichever resolution is there; the suffix may differ.
+
+    DL3DV's JSON says images/x.png; on disk are images_4/x.png, beside the JSON or under colmap/, or both moved up.
+    """
+    tail = _below_image_folder(stated)
+    for folder in dict.fromkeys((base, base / "colmap", root, root / "colmap")):
+        for name in IMAGE_FOLDERS:
+            place = (folder / name / tail).parent
+            if place not in listings:
+                files = sorted(place.iterdir()) if place.is_dir() else []
+                listings[place] = {file.stem: file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+            if stated.stem in listings[place]:
+                return inside(root, listings[place][stated.stem])
+    direct = base / stated
+    return inside(root, direct) if direct.is_file() else None
+
+
+def _below_image_folder(stated: Path) -> Path:
+    return stated.relative_to(stated.parts[0]) if len(stated.parts) > 1 else stated
+
+
+def _depth_file(root: Path, path: Path, values: dict[str, Any]) -> DepthFile | None:
+    stated = values.get("depth_file_path")
+    if not isinstance(stated, str) or not stated:
+        return None
+    depth = inside(root, path.parent / stated)
+    scale = _number(path, values, "depth_unit_scale_factor", 1e-3) if depth.suffix.lower() == ".png" else 1.0
+    return DepthFile(depth, scale, distorted=True) if depth.is_file() else None
+
+
+def _world_to_camera(transform: object) -> np.ndarray:
+    """Faulty matrices pass through as they are, for scene_of to name the fault."""
+    try:
+        camera_to_world = np.array(transform, dtype=np.float64)
+    except (TypeError, ValueError):
+        return np.full((4, 4), np.nan)
+    return camera_to_world if pose_fault(camera_to_world) else rigid_inverse(camera_to_world @ BLENDER_FROM_OPENCV)

@@ -1,0 +1,115 @@
+"""`rgbd`: `color/KEY.jpg`, `depth/KEY.png`, `pose/KEY.txt` (4x4 camera-to-world), `intrinsics.txt`, `meta.json`.
+
+The layout of ScanNet exports and of most RGB-D recorders. OpenCV axes; one camera for all frames, for the size of the
+colour images; depth in 16 bits, in units of 1 / `depth_scale` of `meta.json` (1000 where it says nothing: millimetres).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gasp_fast.data.scenes.depth_maps import DepthFile, one_line, write_depth
+from gasp_fast.data.scenes.scene import (
+    IMAGE_SUFFIXES,
+    Frame,
+    Scene,
+    Skipped,
+    image_size,
+    inside,
+    pose_fault,
+    rigid_inverse,
+    scene_of,
+)
+
+NAME = "rgbd"
+MARKS = "color/, pose/ and intrinsics.txt"
+DEPTH_SUFFIXES = (".png", ".npy", ".exr")
+
+
+def detect(root: Path) -> bool:
+    return (root / "color").is_dir() and (root / "pose").is_dir() and (root / "intrinsics.txt").is_file()
+
+
+def read(root: Path) -> Scene:
+    meta = _meta(root)
+    scale = 1.0 / _depth_scale(root, meta)
+    intrinsics = _matrix(inside(root, root / "intrinsics.txt"))[:3, :3]
+    images = sorted(path for path in (root / "color").iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise ValueError(f"{root / 'color'}: no image")
+    depths = {path.stem: path for path in sorted((root / "depth").glob("*")) if path.suffix.lower() in DEPTH_SUFFIXES}
+    camera_size = image_size(inside(root, images[0]))
+    frames: list[Frame] = []
+    skipped: list[Skipped] = []
+    for image in images:
+        pose_file = root / "pose" / f"{image.stem}.txt"
+        if not pose_file.is_file():
+            skipped.append(Skipped(image.stem, f"{pose_file} is missing"))
+            continue
+        camera_to_world = _matrix(inside(root, pose_file))
+        if camera_to_world.shape != (4, 4):
+            raise ValueError(f"{pose_file}: a pose is a 4x4 matrix, this file holds {camera_to_world.shape}")
+        depth = depths.get(image.stem)
+        # PNG counts in units; the float formats hold the scene's own.
+        depth_file = DepthFile(depth, scale if depth.suffix.lower() == ".png" else 1.0) if depth else None
+        frames.append(Frame(image.stem, image, intrinsics, _world_to_camera(camera_to_world), camera_size, depth_file))
+    orphans = set(depths) - {image.stem for image in images}
+    skipped += [Skipped(name, "depth without an image") for name in sorted(orphans)]
+    return scene_of(root, NAME, frames, skipped)
+
+
+def write(scene: Scene, root: Path, units_per_metre: float = 1000.0) -> None:
+    """Write `scene` in this format. Depth is rounded to 16-bit units; the images must share one camera."""
+    shared = scene.intrinsics(0)
+    for folder in ("color", "depth", "pose"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(scene.frame_names):
+        if not np.array_equal(scene.intrinsics(i), shared):
+            raise ValueError(f"{scene.root}: frame {name} has a camera of its own; format rgbd has one for all")
+        Image.fromarray(scene.image(i)).save(root / "color" / f"{name}.png")
+        np.savetxt(root / "pose" / f"{name}.txt", rigid_inverse(scene.pose(i)), fmt="%.17g")
+        if scene.has_depth:
+            write_depth(root / "depth" / f"{name}.png", scene.depth(i), 1.0 / units_per_metre)
+    np.savetxt(root / "intrinsics.txt", shared, fmt="%.17g")
+    meta = {"name": root.name, "depth_scale": units_per_metre, "frames": len(scene)}
+    (root / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
+    # A pose that is no rigid motion stays as it is, for scene_of to name its fault.
+    return camera_to_world if pose_fault(camera_to_world) else rigid_inverse(camera_to_world)
+
+
+def _meta(root: Path) -> dict[str, Any]:
+    path = root / "meta.json"
+    if not path.is_file():
+        return {}
+    try:
+        meta = json.loads(inside(root, path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {one_line(error)}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path}: holds {type(meta).__name__}, not an object")
+    return meta
+
+
+def _depth_scale(root: Path, meta: dict[str, Any]) -> float:
+    scale = meta.get("depth_scale", 1000.0)
+    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise ValueError(f"{root / 'meta.json'}: depth_scale = {scale!r}; it is the number of units per metre, above 0")
+    return float(scale)
+
+
+def _matrix(path: Path) -> np.ndarray:
+    try:
+        matrix = np.array([line.split() for line in path.read_text().splitlines() if line.strip()], dtype=np.float64)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a matrix of numbers: {one_line(error)}") from error
+    if matrix.ndim != 2 or min(matrix.shape) < 3:
+        raise ValueError(f"{path}: not a 3x3 or 4x4 matrix, its shape is {matrix.shape}")
+    return matrix

@@ -1,0 +1,83 @@
+"""`vggt`: `images/`, `depths/*.exr`, `image_names.json`, `cam_from_worlds.npy`, `intrinsics.npy`.
+
+The layout of the scenes that VGGT's authors publish: three lists of one length, in one order. World-to-camera, OpenCV
+axes, `[N, 3, 4]` or `[N, 4, 4]`; intrinsics for the stored images.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gasp_fast.data.scenes.depth_maps import DepthFile, one_line, write_depth
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, inside, scene_of
+
+NAME = "vggt"
+MARKS = "image_names.json, cam_from_worlds.npy and intrinsics.npy"
+DEPTH_SUFFIXES = (".exr", ".npy")
+
+
+def detect(root: Path) -> bool:
+    return all((root / name).is_file() for name in ("image_names.json", "cam_from_worlds.npy", "intrinsics.npy"))
+
+
+def read(root: Path) -> Scene:
+    names = _names(inside(root, root / "image_names.json"))
+    poses = _array(inside(root, root / "cam_from_worlds.npy"), len(names), ((3, 4), (4, 4)))
+    intrinsics = _array(inside(root, root / "intrinsics.npy"), len(names), ((3, 3),))
+    if poses.shape[1] == 3:
+        last = np.broadcast_to(np.array([0.0, 0.0, 0.0, 1.0]), (len(names), 1, 4))
+        poses = np.concatenate([poses, last], axis=1)
+    frames: list[Frame] = []
+    skipped: list[Skipped] = []
+    for k, name in enumerate(names):
+        image = inside(root, root / "images" / name)
+        key = str(Path(name).with_suffix(""))
+        if not image.is_file():
+            skipped.append(Skipped(key, f"{image} is missing"))
+            continue
+        candidates = [inside(root, root / "depths" / f"{key}{suffix}") for suffix in DEPTH_SUFFIXES]
+        depth = next((DepthFile(path) for path in candidates if path.is_file()), None)
+        frames.append(Frame(key, image, intrinsics[k], poses[k], depth=depth))
+    return scene_of(root, NAME, frames, skipped)
+
+
+def write(scene: Scene, root: Path) -> None:
+    """Write `scene` in this format; depth stays float32."""
+    for folder in ("images", "depths"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(scene.frame_names):
+        Image.fromarray(scene.image(i)).save(root / "images" / f"{name}.png")
+        if scene.frames[i].depth is not None:
+            write_depth(root / "depths" / f"{name}.exr", scene.depth(i))
+    (root / "image_names.json").write_text(json.dumps([f"{name}.png" for name in scene.frame_names]))
+    np.save(root / "cam_from_worlds.npy", np.stack([scene.pose(i)[:3] for i in range(len(scene))]))
+    np.save(root / "intrinsics.npy", np.stack([scene.intrinsics(i) for i in range(len(scene))]))
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        names = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {one_line(error)}") from error
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and Path(name).name for name in names):
+        raise ValueError(f"{path}: not a list of file names")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path}: a name occurs twice")
+    return names
+
+
+def _array(path: Path, count: int, shapes: tuple[tuple[int, int], ...]) -> np.ndarray:  # float64 [count, *shape]
+    try:
+        array = np.array(np.load(path, mmap_mode="r", allow_pickle=False), dtype=np.float64)
+    except Exception as error:
+        raise OSError(f"{path}: cannot read array: {one_line(error)}") from error
+    if array.ndim != 3 or array.shape[1:] not in shapes:
+        wanted = " or ".join(f"[N, {rows}, {columns}]" for rows, columns in shapes)
+        raise ValueError(f"{path}: has shape {list(array.shape)}, not {wanted}")
+    if len(array) != count:
+        raise ValueError(f"{path}: has {len(array)} entries for {count} names in image_names.json")
+    return array

@@ -1,0 +1,263 @@
+"""A scene: photographs that know where they were taken from, and how far away each of their pixels lies.
+
+`open.py` reads one from a folder. A `Scene` is a table of `Frame`s; pixels are read when
+they are asked for. Conventions, the same everywhere in this project: OpenCV axes (x right, y down, z forward),
+world-to-camera poses, pixel centres at integer + 0.5, depth along z with 0 for unknown.
+
+Lens distortion never leaves this room: a distorted photograph is shown as the pinhole photograph with the same
+intrinsics (`lens.py`). Knows files and arrays; knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .depth_maps import DepthFile, one_line
+from .frame_cache import DECODED
+from .lens import NO_DISTORTION, Distortion, undistort
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LARGEST_IMAGE = 1 << 27  # pixels; a corrupted header may claim any size
+# How far R^T R may be from the identity: poses stored as text with six digits stay below 1e-4.
+ROTATION_TOLERANCE = 1e-3
+_LAST_ROW, _IDENTITY = np.array([0.0, 0.0, 0.0, 1.0]), np.eye(3)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a folder says about one photograph; nothing of it has been decoded yet."""
+
+    name: str
+    image: Path
+    intrinsics: np.ndarray  # float64 [3, 3], for an image of `camera_size`
+    pose: np.ndarray  # float64 [4, 4], world-to-camera
+    camera_size: tuple[int, int] | None = None  # (width, height); None: the image's own
+    depth: DepthFile | None = None
+    distortion: Distortion = NO_DISTORTION
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A frame that the folder names but that cannot be used."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Scene:
+    """Frames in order, read lazily. Any method may be called from any thread; a scene pickles into loader workers."""
+
+    root: Path
+    format: str
+    frames: tuple[Frame, ...]
+    skipped: tuple[Skipped, ...] = ()
+    sparse_model: Path | None = None  # folder of a COLMAP model of the same world, if there is one
+    _sizes: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def frame_names(self) -> list[str]:
+        return [frame.name for frame in self.frames]
+
+    @property
+    def has_depth(self) -> bool:
+        return any(frame.depth is not None for frame in self.frames)
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        """(width, height) of the colour image, from its header."""
+        i = self._index(i)
+        if i not in self._sizes:
+            self._sizes[i] = image_size(self.frames[i].image)
+        return self._sizes[i]
+
+    def image(self, i: int) -> np.ndarray:  # uint8 [H, W, 3]
+        """The photograph, undistorted; yours to change."""
+        i = self._index(i)
+        frame = self.frames[i]
+        key = ("image", *_stamp(frame.image), frame.distortion, frame.intrinsics.tobytes(), frame.camera_size)
+        return DECODED.get(key, lambda: self._decode_image(i)).copy()
+
+    def depth(self, i: int) -> np.ndarray:  # float32 [h, w]
+        """Depth along z, 0 where unknown, always finite; its grid may be coarser than the image's. Read-only."""
+        i = self._index(i)
+        frame = self.frames[i]
+        if frame.depth is None:
+            if not self.has_depth:
+                raise ValueError(f"{self.root}: this scene has no depth; make it with: gasp-fast depth {self.root}")
+            width, height = self.image_size(i)
+            return np.zeros((height, width), np.float32)
+        key = ("depth", *_stamp(frame.depth.path), frame.depth, frame.distortion, frame.intrinsics.tobytes())
+        return DECODED.get(key, lambda: self._decode_depth(i))
+
+    def intrinsics(self, i: int) -> np.ndarray:  # float64 [3, 3]
+        """The pinhole camera of the image as it is shown, in its pixels."""
+        frame = self.frames[self._index(i)]
+        if frame.camera_size is None:
+            return frame.intrinsics.copy()
+        width, height = self.image_size(i)
+        scale = np.array([width / frame.camera_size[0], height / frame.camera_size[1], 1.0])
+        return frame.intrinsics * scale[:, None]
+
+    def pose(self, i: int) -> np.ndarray:  # float64 [4, 4]
+        return self.frames[self._index(i)].pose.copy()
+
+    def read_ahead(self, frames: Sequence[int], images: bool = True, depth: bool = True, threads: int = 4) -> None:
+        """Decode several frames at once into the process's store; the decoders work outside the interpreter's lock."""
+        readers = [self.image] * images + [self.depth] * (depth and self.has_depth)
+        with ThreadPoolExecutor(threads) as pool:
+            for job in [pool.submit(read, i) for i in frames for read in readers]:
+                job.result()
+
+    def _index(self, i: int) -> int:
+        if not -len(self.frames) <= i < len(self.frames):
+            raise IndexError(f"frame {i} of {self.root}, which has {len(self.frames)} frames")
+        return i % len(self.frames)
+
+    def _decode_image(self, i: int) -> np.ndarray:
+        frame = self.frames[i]
+        try:
+            with Image.open(frame.image) as image:
+                _plausible(image.size)
+                pixels = np.array(image.convert("RGB"))
+        except Exception as error:
+            raise OSError(f"{frame.image}: cannot read image: {one_line(error)}") from error
+        if frame.distortion != NO_DISTORTION:
+            pixels = undistort(pixels, self.intrinsics(i), frame.distortion, smooth=True)
+        return pixels
+
+    def _decode_depth(self, i: int) -> np.ndarray:
+        frame = self.frames[i]
+        assert frame.depth is not None
+        depth = frame.depth.read()
+        if frame.depth.distorted and frame.distortion != NO_DISTORTION:
+            width, height = self.image_size(i)
+            scale = np.array([depth.shape[1] / width, depth.shape[0] / height, 1.0])
+            depth = undistort(depth, self.intrinsics(i) * scale[:, None], frame.distortion, smooth=False)
+        return depth
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sizes": {}}
+
+
+# ---- what every reader needs ----------------------------------------------------------------------------------------
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) from the header of an image file."""
+    try:
+        with Image.open(path) as image:
+            return _plausible(image.size)
+    except Exception as error:  # Pillow raises everything from SyntaxError to struct.error on damaged files
+        raise OSError(f"{path}: cannot read image: {one_line(error)}") from error
+
+
+def inside(root: Path, path: Path) -> Path:
+    """`path` if it lies under `root` after every `..` and link is resolved; else an error that names it."""
+    real = os.path.join(_real_folder(path.parent), path.name)
+    if path.name == ".." or os.path.islink(real):
+        real = os.path.realpath(path)
+    real_root = _real_folder(root)
+    if real != real_root and not real.startswith(os.path.join(real_root, "")):
+        raise ValueError(f"{path}: leads out of the scene folder {root}; put the file itself inside")
+    return path
+
+
+@lru_cache(maxsize=256)  # a scene has hundreds of files in a handful of folders
+def _real_folder(path: Path) -> str:
+    return os.path.realpath(path)
+
+
+def scene_of(
+    root: Path, format: str, frames: Sequence[Frame], skipped: Sequence[Skipped] = (), sparse_model: Path | None = None
+) -> Scene:
+    """The last step of every reader: paths stay under the root, bad cameras are skipped and counted, something is left.
+
+    Trackers write NaN poses for frames in which they were lost, so one bad pose must not cost the scene.
+    """
+    usable: list[Frame] = []
+    lost = list(skipped)
+    for frame in frames:
+        inside(root, frame.image)
+        if frame.depth is not None:
+            inside(root, frame.depth.path)
+        fault = pose_fault(frame.pose) or intrinsics_fault(frame.intrinsics)
+        if fault:
+            lost.append(Skipped(frame.name, fault))
+        else:
+            usable.append(frame)
+    if not usable:
+        why = f"; the first, {lost[0].name}: {lost[0].reason}" if lost else ""
+        raise ValueError(f"{root}: no usable frame among {len(lost)} ({format}){why}")
+    return Scene(root, format, tuple(usable), tuple(lost), sparse_model)
+
+
+def pose_fault(pose: np.ndarray) -> str | None:
+    """What keeps `pose` from being a rigid motion, or None."""
+    if pose.shape != (4, 4):
+        return f"pose has shape {pose.shape}, not 4x4"
+    if not np.isfinite(pose).all():
+        return "pose is not finite"
+    if np.abs(pose[3] - _LAST_ROW).max() > ROTATION_TOLERANCE:
+        return f"last row of the pose is {pose[3].tolist()}, not 0 0 0 1"
+    rotation = pose[:3, :3]
+    with np.errstate(over="ignore", invalid="ignore"):
+        off = np.abs(rotation @ rotation.T - _IDENTITY).max()
+        mirrored = np.linalg.det(rotation) < 0
+    if not off <= ROTATION_TOLERANCE:
+        return f"pose is no rotation (R R^T is off by {off:.2g})"
+    return "pose mirrors (its determinant is -1)" if mirrored else None
+
+
+def intrinsics_fault(matrix: np.ndarray) -> str | None:
+    """What keeps `matrix` from being a pinhole camera without skew, or None."""
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
+        return f"intrinsics are not a finite 3x3 matrix: {matrix.tolist()}"
+    if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
+        return f"focal length {matrix[0, 0]:g}, {matrix[1, 1]:g} is not positive"
+    if np.abs(matrix - pinhole(matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2])).max() > 1e-6:
+        return "intrinsics have skew or a last row other than 0 0 1; only pinhole cameras are read"
+    return None
+
+
+def rigid_inverse(pose: np.ndarray) -> np.ndarray:
+    """Camera-to-world from world-to-camera, and back.
+
+    The plain inverse, not R^T: rotations stored with six digits are not quite orthogonal, and whoever inverts the
+    file's matrix should find our pose to the last digits.
+    """
+    inverse: np.ndarray = np.linalg.inv(pose)
+    inverse[3] = (0.0, 0.0, 0.0, 1.0)
+    return inverse
+
+
+def without_depth(scene: Scene) -> Scene:
+    """The same scene, its depth forgotten."""
+    return replace(scene, frames=tuple(replace(frame, depth=None) for frame in scene.frames))
+
+
+def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:  # float64 [3, 3]
+    return np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """What identifies the content of a file: a rewritten file must not be served from the store."""
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+def _plausible(size: tuple[int, int]) -> tuple[int, int]:
+    if not 0 < size[0] * size[1] <= LARGEST_IMAGE:
+        raise ValueError(f"implausible size {size[0]} x {size[1]}")
+    return size

@@ -1,0 +1,62 @@
+"""`GaspLoss`: `gasp_loss` as a module, with a temperature that can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments as inputs
+from .function import GaspOutput, gasp_loss
+from .matches import Matches
+
+
+class GaspLoss(nn.Module):
+    """`gasp_loss` as a module. With `learnable_temperature` the temperature is trained, as its logarithm."""
+
+    layer_weights: Tensor | None
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        negatives: str = "sequence",
+        corr_weight: float = 0.3,
+        depth_weight: float = 1.0,
+        eps: float = 1e-6,
+        layer_weights: Tensor | None = None,
+        reduction: str = "mean",
+        return_metrics: bool = False,
+        backend: str = "auto",
+        learnable_temperature: bool = False,
+    ) -> None:
+        super().__init__()
+        inputs.check_number("temperature", temperature, positive=True)
+        self.temperature = temperature
+        self.negatives, self.reduction, self.backend = negatives, reduction, backend
+        self.corr_weight, self.depth_weight, self.eps = corr_weight, depth_weight, eps
+        self.return_metrics = return_metrics
+        # [1], not []: DeepSpeed sends parameters around as bytes, which torch refuses for 0-dim tensors.
+        self.log_temperature = nn.Parameter(torch.tensor([float(temperature)]).log()) if learnable_temperature else None
+        self.register_buffer("layer_weights", layer_weights, persistent=False)
+
+    def forward(self, embeddings: Tensor | Sequence[Tensor], matches: Matches) -> GaspOutput:
+        return gasp_loss(
+            embeddings,
+            matches,
+            temperature=self.temperature if self.log_temperature is None else self.log_temperature.exp()[0],
+            negatives=self.negatives,
+            corr_weight=self.corr_weight,
+            depth_weight=self.depth_weight,
+            eps=self.eps,
+            layer_weights=self.layer_weights,
+            reduction=self.reduction,
+            return_metrics=self.return_metrics,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, negatives={self.negatives!r}, corr_weight={self.corr_weight}, "
+            f"depth_weight={self.depth_weight}, reduction={self.reduction!r}, backend={self.backend!r}"
+        )

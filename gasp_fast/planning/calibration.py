@@ -1,0 +1,87 @@
+"""From a measured step to the assumptions of a plan.
+
+Knows the cost model and a step's seconds by part; must not know how they were measured. An efficiency is the time that
+the cost model would give a part at full speed over the time it took. What a step took beyond all its parts is `idle`,
+as a share of them. `benchmarks/step.py` writes files of this, `gasp-fast plan --measured` reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence as Several
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gasp_fast.training.config import TrainConfig
+
+from .cost_model import GPU, optimiser_seconds, seconds
+from .shapes import ModelShape
+from .workload import Assumptions, Sequence
+
+FULL_SPEED = Assumptions(
+    decoder=1, attention=1, adapters=1, vision=1, heads=1, loss=1, bandwidth=1, optimiser=1, idle=0
+)  # fmt: skip
+# Which parts an efficiency speaks for; the others' names are those of their parts.
+PARTS = {
+    "decoder": ("decoder", "lm head"),
+    "attention": ("attention",),
+    "adapters": ("adapters",),
+    "vision": ("vision",),
+    "heads": ("heads",),
+    "loss": ("geometric loss",),
+    "bandwidth": ("norms, activations", "rest"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredStep:
+    """An optimiser step of one GPU."""
+
+    seconds: float
+    accumulation: int  # micro-batches of it
+    sequences: Several[Sequence]  # of the micro-batch that `parts` is about
+    parts: dict[str, float]  # seconds of that micro-batch by part, and "optimiser", which comes once a step
+
+
+def calibrate(config: TrainConfig, shape: ModelShape, gpu: GPU, step: MeasuredStep) -> dict[str, float]:
+    """The fields of `Assumptions` that the step settles; the rest stays assumed."""
+    once = step.parts.get("optimiser", 0.0)
+    busy = step.accumulation * (sum(step.parts.values()) - once) + once
+    # A profiler slows down what it watches, so that parts may add up to more than the step took without it.
+    scale = min(1.0, step.seconds / busy)
+    ideal: dict[str, float] = {}
+    for sequence in step.sequences:
+        for part, value in seconds(config, shape, sequence, gpu, FULL_SPEED).items():
+            ideal[part] = ideal.get(part, 0.0) + value
+    found = {"idle": step.seconds / (scale * busy) - 1}
+    for field, parts in PARTS.items():
+        took = scale * sum(step.parts.get(part, 0.0) for part in parts)
+        needed = sum(ideal.get(part, 0.0) for part in parts)
+        if took and needed:
+            found[field] = needed / took
+    if once:
+        found["optimiser"] = optimiser_seconds(config, shape, 1, gpu, FULL_SPEED) / (scale * once)
+    return found
+
+
+def read_measured(path: str | os.PathLike[str], shape: ModelShape) -> tuple[Assumptions, str]:
+    """Assumptions with what the file's first calibrated step of a model of this shape measured; and what that was."""
+    path = Path(path)
+    try:
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        cases = [case for case in told["cases"] if case.get("assumptions")]
+        fitting = [case for case in cases if case["shape"] == asdict(shape)]
+    except OSError as error:
+        raise OSError(f"--measured {path} cannot be read ({error.strerror}); benchmarks/step.sh writes one") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--measured {path} is no result of benchmarks/step.py") from None
+    if not fitting:
+        names = ", ".join(case["name"] for case in cases) or "none"
+        raise ValueError(
+            f"--measured {path} has no calibrated step of a model of this shape ({names}); measure one with "
+            "benchmarks/step.sh, or plan without it"
+        )
+    case = fitting[0]
+    return replace(Assumptions(), **case["assumptions"]), f"{case['name']} on {told['machine']}, {told['date']}"

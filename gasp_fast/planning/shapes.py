@@ -1,0 +1,121 @@
+"""The sizes of a vision-language model that its costs follow from. Knows configurations; loads and runs no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WINDOW = 64  # patches that a windowed vision layer sees: Qwen's 112 pixels
+PATCHES = 4  # of the vision tower for each visual token: both families join two by two
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes that costs follow from."""
+
+    hidden: int
+    layers: int
+    query_heads: int
+    key_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    language_parameters: int  # embeddings and lm head included
+    vision_hidden: int
+    vision_layers: int
+    vision_intermediate: int
+    vision_gated: bool  # three matrices in an MLP, not two
+    vision_full_layers: int  # whose attention spans the frame; the others' is in windows
+    vision_parameters: int  # projector included
+    patch: int  # pixels along a side
+    frame_tokens: int | None = None  # where it is one number for all frames
+
+    @property
+    def query_width(self) -> int:
+        return self.query_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * self.head_dim
+
+    @property
+    def layer_weights(self) -> int:
+        """Of the matrices of one decoder layer."""
+        attention = 2 * self.query_width + 2 * self.key_width
+        return self.hidden * (attention + 3 * self.intermediate)
+
+    @property
+    def vision_block_weights(self) -> int:
+        return self.vision_hidden * (4 * self.vision_hidden + (2 + self.vision_gated) * self.vision_intermediate)
+
+    def adapter_weights(self, rank: int) -> int:
+        """Of the adapters of one layer: A and B of q, k, v and o."""
+        return rank * 2 * (2 * self.hidden + self.query_width + self.key_width)
+
+
+QWEN2_5_VL_7B = ModelShape(
+    hidden=3584, layers=28, query_heads=28, key_heads=4, head_dim=128, intermediate=18944, vocabulary=152064,
+    language_parameters=7_615_616_512, vision_hidden=1280, vision_layers=32, vision_intermediate=3420,
+    vision_gated=True, vision_full_layers=4, vision_parameters=676_550_144, patch=14,
+)  # fmt: skip
+LLAVA_NEXT_VIDEO_7B = ModelShape(
+    hidden=4096, layers=32, query_heads=32, key_heads=32, head_dim=128, intermediate=11008, vocabulary=32064,
+    language_parameters=6_738_939_904, vision_hidden=1024, vision_layers=24, vision_intermediate=4096,
+    vision_gated=False, vision_full_layers=24, vision_parameters=324_491_264, patch=14, frame_tokens=144,
+)  # fmt: skip
+
+
+def shape_of(source: str) -> ModelShape:
+    """From the model's folder, if it is one; else, for the two 7B models that are known by name, from this file."""
+    if not Path(source).is_dir():
+        name = source.lower()
+        for family, shape in (("qwen2.5-vl-7b", QWEN2_5_VL_7B), ("llava-next-video-7b", LLAVA_NEXT_VIDEO_7B)):
+            if family in name:
+                return shape
+        raise OSError(
+            f"model.source = {source!r} is no folder, and its shape is not known by name; known are "
+            "Qwen2.5-VL-7B and LLaVA-NeXT-Video-7B"
+        )
+    from gasp_fast import backbones  # noqa: F401 (makes torchvision importable where only its library is missing)
+    from transformers import AutoConfig  # isort: skip
+
+    return shape_from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
+
+
+def shape_from_config(config: Any) -> ModelShape:
+    """From a transformers configuration; parameters are counted on a model without storage."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return shape_from_model(AutoModelForImageTextToText.from_config(config))
+
+
+def shape_from_model(model: Any) -> ModelShape:
+    """From a transformers model that is not sharded yet; adapters inside it do not count."""
+    language = {id(p) for part in (model.model.language_model, model.lm_head) for p in part.parameters()}
+    own = [p for name, p in model.named_parameters() if "lora_" not in name]  # a tied lm head comes once
+    language_parameters = sum(p.numel() for p in own if id(p) in language)
+    text, vision = model.config.text_config, model.config.vision_config
+    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+    fixed = getattr(vision, "image_size", None)
+    full = getattr(vision, "fullatt_block_indexes", None)
+    return ModelShape(
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        query_heads=text.num_attention_heads,
+        key_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        intermediate=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        language_parameters=language_parameters,
+        vision_hidden=vision.hidden_size,
+        vision_layers=layers,
+        vision_intermediate=vision.intermediate_size,
+        vision_gated=full is not None,
+        vision_full_layers=layers if full is None else len(full),
+        vision_parameters=sum(p.numel() for p in own) - language_parameters,
+        patch=vision.patch_size,
+        frame_tokens=None if fixed is None else (fixed // vision.patch_size) ** 2 // PATCHES,
+    )

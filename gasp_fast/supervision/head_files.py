@@ -1,0 +1,44 @@
+"""Correspondence heads on disk: `heads.safetensors` of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gasp_fast.files import write_atomically
+
+from .heads import CorrespondenceHead, CorrespondenceHeads
+
+
+def write_heads(path: Path, tensors: Mapping[str, Tensor], compute: str) -> None:
+    """Heads as `by_layer.17.first.weight`, … (the state of `CorrespondenceHeads`), and their precision."""
+    content = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(content, {"compute": json.dumps(compute)}))
+
+
+def read_heads(path: str | os.PathLike[str]) -> CorrespondenceHeads:
+    """The heads of a checkpoint (`checkpoint-N/heads.safetensors`), on the CPU."""
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"{path}: no such file; correspondence heads are saved in checkpoints of a training run")
+    with safe_open(path, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+        compute = json.loads((stored.metadata() or {}).get("compute", '"fp32"'))
+    heads = {}
+    for layer in _layers_of(tensors):
+        mid, hidden = tensors[f"by_layer.{layer}.first.weight"].shape
+        out = tensors[f"by_layer.{layer}.second.weight"].shape[0]
+        heads[layer] = CorrespondenceHead(hidden, mid, out, compute)
+    found = CorrespondenceHeads(heads)
+    found.load_state_dict({name: tensor for name, tensor in tensors.items() if name.startswith("by_layer.")})
+    return found
+
+
+def _layers_of(names: Iterable[str]) -> list[int]:
+    return sorted({int(name.split(".")[1]) for name in names if name.startswith("by_layer.")})

@@ -1,0 +1,296 @@
+"""Tracks become the matches that the model's own pixels would show."""
+
+import pickle
+from itertools import pairwise, permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gasp_fast
+from gasp_fast.collator import Collator, CollatorConfig, Sample, geometry_sample, thinned
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_scene
+from gasp_fast.data.tracks.build import Tracks
+from gasp_fast.supervision.heads import CorrespondenceHeads
+from gasp_fast.supervision.layer_capture import LayerCapture
+
+REAL = Path(__file__).parents[2].parent / "shared" / "realdata"
+
+
+def tracks_at(uv, visible=None, depth=None) -> Tracks:
+    """Tracks with given places [T, F, 2]; visible everywhere and at depth 2 unless told otherwise."""
+    uv = np.asarray(uv, np.float64)
+    visible = np.ones(uv.shape[:2], bool) if visible is None else np.asarray(visible, bool)
+    depth = np.full(uv.shape[:2], 2.0) if depth is None else np.asarray(depth, np.float64)
+    return Tracks(np.arange(uv.shape[1]), uv[:, 0], uv, visible, depth)
+
+
+def random_sample(frames=4, tracks=10, width=224, height=224, seed=0, **fields) -> Sample:
+    draw = np.random.default_rng(seed)
+    return Sample(
+        frames=[draw.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in range(frames)],
+        tracks=[
+            tracks_at(
+                draw.uniform(0, [width, height], (tracks, frames, 2)),
+                draw.random((tracks, frames)) < 0.8,
+                draw.uniform(1, 5, (tracks, frames)),
+            )
+        ],
+        depth=[draw.uniform(1, 5, (height // 2, width // 2)).astype(np.float32) for _ in range(frames)],
+        **fields,
+    )
+
+
+def pairs_of(matches):
+    return sorted(zip(matches.anchor.tolist(), matches.target.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (320, 180), (181, 317), (960, 540)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_a_match_joins_the_tokens_that_the_painted_point_excites(family, size):
+    """One track, painted into its frames where it is visible: the processor's own pixels say which tokens it hits."""
+    width, height = size
+    grid = family.backbone.frame_grid(width, height)
+    draw = np.random.default_rng(width)
+    blank = np.full((height, width, 3), 90, np.uint8)
+    for visible in ([1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 0]):
+        places = grid.centres()[draw.integers(grid.tokens, size=4)].round() - 0.5
+        places[3] = (6.5, 6.5)  # LLaVA's crop cuts this corner off if the frame is not square
+        frames = [blank.copy() for _ in visible]
+        for frame, (x, y), seen in zip(frames, places.astype(int), visible, strict=True):
+            if seen:
+                frame[y - 1 : y + 2, x - 1 : x + 2] = (255, 32, 0)
+        sample = Sample(frames=[*frames, blank], tracks=[tracks_at([[*places, (0, 0)]], [[*visible, 0]])])
+        batch = Collator(family.backbone)([sample])
+        pixels = family.pixels_by_token(batch, grid.tokens)
+        excited = (pixels[:4] - pixels[4:]).abs().sum(-1)  # [4, tokens]
+        # The corner may spill into its neighbours; the token it is in has most of it.
+        hit = [f * grid.tokens + int(row.argmax()) for f, row in enumerate(excited) if row.max() > 0]
+        if visible[3] and grid.locate(places[3]) < 0:
+            hit = [token for token in hit if token < 3 * grid.tokens]
+        assert pairs_of(batch["matches"]) == sorted(permutations(hit, 2))
+
+
+def test_matches_are_those_a_plain_loop_finds(family):
+    sample = random_sample(frames=4, tracks=30, width=300, height=200)
+    batch = Collator(family.backbone)([sample])
+    (tracks,), expected = sample.tracks, []
+    grids = [family.backbone.frame_grid(300, 200)] * 4
+    for t in range(30):
+        for a, b in permutations(range(4), 2):
+            at, to = (int(grids[f].locate(tracks.uv[t, f])) for f in (a, b))
+            if tracks.visible[t, a] and tracks.visible[t, b] and at >= 0 and to >= 0:
+                expected.append((a * grids[0].tokens + at, b * grids[0].tokens + to, np.float32(tracks.depth[t, b])))
+    matches = batch["matches"]
+    found = zip(matches.anchor.tolist(), matches.target.tolist(), matches.target_depth.numpy(), strict=True)
+    assert sorted(found) == sorted(expected) and len(expected) > 20
+
+
+def test_positions_and_matches_speak_of_the_same_tokens(family):
+    samples = [random_sample(seed=1), random_sample(seed=2)]
+    batch = Collator(family.backbone)(samples)
+    matches, positions = batch["matches"], batch["visual_positions"]
+    assert len(positions) == matches.tokens == len(matches.token_xy) == len(matches.patch_depth)
+    assert (batch["input_ids"].flatten()[positions] == family.backbone.visual_token_id).all()
+    assert matches.sequence_offsets.tolist() == [0, 4, 8]
+    starts = matches.frame_offsets.tolist()
+    for start, end in pairwise(starts):
+        assert matches.token_xy[start:end].tolist() == family.backbone.frame_grid(224, 224).xy().tolist()
+
+
+def test_patch_depth_is_the_mean_of_the_pixels_that_lie_in_the_token(family):
+    sample = random_sample(frames=2, width=300, height=200)
+    sample.depth[1][::3] = 0.0
+    sample.depth[1][:40] = np.nan
+    matches = Collator(family.backbone)([sample])["matches"]
+    grid = family.backbone.frame_grid(300, 200)
+    height, width = sample.depth[1].shape
+    x, y = np.meshgrid((np.arange(width) + 0.5) * 300 / width, (np.arange(height) + 0.5) * 200 / height)
+    token = grid.locate(np.stack([x, y], axis=-1))
+    for index in range(grid.tokens):
+        inside = sample.depth[1][(token == index) & (sample.depth[1] > 0)]
+        expected = inside.mean(dtype=np.float64) if inside.size else 0.0
+        assert float(matches.patch_depth[grid.tokens + index]) == pytest.approx(expected, rel=1e-6)
+    assert (matches.patch_depth == 0).any()
+
+
+def test_frames_of_several_sizes_keep_their_order_in_patch_depth(qwen):
+    sample = random_sample(frames=5)
+    sample.frames[2] = np.zeros((180, 320, 3), np.uint8)
+    whole = Collator(qwen.backbone)([sample])["matches"]
+    assert len(set(np.diff(whole.frame_offsets.tolist()))) == 2
+    for f, (start, end) in enumerate(pairwise(whole.frame_offsets.tolist())):
+        pair = [f, (f + 1) % 5]
+        part = Sample(
+            frames=[sample.frames[i] for i in pair],
+            tracks=[tracks_at(np.full((1, 2, 2), 50.0))],
+            depth=[sample.depth[i] for i in pair],
+        )
+        alone = Collator(qwen.backbone)([part])["matches"].patch_depth[: end - start]
+        assert torch.equal(whole.patch_depth[start:end], alone)
+
+
+def test_anchors_come_from_the_first_frame_from_all_or_from_drawn_pairs(qwen):
+    sample = random_sample(frames=5, tracks=20)
+    tokens = qwen.backbone.frame_grid(224, 224).tokens
+
+    def frame_pairs(config, position=0):
+        sample_at = Sample(**{**vars(sample), "position": position})
+        matches = Collator(qwen.backbone, config)([sample_at])["matches"]
+        return set(zip((matches.anchor // tokens).tolist(), (matches.target // tokens).tolist(), strict=True))
+
+    assert frame_pairs(CollatorConfig(anchors="first")) == {(0, f) for f in range(1, 5)}
+    assert frame_pairs(CollatorConfig(anchors="all")) == set(permutations(range(5), 2))
+    drawn = CollatorConfig(anchors="pairs", pairs=6)
+    assert len(frame_pairs(drawn)) == 6
+    assert frame_pairs(drawn) == frame_pairs(drawn)
+    assert len({frozenset(frame_pairs(drawn, position)) for position in range(8)}) > 4
+    assert frame_pairs(CollatorConfig(anchors="pairs", pairs=99)) == set(permutations(range(5), 2))
+
+
+def test_coarse_and_fine_grids_are_supervised_together(qwen):
+    coarse, fine = random_sample(tracks=5), random_sample(tracks=40, seed=3)
+    both = Sample(frames=coarse.frames, tracks=[*coarse.tracks, *fine.tracks])
+    collate = Collator(qwen.backbone)
+    alone = [pairs_of(collate([Sample(frames=coarse.frames, tracks=s.tracks)])["matches"]) for s in (coarse, fine)]
+    assert pairs_of(collate([both])["matches"]) == sorted(alone[0] + alone[1])
+
+
+def test_language_and_geometry_share_a_batch(family):
+    answered = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
+    silent = random_sample(seed=4)
+    batch = Collator(family.backbone)(
+        [Sample(frames=silent.frames, messages=answered), Sample(frames=[], messages=answered), random_sample(seed=5)]
+    )
+    length = batch["input_ids"].shape[1]
+    assert set((batch["visual_positions"] // length).tolist()) == {2}
+    assert [(row != -100).any().item() for row in batch["labels"]] == [True, True, False]
+    alone = Collator(family.backbone)([random_sample(seed=5)])
+    assert pairs_of(batch["matches"]) == pairs_of(alone["matches"])
+
+
+def test_a_batch_without_tracks_has_no_tokens_and_no_matches(shipped):
+    batch = Collator(shipped.backbone)([Sample(frames=random_sample().frames)])
+    assert len(batch["visual_positions"]) == len(batch["matches"]) == batch["matches"].tokens == 0
+    embeddings = torch.zeros(2, 0, 16, requires_grad=True)
+    loss = gasp_fast.gasp_loss(embeddings, batch["matches"]).loss
+    loss.backward()
+    assert float(loss) == 0.0 and embeddings.grad.shape == embeddings.shape
+
+
+def test_sequences_of_unequal_length_are_thinned_for_llava(llava_video, qwen):
+    samples = [random_sample(frames=4), random_sample(frames=7, seed=1)]
+    batch = Collator(llava_video.backbone)(samples)
+    assert batch["pixel_values_videos"].shape[:2] == (2, 4)
+    assert batch["matches"].sequence_offsets.tolist() == [0, 4, 8]
+    shorter = thinned(samples[1], 4)
+    assert [int(f) for f in shorter.tracks[0].frames] == [0, 2, 4, 6]
+    assert all(a is samples[1].frames[f] for a, f in zip(shorter.frames, (0, 2, 4, 6), strict=True))
+    for name in ("uv", "visible", "depth"):
+        whole = getattr(samples[1].tracks[0], name)
+        assert np.array_equal(getattr(shorter.tracks[0], name), whole[:, [0, 2, 4, 6]])
+    assert all(a is samples[1].depth[f] for a, f in zip(shorter.depth, (0, 2, 4, 6), strict=True))
+    assert Collator(qwen.backbone)(samples)["matches"].sequence_offsets.tolist() == [0, 4, 11]
+
+
+def test_the_collator_travels_to_loader_workers(shipped):
+    collate = Collator(shipped.backbone, CollatorConfig(anchors="first"))
+    copy = pickle.loads(pickle.dumps(collate))
+    ours, theirs = collate([random_sample()]), copy([random_sample()])
+    assert pairs_of(ours["matches"]) == pairs_of(theirs["matches"])
+    assert torch.equal(ours["visual_positions"], theirs["visual_positions"])
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "room"
+    write_scene(make_scene(3, SyntheticConfig(frames=6, samples=1)), folder)
+    return gasp_fast.open_scene(folder)
+
+
+@pytest.fixture(params=["rendered", "hololens_dvmvs_a"])
+def sequence(request, rendered):
+    """A scene and three of its frames."""
+    if request.param == "rendered":
+        return rendered, [0, 2, 4]
+    if not (REAL / request.param).is_dir():
+        pytest.skip(f"the real scene {request.param} is not on this machine")
+    return gasp_fast.open_scene(REAL / request.param), [0, 3, 6]
+
+
+def test_on_a_scene_the_depth_of_a_match_is_found_in_its_token(shipped, sequence):
+    """Tracks, pixel map and pooling agree: a point's own depth is among the depths of the token it is matched to."""
+    scene, frames = sequence
+    sample = geometry_sample(scene, [gasp_fast.build_tracks(scene, frames, grid=grid) for grid in (8, 24)])
+    matches = Collator(shipped.backbone)([sample])["matches"]
+    ranges = [depth_range(shipped, *one) for one in zip(sample.frames, sample.depth, strict=True)]
+    nearest, furthest = np.concatenate(ranges).T
+    found, there = matches.target_depth.numpy(), matches.target.numpy()
+
+    def share_inside(token):
+        # A visible point agrees to 5 % with a pixel beside it, which may lie in the neighbouring token.
+        return ((found >= 0.95 * nearest[token]) & (found <= 1.05 * furthest[token])).mean()
+
+    assert len(matches) > 200
+    assert share_inside(there) > 0.98
+    assert share_inside((there + 7) % matches.tokens) < 0.8
+    pooled, known = matches.patch_depth.numpy(), furthest > 0
+    assert np.array_equal(pooled > 0, known)
+    assert ((pooled >= nearest * (1 - 1e-6)) & (pooled <= furthest * (1 + 1e-6)))[known].all()
+
+
+def depth_range(family, frame, depth):
+    """Least and largest known depth in each token of a frame, `[tokens, 2]`; 0 where none is known."""
+    height, width = depth.shape
+    grid = family.backbone.frame_grid(frame.shape[1], frame.shape[0])
+    x = (np.arange(width) + 0.5) * frame.shape[1] / width
+    y = (np.arange(height) + 0.5) * frame.shape[0] / height
+    token = grid.locate(np.stack(np.meshgrid(x, y), axis=-1))
+    known = (depth > 0) & (token >= 0)
+    least, largest = np.full(grid.tokens, np.inf), np.zeros(grid.tokens)
+    np.minimum.at(least, token[known], depth[known])
+    np.maximum.at(largest, token[known], depth[known])
+    return np.stack([np.where(largest > 0, least, 0), largest], axis=-1)
+
+
+def test_gradients_flow_from_the_loss_through_the_heads_into_the_first_layer(shipped, rendered):
+    """Scene, tracks, collator, model, capture, heads, loss: the whole chain once."""
+    backbone, model = shipped.backbone, shipped.model
+    tracks = gasp_fast.build_tracks(rendered, [0, 1, 2], grid=8)
+    batch = Collator(backbone)([geometry_sample(rendered, [tracks])])
+    matches, positions = batch.pop("matches"), batch.pop("visual_positions")
+    heads = CorrespondenceHeads.from_query_projections(
+        {layer: backbone.query_projection(model, layer) for layer in (1, 3)}
+    )
+    layers = LayerCapture(backbone.decoder_layers(model), backbone.final_norm(model), heads.layers)
+    with layers as capture:
+        model(**batch)
+    embeddings = [heads(layer, capture.tokens(layer, positions)) for layer in heads.layers]
+    result = gasp_fast.gasp_loss(embeddings, matches)
+    model.zero_grad()
+    result.loss.backward()
+    first = backbone.attention(model, 0).q_proj.weight.grad
+    assert first.isfinite().all() and first.norm() > 0
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in heads.parameters())
+    assert float(result.corr) > 0 and float(result.depth) > 0
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda s: Sample(frames=s.frames[:3], tracks=s.tracks), "sample 0 has 3 frames and tracks through 4"),
+        (lambda s: Sample(frames=s.frames, tracks=s.tracks, depth=s.depth[:2]), "4 frames and 2 depth maps"),
+        (lambda s: thinned(s, 1), "a match needs two"),
+    ],
+)
+def test_samples_that_do_not_fit_are_named(qwen, make, message):
+    with pytest.raises(ValueError, match=message):
+        Collator(qwen.backbone)([make(random_sample())])
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="anchors = 'some' is unknown; choose one of first, all, pairs"):
+        CollatorConfig(anchors="some")
+    with pytest.raises(ValueError, match="pairs = 0"):
+        CollatorConfig(pairs=0)

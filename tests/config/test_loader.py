@@ -1,0 +1,292 @@
+"""What the configuration loader promises: what is written is what is meant, or one line says where it is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import string
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gasp_fast.config.loader import load_config, reference, to_tree, to_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """How weights move."""
+
+    lr: float = 1e-4  # peak
+    betas: tuple[float, float] = (0.9, 0.95)
+    kind: Literal["adamw", "no", "sgd"] = "adamw"
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr = {self.lr} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    path: Path
+    weight: float = 1.0
+    grids: tuple[int, ...] = (8, 24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str = "tiny"
+    steps: int = field(default=100, metadata={"help": "how long it runs"})
+    layers: str | None = None
+    resume: bool = False
+    # Where it
+    # all goes.
+    out: Path = Path("runs")
+    deepspeed: Path | None = None
+    save: int | Literal["epoch"] = 10
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    sources: dict[str, Source] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    stages: list[Optimizer] = field(default_factory=list)
+    warm: Optimizer | None = None
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(text: str, name: str = "recipe.yaml") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def refusal(path: Path, overrides: list[str] | tuple[str, ...] = (), kind: type[Exception] = ValueError) -> str:
+    with pytest.raises(kind) as caught:
+        load_config(Recipe, path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- what is read ---------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_file_is_all_defaults(write: Any) -> None:
+    assert load_config(Recipe, write("")) == Recipe()
+
+
+def test_nested_values_take_their_declared_types(write: Any) -> None:
+    config = load_config(
+        Recipe,
+        write(
+            "out: /data/run\nlayers: 18-25\nsave: epoch\noptimizer: {lr: 1, betas: [0.8, 1]}\n"
+            "sources: {dl3dv: {path: scenes, grids: [8]}}\nstages: [{kind: sgd}, {lr: 3e-5}]\nwarm: {}\n"
+        ),
+    )
+    assert config == Recipe(
+        out=Path("/data/run"),
+        layers="18-25",
+        save="epoch",
+        optimizer=Optimizer(lr=1.0, betas=(0.8, 1.0)),
+        sources={"dl3dv": Source(path=Path("scenes"), grids=(8,))},
+        stages=[Optimizer(kind="sgd"), Optimizer(lr=3e-5)],
+        warm=Optimizer(),
+    )
+    assert type(config.optimizer.lr) is float and type(config.optimizer.betas) is tuple
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "+1e-4", "0.0001", "1.0e-4", ".1e-3"])
+def test_every_way_to_write_a_small_number_is_that_number(write: Any, text: str) -> None:
+    assert load_config(Recipe, write(f"optimizer: {{lr: {text}}}")).optimizer.lr == 1e-4
+    assert load_config(Recipe, write(""), [f"optimizer.lr={text}"]).optimizer.lr == 1e-4
+
+
+def test_overrides_come_last_and_in_order(write: Any) -> None:
+    path = write("steps: 1\noptimizer: {kind: sgd}")
+    config = load_config(Recipe, path, ["steps=2", "optimizer.lr=0.5", "steps=3", "tags=[a, b]", "name=a=b"])
+    assert (config.steps, config.tags, config.name) == (3, ["a", "b"], "a=b")
+    assert config.optimizer == Optimizer(lr=0.5, kind="sgd")
+
+
+def test_an_override_of_text_is_text_whatever_it_looks_like(write: Any) -> None:
+    config = load_config(Recipe, write(""), ["layers=7", "name=010", "out=2026", "optimizer.kind=no"])
+    assert (config.layers, config.name, config.out, config.optimizer.kind) == ("7", "010", Path("2026"), "no")
+
+
+def test_null_switches_an_optional_part_off_and_a_mapping_switches_it_on(write: Any) -> None:
+    path = write("warm: {lr: 2.0}\ndeepspeed: zero2.json")
+    off = load_config(Recipe, path, ["warm=null", "deepspeed=null"])
+    assert off.warm is None and off.deepspeed is None
+    assert load_config(Recipe, write(""), ["warm.lr=3"]).warm == Optimizer(lr=3.0)
+    assert load_config(Recipe, write("warm: null"), ["warm.lr=3"]).warm == Optimizer(lr=3.0)
+
+
+def test_a_file_builds_on_another_one_relative_to_itself(tmp_path: Path, write: Any) -> None:
+    (tmp_path / "ablations").mkdir()
+    write("steps: 5\noptimizer: {lr: 2.0, kind: sgd}\ntags: [x]\nsources: {a: {path: one}}", "root.yaml")
+    write("base: root.yaml\noptimizer: {lr: 3.0}", "middle.yaml")
+    top = write("base: ../middle.yaml\ntags: [y, z]\nsources: {b: {path: two}}", "ablations/top.yaml")
+    config = load_config(Recipe, top)
+    assert config.steps == 5 and config.optimizer == Optimizer(lr=3.0, kind="sgd")
+    assert config.tags == ["y", "z"] and list(config.sources) == ["a", "b"]
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stepz: 3", "stepz = 3 is no key of Recipe; the nearest is steps"),
+        ("optimizer: {learning_rate: 3}", "optimizer.learning_rate = 3 is no key of Recipe; the nearest is optimizer."),
+        ("lr: 3", "lr = 3 is no key of Recipe; the nearest is optimizer.lr"),
+        ("optimzer: {lr: 3}", "optimzer = {'lr': 3} is no key of Recipe; the nearest is optimizer"),
+        ("steps: many", "steps = 'many' must be a whole number"),
+        ("steps: 1.5", "steps = 1.5 must be a whole number"),
+        ("steps: true", "steps = True must be a whole number"),
+        ("steps: null", "steps = None must be a whole number"),
+        ("resume: 1", "resume = 1 must be true or false"),
+        ("name: 5", "name = 5 must be text (quote it)"),
+        ("optimizer: {lr: fast}", "optimizer.lr = 'fast' must be a number"),
+        ("optimizer: {lr: true}", "optimizer.lr = True must be a number"),
+        ("optimizer: {betas: [0.9]}", "optimizer.betas = [0.9] must be a list of 2 values"),
+        ("optimizer: {betas: 0.9}", "optimizer.betas = 0.9 must be a list"),
+        ("optimizer: {betas: [0.9, x]}", "optimizer.betas[1] = 'x' must be a number"),
+        ("optimizer: {kind: adam}", "optimizer.kind = 'adam' must be one of 'adamw', 'no', 'sgd'"),
+        ("optimizer: {kind: no}", "quote it"),
+        ("optimizer: {lr: -1}", "optimizer: lr = -1.0 must be positive"),
+        ("optimizer: 3", "optimizer = 3 must be a mapping with keys of Optimizer"),
+        ("save: often", "save = 'often' must be int or 'epoch'"),
+        ("sources: {a: {weight: 2}}", "sources.a.path is missing; it has no default"),
+        ("sources: {1: {path: x}}", "must be a mapping with text as keys"),
+        ("stages: [{lr: 1}, {lr: no}]", "stages[1].lr = False must be a number"),
+        ("tags: {a: b}", "tags = {'a': 'b'} must be a list"),
+        ("[1, 2]", "holds [1, 2]; a configuration is a mapping"),
+        ("steps: 1\nname: x\nsteps: 2", "line 3: key steps is given twice"),
+        ("steps: [1", "line 1: "),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_key_and_value(write: Any, text: str, expected: str) -> None:
+    path = write(text)
+    message = refusal(path)
+    assert message.startswith(f"{path}: ") and expected in message
+
+
+def test_a_mistake_in_a_base_names_the_base_and_one_in_an_override_the_command_line(write: Any) -> None:
+    base = write("optimizer: {lr: slow}", "root.yaml")
+    top = write("base: root.yaml\noptimizer: {kind: sgd}")
+    assert refusal(top).startswith(f"{base}: optimizer.lr")
+    assert load_config(Recipe, top, ["optimizer.lr=1"]).optimizer.lr == 1  # what nobody uses harms nobody
+    assert refusal(write(""), ["optimizer.lr=slow"]).startswith("command line: optimizer.lr = 'slow' must be a number")
+    assert "the nearest is steps" in refusal(write(""), ["step=3"])
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "optimizer..lr=3", "steps=[1"])
+def test_a_malformed_override_is_refused(write: Any, override: str) -> None:
+    assert refusal(write(""), [override]).startswith("command line: ")
+
+
+def test_files_that_build_on_each_other_are_refused_and_so_is_a_missing_one(write: Any) -> None:
+    write("base: b.yaml", "a.yaml")
+    assert "leads back" in refusal(write("base: a.yaml", "b.yaml"))
+    assert "'gone.yaml'" in refusal(write("base: gone.yaml"), kind=OSError)
+    assert "must be the name of a file" in refusal(write("base: 3"))
+    assert "gone.yaml" in refusal(Path("gone.yaml"), kind=OSError)
+
+
+def test_a_dataclass_may_not_use_the_reserved_key(write: Any) -> None:
+    @dataclass(kw_only=True)
+    class Clash:
+        base: str = ""
+
+    with pytest.raises(TypeError, match="base"):
+        load_config(Clash, write(""))
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+
+text = st.text(st.characters(codec="utf-8"), max_size=12)
+numbers = st.floats(allow_nan=False)
+paths = st.text(string.ascii_letters + "./_-", max_size=9).map(Path)
+optimizers = st.builds(
+    Optimizer,
+    lr=st.floats(min_value=0, exclude_min=True, allow_nan=False),
+    betas=st.tuples(numbers, numbers),
+    kind=st.sampled_from(["adamw", "no", "sgd"]),
+)
+sources = st.builds(Source, path=paths, weight=numbers, grids=st.lists(st.integers(), max_size=3).map(tuple))
+recipes = st.builds(
+    Recipe,
+    name=text,
+    steps=st.integers(),
+    layers=st.none() | text,
+    resume=st.booleans(),
+    out=paths,
+    deepspeed=st.none() | paths,
+    save=st.integers() | st.just("epoch"),
+    optimizer=optimizers,
+    sources=st.dictionaries(text, sources, max_size=3),
+    tags=st.lists(text, max_size=3),
+    stages=st.lists(optimizers, max_size=2),
+    warm=st.none() | optimizers,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipe=recipes)
+def test_every_configuration_survives_the_way_to_yaml_and_back(tmp_path: Path, recipe: Recipe) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe), encoding="utf-8")
+    again = load_config(Recipe, path)
+    assert again == recipe
+    assert to_yaml(again) == to_yaml(recipe)
+
+
+def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
+    return [(path, tree)]
+
+
+plain_recipes = recipes.filter(lambda recipe: all(re.fullmatch(r"\w+", name) for name in recipe.sources))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipe=plain_recipes)
+def test_every_configuration_can_be_given_by_overrides_alone(tmp_path: Path, recipe: Recipe) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    said = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in leaves(to_tree(recipe))]
+    assert load_config(Recipe, path, said) == recipe
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_shows_every_key_with_its_type_default_and_comment() -> None:
+    text = reference(Recipe)
+    assert "steps: 100  # int: how long it runs" in text
+    assert "  lr: 0.0001  # float: peak" in text
+    assert "out: runs  # Path: Where it all goes." in text
+    assert "optimizer:  # Optimizer" in text
+    assert "kind: adamw  # 'adamw' | 'no' | 'sgd'" in text
+
+
+def test_the_reference_is_a_file_that_gives_the_defaults(write: Any) -> None:
+    assert load_config(Recipe, write(reference(Recipe))) == Recipe()
+    for key in (f.name for f in fields(Recipe)):
+        assert re.search(rf"^{key}:", reference(Recipe), re.MULTILINE)
+
+
+def test_a_required_key_is_marked_in_the_reference() -> None:
+    assert is_dataclass(Source) and "path: ???  # Path" in reference(Source)
+
+
+def test_reading_leaves_no_trace_of_the_process(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path in a file is taken as written: neither made absolute nor expanded."""
+    monkeypatch.setenv("HOME", os.sep)
+    assert load_config(Recipe, write("out: ~/run")).out == Path("~/run")

@@ -1,0 +1,201 @@
+"""What ships beside the package: every recipe loads and says what it claims, every preset is one DeepSpeed takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gasp_fast.config.loader import load_config, reference, to_yaml
+from gasp_fast.supervision.heads import parse_layers
+from gasp_fast.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+PRESETS = sorted((CONFIGS / "deepspeed").glob("*.json"))
+SCRIPTS = sorted((ROOT / "examples" / "cluster").glob("*.s*"))
+
+
+def recipe(name: str, *overrides: str) -> TrainConfig:
+    return load_config(TrainConfig, CONFIGS / name, overrides)
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_survives_being_resolved(name: str, tmp_path: Path) -> None:
+    config = recipe(name)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(TrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_no_two_recipes_write_into_one_folder() -> None:
+    folders = [recipe(name).run.out for name in RECIPES]
+    assert len(set(folders)) == len(folders) >= 16
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_file_that_a_recipe_builds_on_ships(name: str) -> None:
+    preset = recipe(name).deepspeed
+    assert preset is None or (ROOT / preset).is_file()
+
+
+def test_both_7b_recipes_are_the_papers() -> None:
+    for name, rank in (("qwen2_5_vl_7b.yaml", 128), ("llava_next_video_7b.yaml", 512)):
+        config = recipe(name)
+        train, loss = config.train, config.loss
+        assert (train.mode, train.epochs, train.steps) == ("lora", 3.0, None)
+        assert (train.learning_rate, train.head_lr_scale, train.warmup, train.clip) == (1e-4, 4.0, 0.1, 1.0)
+        assert train.checkpointing != "off" and config.model.dtype == "bf16"
+        assert config.lora.rank == rank and config.heads.layers == "all" and config.heads.init == "svd"
+        assert (loss.corr_weight, loss.depth_weight, loss.temperature) == (0.3, 1.0, 0.07)
+        assert config.data.scenes.root and config.data.qa.root
+
+
+def differing(ours: Any, theirs: Any, path: str = "") -> set[str]:
+    """Key paths at which two configurations differ."""
+    if not hasattr(ours, "__dataclass_fields__"):
+        return {path} if ours != theirs else set()
+    return {
+        at
+        for name in ours.__dataclass_fields__
+        for at in differing(getattr(ours, name), getattr(theirs, name), f"{path}.{name}".lstrip("."))
+    }
+
+
+def test_a_baseline_differs_from_the_recipe_only_in_what_it_is_about() -> None:
+    gasp = recipe("qwen2_5_vl_7b.yaml")
+    corr, sft, vqa = (
+        recipe(f"{name}.yaml") for name in ("correspondence_only", "sft_baseline", "vqa_baseline")
+    )  # fmt: skip
+    assert differing(gasp, corr) == {"loss.depth_weight", "run.out"} and corr.loss.geometric
+    no_geometry = {"loss.depth_weight", "loss.corr_weight", "data.scenes.root", "data.scenes.annotations"}
+    assert differing(gasp, sft) == {*no_geometry, "train.steps", "run.out"}
+    assert differing(sft, vqa) == {"train.steps", "data.vqa.root", "data.vqa.longest_side", "run.out"}
+    assert not sft.loss.geometric and not vqa.loss.geometric
+    # The baseline of tracks told in words takes as many steps as GASP does; questions alone take half of them.
+    steps = 1_750_000 * gasp.train.epochs * 2 / gasp.train.batch_size
+    assert (vqa.train.steps, sft.train.steps) == (int(steps), int(steps / 2))
+
+
+def test_an_ablation_differs_from_its_recipe_in_one_key() -> None:
+    qwen, llava = recipe("qwen2_5_vl_7b.yaml"), recipe("llava_next_video_7b.yaml")
+    ranks = {recipe(name).lora.rank for name in RECIPES if "qwen_rank" in name}
+    ranges = {recipe(name).heads.layers for name in RECIPES if "llava_layers" in name}
+    assert ranks == {16, 32, 64, 256, 512} and ranges == {"10-18", "18-25", "25-32", "all"}
+    for name in (name for name in RECIPES if name.startswith("ablations/")):
+        config = recipe(name)
+        base, key = (qwen, "lora.rank") if "qwen" in name else (llava, "heads.layers")
+        assert differing(base, config) - {key} == {"run.out"}
+        assert Path(config.run.out).name == Path(name).stem
+    assert [len(parse_layers(spec, 32)) for spec in sorted(ranges)] == [9, 8, 8, 32]
+
+
+def test_the_tiny_recipes_need_no_gpu_and_differ_in_one_idea() -> None:
+    full, lora = recipe("tiny_cpu.yaml"), recipe("tiny_cpu_lora.yaml")
+    assert (full.model.dtype, full.train.mode, full.train.learning_rate) == ("fp32", "full", 1e-3)
+    assert full.deepspeed is None and full.heads.compute == "fp32"
+    assert lora.train.mode == "lora" and lora.heads == full.heads and lora.loss == full.loss
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_shows_how_it_is_used_with_keys_that_exist(name: str) -> None:
+    text = (CONFIGS / name).read_text()
+    assert text.startswith("# ")
+    overrides = [word for line in text.splitlines() if line.startswith("#   ") for word in line.split() if "=" in word]
+    if overrides:
+        recipe(name, *(word for word in overrides if re.fullmatch(r"[\w.]+=\S+", word)))
+
+
+def test_the_reference_of_all_keys_documents_every_group() -> None:
+    text = reference(TrainConfig)
+    for key in ("model:", "train:", "lora:", "heads:", "loss:", "data:", "run:", "deepspeed:"):
+        assert f"\n{key}" in f"\n{text}"
+
+
+# ---- DeepSpeed presets ----------------------------------------------------------------------------------------------
+
+
+def test_every_stage_and_both_offloads_ship() -> None:
+    assert [path.stem for path in PRESETS] == ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_filled_in_by_the_trainer_and_understood_by_deepspeed(path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    loaded = HfDeepSpeedConfig(str(path))
+    stage = int(path.stem[4])
+    assert loaded.is_zero3() == (stage == 3) and loaded.is_offload() == ("offload" in path.stem)
+
+    filled = HfTrainerDeepSpeedConfig(json.loads(path.read_text()))
+    arguments = SimpleNamespace(
+        world_size=1, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_grad_norm=0.5,
+        learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, weight_decay=0.0,
+        save_on_each_node=False, fp16=False, fp16_full_eval=False, bf16=False, bf16_full_eval=False,
+        get_warmup_steps=lambda steps: steps // 10,
+    )  # fmt: skip
+    filled.trainer_config_process(arguments)
+    filled.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=128)), 100)
+    assert "auto" not in json.dumps(filled.config)
+    understood = DeepSpeedConfig(filled.config)
+    assert understood.zero_config.stage == stage and understood.gradient_clipping == 0.5
+    # Heads and adapters are fp32; DeepSpeed's own mixed precision would round them.
+    assert not understood.bfloat16_config.enabled and not understood.float16_config.enabled
+    # The trainer brings torch's AdamW, whose parameter groups give heads a rate of their own.
+    if "offload" in path.stem:
+        assert understood.zero_force_ds_cpu_optimizer is False
+
+
+# ---- the cluster ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_cluster_script_is_sound_bash(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    assert text.startswith("#!") and "set -euo pipefail" in text
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", str(path)], check=True)
+
+
+def test_the_slurm_script_asks_for_what_it_starts() -> None:
+    """One launcher a node, eight processes under it, four nodes: the 32 GPUs of the paper."""
+    text = (ROOT / "examples" / "cluster" / "gasp.slurm").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("4", "1", "8")
+    assert "torch.distributed.run" in text and "-m gasp_fast.train" in text
+
+
+def test_the_hostfile_is_one_that_deepspeed_reads() -> None:
+    launcher = pytest.importorskip("deepspeed.launcher.runner")
+    hosts = launcher.fetch_hostfile(str(ROOT / "examples" / "cluster" / "hostfile"))
+    assert len(hosts) == 4 and set(hosts.values()) == {8}
+
+
+def test_the_slurm_script_starts_every_node_with_the_same_meeting_point(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\nprintf "%s\\n" gpu-7 gpu-8 gpu-9 gpu-10\n')
+    scontrol.chmod(0o755)
+    given = {"SLURM_JOB_NODELIST": "gpu-[7-10]", "SLURM_JOB_ID": "70001", "SLURM_NNODES": "4", "GASP_DRY": "1"}
+    script = str(ROOT / "examples" / "cluster" / "gasp.slurm")
+    done = subprocess.run(
+        ["bash", script, "configs/qwen2_5_vl_7b.yaml", "run.out=my runs"],
+        env={**given, "PATH": f"{tmp_path}:/usr/bin:/bin", "GASP_PYTHON": "python"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "--nnodes 4 --nproc-per-node 8" in done.stdout and "--rdzv-endpoint gpu-7:30001" in done.stdout
+    assert done.stdout.rstrip().endswith("-m gasp_fast.train configs/qwen2_5_vl_7b.yaml run.out=my runs")
+    without = subprocess.run(["bash", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert without.returncode == 2 and "usage" in without.stderr

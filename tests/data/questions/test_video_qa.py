@@ -1,0 +1,153 @@
+"""The promises of video QA: LLaVA-Video-178K's layout is read, and nothing broken stops a run or goes unnamed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gasp_fast.data.questions.clips import write_clip
+from gasp_fast.data.questions.video_qa import LLAVA_VIDEO_178K, QARecord, VideoQA
+
+
+def record(identity: str, video: str = "source/good.mp4", **changes: Any) -> dict[str, Any]:
+    talk = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": f"It is {identity}."},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes – sure."},
+    ]
+    return {"id": identity, "conversations": talk, "data_source": "here", "video": video, **changes}
+
+
+def clip(path: Path, grey: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_clip(path, [np.full((32, 48, 3), grey + frame, np.uint8) for frame in range(12)])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two configs as on the hub; in the second, one video is cut off, one empty, one missing and one no video."""
+    first, second = tmp_path / LLAVA_VIDEO_178K[0], tmp_path / LLAVA_VIDEO_178K[1]
+    clip(first / "source" / "good.mp4", 50)
+    clip(second / "source" / "good.mp4", 120)
+    clip(tmp_path / "shared" / "both.mp4", 200)
+    whole = (second / "source" / "good.mp4").read_bytes()
+    (second / "source" / "cut.mp4").write_bytes(whole[: len(whole) // 3])
+    (second / "source" / "empty.mp4").write_bytes(b"")
+    (second / "source" / "text.mp4").write_text("no video at all")
+    (first / "oe_processed.json").write_text(json.dumps([record("a"), record("b")]))
+    (first / "mc_processed.json").write_text(json.dumps([record("c", "shared/both.mp4")]))
+    names = ("cut", "empty", "missing", "text", "good")
+    (second / "qa.jsonl").write_text("\n".join(json.dumps(record(n, f"source/{n}.mp4")) for n in names) + "\n")
+    return tmp_path
+
+
+def test_all_configs_are_read_in_a_fixed_order(root: Path) -> None:
+    data = VideoQA(root)
+    assert [data.record(i).id for i in range(len(data))] == ["c", "a", "b", "cut", "empty", "missing", "text", "good"]
+    assert data.record(1).turns[3].text == "Yes – sure."
+    assert [turn.speaker for turn in data.record(1).turns] == ["human", "gpt", "human", "gpt"]
+
+
+def test_configs_can_be_chosen(root: Path) -> None:
+    assert len(VideoQA(root, configs=[LLAVA_VIDEO_178K[0]])) == 3
+    with pytest.raises(OSError, match="no config 'nowhere'"):
+        VideoQA(root, configs=["nowhere"])
+
+
+def test_a_video_is_looked_for_beside_its_list_and_then_under_the_root(root: Path) -> None:
+    data = VideoQA(root)
+    greys = {data.record(i).id: data.sample(i, frames=4).video.frames[0].mean() for i in (0, 1, 7)}
+    assert greys == {"c": pytest.approx(200, abs=3), "a": pytest.approx(50, abs=3), "good": pytest.approx(120, abs=3)}
+
+
+def test_frames_spread_over_the_clip(root: Path) -> None:
+    video = VideoQA(root).sample(1, frames=4).video
+    assert video.frames.shape == (4, 32, 48, 3)
+    grey = video.frames.mean(axis=(1, 2, 3))  # twelve frames, each one step brighter
+    assert np.diff(grey).min() > 1 and np.ptp(grey) > 8
+
+
+def test_broken_videos_are_passed_over_counted_and_named(root: Path) -> None:
+    data = VideoQA(root)
+    sample = data.sample(3, frames=4)
+    assert (sample.index, sample.record.id) == (7, "good")
+    assert sorted(data.broken) == [f"source/{name}.mp4" for name in ("cut", "empty", "missing", "text")]
+    assert all(name in reason for name, reason in data.broken.items())
+    assert data.sample(4, frames=4).record.id == "good"
+
+
+def test_passing_over_goes_round_and_gives_up_when_nothing_can_be_read(root: Path) -> None:
+    (root / LLAVA_VIDEO_178K[1] / "source" / "good.mp4").unlink()
+    assert VideoQA(root).sample(5, frames=2).record.id == "c"
+    only = VideoQA(root, configs=[LLAVA_VIDEO_178K[1]])
+    with pytest.raises(OSError, match=r"no readable video in 5 records.*archives"):
+        only.sample(0)
+
+
+def test_a_broken_video_is_not_tried_twice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = VideoQA(root)
+    data.sample(3, frames=2)
+    tried: list[Path] = []
+    import gasp_fast.data.questions.video_qa as module
+
+    read = module.read_video
+    monkeypatch.setattr(module, "read_video", lambda path, *a, **k: (tried.append(path), read(path, *a, **k))[1])
+    data.sample(3, frames=2)
+    assert [path.name for path in tried] == ["good.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"video": None}, "names no video"),
+        ({"video": "../../etc/passwd"}, "leads out"),
+        ({"video": "/etc/passwd"}, "leads out"),
+        ({"conversations": []}, "no conversation"),
+        ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}, "turn 0"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}, "turn 1"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}, "empty answer"),
+    ],
+)
+def test_a_bad_record_is_left_out_and_named(tmp_path: Path, changes: dict, reason: str) -> None:
+    (tmp_path / "qa.json").write_text(json.dumps([record("a"), record("b", **changes), "text"]))
+    data = VideoQA(tmp_path)
+    assert [data.record(i).id for i in range(len(data))] == ["a"]
+    assert len(data.skipped) == 2
+    assert data.skipped[0].startswith("qa.json[1]: ") and reason in data.skipped[0]
+    assert data.skipped[1] == "qa.json[2]: not an object"
+
+
+def test_numbers_as_identities_and_unknown_keys_are_fine() -> None:
+    read = QARecord.from_json(record("a", id=17, more=[1, 2]))
+    assert read.id == "17"
+
+
+def test_files_that_are_no_lists_are_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no JSON lists"):
+        VideoQA(tmp_path)
+    (tmp_path / "qa.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a list of records"):
+        VideoQA(tmp_path)
+    (tmp_path / "qa.json").write_text("[{")
+    with pytest.raises(ValueError, match="not a JSON list"):
+        VideoQA(tmp_path)
+    (tmp_path / "qa.json").write_text("[3]")
+    with pytest.raises(ValueError, match=r"none of 1 records can be used; the first: qa.json\[0\]"):
+        VideoQA(tmp_path)
+    with pytest.raises(OSError, match="no such folder"):
+        VideoQA(tmp_path / "nowhere")
+
+
+def test_many_records_stay_small_and_pickle_as_they_are(tmp_path: Path) -> None:
+    records = [record(f"{n:06d}") for n in range(20_000)]
+    (tmp_path / "qa.json").write_text(json.dumps(records))
+    data = VideoQA(tmp_path)
+    assert len(pickle.dumps(data)) < 1.05 * (tmp_path / "qa.json").stat().st_size
+    twin = pickle.loads(pickle.dumps(data))
+    assert twin.record(19_999) == data.record(19_999) == QARecord.from_json(records[-1])

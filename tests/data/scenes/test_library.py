@@ -1,0 +1,61 @@
+"""What counts as a scene of a library, and what its digest sees."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gasp_fast.data.scenes.library import DEEPEST, SceneEntry, digest_of, find_scenes, survey
+
+
+def place(scene: Path, at: Path) -> None:
+    at.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(scene, at)
+
+
+def test_scenes_are_found_in_nested_folders_in_order(scene_boxes_folder: Path, tmp_path: Path) -> None:
+    for name in ("2K/f00", "1K/b17", "1K/a03", "loose"):
+        place(scene_boxes_folder, tmp_path / name)
+    (tmp_path / "1K" / "notes").mkdir()
+    assert find_scenes(tmp_path) == ["1K/a03", "1K/b17", "2K/f00", "loose"]
+    assert find_scenes(tmp_path / "1K") == ["a03", "b17"]
+
+
+def test_a_scene_is_a_library_of_itself(scene_boxes_folder: Path) -> None:
+    assert find_scenes(scene_boxes_folder) == ["."]
+    assert isinstance(next(survey(scene_boxes_folder, ["."])), SceneEntry)
+
+
+def test_nothing_is_looked_for_inside_a_scene_or_in_hidden_folders(scene_boxes_folder: Path, tmp_path: Path) -> None:
+    place(scene_boxes_folder, tmp_path / "outer")
+    place(scene_boxes_folder, tmp_path / "outer" / "inner")
+    place(scene_boxes_folder, tmp_path / ".scene-3.partial")
+    assert find_scenes(tmp_path) == ["outer"]
+
+
+def test_the_search_ends_at_a_stated_depth(scene_boxes_folder: Path, tmp_path: Path) -> None:
+    levels = "/".join("abcdefg"[:DEEPEST])
+    place(scene_boxes_folder, tmp_path / "near" / levels)
+    assert find_scenes(tmp_path / "near") == [levels]
+    with pytest.raises(OSError, match=f"no scene here or up to {DEEPEST} folders below"):
+        find_scenes(tmp_path)
+
+
+def test_a_folder_without_scenes_is_told_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"no scene here.*intrinsics\.txt.*transforms\.json") as caught:
+        find_scenes(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        find_scenes(tmp_path / "nowhere")
+
+
+def test_the_digest_sees_frames_their_names_and_their_poses(scene_boxes) -> None:
+    frames = scene_boxes.frames
+    moved = replace(frames[0], pose=frames[0].pose + np.eye(4, k=3) * 1e-9)
+    others = [frames[1:], (replace(frames[0], name="x"), *frames[1:]), (moved, *frames[1:]), frames[::-1]]
+    digests = {digest_of(replace(scene_boxes, frames=tuple(other))) for other in (frames, *others)}
+    assert len(digests) == 5

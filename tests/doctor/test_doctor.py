@@ -1,0 +1,391 @@
+"""`gasp-fast doctor`: what it finds in environments that lack things or hold broken ones, and how it exits."""
+
+import ctypes
+import importlib.util
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, distributions
+from pathlib import Path
+
+import pytest
+import torch
+
+from gasp_fast import cli
+from gasp_fast import doctor as machine
+from gasp_fast.doctor import BROKEN, MISSING, OK, Finding, gpu, installed, packages, trials
+from gasp_fast.doctor.versions import satisfies
+from gasp_fast.kernels import engines, rows_cpp
+
+ROOT = Path(__file__).parents[2]
+
+
+def only(*checks):
+    return {"the group": checks}
+
+
+def run_doctor(tmp_path, *arguments):
+    file = tmp_path / "doctor.json"
+    code = cli.main(["doctor", "--json", str(file), *arguments])
+    return code, json.loads(file.read_text())
+
+
+def loss():
+    yield from trials.loss_against_float64(machine.LOSS_SELF_TEST)
+
+
+# ---- whole environments ---------------------------------------------------------------------------------------------
+
+
+def test_this_environment(tmp_path, capsys):
+    code, told = run_doctor(tmp_path)
+    printed = capsys.readouterr()
+    assert told["loss_works"] and code == (1 if told["broken"] else 0)
+    assert list(told["groups"]) == list(machine.GROUPS)
+    everything = [finding for group in told["groups"].values() for finding in group]
+    assert told["broken"] == [finding["name"] for finding in everything if finding["state"] == "broken"]
+    for finding in everything:
+        assert finding["state"] in ("ok", "missing", "broken") and finding["found"]
+        assert f"{finding['name']:<17} {finding['found']}\n" in printed.out
+        assert not finding["cure"] or f"      {finding['cure']}\n" in printed.out
+    torch_finding = next(finding for finding in told["groups"]["the loss alone"] if finding["name"] == "torch")
+    assert torch_finding["found"].startswith(torch.__version__)
+    assert printed.err == ""
+
+
+def site_of(folder, *roots):
+    """A site folder that holds the named distributions and all they need, and nothing else."""
+    folder.mkdir()
+    waiting, done = list(roots), set()
+    while waiting:
+        name = waiting.pop()
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            continue
+        if name in done:
+            continue
+        done.add(name)
+        waiting += [one.name for one in installed.requirements(name) if not one.marker]
+        for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            target = folder / top
+            if not target.exists():
+                target.symlink_to(Path(str(found.locate_file(top))))
+    return folder
+
+
+@pytest.fixture
+def ours():
+    """The folder of our installed metadata. A build leaves a second one, `*.egg-info`, beside the source."""
+    files = [(found, file) for found in distributions(name="gasp-fast") for file in found.files or ()]
+    return next(Path(str(found.locate_file(file.parts[0]))) for found, file in files if file.name == "METADATA")
+
+
+def doctor_in(site, preamble=""):
+    """The doctor of a Python that sees our source, its own library and `site`."""
+    code = f"import sys; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]\n{preamble}\n" + (
+        "from gasp_fast.cli import main\nsys.exit(main(['doctor', '--json', sys.argv[1]]))"
+    )
+    command = [sys.executable, "-E", "-S", "-c", code, str(site.parent / "doctor.json")]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=site.parent)
+    file = site.parent / "doctor.json"
+    assert file.exists(), out.stderr
+    return out, json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_beside_torch_alone_the_loss_works_and_the_rest_is_missing(tmp_path, ours):
+    site = site_of(tmp_path / "site", "torch", "numpy")
+    (site / ours.name).symlink_to(ours)
+    out, told = doctor_in(site)
+    assert out.stderr == ""
+    states = {name: {f["name"]: f for f in found} for name, found in told["groups"].items()}
+    for group, names in {
+        "training": ("transformers", "peft", "accelerate", "deepspeed", "rich"),
+        "evaluation": ("transformers", "matplotlib"),
+        "scenes and data": ("av", "pycolmap", "pillow"),
+    }.items():
+        for name in names:
+            assert states[group][name]["state"] == "missing"
+    extra = shlex.split(states["training"]["peft"]["cure"])
+    assert extra[0] == sys.executable and any(word.endswith("[train]") for word in extra)
+    assert told["loss_works"] and told["broken"] == [] and out.returncode == 0
+
+
+def test_without_torch_it_says_so_and_exits_with_1(tmp_path, ours):
+    site = site_of(tmp_path / "site")
+    (site / ours.name).symlink_to(ours)
+    face = f"import types; p = types.ModuleType('gasp_fast'); p.__path__ = [{str(ROOT / 'gasp_fast')!r}]"
+    out, told = doctor_in(site, f"{face}; sys.modules['gasp_fast'] = p")
+    assert out.returncode == 1 and out.stderr == ""
+    assert not told["loss_works"] and {"torch", "numpy", "loss"} <= set(told["broken"])
+    assert "✗ torch" in out.stdout.replace("XX", "✗") and "Traceback" not in out.stdout
+
+
+# ---- exit code ------------------------------------------------------------------------------------------------------
+
+
+def test_missing_things_are_no_failure_and_broken_ones_are(tmp_path, monkeypatch, capsys):
+    def lacking():
+        yield Finding(MISSING, "one", "not installed", "pip install two")
+        yield Finding(MISSING, "two", "not installed", "pip install two")
+
+    def wrong():
+        yield Finding(BROKEN, "three", "out of range", "pip install three")
+
+    monkeypatch.setattr(machine, "GROUPS", only(loss, lacking))
+    assert run_doctor(tmp_path)[0] == 0
+    told = capsys.readouterr().out
+    assert told.count("pip install two") == 1  # once, below both
+    assert told.endswith("The loss works. Nothing is broken.\n")
+    monkeypatch.setattr(machine, "GROUPS", only(loss, wrong))
+    assert run_doctor(tmp_path)[0] == 1
+    assert capsys.readouterr().out.endswith("The loss works. Broken: three.\n")
+    monkeypatch.setattr(machine, "GROUPS", only(lacking))  # nobody saw the loss work
+    assert run_doctor(tmp_path)[0] == 1
+
+
+def test_a_loss_that_is_wrong_is_found(monkeypatch):
+    if engines.choose_backend("auto", torch.device("cpu"), torch.float32) != "cpp":
+        pytest.skip("the C++ extension is not built")
+    assert [finding.state for finding in loss()] == [OK]
+    exact = rows_cpp.inverse_norms
+    monkeypatch.setattr(rows_cpp, "inverse_norms", lambda embeddings: exact(embeddings) * 1.001)
+    (finding,) = loss()
+    assert finding.state == BROKEN and "DIFFERS" in finding.found
+
+
+def test_a_check_that_dies_is_a_finding_and_the_others_are_made(monkeypatch):
+    def dies():
+        yield Finding(OK, "before", "there")
+        raise RuntimeError("line one\nline two")
+
+    def lacks():
+        import no_such_package  # noqa: F401
+
+        yield
+
+    monkeypatch.setattr(machine, "GROUPS", only(dies, lacks, loss))
+    found = [finding for _, finding in machine.examine()]
+    assert [finding.state for finding in found] == [OK, BROKEN, MISSING, OK]
+    assert found[1] == Finding(BROKEN, "dies", "RuntimeError: line one line two")
+    assert found[2] == Finding(MISSING, "lacks", "cannot be looked at without no_such_package")
+
+
+# ---- packages -------------------------------------------------------------------------------------------------------
+
+
+class Finder:
+    """Stands in front of Python's own finders."""
+
+    def __init__(self, name, error=None):
+        self.name, self.error = name, error
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        if self.error is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return importlib.util.spec_from_loader(name, self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        raise self.error
+
+
+def intercept(monkeypatch, finder):
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, finder.name, raising=False)
+
+
+def test_a_package_that_cannot_be_imported_is_found(monkeypatch):
+    assert packages.package("filelock", "", "cure").state == OK
+    intercept(monkeypatch, Finder("filelock"))
+    finding = packages.package("filelock", "", "cure")
+    assert (finding.state, finding.cure) == (BROKEN, "cure")  # its metadata is still there
+    monkeypatch.setattr(installed, "find", lambda name: None)
+    finding = packages.package("filelock", ">=3", "cure")
+    assert finding == Finding(MISSING, "filelock", "not installed (needs >=3)", "cure")
+    assert packages.package("filelock", ">=3", "cure", needed=True).state == BROKEN
+
+
+def test_a_version_out_of_range_is_broken():
+    version = distribution("filelock").version
+    assert packages.package("filelock", f"=={version}", "").state == OK
+    finding = packages.package("filelock", f">{version}", "cure")
+    assert finding == Finding(BROKEN, "filelock", f"{version} is out of range (needs >{version})", "cure")
+
+
+def test_a_package_made_for_another_torch_is_broken(monkeypatch):
+    other = installed.Requirement("torch", "==1.0", "")
+    monkeypatch.setattr(installed, "requirements", lambda name: [other])
+    finding = packages.package("filelock", "", "cure")
+    assert finding.state == BROKEN and f"wants torch==1.0 and finds {torch.__version__}" in finding.found
+
+
+def test_a_package_that_fails_when_it_is_tried_is_broken(monkeypatch):
+    def fails():
+        raise OSError("libfoo.so.7: cannot open shared object file")
+
+    monkeypatch.setitem(trials.OF_PACKAGES, "filelock", fails)
+    finding = packages.package("filelock", "", "cure")
+    assert finding.state == BROKEN and "libfoo.so.7" in finding.found and finding.cure == "cure"
+
+
+def test_ranges_are_those_of_the_installed_distribution():
+    listed = distribution("gasp-fast").requires or []
+    assert installed.range_of("torch") and f"torch{installed.range_of('torch')}" in listed
+    peft = next(one for one in installed.requirements("gasp-fast") if one.name == "peft")
+    assert peft.extra == "train" and f'peft{peft.range}; extra == "train"' in listed
+
+
+def test_ranges_are_read_as_packaging_reads_them():
+    specifiers = pytest.importorskip("packaging.specifiers")
+    versions = [
+        "1",
+        "1.0",
+        "1.0.0",
+        "1.2",
+        "1.2.3",
+        "1.2.post1",
+        "1.10",
+        "2.0.dev3",
+        "2.0a1",
+        "2.0rc1",
+        "2.0rc10",
+        "2.0",
+        "2.0.post1",
+        "2.13.0",
+        "6.0.dev1",
+        "6",
+    ]
+    wanted = [
+        ">=1.2",
+        ">1.2",
+        "<2",
+        "<=2.0",
+        "==1.2.*",
+        "!=1.2.*",
+        "==1.0",
+        "!=1.0",
+        "~=1.2",
+        "~=1.2.0",
+        ">=1.1,<6",
+        ">2.0rc9",
+        "<2.0rc9",
+        ">2.0a1",
+    ]
+    for version in versions:
+        for clause in ["", *wanted]:
+            truth = specifiers.SpecifierSet(clause).contains(version, prereleases=True)
+            assert satisfies(version, clause) == truth, (version, clause)
+    assert satisfies("2.13.0+cpu", "==2.13.0") and satisfies("2.13.0+cu130", ">=2.11")
+
+
+class Distribution:
+    version = "0.1.0"
+
+    def __init__(self, origin):
+        self.origin = origin
+
+    def read_text(self, name):
+        return None if self.origin is None else json.dumps(self.origin)
+
+
+@pytest.mark.parametrize(
+    ("origin", "last"),
+    [
+        (None, ["gasp-fast[train]"]),
+        ({"url": "file:///a/gasp.whl", "archive_info": {}}, ["gasp-fast[train] @ file:///a/gasp.whl"]),
+        ({"url": "file:///my%20tree", "dir_info": {"editable": True}}, ["-e", "/my tree[train]"]),
+    ],
+)
+def test_the_command_installs_the_way_it_was_installed(monkeypatch, origin, last):
+    monkeypatch.setattr(installed, "find", lambda name: Distribution(origin))
+    words = shlex.split(installed.install_command("train"))
+    assert words == [sys.executable, "-m", "pip", "install", *last]
+
+
+def test_without_pip_the_command_is_that_of_uv_or_brings_pip(monkeypatch):
+    monkeypatch.setattr(installed, "has_module", lambda name: name != "pip")
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/uv")
+    assert installed.pip_install("x") == f"uv pip install --python {sys.executable} x"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    python = sys.executable
+    assert installed.pip_install("x") == f"{python} -m ensurepip && {python} -m pip install x"
+
+
+# ---- extensions and GPU ---------------------------------------------------------------------------------------------
+
+EXTENSIONS = {"_rows": trials.rows_extension, "_tracks": trials.tracks_extension, "_render": trials.render_extension}
+
+
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_an_extension_that_raises_on_import_is_broken_and_one_that_is_not_built_is_missing(monkeypatch, name):
+    module, check = f"gasp_fast.{name}", EXTENSIONS[name]
+    if importlib.util.find_spec(module) is not None:
+        assert [finding.state for finding in check()] == [OK]
+    intercept(monkeypatch, Finder(module, ImportError("undefined symbol: _Zfoo")))
+    (finding,) = check()
+    assert finding.state == BROKEN and "undefined symbol: _Zfoo" in finding.found
+    assert {"--force-reinstall", "--no-deps"} <= set(shlex.split(finding.cure))
+    monkeypatch.setitem(sys.modules, module, None)  # Python's way of saying that there is none
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (finding,) = check()
+    assert finding.state == MISSING and "not built" in finding.found
+
+
+def test_an_extension_that_computes_nonsense_is_broken(monkeypatch):
+    tracks = pytest.importorskip("gasp_fast._tracks")
+    exact = tracks.pool
+    monkeypatch.setattr(tracks, "pool", lambda *arguments: exact(*arguments) + 1)
+    (finding,) = trials.tracks_extension()
+    assert finding.state == BROKEN and "something else" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "available", "state", "cure"),
+    [
+        (None, None, False, MISSING, ""),
+        ((13, 0), None, False, MISSING, "/cu130"),
+        ((12, 8), "13.0", False, BROKEN, "/cu126"),
+        ((13, 1), "13.0", False, BROKEN, ""),
+        ((13, 1), "13.0", True, OK, ""),
+    ],
+)
+def test_torch_against_the_driver(monkeypatch, driver, built, available, state, cure):
+    monkeypatch.setattr(gpu, "driver_cuda", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (finding,) = gpu.torch_build()
+    assert finding.state == state and (cure in finding.cure if cure else finding.cure == "")
+
+
+def test_hidden_devices_are_not_broken_ones(monkeypatch):
+    monkeypatch.setattr(gpu, "driver_cuda", lambda: (13, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (finding,) = gpu.torch_build()
+    assert (finding.state, finding.cure) == (MISSING, "unset CUDA_VISIBLE_DEVICES")
+
+
+def test_code_for_a_device(monkeypatch):
+    assert gpu._has_code(["sm_80", "sm_90a"], 9, 0) and gpu._has_code(["sm_80"], 8, 6)
+    assert not gpu._has_code(["sm_80", "sm_90"], 10, 0) and gpu._has_code(["sm_90", "compute_90"], 10, 0)
+    assert gpu._has_code(["sm_120"], 12, 0) and not gpu._has_code(["sm_86"], 8, 0)
+
+
+def test_without_a_driver_there_is_nothing_to_mend(monkeypatch):
+    def no_library(name):
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    monkeypatch.setattr(gpu, "driver_cuda", gpu.driver_cuda.__wrapped__)
+    (finding,) = gpu.driver()
+    assert (finding.state, finding.cure) == (MISSING, "")

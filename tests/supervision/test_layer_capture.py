@@ -1,0 +1,143 @@
+"""Captured hidden states are the model's own, with their gradients, under every kind of gradient checkpointing."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gasp_fast.supervision.layer_capture import LayerCapture
+
+
+def capture_of(family, layers=None):
+    backbone, model = family.backbone, family.model
+    return LayerCapture(backbone.decoder_layers(model), backbone.final_norm(model), layers)
+
+
+def test_captured_states_are_the_models_hidden_states_before_the_final_norm(family, talk, noise):
+    encoded = family.backbone.encode([talk(noise(2))])
+    with capture_of(family) as capture, torch.no_grad():
+        states = family.model(**encoded.inputs, output_hidden_states=True).hidden_states
+    for layer in range(family.backbone.layer_count - 1):
+        assert torch.equal(capture.hidden(layer), states[layer + 1])
+    last = capture.hidden(family.backbone.layer_count - 1)
+    assert not torch.equal(last, states[-1])
+    with torch.no_grad():
+        torch.testing.assert_close(family.backbone.final_norm(family.model)(last), states[-1])
+
+
+@pytest.fixture
+def training(shipped):
+    """A model in training mode whose checkpointing is off again afterwards."""
+    model = shipped.model.train()
+    model.enable_input_require_grads()
+    yield shipped
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+    model.zero_grad()
+    model.eval()
+
+
+def step(family, encoded, layers):
+    """States and gradients of a loss that reads every captured layer, with the backward inside the context."""
+    family.model.zero_grad()
+    positions = torch.cat(encoded.positions)
+    draw = torch.Generator().manual_seed(0)
+    with capture_of(family, layers) as capture:
+        loss = family.model(**encoded.inputs, use_cache=False).loss
+        seen = {layer: capture.tokens(layer, positions) for layer in layers}
+        for layer in layers:
+            loss = loss + (seen[layer] * torch.randn(seen[layer].shape, generator=draw)).mean()
+        loss.backward()
+        again = {layer: capture.tokens(layer, positions) for layer in layers}
+    assert all(torch.equal(seen[layer], again[layer]) and again[layer].requires_grad for layer in layers)
+    grads = {name: p.grad.clone() for name, p in family.model.named_parameters() if p.grad is not None}
+    return {layer: value.detach() for layer, value in seen.items()}, grads
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_states_and_gradients_are_the_same_under_gradient_checkpointing(training, reentrant, talk, noise):
+    encoded = training.backbone.encode([talk(noise(2, 64, 64)), talk(noise(2, 64, 64, seed=1))])
+    layers = [0, 1, 3]
+    states, grads = step(training, encoded, layers)
+    training.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed_states, checkpointed_grads = step(training, encoded, layers)
+    for layer in layers:
+        assert torch.equal(states[layer], checkpointed_states[layer])
+    assert grads.keys() == checkpointed_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(checkpointed_grads[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+class WholeCallsCheckpointed(nn.Module):
+    """Checkpoints its layers as transformers did up to 5.18: hooks run inside, and again when it recomputes."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.norm = nn.LayerNorm(8)
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_hooks_that_run_inside_the_checkpoint_and_twice_change_nothing(reentrant):
+    results = []
+    for mode in (None, reentrant):
+        model, x = WholeCallsCheckpointed(mode), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+        positions = torch.tensor([1, 7])
+        with LayerCapture(model.layers, model.norm) as capture:
+            loss = model(x.requires_grad_()).sum()
+            states = [capture.hidden(layer) for layer in capture.layers]
+            weight = torch.arange(16.0).reshape(2, 8)
+            loss = loss + sum((capture.tokens(layer, positions) * weight).sum() for layer in capture.layers)
+            loss.backward()
+            assert all(capture.hidden(layer) is state for layer, state in enumerate(states))
+        results.append(([state.detach() for state in states], [p.grad for p in model.parameters()], x.grad))
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_a_loss_on_one_layer_reaches_the_layers_below_it_and_no_others(training, talk, noise):
+    model, backbone = training.model, training.backbone
+    encoded = backbone.encode([talk(noise(2, 64, 64))])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with capture_of(training, [1]) as capture:
+        model(**encoded.inputs, use_cache=False)
+        capture.tokens(1, torch.cat(encoded.positions)).square().sum().backward()
+    touched = [any(p.grad is not None for p in layer.parameters()) for layer in backbone.decoder_layers(model)]
+    assert touched == [True, True, False, False]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.decoder_layers(model)[0].parameters())
+
+
+def test_no_hook_outlives_the_context(shipped, talk, noise):
+    backbone, model = shipped.backbone, shipped.model
+    watched = [*backbone.decoder_layers(model), backbone.final_norm(model)]
+    with capture_of(shipped):
+        assert sum(len(module._forward_pre_hooks) for module in watched) == backbone.layer_count
+    assert sum(len(module._forward_pre_hooks) for module in watched) == 0
+
+
+def test_tokens_picks_flat_positions_in_order(shipped, talk, noise):
+    encoded = shipped.backbone.encode([talk(noise(1)), talk(noise(1, seed=1))])
+    with capture_of(shipped, [2]) as capture, torch.no_grad():
+        shipped.model(**encoded.inputs)
+    picked = capture.tokens(2, torch.cat(encoded.positions))
+    length = encoded.inputs["input_ids"].shape[1]
+    for row, positions in zip((0, len(encoded.positions[0])), encoded.positions, strict=True):
+        sequence, place = divmod(int(positions[0]), length)
+        assert torch.equal(picked[row], capture.hidden(2)[sequence, place])
+
+
+def test_wrong_use_is_named(shipped):
+    with pytest.raises(ValueError, match="layers contains 4"):
+        capture_of(shipped, [4])
+    capture = capture_of(shipped, [1])
+    with pytest.raises(ValueError, match="layer = 2 is not captured"):
+        capture.hidden(2)
+    with pytest.raises(ValueError, match="layer = 1 has no hidden state yet"):
+        capture.hidden(1)
