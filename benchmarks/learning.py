@@ -44,9 +44,9 @@ from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import LayerCapture
 from gasp_fast.train import train
 from gasp_fast.training.config import TrainConfig
-from gasp_fast.training.data import SampleStream
 from gasp_fast.training.model import build_model
 from gasp_fast.training.processes import quiet_libraries
+from gasp_fast.training.stream import SampleStream
 
 RECIPES = Path(__file__).parents[1] / "configs"
 CAMERA = SyntheticConfig()

@@ -37,15 +37,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from gasp_fast.backbones import load_backbone
+from gasp_fast.backbones.base_model import choose_attention
 from gasp_fast.benchmarking.report import machine
 from gasp_fast.planning.calibration import MeasuredStep, calibrate
 from gasp_fast.planning.cost_model import GPU, GPUS, make_plan
 from gasp_fast.planning.shapes import ModelShape
 from gasp_fast.planning.workload import Assumptions, Sequence
 from gasp_fast.training.config import TrainConfig
-from gasp_fast.training.data import SampleStream, Share
-from gasp_fast.training.model import SupervisedModel, choose_attention, stored_dtype, supervise
+from gasp_fast.training.model import SupervisedModel, stored_dtype, supervise
 from gasp_fast.training.processes import quiet_libraries, start_processes
+from gasp_fast.training.stream import SampleStream, Share
 from gasp_fast.training.throughput import peak_flops, sequences_of_batch
 from gasp_fast.training.trainer import GaspTrainer
 

@@ -12,22 +12,18 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from gasp_fast.backbones import load_backbone
+from gasp_fast.backbones.adapters import AdapterConfig
+from gasp_fast.backbones.base_model import ModelConfig
 from gasp_fast.backbones.tiny import REAL, TinyConfig, build_without_weights
 from gasp_fast.collator import Sample
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.data.tracks.sequences import SequenceConfig
-from gasp_fast.training.config import (
-    DataConfig,
-    HeadsConfig,
-    LoraSettings,
-    LossConfig,
-    ModelConfig,
-    OptimisationConfig,
-    RunConfig,
-    ScenesConfig,
-    TrainConfig,
-)
-from gasp_fast.training.data import SampleStream, Share, make_loader
+from gasp_fast.supervision.heads import HeadsConfig
+from gasp_fast.training.config import RunConfig, TrainConfig
+from gasp_fast.training.objective import ObjectiveConfig
+from gasp_fast.training.optim import OptimisationConfig
+from gasp_fast.training.sources import ScenesConfig
+from gasp_fast.training.stream import DataConfig, SampleStream, Share, make_loader
 
 WARM_UP, MEASURED = 2, 5
 QUESTION = {"role": "user", "content": "Which way did the camera turn, and how many boxes are in the room?"}
@@ -151,9 +147,9 @@ class Workshop:
                 micro_batch_size=case.at_once,
                 checkpointing=case.checkpointing,  # type: ignore[arg-type]
             ),
-            lora=LoraSettings(rank=self.shape.ranks[case.family]),
+            lora=AdapterConfig(rank=self.shape.ranks[case.family]),
             heads=HeadsConfig(init="random", compute=case.heads),  # type: ignore[arg-type]
-            loss=LossConfig(**weights),
+            loss=ObjectiveConfig(**weights),
             data=DataConfig(scenes=ScenesConfig(root=str(self.folder / "scenes"), sequences=drawn), workers=0),
             run=RunConfig(out=str(self.folder / "run"), progress=False),
         )

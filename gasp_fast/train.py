@@ -22,7 +22,6 @@ from typing import Any
 
 from gasp_fast.config.loader import load_config, to_yaml
 from gasp_fast.training.config import TrainConfig
-from gasp_fast.training.data import SampleStream, Share, steps_of
 from gasp_fast.training.model import build_model
 from gasp_fast.training.processes import (
     Processes,
@@ -32,6 +31,7 @@ from gasp_fast.training.processes import (
     stop_processes,
     zero_stage,
 )
+from gasp_fast.training.stream import SampleStream, Share, steps_of
 from gasp_fast.training.trainer import GaspTrainer
 
 from .files import write_atomically

@@ -4,7 +4,7 @@
 | -------- | ---------------- | ---------------------------------------------------------------------------------- |
 | `triton` | CUDA             | `narrow` for D <= 256: similarities never leave the chip; else `chunked`           |
 | `cpp`    | CPU              | `chunked`                                                                          |
-| `torch`  | any              | dense, by autograd (`gasp_fast.reference`); no engine                              |
+| `torch`  | any              | dense, by autograd (`gasp_fast.loss.dense`); no engine                              |
 
 The triton backend also accepts CPU tensors under `TRITON_INTERPRET=1`: slow, and how its kernels are tested without a
 GPU. float64 is for the dense reference alone.

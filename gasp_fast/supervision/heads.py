@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +25,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Compute = Literal["fp32", "tf32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """Correspondence heads, one on each supervised decoder layer."""
+
+    layers: str = "all"  # or 18-25, 7, 1-4,25-28: counted from 1, both ends included
+    init: Literal["svd", "random"] = "svd"  # svd: from the layer's own query projection
+    mid_size: int | None = None  # None: half of the hidden size
+    out_size: int | None = None  # None: the hidden size (svd: the outputs of the query projection)
+    compute: Compute = "tf32"  # of the products; weights are fp32
 
 
 @contextmanager

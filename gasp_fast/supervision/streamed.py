@@ -19,13 +19,13 @@ whatever their batches hold.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
 
@@ -33,27 +33,17 @@ from .heads import CorrespondenceHeads
 from .layer_capture import LayerCapture
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeometricLoss:
-    """How a layer's embeddings are judged: the arguments of `gasp_loss` that are the same for every layer."""
-
-    temperature: float = 0.07
-    learnable_temperature: bool = False
-    negatives: str = "sequence"
-    corr_weight: float = 0.3
-    depth_weight: float = 1.0
-    backend: str = "auto"
-
-
 class GeometricSupervision(nn.Module):
     """One supervised layer for each head, by the index of its decoder layer."""
 
-    def __init__(self, heads: CorrespondenceHeads, loss: GeometricLoss | None = None) -> None:
+    def __init__(
+        self, heads: CorrespondenceHeads, loss: LossConfig | None = None, learnable_temperature: bool = False
+    ) -> None:
         super().__init__()
-        self.loss = GeometricLoss() if loss is None else loss
+        self.loss = LossConfig() if loss is None else loss
         self.by_layer = nn.ModuleDict({name: SupervisedLayer(head) for name, head in heads.by_layer.items()})
         # [1], not []: DeepSpeed cannot send 0-dim parameters.
-        start = torch.tensor([self.loss.temperature]).log() if self.loss.learnable_temperature else None
+        start = torch.tensor([self.loss.temperature]).log() if learnable_temperature else None
         self.log_temperature = None if start is None else nn.Parameter(start)
 
     @property
@@ -89,7 +79,7 @@ class SupervisedLayer(nn.Module):
         self.head = head
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, matches: Matches, temperature: Tensor, loss: GeometricLoss
+        self, hidden: Tensor, positions: Tensor, matches: Matches, temperature: Tensor, loss: LossConfig
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The layer's loss, and its corr, depth and PCK without gradient; all scalars."""
         if not torch.is_grad_enabled():
@@ -100,7 +90,7 @@ class SupervisedLayer(nn.Module):
 
 
 def _judged(
-    head: nn.Module, rows: Tensor, matches: Matches, temperature: Tensor, loss: GeometricLoss
+    head: nn.Module, rows: Tensor, matches: Matches, temperature: Tensor, loss: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, corr, depth and PCK of hidden rows [N, hidden]."""
     out = gasp_loss(

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gasp_fast.backbones import Backbone, load_backbone, unwrap
+from gasp_fast.backbones import Backbone, load_backbone
+from gasp_fast.backbones.adapters import add_adapters
+from gasp_fast.backbones.base_model import DTYPES, choose_attention, use_checkpointing, use_liger
 from gasp_fast.loss.matches import Matches
-from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, parse_layers
+from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, HeadsConfig, parse_layers
 from gasp_fast.supervision.layer_capture import LayerCapture
-from gasp_fast.supervision.streamed import GeometricLoss, GeometricSupervision
+from gasp_fast.supervision.streamed import GeometricSupervision
 
-from .config import HeadsConfig, LoraSettings, LossConfig, ModelConfig, TrainConfig
+from .config import TrainConfig
 from .modality import backbone_states, language_loss
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class SupervisedModel(nn.Module):
@@ -108,26 +108,15 @@ def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device:
     """A base model, wherever its weights came from, with heads, adapters and whatever else `config` asks for."""
     backbone.quicken(model)
     if config.model.liger:
-        _use_liger(model)
+        use_liger(model)
     heads = build_heads(config.heads, backbone, model, device) if config.loss.geometric else None
     if config.train.mode == "lora":
         model = add_adapters(backbone, model, config.lora)
     else:
         model.requires_grad_(True)
-    _use_checkpointing(model, config.train.checkpointing)
-    supervision = None if heads is None else GeometricSupervision(heads, geometric_loss(config.loss))
+    use_checkpointing(model, config.train.checkpointing)
+    supervision = None if heads is None else GeometricSupervision(heads, config.loss, config.loss.learnable_temperature)
     return SupervisedModel(backbone, model, supervision, config.loss.lm_weight, DTYPES[config.model.dtype])
-
-
-def geometric_loss(config: LossConfig) -> GeometricLoss:
-    return GeometricLoss(
-        temperature=config.temperature,
-        learnable_temperature=config.learnable_temperature,
-        negatives=config.negatives,
-        corr_weight=config.corr_weight,
-        depth_weight=config.depth_weight,
-        backend=config.backend,
-    )
 
 
 def build_heads(config: HeadsConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> CorrespondenceHeads:
@@ -147,61 +136,3 @@ def build_heads(config: HeadsConfig, backbone: Backbone, model: nn.Module, devic
         )  # fmt: skip
         heads[layer] = head.cpu()
     return CorrespondenceHeads(heads)
-
-
-def add_adapters(backbone: Backbone, model: nn.Module, config: LoraSettings) -> nn.Module:
-    """LoRA on q, k, v, o of the language model; everything else frozen. The adapters are fp32, as peft makes them."""
-    from peft import LoraConfig, get_peft_model
-
-    wanted = LoraConfig(
-        r=config.rank,
-        lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=backbone.lora_targets,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, wanted)
-
-
-def choose_attention(config: ModelConfig, device: torch.device) -> str:
-    """The attention of the model: the fastest that is there, or the one asked for, if it is there."""
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-    there = {"flash_attention_3": is_flash_attn_3_available(), "flash_attention_2": is_flash_attn_2_available()}
-    usable = device.type == "cuda" and config.dtype == "bf16"
-    if config.attention == "auto":
-        return next((name for name, found in there.items() if found and usable), "sdpa")
-    if config.attention in there and not (there[config.attention] and usable):
-        reason = "is not installed" if usable else f"needs a GPU and bf16, and this is {device.type}, {config.dtype}"
-        raise ValueError(f"model.attention = {config.attention!r} {reason}; use model.attention=auto")
-    return config.attention
-
-
-def _use_liger(model: Any) -> None:
-    """Fused norms, rotary embeddings and MLPs. The loss stays ours: it only ever sees labelled tokens."""
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError:
-        raise ValueError("model.liger = true, but liger-kernel is not installed; pip install liger-kernel") from None
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(
-            f"model.liger = true, but liger-kernel has nothing for {model.config.model_type}; use model.liger=false"
-        )
-    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def _use_checkpointing(model: Any, kind: str) -> None:
-    if kind == "off":
-        return
-    reentrant = kind == "reentrant"
-    inner = unwrap(model)
-    if hasattr(inner, "activation_checkpointing_enable"):  # its name since transformers 5.20
-        inner.activation_checkpointing_enable({"use_reentrant": reentrant})
-    else:
-        inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        # Reentrant checkpointing gives no gradient to a block whose input needs none, whatever is trained inside it.
-        embeddings = inner.get_input_embeddings()
-        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))

@@ -23,12 +23,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from . import checkpoints, guards
 from .config import TrainConfig
-from .data import SampleStream, Share, make_loader
 from .ending import conclude
 from .log import Bar, Meter, RunLog, finite, scalars
 from .model import SupervisedModel, trained_groups
 from .optim import make_optimizer
 from .processes import Processes, zero_stage
+from .stream import SampleStream, Share, make_loader
 from .throughput import OperationCount, sequences_of_batch
 
 

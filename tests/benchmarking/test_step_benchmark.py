@@ -80,8 +80,8 @@ def test_a_plan_reproduces_the_step_it_was_calibrated_with(result: dict[str, Any
 
 
 def test_products_are_told_apart_forward_backward_and_recomputed(config: Any, family: str) -> None:
-    from gasp_fast.training.data import SampleStream, Share, make_loader
     from gasp_fast.training.model import build_model
+    from gasp_fast.training.stream import SampleStream, Share, make_loader
 
     recipe = config(family, train={"checkpointing": "non_reentrant"})
     model = build_model(recipe, torch.device("cpu")).train()

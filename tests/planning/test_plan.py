@@ -41,8 +41,8 @@ from gasp_fast.planning.shapes import (
 from gasp_fast.planning.workload import Assumptions, Sequence, operations, parameters, sequences_of
 from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.training.config import TrainConfig
-from gasp_fast.training.data import SampleStream, Share, make_loader
 from gasp_fast.training.model import build_model
+from gasp_fast.training.stream import SampleStream, Share, make_loader
 from gasp_fast.training.throughput import OperationCount, sequences_of_batch
 
 ROOT = Path(__file__).parents[2]

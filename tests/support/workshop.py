@@ -8,23 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from gasp_fast.backbones.adapters import AdapterConfig
+from gasp_fast.backbones.base_model import ModelConfig
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.data.synthetic.questions import write_qa
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_scene
 from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.loss.function import gasp_loss
-from gasp_fast.training.config import (
-    DataConfig,
-    HeadsConfig,
-    LoraSettings,
-    LossConfig,
-    ModelConfig,
-    OptimisationConfig,
-    QAConfig,
-    RunConfig,
-    ScenesConfig,
-    TrainConfig,
-)
+from gasp_fast.supervision.heads import HeadsConfig
+from gasp_fast.training.config import RunConfig, TrainConfig
+from gasp_fast.training.objective import ObjectiveConfig
+from gasp_fast.training.optim import OptimisationConfig
+from gasp_fast.training.sources import QAConfig, ScenesConfig
+from gasp_fast.training.stream import DataConfig
 
 torch.set_num_threads(1)
 FAMILIES = ("qwen2_5_vl", "llava_next_video")
@@ -70,8 +66,8 @@ def config(workshop: Workshop, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig(
             model=part(ModelConfig, "model", source=str(workshop.models[family]), dtype="fp32"),
             train=part(OptimisationConfig, "train", steps=3, batch_size=2, learning_rate=1e-3, checkpointing="off"),
-            lora=part(LoraSettings, "lora", rank=4),
-            loss=part(LossConfig, "loss"),
+            lora=part(AdapterConfig, "lora", rank=4),
+            loss=part(ObjectiveConfig, "loss"),
             heads=part(HeadsConfig, "heads", compute="fp32"),
             data=DataConfig(
                 scenes=part(

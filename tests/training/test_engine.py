@@ -19,8 +19,8 @@ from gasp_fast.collator import Collator
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.train import train
-from gasp_fast.training.data import SampleStream
 from gasp_fast.training.model import build_model
+from gasp_fast.training.stream import SampleStream
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = ("tokens_per_s", "mfu", "peak_memory")

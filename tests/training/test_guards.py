@@ -9,10 +9,10 @@ import torch
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.train import main, train
 from gasp_fast.training import guards
-from gasp_fast.training.config import DataConfig, QAConfig
-from gasp_fast.training.data import SampleStream, Share
 from gasp_fast.training.model import SupervisedModel, build_model, trained_groups
 from gasp_fast.training.processes import read_deepspeed
+from gasp_fast.training.sources import QAConfig
+from gasp_fast.training.stream import DataConfig, SampleStream, Share
 
 CPU = torch.device("cpu")
 

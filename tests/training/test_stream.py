@@ -12,7 +12,8 @@ from gasp_fast.data.scenes.library import find_scenes, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
 from gasp_fast.training import data as training_data
-from gasp_fast.training.data import SampleStream, Share, StreamBatches, TrackedScenes, steps_of
+from gasp_fast.training.sources import TrackedScenes
+from gasp_fast.training.stream import SampleStream, Share, StreamBatches, steps_of
 
 SEQUENCES = SequenceConfig(min_frames=3, max_frames=3, window=4, per_scene=4)
 
@@ -124,7 +125,7 @@ def test_every_division_of_a_step_sees_the_same_positions(ranks, micro):
 
 def test_loader_processes_bring_the_same_batches(config):
     from gasp_fast.backbones import load_backbone
-    from gasp_fast.training.data import make_loader
+    from gasp_fast.training.stream import make_loader
 
     settings = config(mixed=True)
     backbone = load_backbone(settings.model.source)

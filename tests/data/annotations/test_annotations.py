@@ -337,7 +337,7 @@ def test_shards_open_lazily_and_memory_stays_flat(tmp_path: Path) -> None:
     program = """
 import sys, pathlib, json, numpy as np
 from safetensors.numpy import save
-from gasp_fast.data.annotations import *
+from gasp_fast.data.annotations.cache import *
 from gasp_fast.data import annotations
 folder = pathlib.Path(sys.argv[1])
 plan = AnnotationPlan(scenes=(SceneEntry("s", 60, "0"),), shard_size=64, sequences=SequenceConfig(per_scene=64 * 40))

@@ -94,7 +94,7 @@ def test_a_decoder_that_hangs_inside_one_frame_is_left_behind(clip, monkeypatch)
 HANGING = """
 import sys, threading
 from pathlib import Path
-import gasp_fast.data.video as video
+import gasp_fast.data.questions.video as video
 video._pixels = lambda *_: threading.Event().wait()
 try:
     video.read_video(Path(sys.argv[1]), 4, timeout=0.1)
@@ -164,7 +164,7 @@ def test_playlists_that_point_elsewhere_are_refused(clip, tmp_path):
 FUZZ = """
 import random, sys
 from pathlib import Path
-from gasp_fast.data.video import read_video
+from gasp_fast.data.questions.video import read_video
 source, work = Path(sys.argv[1]), Path(sys.argv[2])
 draw, original = random.Random(source.name), source.read_bytes()
 for case in range(int(sys.argv[3])):

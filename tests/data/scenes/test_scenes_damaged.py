@@ -313,9 +313,9 @@ def test_colmap_files_are_counted_before_pycolmap_reads_them(scene_boxes, tmp_pa
 FUZZ = """
 import random, shutil, sys
 from pathlib import Path
-from gasp_fast.data.frame_cache import DECODED
+from gasp_fast.data.scenes.frame_cache import DECODED
 from gasp_fast.data.scenes.open import open_scene
-from gasp_fast.data.tracks import build_tracks
+from gasp_fast.data.tracks.build import build_tracks
 
 source, work, cases = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 draw = random.Random(source.name)

@@ -1,35 +1,21 @@
-"""The stream of training samples: which sample stands at which position, and which rank takes it at which step.
-
-Knows the data wing and the collator; no model is run here, no optimiser known. A sample is a function of its position
-in the stream, and a step's positions are a function of the step, so nothing has to be saved for an exact resume but
-the number of steps, and the same samples make up a step on one process and on thirty-two:
-
-    position = step · batch_size + (micro_step · ranks + rank) · micro_batch_size + place
-"""
+"""Sources of training samples: tracked scenes, and questions about videos."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.data import DataLoader, Dataset, Sampler
-
-from gasp_fast.backbones import Backbone, messages_from_record
-from gasp_fast.collator import Collator, Sample, geometry_sample
+from gasp_fast.backbones import messages_from_record
+from gasp_fast.collator import Sample, geometry_sample
 from gasp_fast.data.annotations.cache import AnnotationCache
-from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.data.questions.video_qa import VideoQA
 from gasp_fast.data.scenes.library import find_scenes, own_name, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
-from gasp_fast.data.tracks.sequences import SequenceSampler, is_held_out
-
-from .config import DataConfig, OptimisationConfig, QAConfig, ScenesConfig
-from .modality import SteadyCollator
+from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
 
 MANY = 16  # unreadable sequences in a row: then it is not the sequences
 OPEN_FRAMES = 16384  # of the scenes kept open, so tens of megabytes of poses and paths
@@ -43,7 +29,19 @@ class Samples(Protocol):
     def sample(self, epoch: int, index: int, position: int) -> Sample: ...
 
 
-# ---- sources --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    """Sequences of posed frames with depth, which give tracks."""
+
+    root: str = ""  # folder of scenes; empty: none
+    weight: float = 1.0  # relative to the other sources
+    annotations: tuple[
+        str, ...
+    ] = ()  # folders made by `gasp-fast tracks`, of the same sequences; empty: track on the fly
+    grids: tuple[int, ...] = (8, 24)  # query points along a side, coarse and fine; for tracking on the fly
+    keep: float = 0.5  # share of the tracks that is kept; for tracking on the fly
+    held_out: float = 0.0  # share of the scenes that is never trained on
+    sequences: SequenceConfig = field(default_factory=SequenceConfig)  # for tracking on the fly
 
 
 class TrackedScenes:
@@ -129,7 +127,19 @@ class TrackedScenes:
         return {**self.__dict__, "_scenes": {}}
 
 
-class Questions:
+@dataclass(frozen=True, kw_only=True)
+class QAConfig:
+    """Questions and answers about videos, in LLaVA-Video's schema."""
+
+    root: str = ""  # folder of JSON lists; empty: none
+    weight: float = 1.0
+    configs: tuple[str, ...] = ()  # its sub-folders to read; empty: all
+    frames: int = 16  # of a video
+    longest_side: int | None = None  # shrink frames to this while decoding
+    timeout: float = 30.0  # seconds, for a video that does not decode
+
+
+class VideoQuestions:
     """Video questions as samples without tracks."""
 
     def __init__(self, config: QAConfig) -> None:
@@ -144,103 +154,3 @@ class Questions:
         found = self.records.sample(index, config.frames, timeout=config.timeout, longest_side=config.longest_side)
         turns = [{"from": turn.speaker, "value": turn.text} for turn in found.record.turns]
         return Sample(frames=list(found.video.frames), messages=messages_from_record(turns), position=position)
-
-
-def open_sources(config: DataConfig) -> dict[str, tuple[Samples, float]]:
-    """The sources that have a root, with their weights."""
-    sources: dict[str, tuple[Samples, float]] = {}
-    if config.scenes.root:
-        sources["scenes"] = (TrackedScenes(config.scenes), config.scenes.weight)
-    if config.qa.root:
-        sources["qa"] = (Questions(config.qa), config.qa.weight)
-    if config.vqa.root:
-        sources["vqa"] = (Questions(config.vqa), config.vqa.weight)
-    return sources
-
-
-# ---- the stream -----------------------------------------------------------------------------------------------------
-
-
-class SampleStream(Dataset[Sample]):
-    """The endless interleaving of the sources, by position. Pickles into loader workers."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.sources = open_sources(config)
-        lengths = {name: Source(len(samples), weight) for name, (samples, weight) in self.sources.items()}
-        self.mixture = Mixture(lengths, config.seed)
-
-    def __getitem__(self, position: int) -> Sample:
-        draw = self.mixture.draw(position)
-        return self.sources[draw.source][0].sample(draw.epoch, draw.index, position)
-
-    def describe(self, position: int) -> str:
-        """What stands at a position, in words for an error."""
-        draw = self.mixture.draw(position)
-        return f"{draw.source}[{draw.index}] of epoch {draw.epoch}"
-
-    def samples(self, epochs: float) -> int:
-        """Positions in `epochs` walks through the first source: the scenes, where there are scenes."""
-        name, source = next(iter(self.mixture.sources.items()))
-        only = len(self.mixture.sources) == 1
-        return max(1, round(epochs * (source.length if only else self.mixture.positions_of_epoch(name))))
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process among all, and how an optimiser step is divided among them."""
-
-    rank: int
-    ranks: int
-    batch_size: int  # of a step, over all processes
-    micro_batch_size: int
-
-    def __post_init__(self) -> None:
-        once = self.ranks * self.micro_batch_size
-        if self.batch_size % once:
-            raise ValueError(
-                f"train.batch_size = {self.batch_size} does not divide over {self.ranks} processes with "
-                f"train.micro_batch_size = {self.micro_batch_size}; use a multiple of {once}"
-            )
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of this process in a step."""
-        return self.batch_size // (self.ranks * self.micro_batch_size)
-
-    def positions(self, batch: int) -> list[int]:
-        """Of this process's `batch`-th micro-batch since the beginning of the run."""
-        step, micro = divmod(batch, self.accumulation)
-        start = step * self.batch_size + (micro * self.ranks + self.rank) * self.micro_batch_size
-        return list(range(start, start + self.micro_batch_size))
-
-
-class StreamBatches(Sampler[list[int]]):
-    """The micro-batches of one process over a whole run, as positions in the stream."""
-
-    def __init__(self, share: Share, steps: int) -> None:
-        self.share, self.steps = share, steps
-
-    def __len__(self) -> int:
-        return self.steps * self.share.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.share.positions(batch) for batch in range(len(self)))
-
-
-def make_loader(
-    config: DataConfig, stream: SampleStream, backbone: Backbone, share: Share, steps: int, pin_memory: bool
-) -> DataLoader[Any]:
-    return DataLoader(
-        stream,
-        batch_sampler=StreamBatches(share, steps),
-        collate_fn=SteadyCollator(Collator(backbone, config.collator)),
-        num_workers=config.workers,
-        pin_memory=pin_memory,
-        # Not forked: threads and GPU contexts of this process would not survive it.
-        multiprocessing_context="forkserver" if config.workers else None,
-    )
-
-
-def steps_of(train: OptimisationConfig, stream: SampleStream) -> int:
-    """Optimiser steps of the run."""
-    return train.steps if train.steps is not None else max(1, stream.samples(train.epochs) // train.batch_size)

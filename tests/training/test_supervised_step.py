@@ -11,12 +11,13 @@ import torch
 
 import gasp_fast.supervision.streamed as supervision_module
 from gasp_fast.collator import Collator
+from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.matches import Matches
 from gasp_fast.supervision.head_files import read_heads, write_heads
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads
-from gasp_fast.supervision.streamed import GeometricLoss, GeometricSupervision
-from gasp_fast.training.data import SampleStream
+from gasp_fast.supervision.streamed import GeometricSupervision
 from gasp_fast.training.model import build_model
+from gasp_fast.training.stream import SampleStream
 
 CPU = torch.device("cpu")
 
@@ -101,7 +102,7 @@ def test_the_temperature_learns(config):
     heads = CorrespondenceHeads(
         {n: layer.head for n, layer in zip((0, 1, 2, 3), model.supervision.by_layer.values(), strict=True)}
     )
-    model.supervision = GeometricSupervision(heads, GeometricLoss(learnable_temperature=True))
+    model.supervision = GeometricSupervision(heads, LossConfig(learnable_temperature=True))
     model.lm_weight = 0.0
     batch = batch_of(settings, model)
 

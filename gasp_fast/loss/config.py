@@ -1,0 +1,30 @@
+"""`LossConfig`: how embeddings are compared. One description, from a recipe down to the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The arguments of `gasp_loss` that stay the same from call to call."""
+
+    corr_weight: float = 0.3
+    depth_weight: float = 1.0
+    temperature: float = 0.07
+    negatives: Literal["sequence", "frame"] = "sequence"
+    eps: float = 1e-6  # keeps the relative depth error finite
+    backend: Literal["auto", "triton", "cpp", "torch"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("corr_weight", "depth_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"loss.{name} = {getattr(self, name)} must be 0 or more")
+        if not self.temperature > 0:
+            raise ValueError(f"loss.temperature = {self.temperature} must be above 0")
+
+    @property
+    def geometric(self) -> bool:
+        """Whether there is anything to supervise layers with."""
+        return self.corr_weight > 0 or self.depth_weight > 0

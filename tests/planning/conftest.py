@@ -1,0 +1,1 @@
+from support.workshop import *  # noqa: F403 (fixtures)
