@@ -1,12 +1,12 @@
-"""Builds the wheel: the package, the top-level `kernels/` folder as `gasp_fast.kernels`, and each `csrc/*.cpp` as
+"""Builds the wheel: the package, the top-level folder `kernels/` as `gasp_fast.kernels`, and each `csrc/*.cpp` as
 one pybind11 module `gasp_fast._NAME`.
 
-`kernels/` has no `__init__.py` and is reached through the link `gasp_fast/kernels`. A regular package of that name
-in the working directory would shadow Hugging Face's `kernels`, which transformers probes; a folder without
-`__init__.py` never wins over an installed package.
+`kernels/` has no `__init__.py` and is imported through the link `gasp_fast/kernels`. With an `__init__.py` it would
+shadow Hugging Face's package `kernels`, which transformers looks for, whenever Python runs in this folder; without one,
+an installed package takes precedence.
 
-The extensions see raw pointers and NumPy arrays, never a torch header: they compile in seconds and one binary
-serves every torch version.
+The extensions take raw pointers and NumPy arrays and include no torch header. They compile in seconds, and one binary
+works with every torch version.
 """
 
 import shutil
@@ -25,9 +25,9 @@ def extensions() -> list[Pybind11Extension]:
         Pybind11Extension(
             f"gasp_fast._{source.stem}",
             [str(source.relative_to(HERE))],
-            depends=[str(header.relative_to(HERE)) for header in sorted(source.parent.glob(f"{source.stem}*.h"))],
+            depends=[str(header.relative_to(HERE)) for header in sorted(source.parent.glob("*.h"))],
             cxx_std=17,
-            # Loops are vectorised per instruction set at run time (target_clones), so a wheel is portable.
+            # A wheel is portable: each loop has a version per instruction set, chosen at run time (target_clones).
             extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall"],
             extra_link_args=["-fopenmp"],
         )
@@ -36,11 +36,13 @@ def extensions() -> list[Pybind11Extension]:
 
 
 class BuildExtensions(build_ext):
-    """Also compiles each `csrc/*.cu` into a library with a plain C interface, where a GPU build of torch can use it."""
+    """Also compiles each `csrc/*.cu` into a library with a C interface, given nvcc and a CUDA build of torch."""
 
     def run(self) -> None:
         super().run()
-        for source in sorted((HERE / "csrc").glob("*.cu")) if cuda_is_wanted() else ():
+        if not can_use_cuda():
+            return
+        for source in sorted((HERE / "csrc").glob("*.cu")):
             package = HERE if self.inplace else Path(self.build_lib)
             library = package / "gasp_fast" / f"libgasp_{source.stem}.so"
             library.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +50,8 @@ class BuildExtensions(build_ext):
             subprocess.run(list(map(str, command)), check=True)
 
 
-def cuda_is_wanted() -> bool:
-    """nvcc, and a torch that has a use for what it makes (seen only without build isolation)."""
+def can_use_cuda() -> bool:
+    """Whether nvcc and a CUDA build of torch are present. An isolated build does not see torch."""
     try:
         import torch
     except ImportError:

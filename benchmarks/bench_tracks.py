@@ -1,15 +1,15 @@
-"""Tracks and patch depth: the compiled twin against the NumPy reference, and what a sequence costs end to end.
+"""Times tracks and patch depth: the C++ extension against the NumPy reference, and a sequence end to end.
 
     python benchmarks/bench_tracks.py [--rounds 7] [--out benchmarks/results]
 
 1. Depth in memory, 24 frames of 960 x 540, one thread. Grid mode is 8 x 8 queries with the pooled depth of 34 x 19
-   patches; dense mode makes every pixel of the first frame a query. Variants are interleaved and each ratio is the
-   median of the ratios of one round, so that a busy machine slows both alike. No ratio is formed unless both gave
-   the same bits.
+   patches; in dense mode every pixel of the first frame is a query. Variants are interleaved and each ratio is the
+   median over rounds, so that other load on the machine affects both alike. Ratios are reported only if both variants
+   give the same bits.
 2. Threads: the same dense job on 1, 2, ... threads, as ratios to one thread.
 3. End to end from disk (photographs as JPEG, depth as 16-bit PNG), sequences of 16 frames on one core: frames decoded
-   each time ("cold"), all of them held decoded ("cached"), and tracks with patch depth alone on held depth, which says
-   how far tracks are from mattering. Then the cold sequence again, read ahead by two threads.
+   each time ("cold"), all frames in the cache ("cached"), and tracks with patch depth alone on cached depth, which is
+   the share of the tracks in the whole. Then the cold sequence again, decoded ahead by two threads.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 
 from gasp_fast.benchmarking.report import machine
-from gasp_fast.data.depth.patches import grid_edges, pool_depth
-from gasp_fast.data.scenes.frame_cache import DECODED
+from gasp_fast.data.depth.pooling import grid_edges, pool_depth
+from gasp_fast.data.scenes.frame_cache import DECODED, DEFAULT_BYTES
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene, rigid_inverse
 from gasp_fast.data.tracks.build import Tracks, Views, build_tracks, grid_queries, track_points
@@ -86,13 +86,13 @@ def seconds(job: Callable[[], object]) -> float:
 
 
 def compare(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Times of each variant, round by round, after one round to warm up."""
+    """Times of each variant, round by round, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for k in range(rounds + 1):
         for name, job in variants.items():
-            spent = seconds(job)
+            time_taken = seconds(job)
             if k:
-                times[name].append(spent)
+                times[name].append(time_taken)
     return times
 
 
@@ -134,7 +134,7 @@ def write_scene(root: Path, frames: int) -> None:
 
 
 def sequence(scene: Scene, seed: int, images: bool = True, threads: int = 1) -> None:
-    """What a loader does for one sequence, up to the processor: tracks, patch depth, photographs."""
+    """The work of a data loader for one sequence, up to the processor: tracks, patch depth, photographs."""
     frames = [int(f) for f in np.random.default_rng(seed).permutation(SCENE)[:SEQUENCE]]
     if threads > 1:
         scene.read_ahead(frames, images=images, threads=threads)
@@ -157,20 +157,21 @@ def bench_sequences(rounds: int) -> dict[str, float]:
             DECODED.resize(1 << 30)
             sequence(scene, seed=0, threads=threads)
 
-        def held(images: bool) -> None:
+        def from_cache(images: bool) -> None:
             sequence(scene, seed=0, images=images)
 
         times = compare({"cold": lambda: from_disk(1), "read_ahead": lambda: from_disk(2)}, rounds)
-        # The last of the cold rounds left its frames decoded.
-        times |= compare({"cached": lambda: held(images=True), "tracks_alone": lambda: held(images=False)}, 3 * rounds)
-    DECODED.resize(256 << 20)
+        # The frames of the last cold round are still in the cache.
+        cached = {"cached": lambda: from_cache(images=True), "tracks_alone": lambda: from_cache(images=False)}
+        times |= compare(cached, 3 * rounds)
+    DECODED.resize(DEFAULT_BYTES)
     names = ("cold", "cached", "tracks_alone")
     result = {f"sequences_per_second_per_core_{name}": 1 / statistics.median(times[name]) for name in names}
     return {**result, "read_ahead_2_threads_ratio": median_ratio(times["cold"], times["read_ahead"])}
 
 
 def save(result: dict[str, float], rounds: int, out: Path) -> Path:
-    """`MACHINE-DATE-tracks.json`, beside what `gasp-fast bench` keeps."""
+    """Writes `MACHINE-DATE-tracks.json`, beside the results of `gasp-fast bench`."""
     processor, today = machine(torch.device("cpu")).split(",")[0], datetime.date.today().isoformat()
     about = {"date": today, "machine": processor, "cores": usable_cores(), "numpy": np.__version__, "rounds": rounds}
     out.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything about the kernels that needs a GPU, in one command and under ten minutes: install the working tree against
-# the torch that is there, run the gpu tests, then the benchmarks. Usage: benchmarks/gpu.sh [OUT]
+# Tests and times the kernels on a GPU, in one command and under ten minutes: builds the working tree against the
+# installed torch, runs the gpu tests, then the benchmarks. Usage: benchmarks/gpu.sh [OUT]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-# The image's own torch and triton are used as they are: no isolation, no dependencies.
+# Uses the installed torch and triton as they are: no isolated build, no other dependencies.
 python3 setup.py build_ext --inplace -q 2>&1 | tail -n 5
 export PYTHONPATH=$PWD
 python3 -m pytest -q -m gpu tests -p no:cacheprovider --timeout 240 2>&1 | tee "$out/gpu-tests.log" | tail -n 40
 status=${PIPESTATUS[0]}
-[ "$status" -eq 0 ] || { echo "gpu tests failed: nothing is timed on a red test"; exit "$status"; }
+[ "$status" -eq 0 ] || { echo "gpu tests failed, so nothing is timed"; exit "$status"; }
 python3 -c 'from gasp_fast.cli import main; main()' bench --rounds "${ROUNDS:-20}" --out "$out"

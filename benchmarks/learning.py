@@ -1,15 +1,15 @@
-"""What the losses teach a tiny model: correspondence alone, with depth, and adapters on the result.
+"""Learning benchmark: PCK@2 and depth error of a tiny model after training with different losses and adapters.
 
     python benchmarks/learning.py [--seeds 3] [--steps 600] [--lora-steps 300] [--out benchmarks/results]
 
-`configs/tiny_cpu.yaml` from random weights, and `configs/tiny_cpu_lora.yaml` on what came out, its heads dropped by
-the export, in rooms that another camera looks at: wider, noisier, its exposure less steady. A seed draws the weights
-and the order of sequences; within a seed, runs differ in what their name says and in nothing else. "heads alone" is the
-adapters' control: the same new heads on the same base, whose adapters do not move.
+First `configs/tiny_cpu.yaml` from random weights, with and without the depth loss. Then `configs/tiny_cpu_lora.yaml` on
+the exported result (without heads) in rooms seen by another camera, with a wider and noisier picture and a less steady
+exposure. The seed determines the weights and the order of sequences; runs of a seed differ only in what their name
+says. "heads alone" is the control for the adapters: the same new heads on the same base with frozen adapters.
 
-All are asked about rooms that none has seen, of the kind they trained on: PCK@2 of the last layer's head, of all points
-and of those that moved by more than two patches; the share found by answering "the same place"; and the depth term, the
-relative error of the soft-argmax depth.
+All models are evaluated on rooms seen by the same camera as in their training, but not used for training: PCK@2 of the
+last layer's head, for all points and for points that moved by more than two patches; PCK@2 of predicting the same
+position; and the depth term, the relative error of the expected depth.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from gasp_fast.benchmarking.report import machine
 from gasp_fast.collator import Collator
 from gasp_fast.config.loader import load_config
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
+from gasp_fast.evaluation.metrics import within
 from gasp_fast.export import export
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
@@ -44,14 +45,14 @@ from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import LayerCapture
 from gasp_fast.train import train
 from gasp_fast.training.config import TrainConfig
+from gasp_fast.training.distributed import quiet_libraries
 from gasp_fast.training.model import build_model
-from gasp_fast.training.processes import quiet_libraries
 from gasp_fast.training.stream import SampleStream
 
 RECIPES = Path(__file__).parents[1] / "configs"
 CAMERA = SyntheticConfig()
 OTHER_CAMERA = SyntheticConfig(field_of_view=80, exposure_jitter=0.2, white_balance_jitter=0.07, sensor_noise=0.02)
-ROOMS = {  # first seed, how many, seen by which camera
+ROOMS = {  # first seed, number, camera
     "seen": (0, 120, CAMERA),
     "unseen": (120, 48, CAMERA),
     "new": (1000, 40, OTHER_CAMERA),
@@ -60,16 +61,16 @@ ROOMS = {  # first seed, how many, seen by which camera
 LAYERS = 3
 BASE = "other camera: base, new heads"
 CORRESPONDENCE_ONLY = ["loss.depth_weight=0"]
-FROZEN = ["train.learning_rate=1e-30", "train.head_lr_scale=1e27"]  # 1e-3 for the heads, nothing for the adapters
+FROZEN = ["train.learning_rate=1e-30", "train.head_lr_scale=1e27"]  # 1e-3 for the heads, none for the adapters
 
 
 @dataclass(frozen=True)
-class Knowledge:
-    """What the last layer's head knows of rooms it has never seen."""
+class Scores:
+    """Metrics of the last layer's head on unseen rooms."""
 
     pck: float
     moved: float  # PCK of the points that moved
-    same_place: float  # PCK of the guess that nothing moves
+    same_place: float  # PCK of predicting the same position
     depth: float  # the depth term
 
 
@@ -79,8 +80,8 @@ def render_rooms(folder: Path) -> None:
 
 
 def recipe(name: str, folder: Path, rooms: Path, out: Path, seed: int, changes: list[str]) -> TrainConfig:
-    """A tiny recipe on the model of `folder`, trained on whole `rooms`: who is asked later is rendered apart."""
-    own = [
+    """A tiny recipe for the model in `folder` that trains on all of `rooms`; evaluation has rooms of its own."""
+    settings = [
         f"model.source={folder}",
         f"data.scenes.root={rooms}",
         "data.scenes.held_out=0",
@@ -90,17 +91,17 @@ def recipe(name: str, folder: Path, rooms: Path, out: Path, seed: int, changes: 
         "run.min_free_gb=0.5",
         "run.progress=false",
     ]
-    return load_config(TrainConfig, RECIPES / f"{name}.yaml", own + changes)
+    return load_config(TrainConfig, RECIPES / f"{name}.yaml", settings + changes)
 
 
-# ---- asking ---------------------------------------------------------------------------------------------------------
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def ask_trained(config: TrainConfig, unseen: Path, sequences: int = 48, adapted: bool = True) -> Knowledge:
-    """A finished run, through its newest checkpoint; its heads on the base alone, if not `adapted`."""
+def evaluate_trained(config: TrainConfig, unseen: Path, sequences: int = 48, adapted: bool = True) -> Scores:
+    """Scores of a run's newest checkpoint; with `adapted=False` of its heads on the base model without adapters."""
     last = finished(Path(config.run.out))[-1]
     supervised = build_model(config, torch.device("cpu"))
-    network = supervised.model
+    network: Any = supervised.model
     if config.train.mode == "lora":
         from peft import PeftModel
 
@@ -109,27 +110,27 @@ def ask_trained(config: TrainConfig, unseen: Path, sequences: int = 48, adapted:
             network.base_model.disable_adapter_layers()
     else:
         network = load_backbone(last).load_model(dtype=torch.float32)
-    return ask(config, supervised.backbone, network, read_heads(last / HEADS), unseen, sequences)
+    return evaluate(config, supervised.backbone, network, read_heads(last / HEADS), unseen, sequences)
 
 
-def ask_untrained(config: TrainConfig, unseen: Path, sequences: int = 48) -> Knowledge:
-    """The model as a run begins: heads made from its own query projections."""
+def evaluate_untrained(config: TrainConfig, unseen: Path, sequences: int = 48) -> Scores:
+    """Scores at the start of a run: heads initialised from the model's query projections."""
     supervised = build_model(config, torch.device("cpu"))
     layers: Any = supervised.supervision.by_layer  # type: ignore[union-attr]
     heads = {int(name): layer.head for name, layer in layers.items()}
-    return ask(config, supervised.backbone, supervised.model, CorrespondenceHeads(heads), unseen, sequences)
+    return evaluate(config, supervised.backbone, supervised.model, CorrespondenceHeads(heads), unseen, sequences)
 
 
-def ask(
+def evaluate(
     config: TrainConfig, backbone: Backbone, network: Any, heads: CorrespondenceHeads, unseen: Path, sequences: int
-) -> Knowledge:
-    """Questions as the recipe draws them, about the rooms in `unseen`."""
+) -> Scores:
+    """Scores on sequences drawn as in the recipe, from the rooms in `unseen`."""
     network.eval()
     scenes = replace(config.data.scenes, root=str(unseen), held_out=0.0)
     stream = SampleStream(replace(config.data, scenes=scenes, workers=0, seed=0))
     collate, last = Collator(backbone), heads.layers[-1]
     sums = {"pck": 0.0, "moved": 0.0, "depth": 0.0}
-    points = far_points = 0
+    points = moved_points = 0
     for position in range(sequences):
         batch = collate([stream[position]])
         matches, positions = batch.pop("matches"), batch.pop("visual_positions")
@@ -139,20 +140,21 @@ def ask(
         with capture, torch.no_grad():
             network(**batch, use_cache=False, logits_to_keep=1)
             embeddings = heads(last, capture.tokens(last, positions))
-        far = moved(matches)
-        (pck, depth), (far_pck, _) = found(embeddings, matches), found(embeddings, far)
-        for key, value in (("pck", pck * len(matches)), ("depth", depth * len(matches)), ("moved", far_pck * len(far))):
-            sums[key] += value
-        points, far_points = points + len(matches), far_points + len(far)
-    return Knowledge(
+        moved = moved_matches(matches)
+        (pck, depth), (moved_pck, _) = pck_and_depth(embeddings, matches), pck_and_depth(embeddings, moved)
+        sums["pck"] += pck * len(matches)
+        sums["depth"] += depth * len(matches)
+        sums["moved"] += moved_pck * len(moved)
+        points, moved_points = points + len(matches), moved_points + len(moved)
+    return Scores(
         pck=sums["pck"] / points,
-        moved=sums["moved"] / far_points,
-        same_place=1 - far_points / points,
+        moved=sums["moved"] / moved_points,
+        same_place=1 - moved_points / points,
         depth=sums["depth"] / points,
     )
 
 
-def found(embeddings: torch.Tensor, matches: Matches) -> tuple[float, float]:
+def pck_and_depth(embeddings: torch.Tensor, matches: Matches) -> tuple[float, float]:
     """PCK@2 and the depth term."""
     with torch.no_grad():
         out = gasp_loss(embeddings, matches, return_metrics=True)
@@ -160,16 +162,16 @@ def found(embeddings: torch.Tensor, matches: Matches) -> tuple[float, float]:
     return float(out.metrics.pck[0]), float(out.depth)
 
 
-def moved(matches: Matches) -> Matches:
-    """The matches whose target lies more than two patches from where the anchor was."""
+def moved_matches(matches: Matches) -> Matches:
+    """The matches whose target is more than two patches from the anchor's position."""
     assert matches.token_xy is not None
-    offset = (matches.token_xy[matches.anchor] - matches.token_xy[matches.target]).square().sum(1)
-    far = offset > 4
+    xy = matches.token_xy.numpy()
+    moved = torch.from_numpy(~within(xy[matches.anchor.numpy()], xy[matches.target.numpy()], radius=2))
     return Matches(
         frame_offsets=matches.frame_offsets,
         sequence_offsets=matches.sequence_offsets,
-        anchor=matches.anchor[far],
-        target=matches.target[far],
+        anchor=matches.anchor[moved],
+        target=matches.target[moved],
         token_xy=matches.token_xy,
     )
 
@@ -178,49 +180,49 @@ def moved(matches: Matches) -> Matches:
 
 
 def experiment(folder: Path, seed: int, steps: int, lora_steps: int) -> dict[str, dict[str, float]]:
-    """What each run of a seed knows afterwards, by name, with its seconds of training."""
+    """Trains and evaluates all runs of a seed; returns the scores and training seconds of each by name."""
     runs = folder / f"seed-{seed}"
     model = build_tiny(runs / "model", TinyConfig(layers=LAYERS, seed=seed))
-    known: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, float]] = {}
 
-    def teach(name: str, config: TrainConfig, unseen: Path) -> None:
+    def train_and_evaluate(name: str, config: TrainConfig, unseen: Path) -> None:
         start = time.monotonic()
         train(config)
-        known[name] = {"seconds": round(time.monotonic() - start, 1), **asdict(ask_trained(config, unseen))}
-        print(f"seed {seed}, {name}: {_words(known[name])}", flush=True)
+        scores[name] = {"seconds": round(time.monotonic() - start, 1), **asdict(evaluate_trained(config, unseen))}
+        print(f"seed {seed}, {name}: {_words(scores[name])}", flush=True)
 
     for name, changes in (("correspondence alone", CORRESPONDENCE_ONLY), ("full", [])):
         out = runs / name.replace(" ", "-")
         config = recipe("tiny_cpu", model, folder / "seen", out, seed, [f"train.steps={steps}", *changes])
-        if not known:
-            known["untrained"] = asdict(ask_untrained(config, folder / "unseen"))
-        teach(name, config, folder / "unseen")
+        if not scores:
+            scores["untrained"] = asdict(evaluate_untrained(config, folder / "unseen"))
+        train_and_evaluate(name, config, folder / "unseen")
     export(runs / "full", runs / "trained", device="cpu")
     for name, changes in (("heads alone", FROZEN), ("adapters", [])):
         out, name = runs / name.replace(" ", "-"), f"other camera: {name}"
         changes = [f"train.steps={lora_steps}", *changes]
         config = recipe("tiny_cpu_lora", runs / "trained", folder / "new", out, seed, changes)
-        if BASE not in known:
-            known[BASE] = asdict(ask_untrained(config, folder / "new unseen"))
-        teach(name, config, folder / "new unseen")
-    return known
+        if BASE not in scores:
+            scores[BASE] = asdict(evaluate_untrained(config, folder / "new unseen"))
+        train_and_evaluate(name, config, folder / "new unseen")
+    return scores
 
 
-def _words(known: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in known.items())
+def _words(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
 def _table(seeds: dict[int, dict[str, dict[str, float]]]) -> Table:
-    table = Table(title="What the last head knows of unseen rooms: mean over seeds, and each seed's", box=None)
+    table = Table(title="Last head on unseen rooms: mean over seeds (each seed)", box=None)
     for column in ("run", "PCK@2", "moved", "depth term", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for name in next(iter(seeds.values())):
-        known = [runs[name] for runs in seeds.values()]
+        scores = [runs[name] for runs in seeds.values()]
         cells = []
         for key in ("pck", "moved", "depth"):
-            values = [one[key] for one in known]
+            values = [one[key] for one in scores]
             cells.append(f"{statistics.fmean(values):.3f} ({' '.join(f'{value:.3f}' for value in values)})")
-        seconds = [one["seconds"] for one in known if "seconds" in one]
+        seconds = [one["seconds"] for one in scores if "seconds" in one]
         table.add_row(name, *cells, f"{statistics.fmean(seconds):.0f}" if seconds else "")
     return table
 
@@ -236,15 +238,15 @@ def main() -> None:
     device = machine(torch.device("cpu"))
     date = datetime.date.today().isoformat()
     path = arguments.out / f"learning-{re.sub(r'[^A-Za-z0-9.]+', '-', device.split(',')[0])}-{date}.json"
-    told: dict[str, Any] = {"date": date, "machine": device, "torch": torch.__version__, "steps": arguments.steps}
-    told |= {"lora_steps": arguments.lora_steps, "seeds": {}}
+    results: dict[str, Any] = {"date": date, "machine": device, "torch": torch.__version__, "steps": arguments.steps}
+    results |= {"lora_steps": arguments.lora_steps, "seeds": {}}
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         render_rooms(Path(temporary))
         for seed in range(arguments.seeds):
-            told["seeds"][seed] = experiment(Path(temporary), seed, arguments.steps, arguments.lora_steps)
-            path.write_text(json.dumps(told, indent=1) + "\n")
-    Console().print(_table(told["seeds"]))
+            results["seeds"][seed] = experiment(Path(temporary), seed, arguments.steps, arguments.lora_steps)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    Console().print(_table(results["seeds"]))
 
 
 if __name__ == "__main__":

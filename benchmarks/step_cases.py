@@ -1,4 +1,4 @@
-"""What `step.py` measures, in which order, and on which data. Knows shapes and configurations; runs no step."""
+"""The cases that `step.py` measures: their order, configurations and batches. Runs no step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch.utils.data import Dataset
 
 from gasp_fast.backbones import load_backbone
 from gasp_fast.backbones.adapters import AdapterConfig
@@ -32,13 +31,13 @@ ANSWER = {"role": "assistant", "content": "The camera turned to the left. There 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How large everything is."""
+    """Sizes of the models, of the scenes and of a step."""
 
     models: dict[str, TinyConfig]
-    ranks: dict[str, int]
+    ranks: dict[str, int]  # of the adapters
     scenes: SyntheticConfig
-    count: int  # of scenes
-    batch_size: int  # sequences of a step: what falls to one of 32 GPUs
+    scene_count: int
+    batch_size: int  # sequences of a step: the share of one of 32 GPUs
 
 
 SHAPES = {
@@ -46,7 +45,7 @@ SHAPES = {
         models=REAL,
         ranks={"qwen2_5_vl": 128, "llava_next_video": 512},
         scenes=SyntheticConfig(frames=26, width=960, height=540, samples=1),
-        count=4,
+        scene_count=4,
         batch_size=4,
     ),
     "tiny": Shape(
@@ -58,7 +57,7 @@ SHAPES = {
         },
         ranks={"qwen2_5_vl": 4, "llava_next_video": 8},
         scenes=SyntheticConfig(frames=8, width=96, height=80, samples=1),
-        count=2,
+        scene_count=2,
         batch_size=2,
     ),
 }
@@ -89,60 +88,60 @@ class Case:
 
 
 def cases(shape: str) -> Iterator[Case]:
-    """In the order of their importance."""
-    qwen, llava = (lambda frames, name=name, **more: Case(family=name, frames=frames, **more) for name in REAL)
+    """The cases of `shape`, the most important ones first."""
+    qwen, llava = (partial(Case, family=name) for name in ("qwen2_5_vl", "llava_next_video"))
     if shape == "tiny":
-        for of in (qwen, llava):
-            yield of(3, profile=True)
-            yield of(3, geometry=False)
-        yield qwen(2, heads="bf16", checkpointing="off", at_once=2)
-        yield qwen(2, attention="flash_attention_2")
-        yield qwen(2, liger=True)
+        for case in (qwen, llava):
+            yield case(frames=3, profile=True)
+            yield case(frames=3, geometry=False)
+        yield qwen(frames=2, heads="bf16", checkpointing="off", at_once=2)
+        yield qwen(frames=2, attention="flash_attention_2")
+        yield qwen(frames=2, liger=True)
         return
-    for of, frames in ((qwen, 24), (llava, 16), (llava, 24)):
-        yield of(frames, profile=frames == 24 or of is llava)
-        yield of(frames, geometry=False)
-    yield qwen(24, heads="bf16")
-    yield llava(16, checkpointing="off")
-    yield llava(16, checkpointing="off", heads="bf16")
-    yield qwen(24, liger=True)
-    yield llava(16, liger=True)
-    yield qwen(24, attention="flash_attention_2")
-    yield llava(16, attention="flash_attention_2")
+    for case, frames in ((qwen, 24), (llava, 16), (llava, 24)):
+        yield case(frames=frames, profile=True)
+        yield case(frames=frames, geometry=False)
+    yield qwen(frames=24, heads="bf16")
+    yield llava(frames=16, checkpointing="off")
+    yield llava(frames=16, checkpointing="off", heads="bf16")
+    yield qwen(frames=24, liger=True)
+    yield llava(frames=16, liger=True)
+    yield qwen(frames=24, attention="flash_attention_2")
+    yield llava(frames=16, attention="flash_attention_2")
     for frames in (16, 8):
-        yield qwen(frames)
-        yield qwen(frames, geometry=False)
-    yield qwen(8, checkpointing="off")
-    yield qwen(24, checkpointing="off")
-    yield qwen(24, checkpointing="off", geometry=False)
-    yield qwen(24, heads="fp32")
-    yield llava(16, at_once=4)
-    yield llava(8)
-    yield llava(8, geometry=False)
-    yield llava(24, checkpointing="off")
+        yield qwen(frames=frames)
+        yield qwen(frames=frames, geometry=False)
+    yield qwen(frames=8, checkpointing="off")
+    yield qwen(frames=24, checkpointing="off")
+    yield qwen(frames=24, checkpointing="off", geometry=False)
+    yield qwen(frames=24, heads="fp32")
+    yield llava(frames=16, at_once=4)
+    yield llava(frames=8)
+    yield llava(frames=8, geometry=False)
+    yield llava(frames=24, checkpointing="off")
 
 
-# ---- what a case is made of -----------------------------------------------------------------------------------------
+# ---- configurations and batches -------------------------------------------------------------------------------------
 
 
-class Workshop:
-    """Scenes, models without weights, and the batches of each kind of case, made when first asked for."""
+class CaseData:
+    """Scenes, models without weights, and the batches of each case."""
 
     def __init__(self, shape: Shape, folder: Path) -> None:
         self.shape, self.folder = shape, folder
         self.models = {name: build_without_weights(folder / name, config) for name, config in shape.models.items()}
-        list(render_scenes(folder / "scenes", shape.count, config=shape.scenes, workers=shape.count))
+        list(render_scenes(folder / "scenes", shape.scene_count, config=shape.scenes, workers=shape.scene_count))
         self._batches: dict[tuple[str, int, int], tuple[list[dict[str, Any]], float]] = {}
 
     def config(self, case: Case) -> TrainConfig:
+        """The run that trains the case."""
         weights = {} if case.geometry else {"corr_weight": 0.0, "depth_weight": 0.0}
-        drawn = SequenceConfig(min_frames=case.frames, max_frames=case.frames, window=case.frames, per_scene=4)
-        steps = WARM_UP + MEASURED + case.profile
-        # Random heads of the sizes that those from W_Q have: its SVD takes longer than the steps.
+        sequences = SequenceConfig(min_frames=case.frames, max_frames=case.frames, window=case.frames, per_scene=4)
+        # Random heads, of the same sizes as those from W_Q: the SVD would take longer than the steps.
         return TrainConfig(
             model=ModelConfig(source=str(self.models[case.family]), attention=case.attention, liger=case.liger),  # type: ignore[arg-type]
             train=OptimisationConfig(
-                steps=steps,
+                steps=WARM_UP + MEASURED + case.profile,
                 batch_size=self.shape.batch_size,
                 micro_batch_size=case.at_once,
                 checkpointing=case.checkpointing,  # type: ignore[arg-type]
@@ -150,40 +149,25 @@ class Workshop:
             lora=AdapterConfig(rank=self.shape.ranks[case.family]),
             heads=HeadsConfig(init="random", compute=case.heads),  # type: ignore[arg-type]
             loss=ObjectiveConfig(**weights),
-            data=DataConfig(scenes=ScenesConfig(root=str(self.folder / "scenes"), sequences=drawn), workers=0),
+            data=DataConfig(scenes=ScenesConfig(root=str(self.folder / "scenes"), sequences=sequences), workers=0),
             run=RunConfig(out=str(self.folder / "run"), progress=False),
         )
 
     def batches(self, case: Case, config: TrainConfig, pin: bool) -> tuple[list[dict[str, Any]], float]:
-        """The micro-batches of one step, by the real loader; and the seconds that one process took for a sequence."""
+        """The micro-batches of one step, from the real loader, and the seconds that one process loads a sequence."""
         key = (case.family, case.frames, case.at_once)
         if key not in self._batches:
             backbone = load_backbone(config.model.source)
             share = Share(0, 1, config.train.batch_size, case.at_once)
             start = time.perf_counter()
-            loader = make_loader(config.data, Answered(config.data), backbone, share, 1, pin_memory=pin)
-            found = list(loader)
-            self._batches[key] = found, (time.perf_counter() - start) / config.train.batch_size
+            loader = make_loader(config.data, AnsweredStream(config.data), backbone, share, 1, pin_memory=pin)
+            batches = list(loader)
+            self._batches[key] = batches, (time.perf_counter() - start) / config.train.batch_size
         return self._batches[key]
 
 
-class Answered(SampleStream):
-    """The stream of sequences with tracks, each with something to say besides."""
+class AnsweredStream(SampleStream):
+    """The stream of sequences with tracks, each with a question and its answer."""
 
     def __getitem__(self, position: int) -> Sample:
         return dataclasses.replace(super().__getitem__(position), messages=[QUESTION, ANSWER])
-
-
-class Repeated(Dataset[dict[str, Any]]):
-    """The micro-batches of one step, again for every step."""
-
-    def __init__(self, batches: list[dict[str, Any]], steps: int) -> None:
-        self.batches, self.steps = batches, steps
-
-    def __len__(self) -> int:
-        return len(self.batches) * self.steps
-
-    def __getitem__(self, at: int) -> dict[str, Any]:
-        if at >= len(self):
-            raise IndexError(at)
-        return self.batches[at % len(self.batches)]

@@ -1,10 +1,10 @@
-"""`heads.compute`: does a cheaper precision of the heads' products reach another loss? The tiny run, once for each.
+"""Compares the loss that the tiny run reaches with each precision of the heads' products (`heads.compute`).
 
     python benchmarks/step_heads.py [--steps 100] [--seeds 2] [--out benchmarks/results]
 
-Same scenes, same weights at the start, same order of sequences: only the precision differs, and between seeds the
-order. What is compared is the mean of the last fifth of all steps. On a CPU tf32 is fp32 and is left out. What the
-precisions cost is measured by `step.py`, on the real shapes.
+Runs of one seed have the same scenes, initial weights and order of sequences, and differ in the precision only; seeds
+differ in the order. The figures are means over the last fifth of all steps. On a CPU tf32 is fp32 and is left out.
+`step.py` measures the time of each precision on the real shapes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from gasp_fast.config.loader import load_config
 from gasp_fast.data.synthetic.scenes import render_scenes
 from gasp_fast.train import train
 from gasp_fast.training.config import TrainConfig
-from gasp_fast.training.processes import quiet_libraries
+from gasp_fast.training.distributed import quiet_libraries
 
 RECIPE = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
 
 
-def reached(folder: Path, name: str, compute: str, seed: int, steps: int) -> dict[str, float]:
+def final_losses(folder: Path, name: str, compute: str, seed: int, steps: int) -> dict[str, float]:
     """Losses and PCK at the end of one run."""
     config = load_config(
         TrainConfig,
@@ -51,9 +51,9 @@ def reached(folder: Path, name: str, compute: str, seed: int, steps: int) -> dic
     train(config)
     log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
     late = [record for record in log if record["step"] > steps - max(1, steps // 5)]
-    found = {key: statistics.fmean(r[key] for r in late if r[key] is not None) for key in ("loss", "corr", "depth")}
+    means = {key: statistics.fmean(r[key] for r in late if r[key] is not None) for key in ("loss", "corr", "depth")}
     pck = [value for r in late for value in r["pck_per_layer"] if value is not None]
-    return found | {"pck": statistics.fmean(pck)}
+    return means | {"pck": statistics.fmean(pck)}
 
 
 def main() -> None:
@@ -73,9 +73,9 @@ def main() -> None:
         list(render_scenes(folder / "scenes", arguments.scenes))
         for seed in range(arguments.seeds):
             for compute in ("fp32", "tf32", "bf16") if gpu else ("fp32", "bf16"):
-                found = reached(folder, f"{compute}-{seed}", compute, seed, arguments.steps)
-                result["runs"].append({"compute": compute, "seed": seed, **found})
-                print(f"seed {seed}, {compute}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
+                means = final_losses(folder, f"{compute}-{seed}", compute, seed, arguments.steps)
+                result["runs"].append({"compute": compute, "seed": seed, **means})
+                print(f"seed {seed}, {compute}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()), flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today().isoformat()
     name = re.sub(r"[^A-Za-z0-9.]+", "-", device.split(",")[0])

@@ -1,16 +1,16 @@
-"""Where the time of a training step goes: every operation and kernel of a profile belongs to one part of the model.
+"""Seconds of a step by part of the model, from torch's profiler.
 
-Forward, a part is a range around its modules, the innermost one counts. Backward, nothing of ours runs, but autograd
+Forward, a part is a range around its modules; the innermost range counts. Backward runs no module, but autograd
 numbers its nodes: the operation that made a node in forward and the one that runs it backward carry the same number and
-the same thread, and what was a head's forward has a head's backward. Recomputation under checkpointing is forward again
-and passes the same modules. What belongs to no part, and what cannot be told, is "rest".
+the same thread, so a head's backward is found through its forward. Recomputation under checkpointing is forward again
+and passes the same modules. What belongs to no part, or cannot be attributed, is "rest".
 
     decoder             products of the decoder's frozen weights
     attention           the decoder's attention itself, without its projections
     adapters            the products of A and B
     vision, lm head     all of it
     heads               all of them
-    geometric loss      and what it takes to pick and return the rows
+    geometric loss      and the selection of its rows
     norms, activations  what else runs in decoder layers
     optimiser           AdamW and clipping
 """
@@ -32,24 +32,30 @@ from gasp_fast.training.model import SupervisedModel
 
 PARTS = ("decoder", "attention", "adapters", "vision", "lm head", "heads", "geometric loss", "norms, activations",
          "optimiser", "rest")  # fmt: skip
-RANGE = "part:"
+RANGE = "part:"  # prefix of the ranges' names
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul",
             "aten::mkldnn_linear", "mkldnn::_linear_pointwise"}  # fmt: skip
+ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "flash_attn")
 NODE = "autograd::engine::evaluate_function"
-Place = tuple[int | None, int]  # thread, and autograd's number there
+NodeKey = tuple[int | None, int]  # thread, and autograd's number there
 
 
 @contextmanager
 def profiled(model: SupervisedModel) -> Iterator[profile]:
     """A profile of what runs inside, with a range around every part of the model."""
-    handles = [handle for module, part in _parts(model) for handle in _ranges(module, part)]
+    handles = [handle for module, part in _parts(model) for handle in _add_range(module, part)]
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     try:
-        with profile(activities=activities) as found:
-            yield found
+        with profile(activities=activities) as measured:
+            yield measured
     finally:
         for handle in handles:
             handle.remove()
+
+
+def part_range(part: str) -> record_function:
+    """A range that attributes to `part` what runs inside."""
+    return record_function(RANGE + part)
 
 
 def _parts(model: SupervisedModel) -> Iterator[tuple[nn.Module, str]]:
@@ -67,78 +73,75 @@ def _parts(model: SupervisedModel) -> Iterator[tuple[nn.Module, str]]:
             yield layer.head, "heads"  # type: ignore[misc]
 
 
-def _ranges(module: nn.Module, part: str) -> Iterator[Any]:
-    open_: list[record_function] = []
+def _add_range(module: nn.Module, part: str) -> Iterator[Any]:
+    entered: list[record_function] = []
 
     def enter(*_: Any) -> None:
-        open_.append(record_function(RANGE + part))
-        open_[-1].__enter__()
+        entered.append(part_range(part))
+        entered[-1].__enter__()
 
     def leave(*_: Any) -> None:
-        open_.pop().__exit__(None, None, None)
+        entered.pop().__exit__(None, None, None)
 
     yield module.register_forward_pre_hook(enter)
-    # Checkpointing leaves a layer by an exception, as soon as it has recomputed all that is wanted.
+    # Checkpointing leaves a layer by an exception, as soon as it has recomputed what it needs.
     yield module.register_forward_hook(leave, always_call=True)
 
 
-def seconds_by_part(found: profile) -> tuple[dict[str, float], list[str]]:
-    """Seconds of each part (of the GPU, where there is one), and the attention operations that ran in the decoder."""
-    events = [event for event in found.events() or [] if event.device_type == DeviceType.CPU]
-    made = _nodes(events)
-    on_gpu = any(event.self_device_time_total for event in events)
-    totals: dict[str, float] = defaultdict(float)
-    attention: dict[str, None] = {}
+def seconds_by_part(measured: profile) -> tuple[dict[str, float], list[str]]:
+    """Seconds of each part (of the GPU, where there is one), and the attention operations of the decoder."""
+    events = list(events_by_part(measured))
+    on_gpu = any(event.self_device_time_total for _, event in events)
+    seconds: dict[str, float] = defaultdict(float)
+    for part, event in events:
+        seconds[part] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+    operations = dict.fromkeys(event.name for part, event in events if part == "attention" and _is_attention(event))
+    return {part: seconds[part] for part in PARTS if seconds[part]}, list(operations)
+
+
+def events_by_part(measured: profile) -> Iterator[tuple[str, Any]]:
+    """Each operation with its part."""
+    events = [event for event in measured.events() or [] if event.device_type == DeviceType.CPU]
+    makers = _makers_of_nodes(events)
     for event in events:
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if not microseconds:
-            continue
-        part = _part_of(event, made)
-        if part == "decoder" and event.name not in PRODUCTS:
-            part = "norms, activations"
-        if part == "attention" and _is_attention(event.name):
-            attention[event.name] = None
-        totals[part] += microseconds / 1e6
-    return {part: totals[part] for part in PARTS if totals[part]}, list(attention)
+        part = _part_of(event, makers)
+        yield "norms, activations" if part == "decoder" and event.name not in PRODUCTS else part, event
 
 
-def _is_attention(name: str) -> bool:
-    """An operation itself, not the node of its backward."""
-    return name.startswith(("aten::scaled_dot_product", "aten::_scaled_dot_product", "flash_attn"))
+def _is_attention(event: Any) -> bool:
+    """The operation itself, not the node of its backward."""
+    return event.name.startswith(ATTENTION)
 
 
-def _nodes(events: list[Any]) -> dict[Place, Any]:
-    """The operation that made each node of the graph: the last to carry its number."""
-    made: dict[Place, Any] = {}
+def _makers_of_nodes(events: list[Any]) -> dict[NodeKey, Any]:
+    """The operation that made each node of the graph: the last one to carry its number."""
+    makers: dict[NodeKey, Any] = {}
     for event in events:
         if event.sequence_nr >= 0 and not _runs_node(event):
-            place = (event.thread, event.sequence_nr)
-            if place not in made or event.time_range.start >= made[place].time_range.start:
-                made[place] = event
-    return made
+            key = (event.thread, event.sequence_nr)
+            if key not in makers or event.time_range.start >= makers[key].time_range.start:
+                makers[key] = event
+    return makers
 
 
 def _runs_node(event: Any) -> bool:
     """Nodes run under their engine's event and one of their own, both with the number of their forward."""
-    above = event.cpu_parent
-    return event.name.startswith(NODE) or (above is not None and above.name.startswith(NODE))
+    parent = event.cpu_parent
+    return event.name.startswith(NODE) or (parent is not None and parent.name.startswith(NODE))
 
 
-def _part_of(event: Any, made: dict[Place, Any], followed: int = 0) -> str:
+def _part_of(event: Any, makers: dict[NodeKey, Any], followed: int = 0) -> str:
     attention = False
     while event is not None:
-        name = event.name
-        if name.startswith(RANGE):
-            part: str = name.removeprefix(RANGE)
+        if event.name.startswith(RANGE):
+            part: str = event.name.removeprefix(RANGE)
             return "attention" if attention and part == "decoder" else part
-        if name.startswith("Optimizer.step"):
+        if event.name.startswith("Optimizer.step"):
             return "optimiser"
-        attention |= _is_attention(name)
-        if name.startswith(NODE):
-            forward = made.get((event.fwd_thread, event.sequence_nr))
+        attention |= _is_attention(event)
+        if event.name.startswith(NODE):
+            maker = makers.get((event.fwd_thread, event.sequence_nr))
             # A backward pass inside a backward pass leads back twice at most: recomputation, then its forward.
-            if forward is not None and followed < 4:
-                return _part_of(forward, made, followed + 1)
-            return "rest"
+            return "rest" if maker is None or followed >= 4 else _part_of(maker, makers, followed + 1)
         event = event.cpu_parent
     return "rest"

@@ -1,10 +1,9 @@
-"""What `step.py` leaves behind: a line for each case, verdicts on the targets, JSON and a plot."""
+"""The result of `step.py`: a line for each case, verdicts on the targets, JSON and a plot."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,68 +11,76 @@ from typing import Any
 
 from step_profile import PARTS
 
+from gasp_fast.files import write_atomically
+
 PACKAGES = ("gasp-fast", "torch", "triton", "transformers", "peft", "accelerate", "liger-kernel", "flash-attn")
-GEOMETRY_TIME, GEOMETRY_MEMORY, MFU, RATE = 0.10, 0.05, 0.45, 4.6
+GEOMETRY_TIME, GEOMETRY_MEMORY = 0.10, 0.05  # shares of a step, at most
+MFU, RATE = 0.45, 4.6  # at least; sequences a second
+PLAN_ERROR = 0.15  # at most
 Record = dict[str, Any]
 
 
 def one_line(record: Record) -> str:
+    """What a case measured, for the terminal."""
     if "failed" in record:
         return f"{record['name']}: {record['failed']}"
-    memory = record["peak_memory"]
-    told = [
+    parts = [
         f"{record['step_seconds']:.3f} s a step",
         f"{record['sequences_per_s']:.2f} sequences/s",
         f"{record['tokens_per_s']:,.0f} tokens/s",
         f"MFU {record['mfu']:.1%}",
     ]
-    told += [] if memory is None else [f"{memory / 1e9:.1f} GB"]
-    told += [f"plan {record['plan_error']:+.0%}"] if "plan_error" in record else []
-    lines = [f"{record['name']}: {', '.join(told)}"]
-    if "seconds_by_part" in record:
-        whole = sum(record["seconds_by_part"].values())
-        shares = (f"{part} {value / whole:.0%}" for part, value in record["seconds_by_part"].items())
-        lines.append(f"        {', '.join(shares)}; attention by {', '.join(record['attention_operations']) or 'none'}")
-    return "\n".join(lines)
+    parts += [] if record["peak_memory"] is None else [f"{record['peak_memory'] / 1e9:.1f} GB"]
+    parts += [f"plan {record['plan_error']:+.0%}"] if "plan_error" in record else []
+    line = f"{record['name']}: {', '.join(parts)}"
+    if "seconds_by_part" not in record:
+        return line
+    total = sum(record["seconds_by_part"].values())
+    shares = (f"{part} {value / total:.0%}" for part, value in record["seconds_by_part"].items())
+    return f"{line}\n        {', '.join(shares)}; attention by {', '.join(record['attention_operations']) or 'none'}"
 
 
 # ---- targets --------------------------------------------------------------------------------------------------------
 
 
-def judged(result: Record) -> list[Record]:
-    """Each target with what was found; `met` is null where the case that would tell was not measured."""
-    done = [record for record in result["cases"] if "failed" not in record]
-    verdicts = []
-    for family in dict.fromkeys(record["family"] for record in done):
-        most = max(record["frames"] for record in done if record["family"] == family)
-        with_geometry = _default(done, family, most, geometry=True)
-        plain = _default(done, family, most, geometry=False)
-        for what, key, wanted in (
+def verdicts(result: Record) -> list[Record]:
+    """Each target with the measured value; `met` is null where its case was not measured."""
+    measured = [record for record in result["cases"] if "failed" not in record]
+    targets = []
+    for family in dict.fromkeys(record["family"] for record in measured):
+        frames = max(record["frames"] for record in measured if record["family"] == family)
+        with_geometry = _default(measured, family, frames, geometry=True)
+        plain = _default(measured, family, frames, geometry=False)
+        for quantity, key, bound in (
             ("time", "step_seconds", GEOMETRY_TIME),
             ("peak memory", "peak_memory", GEOMETRY_MEMORY),
         ):
-            found = None
-            if with_geometry and plain and plain[key]:
-                found = 1 - plain[key] / with_geometry[key]
-            verdicts.append(
-                _verdict(f"{family}, {most} frames: geometry's share of {what}", found, wanted, at_most=True)
-            )
-        best = max((r["mfu"] for r in done if r["family"] == family and r["geometry"]), default=None)
-        verdicts.append(_verdict(f"{family}: best MFU with geometry", best, MFU, at_most=False))
+            share = 1 - plain[key] / with_geometry[key] if with_geometry and plain and plain[key] else None
+            targets.append(_at_most(f"{family}, {frames} frames: geometry's share of {quantity}", share, bound))
+        mfu = [r["mfu"] for r in measured if r["family"] == family and r["geometry"]]
+        targets.append(_at_least(f"{family}: best MFU with geometry", mfu, MFU))
     rates = [
-        r["sequences_per_s"] for r in done if (r["family"], r["frames"]) == ("llava_next_video", 16) and r["geometry"]
+        r["sequences_per_s"]
+        for r in measured
+        if (r["family"], r["frames"], r["geometry"]) == ("llava_next_video", 16, True)
     ]
-    verdicts.append(
-        _verdict("LLaVA, 16 frames: sequences/s (wanted of an H200)", max(rates, default=None), RATE, at_most=False)
+    targets.append(_at_least("LLaVA, 16 frames: sequences/s (wanted of an H200)", rates, RATE))
+    errors = [abs(r["plan_error"]) for r in measured if "plan_error" in r and _is_default(r)]
+    targets.append(_at_most("plan: worst error on the recipes' steps", max(errors, default=None), PLAN_ERROR))
+    return targets
+
+
+def _default(measured: list[Record], family: str, frames: int, geometry: bool) -> Record | None:
+    """The case with the recipes' settings."""
+    return next(
+        (
+            record
+            for record in measured
+            if (record["family"], record["frames"], record["geometry"]) == (family, frames, geometry)
+            and _is_default(record)
+        ),
+        None,
     )
-    worst = max((abs(r["plan_error"]) for r in done if "plan_error" in r and _is_default(r)), default=None)
-    verdicts.append(_verdict("plan: worst error on the recipes' steps", worst, 0.15, at_most=True))
-    return verdicts
-
-
-def _default(done: list[Record], family: str, frames: int, geometry: bool) -> Record | None:
-    fitting = (r for r in done if r["family"] == family and r["frames"] == frames and r["geometry"] == geometry)
-    return next((r for r in fitting if _is_default(r)), None)
 
 
 def _is_default(record: Record) -> bool:
@@ -82,21 +89,23 @@ def _is_default(record: Record) -> bool:
     )  # fmt: skip
 
 
-def _verdict(target: str, found: float | None, wanted: float, at_most: bool) -> Record:
-    met = None if found is None else bool(found <= wanted if at_most else found >= wanted)
-    return {
-        "target": target,
-        "wanted": f"{'at most' if at_most else 'at least'} {wanted:g}",
-        "found": found,
-        "met": met,
-    }
+def _at_most(target: str, value: float | None, bound: float) -> Record:
+    met = None if value is None else bool(value <= bound)
+    return {"target": target, "wanted": f"at most {bound:g}", "found": value, "met": met}
+
+
+def _at_least(target: str, values: list[float], bound: float) -> Record:
+    value = max(values, default=None)
+    met = None if value is None else bool(value >= bound)
+    return {"target": target, "wanted": f"at least {bound:g}", "found": value, "met": met}
 
 
 def print_targets(result: Record) -> None:
-    for verdict in result.get("targets", ()):
-        word = {True: "met", False: "MISSED", None: "not measured"}[verdict["met"]]
-        found = "" if verdict["found"] is None else f"{verdict['found']:.3g}, "
-        print(f"{word:>12}  {verdict['target']}: {found}wanted {verdict['wanted']}")
+    """Each target with its verdict, and the cases for which there was no time."""
+    for target in result.get("targets", ()):
+        verdict = {True: "met", False: "MISSED", None: "not measured"}[target["met"]]
+        value = "" if target["found"] is None else f"{target['found']:.3g}, "
+        print(f"{verdict:>12}  {target['target']}: {value}wanted {target['wanted']}")
     if result["out_of_time"]:
         print(f"out of time: {'; '.join(result['out_of_time'])}")
 
@@ -105,15 +114,13 @@ def print_targets(result: Record) -> None:
 
 
 def save(result: Record, out: Path) -> Path:
-    """`step-DEVICE-DATE.json`, and its plot where anything was measured."""
+    """Write `step-DEVICE-DATE.json`, and its plot if any case was measured."""
     out.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today().isoformat()
     device = re.sub(r"[^A-Za-z0-9.]+", "-", result["machine"].split(",")[0])
     path = out / f"step-{device}-{date}.json"
     versions = {name: _version(name) for name in PACKAGES}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"date": date, "versions": versions, **result}, indent=1) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, (json.dumps({"date": date, "versions": versions, **result}, indent=1) + "\n").encode())
     plot(result, path.with_suffix(".png"))
     return path
 
@@ -126,38 +133,36 @@ def _version(name: str) -> str | None:
 
 
 def plot(result: Record, path: Path) -> None:
-    """Seconds of a sequence in every case; and, for those that were profiled, by part."""
+    """Seconds of a sequence in every case, and by part in those that were profiled."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    done = [record for record in result["cases"] if "failed" not in record]
-    split = [record for record in done if "seconds_by_part" in record]
-    if not done:
+    measured = [record for record in result["cases"] if "failed" not in record]
+    profiled = [record for record in measured if "seconds_by_part" in record]
+    if not measured:
         return
-    rows = (max(1, len(done)), max(1, len(split)))
+    rows = (len(measured), max(1, len(profiled)))
     figure, (every, parts) = pyplot.subplots(
         2, 1, figsize=(9, 2 + 0.32 * sum(rows)), height_ratios=[rows[0], rows[1] + 1], layout="constrained"
     )
-    seconds = [1 / record["sequences_per_s"] for record in done]
-    every.barh(range(len(done)), seconds, color=["#0072B2" if r["geometry"] else "#BBBBBB" for r in done])
-    for place, (value, record) in enumerate(zip(seconds, done, strict=True)):
+    seconds = [1 / record["sequences_per_s"] for record in measured]
+    every.barh(range(len(measured)), seconds, color=["#0072B2" if r["geometry"] else "#BBBBBB" for r in measured])
+    for place, (value, record) in enumerate(zip(seconds, measured, strict=True)):
         every.text(value, place, f" MFU {record['mfu']:.0%}", va="center", fontsize=7)
-    every.set_yticks(range(len(done)), [record["name"] for record in done], fontsize=7)
+    every.set_yticks(range(len(measured)), [record["name"] for record in measured], fontsize=7)
     every.set_xlim(0, 1.15 * max(seconds))
-    every.set_xlabel(
-        "seconds of a sequence, its share of the optimiser among them (grey: without geometry)", fontsize=8
-    )
+    every.set_xlabel("seconds of a sequence, its share of the optimiser included (grey: without geometry)", fontsize=8)
     colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    for place, record in enumerate(split):
+    for place, record in enumerate(profiled):
         left = 0.0
         for part, colour in zip(PARTS, colours, strict=True):
             width = record["seconds_by_part"].get(part, 0.0)
             parts.barh(place, width, left=left, color=colour, label=part if place == 0 else None)
             left += width
-    parts.set_yticks(range(len(split)), [record["name"] for record in split], fontsize=7)
-    parts.set_xlabel("seconds of a micro-batch, and of the optimiser, under the profiler", fontsize=8)
+    parts.set_yticks(range(len(profiled)), [record["name"] for record in profiled], fontsize=7)
+    parts.set_xlabel("seconds of a micro-batch and of the optimiser, profiled", fontsize=8)
     parts.legend(fontsize=6, ncols=5)
     for panel in (every, parts):
         panel.invert_yaxis()

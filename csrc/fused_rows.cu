@@ -1,17 +1,18 @@
-// One pass over a row of similarities: statistics, both loss terms and the gradient, without leaving the chip.
+// One pass over a row of similarities: statistics, both loss terms and the gradient, with the row in shared memory.
 //
-// What Triton cannot say well: a whole row of unequal frames kept in shared memory while warps work on different
-// frames, meet, exchange a few numbers per frame, and go on. The Triton row operations read the chunk twice and write
-// it once (10 bytes for each similarity, with a bf16 gradient); here it is read once and written once (6 bytes).
+// Triton cannot express this well: a whole row of unequal frames stays in shared memory while warps work on different
+// frames, synchronise, exchange a few numbers per frame, and continue. The Triton row operations read the chunk twice
+// and write it once (10 bytes for each similarity, with a bf16 gradient); here it is read once and written once (6).
 //
-// A block owns one row of one layer. Its warps
+// A block computes one row of one layer. Its warps
 //   1. load the row, scaled to `s = x r_i r_k / tau`, into shared memory; the own token becomes -inf,
 //   2. take frames in turn: maximum and its first place, log-sum-exp, the same over known tokens, expected depth,
-//   3. let warp 0 turn the frames' numbers and the row's matches into terms and into coefficients
-//        a_f (pull on lse_f), b_f (pull on E_f),
-//   4. take frames in turn again: dL/dx = (a_f + known_k exp(lse_f - known_lse_f) b_f (v_k - E_f)) exp(s - lse_f) r_i r_k / tau,
-//      less the scale of each match at its target, one lane adding in the order of the plan.
-// Reductions within a warp are butterflies of fixed shape, sums over matches are sequential: two runs agree bit by bit.
+//   3. let warp 0 compute, from the frames' statistics and the row's matches, the terms and the upstream gradients
+//        a_f = dL/dlse_f and b_f = dL/dE_f,
+//   4. take frames in turn again:
+//        dL/dx = (a_f + known_k exp(lse_f - known_lse_f) b_f (v_k - E_f)) exp(s - lse_f) r_i r_k / tau,
+//      less the weight of each match at its target, subtracted by one lane in the order of the sorted matches.
+// Reductions within a warp are butterflies of fixed shape, sums over matches are sequential: two runs give equal bits.
 //
 // A plain C interface (pointers, sizes, the stream): no torch header, one library for every torch version.
 // Semantics are those of kernels/rows_torch.py with V = 1 and the own token excluded.
@@ -28,7 +29,7 @@ namespace {
 constexpr int WARP = 32;
 constexpr int WARPS = 8;
 constexpr unsigned ALL = 0xffffffffu;
-constexpr float FAR = 40.0f;  // beyond exp(40) the known tokens get exponentials of their own
+constexpr float FAR = 40.0f;  // beyond exp(40) the known tokens have a reference of their own
 
 struct Rows {
   const float* similarity;  // [G, R, n]
@@ -58,12 +59,12 @@ struct Outputs {
   int64_t* best;      // [G, M]
   float* confidence;  // [G, M]
   int64_t stride;     // of layers
-  const float* corr_scale;   // [G, M], strided; null without gradient
-  const float* depth_scale;
-  int64_t scale_layer, scale_match;
+  const float* corr_weight;  // [G, M], strided; null without gradient
+  const float* depth_weight;
+  int64_t weight_layer, weight_match;
 };
 
-// What a frame of this row leaves in shared memory.
+// Statistics and upstream gradients of one frame of the row, in shared memory.
 struct Frame {
   float lse, known_lse, expected, peak;
   int64_t best;
@@ -88,9 +89,9 @@ __device__ int warp_min(int x) {
   return x;
 }
 
-__device__ void put(float x, float* to) { *to = x; }
-__device__ void put(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
-__device__ void put(float x, __half* to) { *to = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+__device__ void store(float x, float* to) { *to = x; }
+__device__ void store(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
+__device__ void store(float x, __half* to) { *to = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
 
 __device__ void frame_statistics(const Rows& in, const float* s, int start, int end, Frame* out) {
   const int lane = threadIdx.x % WARP;
@@ -118,18 +119,18 @@ __device__ void frame_statistics(const Rows& in, const float* s, int start, int 
   known_sum = warp_sum(known_sum);
   moment = warp_sum(moment);
   if (lane == 0) {
-    const bool some = known_m > -CUDART_INF_F;
+    const bool any_known = known_m > -CUDART_INF_F;
     out->lse = m > -CUDART_INF_F ? m + __logf(sum) : m;
-    out->known_lse = some ? (m - known_m < FAR ? m : known_m) + __logf(known_sum) : -CUDART_INF_F;
-    out->expected = some ? moment / known_sum : 0.0f;
+    out->known_lse = any_known ? (m - known_m < FAR ? m : known_m) + __logf(known_sum) : -CUDART_INF_F;
+    out->expected = any_known ? moment / known_sum : 0.0f;
     out->peak = m;
     out->best = first == INT32_MAX ? -1 : first;
     out->a = out->b = 0.0f;
   }
 }
 
-// Terms of every match of the row, and the frames' coefficients. One warp; each lane owns every 32nd frame.
-__device__ void match_terms(const Matches& matches, const Outputs& out, const float* s, Frame* frames, int64_t count,
+// Terms of every match of the row, and the frames' upstream gradients. One warp; each lane takes every 32nd frame.
+__device__ void loss_terms(const Matches& matches, const Outputs& out, const float* s, Frame* frames, int64_t count,
                             int64_t row, int64_t layer, bool sequence_negatives, float eps) {
   const int lane = threadIdx.x % WARP;
   float m = -CUDART_INF_F;
@@ -137,36 +138,36 @@ __device__ void match_terms(const Matches& matches, const Outputs& out, const fl
   m = warp_max(m);
   float sum = 0.0f;
   for (int64_t f = lane; f < count; f += WARP) sum += m > -CUDART_INF_F ? expf(frames[f].lse - m) : 0.0f;
-  const float whole = m + logf(warp_sum(sum));
-  float pulled = 0.0f;
+  const float sequence_lse = m + logf(warp_sum(sum));
+  float row_weight = 0.0f;
   for (int64_t f = lane; f < count; f += WARP) {
     Frame& frame = frames[f];
     const int64_t cell = row * matches.longest + f;
-    float here = 0.0f, slope = 0.0f;
+    float frame_weight = 0.0f, slope = 0.0f;
     for (int64_t at = matches.start[cell]; at < matches.start[cell + 1]; ++at) {
       const int64_t match = matches.order[at], to = layer * out.stride + match;
       const float positive = s[matches.target[at] - matches.first_token];
-      out.corr[to] = (sequence_negatives ? whole : frame.lse) - positive;
+      out.corr[to] = (sequence_negatives ? sequence_lse : frame.lse) - positive;
       out.best[to] = frame.best + matches.first_token;
       out.confidence[to] = expf(frame.peak - frame.lse);
       const float depth = matches.depth[at], total = depth + frame.expected + eps, distance = depth - frame.expected;
       out.depth[to] = matches.counts[at] ? fabsf(distance) / total : 0.0f;
-      if (!out.corr_scale) continue;
-      const int64_t scale = layer * out.scale_layer + match * out.scale_match;
-      here += out.corr_scale[scale];
+      if (!out.corr_weight) continue;
+      const int64_t weight = layer * out.weight_layer + match * out.weight_match;
+      frame_weight += out.corr_weight[weight];
       if (matches.counts[at]) {
         const float sign = distance > 0.0f ? 1.0f : distance < 0.0f ? -1.0f : distance;
-        slope += out.depth_scale[scale] * (-sign / total - fabsf(distance) / (total * total));
+        slope += out.depth_weight[weight] * (-sign / total - fabsf(distance) / (total * total));
       }
     }
-    frame.a = here;
+    frame.a = frame_weight;
     frame.b = slope;
-    pulled += here;
+    row_weight += frame_weight;
   }
   if (!sequence_negatives) return;
-  pulled = warp_sum(pulled);
+  row_weight = warp_sum(row_weight);
   for (int64_t f = lane; f < count; f += WARP)
-    frames[f].a = frames[f].lse > -CUDART_INF_F ? pulled * expf(frames[f].lse - whole) : 0.0f;
+    frames[f].a = frames[f].lse > -CUDART_INF_F ? row_weight * expf(frames[f].lse - sequence_lse) : 0.0f;
 }
 
 template <class E>
@@ -174,14 +175,14 @@ __device__ void frame_gradient(const Rows& in, const Matches& matches, const Out
                                int start, int end, int own, int64_t row, int64_t f, int64_t layer, float factor,
                                const float* token_scale, E* x) {
   const int lane = threadIdx.x % WARP;
-  const bool apart = !(frame.lse - frame.known_lse < FAR);  // also where no token is known
-  const float ratio = apart ? 0.0f : expf(frame.lse - frame.known_lse);
+  const bool far = !(frame.lse - frame.known_lse < FAR);  // also where no token is known
+  const float ratio = far ? 0.0f : expf(frame.lse - frame.known_lse);
   for (int k = start + lane; k < end; k += WARP) {
     float g = 0.0f;
     if (k != own && frame.lse > -CUDART_INF_F) {
       const float pull = in.known[k] ? frame.b * (in.values[k] - frame.expected) : 0.0f;
       g = (frame.a + ratio * pull) * __expf(s[k] - frame.lse);
-      if (apart && pull != 0.0f) g += pull * __expf(s[k] - frame.known_lse);
+      if (far && pull != 0.0f) g += pull * __expf(s[k] - frame.known_lse);
       g *= token_scale[k] * factor;
     }
     s[k] = g;
@@ -191,12 +192,12 @@ __device__ void frame_gradient(const Rows& in, const Matches& matches, const Out
     const int64_t cell = row * matches.longest + f;
     for (int64_t at = matches.start[cell]; at < matches.start[cell + 1]; ++at) {
       const int64_t column = matches.target[at] - matches.first_token;
-      const float scale = out.corr_scale[layer * out.scale_layer + matches.order[at] * out.scale_match];
-      s[column] -= scale * token_scale[column] * factor;
+      const float weight = out.corr_weight[layer * out.weight_layer + matches.order[at] * out.weight_match];
+      s[column] -= weight * token_scale[column] * factor;
     }
   }
   __syncwarp();
-  for (int k = start + lane; k < end; k += WARP) put(s[k], x + k);
+  for (int k = start + lane; k < end; k += WARP) store(s[k], x + k);
 }
 
 template <class E>
@@ -214,9 +215,10 @@ __global__ void __launch_bounds__(WARP * WARPS)
     s[k] = k == own ? -CUDART_INF_F : in.similarity[cell + k] * (token_scale[k] * factor);
   __syncthreads();
   for (int64_t f = warp; f < in.frames; f += WARPS)
-    frame_statistics(in, s, static_cast<int>(in.frame_offsets[f]), static_cast<int>(in.frame_offsets[f + 1]), frames + f);
+    frame_statistics(in, s, static_cast<int>(in.frame_offsets[f]), static_cast<int>(in.frame_offsets[f + 1]),
+                     frames + f);
   __syncthreads();
-  if (warp == 0) match_terms(matches, out, s, frames, in.frames, row, layer, sequence_negatives, eps);
+  if (warp == 0) loss_terms(matches, out, s, frames, in.frames, row, layer, sequence_negatives, eps);
   if (x == nullptr) return;
   __syncthreads();
   for (int64_t f = warp; f < in.frames; f += WARPS)
@@ -249,14 +251,14 @@ extern "C" int gasp_fused_rows(const float* similarity, const float* row_scale, 
                                int64_t frames, int64_t token_scale_stride, const int64_t* start, const int64_t* order,
                                const int64_t* target, const float* depth, const bool* counts, int64_t longest,
                                int64_t first_token, float* corr, float* depth_term, int64_t* best, float* confidence,
-                               int64_t term_stride, const float* corr_scale, const float* depth_scale,
-                               int64_t scale_layer, int64_t scale_match, int sequence_negatives, float eps, void* x,
+                               int64_t term_stride, const float* corr_weight, const float* depth_weight,
+                               int64_t weight_layer, int64_t weight_match, int sequence_negatives, float eps, void* x,
                                int element, void* stream) {
   const Rows in{similarity,    row_scale, token_scale, temperature, own_token, frame_offsets,
                 values,        known,     rows,        tokens,      frames,    token_scale_stride};
   const Matches matches{start, order, target, depth, counts, longest, first_token};
   const Outputs out{corr,       depth_term,  best,        confidence, term_stride,
-                    corr_scale, depth_scale, scale_layer, scale_match};
+                    corr_weight, depth_weight, weight_layer, weight_match};
   const size_t bytes = static_cast<size_t>(gasp_fused_rows_bytes(tokens, frames));
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const bool all = sequence_negatives != 0;

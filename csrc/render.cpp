@@ -4,29 +4,21 @@
 // Everything is double precision and nothing is contracted or reordered: the same scene gives the same bytes.
 //
 // A pixel's depth and surface come from the one ray through its centre: exact, never mixed across an edge. Its colour
-// is shaded along the same ray, with mip levels against aliasing; where a neighbouring pixel shows another surface it is
-// the mean of `samples x samples` rays spread over the pixel. One lamp lights the room and throws hard shadows.
+// is shaded along the same ray, with mip levels against aliasing; where a neighbouring pixel shows another surface it
+// is the mean of `samples x samples` rays spread over the pixel. One lamp lights the room and throws hard shadows.
 // Surfaces 0..5 are the room's faces (low x, high x, low y, high y, low z, high z), 6 + 6 b + f is face f of box b.
 
 // Before the headers: functions of other optimisation options would not be inlined.
 #pragma GCC optimize("fp-contract=off")
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 #include <vector>
 
-namespace py = pybind11;
+#include "arrays.h"
 
 namespace {
-
-using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
-using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using Ints = py::array_t<int, py::array::c_style | py::array::forcecast>;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNear = 1e-6;
@@ -132,11 +124,12 @@ struct World {
         }
         return false;
     }
-    void shade(const Vec& origin, const Vec& direction, const Hit& hit, double radians_per_sample, double* colour) const;
+    void shade(const Vec& origin, const Vec& direction, const Hit& hit, double radians_per_sample,
+               double* colour) const;
 };
 
-// Texture, times the surface's colour, times the lamp (ambient floor, Lambert's cosine, shadow), times a dark line along each edge of the face:
-// the lines let a person read the shape of grey boxes against grey walls.
+// Texture, times the surface's colour, times the lamp (ambient floor, Lambert's cosine, shadow), times a dark line
+// along each edge of the face: the lines let a person read the shape of grey boxes against grey walls.
 void World::shade(const Vec& origin, const Vec& direction, const Hit& hit, double radians_per_sample,
                   double* colour) const {
     const Vec point = along(origin, direction, hit.distance);
@@ -156,7 +149,8 @@ void World::shade(const Vec& origin, const Vec& direction, const Hit& hit, doubl
     }
 
     const double facing = std::abs(direction[0] * normal[0] + direction[1] * normal[1] + direction[2] * normal[2]);
-    const double length = std::sqrt(direction[0] * direction[0] + direction[1] * direction[1] + direction[2] * direction[2]);
+    const double length =
+        std::sqrt(direction[0] * direction[0] + direction[1] * direction[1] + direction[2] * direction[2]);
     const double metres = hit.distance * radians_per_sample / std::sqrt(std::max(facing / length, 0.05));
     const double u = local[across] / texture_metres + 0.37 * face, v = local[upward] / texture_metres + 0.21 * face;
     const double grey = textures.sample(surface_texture[hit.surface], u, v, metres / texture_metres * textures.size);
@@ -184,20 +178,20 @@ Bounds bounds_of(const Box& box, const Vec& eye, const double* rotation, const d
     Bounds bounds{kInfinity, -kInfinity, kInfinity, -kInfinity};
     for (int corner = 0; corner < 8; ++corner) {
         Vec world = box.centre, camera{{0, 0, 0}};
-        for (int a = 0; a < 3; ++a)
-            world = along(world, box.axes[a], corner >> a & 1 ? box.half[a] : -box.half[a]);
+        for (int a = 0; a < 3; ++a) world = along(world, box.axes[a], corner >> a & 1 ? box.half[a] : -box.half[a]);
         for (int a = 0; a < 3; ++a)
             for (int b = 0; b < 3; ++b) camera[a] += rotation[b * 3 + a] * (world[b] - eye[b]);
         if (camera[2] < 0.05) return {-kInfinity, kInfinity, -kInfinity, kInfinity};
         const double x = k[0] * camera[0] / camera[2] + k[2], y = k[1] * camera[1] / camera[2] + k[3];
-        bounds = {std::min(bounds.left, x), std::max(bounds.right, x), std::min(bounds.top, y), std::max(bounds.bottom, y)};
+        bounds = {std::min(bounds.left, x), std::max(bounds.right, x), std::min(bounds.top, y),
+                  std::max(bounds.bottom, y)};
     }
     return {bounds.left - 1e-6, bounds.right + 1e-6, bounds.top - 1e-6, bounds.bottom + 1e-6};
 }
 
 struct Camera {
     Vec eye;
-    double rotation[9];   // camera to world, row-major
+    double rotation[9];    // camera to world, row-major
     double intrinsics[4];  // fx, fy, cx, cy
 
     // The direction has length 1 along the optical axis: a distance along it is a depth.
@@ -266,22 +260,21 @@ void render_image(const World& world, const Camera& camera, const Image& image) 
     }
 }
 
-void expect(bool holds, const char* message) {
-    if (!holds) throw std::invalid_argument(message);
-}
-
-py::tuple render(Doubles room, Doubles lamp, Doubles boxes, Ints surface_texture, Doubles surface_colour, Floats texels, int texture_count,
-                 int texture_size, double texture_metres, Doubles camera_to_world, Doubles intrinsics, int width,
-                 int height, int samples) {
+py::tuple render(const Array<double>& room, const Array<double>& lamp, const Array<double>& boxes,
+                 const Array<int>& surface_texture, const Array<double>& surface_colour, const Array<float>& texels,
+                 int texture_count, int texture_size, double texture_metres, const Array<double>& camera_to_world,
+                 const Array<double>& intrinsics, int width, int height, int samples) {
     expect(room.size() == 6 && lamp.size() == 3, "room must hold 2 x 3 numbers and lamp 3");
     expect(boxes.ndim() == 2 && boxes.shape(1) == 15, "boxes must be [B, 15]: centre, half extents, rotation");
-    expect(camera_to_world.size() == 16 && intrinsics.size() == 4, "camera_to_world must be 4 x 4, intrinsics 4 numbers");
+    expect(camera_to_world.size() == 16 && intrinsics.size() == 4,
+           "camera_to_world must be 4 x 4, intrinsics 4 numbers");
     expect(surface_texture.size() == 6 + 6 * boxes.shape(0), "surface_texture must name a texture for each surface");
     expect(surface_colour.size() == 3 * surface_texture.size(), "surface_colour must hold three numbers a surface");
     expect(width > 0 && height > 0 && samples > 0, "width, height and samples must be positive");
     expect(texture_size >= 2 && (texture_size & (texture_size - 1)) == 0, "texture_size must be a power of two");
     for (py::ssize_t s = 0; s < surface_texture.size(); ++s)
-        expect(surface_texture.data()[s] >= 0 && surface_texture.data()[s] < texture_count, "surface_texture names no texture");
+        expect(surface_texture.data()[s] >= 0 && surface_texture.data()[s] < texture_count,
+               "surface_texture names no texture");
 
     World world;
     for (int k = 0; k < 3; ++k) {
@@ -312,8 +305,8 @@ py::tuple render(Doubles room, Doubles lamp, Doubles boxes, Ints surface_texture
     }
     std::copy(intrinsics.data(), intrinsics.data() + 4, camera.intrinsics);
 
-    Floats colour({height, width, 3}), depth({height, width});
-    Ints surface({height, width});
+    Array<float> colour({height, width, 3}), depth({height, width});
+    Array<int> surface({height, width});
     const Image image{width, height, samples, colour.mutable_data(), depth.mutable_data(), surface.mutable_data()};
     {
         py::gil_scoped_release unlocked;
@@ -327,7 +320,8 @@ py::tuple render(Doubles room, Doubles lamp, Doubles boxes, Ints surface_texture
 PYBIND11_MODULE(_render, module) {
     module.doc() = "Ray casting of textured rooms and boxes: colour, exact depth, surface numbers.";
     module.def("render", &render, py::arg("room"), py::arg("lamp"), py::arg("boxes"), py::arg("surface_texture"),
-               py::arg("surface_colour"), py::arg("texels"), py::arg("texture_count"), py::arg("texture_size"), py::arg("texture_metres"),
-               py::arg("camera_to_world"), py::arg("intrinsics"), py::arg("width"), py::arg("height"), py::arg("samples"),
+               py::arg("surface_colour"), py::arg("texels"), py::arg("texture_count"), py::arg("texture_size"),
+               py::arg("texture_metres"), py::arg("camera_to_world"), py::arg("intrinsics"), py::arg("width"),
+               py::arg("height"), py::arg("samples"),
                "One image of the scene: colour float32 [H, W, 3], depth float32 [H, W], surface int32 [H, W].");
 }

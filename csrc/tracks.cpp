@@ -1,5 +1,5 @@
 // Point tracks from depth, and the mean depth of patches: the compiled twin of gasp_fast/data/tracks/reference.py and
-// of patch_depth.py. It knows arrays; the recipe is told there.
+// of gasp_fast/data/depth/patches.py. The recipe is described there.
 //
 // Same bits as NumPy. Each line is the same sequence of single IEEE double operations as its NumPy counterpart. What
 // could differ is a fused multiply-add, which rounds once instead of twice; contraction is switched off for this file,
@@ -13,20 +13,18 @@
 // there. Threads take blocks of their own and share nothing that is written. The interpreter's lock is
 // released. std::thread instead of OpenMP: loader workers are forked, and a forked OpenMP pool hangs.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "arrays.h"
 
 #if defined(__clang__)
 #pragma clang fp contract(off)
@@ -39,11 +37,6 @@
 #else
 #define FOR_EACH_CPU
 #endif
-
-namespace py = pybind11;
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 namespace {
 
@@ -96,7 +89,7 @@ void for_each_block(int64_t blocks, int threads, Work work) {
     std::vector<std::thread> pool;
     try {
         for (int64_t t = 1; t < used; ++t) pool.emplace_back(loop);
-    } catch (const std::system_error&) {  // no more threads to be had: those that are do the work
+    } catch (const std::system_error&) {  // no more threads can start: those that run do the work
     }
     loop();
     for (auto& thread : pool) thread.join();
@@ -115,7 +108,7 @@ void unproject(const double* query, const double* depth, const View& first, int6
 // is no projection: (-1, -1).
 FOR_EACH_CPU
 void project(const View& shared, int64_t n, double border, Block& b) {
-    const View view = shared;  // a copy of our own: the stores below cannot change it
+    const View view = shared;  // a local copy: the stores below cannot change it
     const double* m = view.m;
     const double right = view.map.image_width - border, bottom = view.map.image_height - border;
     for (int64_t i = 0; i < n; ++i) {
@@ -137,10 +130,11 @@ void project(const View& shared, int64_t n, double border, Block& b) {
     }
 }
 
-// visible[i] = inside, and one of the four map pixels around (u, v) says z; seen[i] counts it. No branch: a point that
-// is outside looks at pixel 0 and is then refused. A coarser map may end within the border: clamp.
+// visible[i] = inside, and one of the four map pixels around (u, v) agrees with z; seen[i] counts it. No branch: a
+// point outside reads pixel 0 and is then masked out. A coarser map may end within the border: clamp.
 FOR_EACH_CPU
-void look(const Map& map, int64_t n, double agreement, Block& b, uint8_t* __restrict visible, int32_t* __restrict seen) {
+void look(const Map& map, int64_t n, double agreement, Block& b, uint8_t* __restrict visible,
+          int32_t* __restrict seen) {
     const int32_t last_column = map.width - 1, last_row = map.height - 1, width = map.width;
     const double scale_x = map.scale_x, scale_y = map.scale_y;
     const float* __restrict depth = map.depth;
@@ -176,9 +170,8 @@ void look(const Map& map, int64_t n, double agreement, Block& b, uint8_t* __rest
 }
 
 Map map_of(const Array<float>& depth, const double* size, const std::string& name) {
-    if (depth.ndim() != 2 || depth.size() == 0)
-        throw std::invalid_argument(name + " is not a map of two axes with pixels");
-    if (depth.size() > (int64_t{1} << 30)) throw std::invalid_argument(name + " has more than 2^30 pixels");
+    expect(depth.ndim() == 2 && depth.size() > 0, name + " is not a map of two axes with pixels");
+    expect(depth.size() <= (int64_t{1} << 30), name + " has more than 2^30 pixels");
     const int32_t height = static_cast<int32_t>(depth.shape(0)), width = static_cast<int32_t>(depth.shape(1));
     return {depth.data(), height, width, size[0], size[1], width / size[0], height / size[1]};
 }
@@ -190,11 +183,6 @@ std::vector<Array<float>> maps_of(const py::list& depth) {
         if (!maps.back()) throw py::type_error("depth[" + std::to_string(maps.size() - 1) + "] is not an array");
     }
     return maps;
-}
-
-void expect_shape(const py::array& array, const char* name, std::initializer_list<int64_t> shape) {
-    if (array.ndim() != static_cast<int64_t>(shape.size()) || !std::equal(shape.begin(), shape.end(), array.shape()))
-        throw std::invalid_argument(std::string(name) + " has the wrong shape");
 }
 
 // Indices of the kept queries: seen at least twice, most visible first, ties by index. A counting sort.
@@ -218,7 +206,7 @@ py::tuple track(const Array<double>& query, const py::list& depth, const Array<d
                 int threads) {
     const std::vector<Array<float>> maps = maps_of(depth);
     const int64_t frames = static_cast<int64_t>(maps.size());
-    if (frames < 1) throw std::invalid_argument("depth is empty");
+    expect(frames >= 1, "depth is empty");
     expect_shape(query, "query", {query.shape(0), 2});
     expect_shape(camera, "camera", {frames, 4});
     expect_shape(motion, "motion", {frames, 3, 4});
@@ -313,17 +301,17 @@ void add_row(const float* row, int64_t from, int64_t to, double* total, int32_t*
 py::array_t<float> pool(const py::list& depth, const Array<int64_t>& columns, const Array<int64_t>& rows, int threads) {
     const std::vector<Array<float>> maps = maps_of(depth);
     const int64_t frames = static_cast<int64_t>(maps.size());
-    if (columns.ndim() != 2 || rows.ndim() != 2 || columns.shape(0) != frames || rows.shape(0) != frames)
-        throw std::invalid_argument("columns and rows are [maps, edges]");
+    expect(columns.ndim() == 2 && rows.ndim() == 2 && columns.shape(0) == frames && rows.shape(0) == frames,
+           "columns and rows are [maps, edges]");
     const int64_t across = columns.shape(1) - 1, down = rows.shape(1) - 1;
     const double unit[2] = {1.0, 1.0};
     std::vector<Map> views;
     for (int64_t f = 0; f < frames; ++f) {
         views.push_back(map_of(maps[f], unit, "depth[" + std::to_string(f) + "]"));
         const int64_t *x = columns.data(f, 0), *y = rows.data(f, 0);
-        if (!std::is_sorted(x, x + across + 1) || x[0] < 0 || x[across] > views[f].width ||
-            !std::is_sorted(y, y + down + 1) || y[0] < 0 || y[down] > views[f].height)
-            throw std::invalid_argument("edges of depth[" + std::to_string(f) + "] are not ascending inside the map");
+        expect(std::is_sorted(x, x + across + 1) && x[0] >= 0 && x[across] <= views[f].width &&
+                   std::is_sorted(y, y + down + 1) && y[0] >= 0 && y[down] <= views[f].height,
+               "edges of depth[" + std::to_string(f) + "] are not ascending inside the map");
     }
     py::array_t<float> out({frames, down, across});
     float* to = out.mutable_data();
@@ -354,7 +342,7 @@ py::array_t<float> pool(const py::list& depth, const Array<int64_t>& columns, co
 }  // namespace
 
 PYBIND11_MODULE(_tracks, module) {
-    module.doc() = "Compiled twin of gasp_fast.data.tracks_reference and of the reference in patch_depth.";
+    module.doc() = "Compiled twin of gasp_fast.data.tracks.reference and gasp_fast.data.depth.patches.";
     module.def("track", &track, py::arg("query"), py::arg("depth"), py::arg("camera"), py::arg("motion"),
                py::arg("size"), py::arg("border"), py::arg("agreement"), py::arg("keep"), py::arg("threads"));
     module.def("pool", &pool, py::arg("depth"), py::arg("columns"), py::arg("rows"), py::arg("threads"));

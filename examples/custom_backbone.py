@@ -1,8 +1,8 @@
-"""A third backbone in one file, as you would add your own: LLaVA 1.5, every frame an image of 24 x 24 tokens.
+"""A new backbone in one file: LLaVA 1.5, every frame an image of 24 x 24 tokens.
 
-`Llava` is all that is needed: with it, training, evaluation and export take models of type `llava`. What stands below
-it makes a tiny model of the real class and asks the new backbone for everything at once: frames fed, visual tokens
-found, one head on each layer, the loss, its gradient. docs/extending.md walks through this file.
+The class `Llava` is all that is needed: with it, training, evaluation and export accept models of type `llava`. The
+rest of this file tries it on a tiny model: encode frames, locate visual tokens, put a head on each layer, compute the
+loss and its gradient. docs/extending.md explains this file.
 
     python examples/custom_backbone.py
 """
@@ -18,7 +18,7 @@ import torch
 
 from gasp_fast import gasp_loss
 from gasp_fast.backbones import Backbone, TokenGrid, load_backbone, register
-from gasp_fast.backbones.base import Frame
+from gasp_fast.backbones.base import RGBImage
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.collator import Collator
 from gasp_fast.supervision.heads import CorrespondenceHeads
@@ -45,7 +45,7 @@ class Llava(Backbone):
     def visual_content(self, frames: int) -> list[dict[str, str]]:
         return [{"type": "image"}] * frames
 
-    def visual_arguments(self, batch: Sequence[Sequence[Frame]]) -> dict[str, Any]:
+    def visual_arguments(self, batch: Sequence[Sequence[RGBImage]]) -> dict[str, Any]:
         return {"images": [frame for frames in batch for frame in frames]}
 
 
@@ -64,23 +64,23 @@ def tiny_llava(folder: Path) -> Path:
         LlavaProcessor,
     )
 
-    with tempfile.TemporaryDirectory() as other:  # a tokenizer and a chat template of this family, made in a second
-        made = build_tiny(Path(other) / "model", TinyConfig(model_type="llava_next_video"))
-        speaker = AutoProcessor.from_pretrained(made)
+    with tempfile.TemporaryDirectory() as other:  # its tokenizer and chat template also fit LLaVA 1.5
+        llava_video = build_tiny(Path(other) / "model", TinyConfig(model_type="llava_next_video"))
+        processor = AutoProcessor.from_pretrained(llava_video)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=112, patch_size=8
     )
     text = LlamaConfig(
-        vocab_size=len(speaker.tokenizer),
+        vocab_size=len(processor.tokenizer),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=16384,
-        pad_token_id=speaker.tokenizer.pad_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
     )
-    image_id = speaker.tokenizer.convert_tokens_to_ids("<image>")
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id)
@@ -88,11 +88,11 @@ def tiny_llava(folder: Path) -> Path:
     model.save_pretrained(folder)
     LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}),
-        tokenizer=speaker.tokenizer,
+        tokenizer=processor.tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=speaker.chat_template,
+        chat_template=processor.chat_template,
     ).save_pretrained(folder)
     return folder
 
@@ -104,7 +104,7 @@ def main() -> None:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        backbone = load_backbone(tiny_llava(folder / "model"))  # finds Llava by the type in config.json
+        backbone = load_backbone(tiny_llava(folder / "model"))  # chooses `Llava` by the type in config.json
         model = backbone.load_model(dtype=torch.float32)
         batch = Collator(backbone)([room(folder)])
     matches, positions = batch.pop("matches"), batch.pop("visual_positions")
@@ -115,12 +115,12 @@ def main() -> None:
         text_loss = model(**batch).loss
     geometry = gasp_loss([heads(n, capture.tokens(n, positions)) for n in layers], matches)
     (text_loss + geometry.loss).backward()
-    reached = backbone.attention(model, 0).q_proj.weight.grad.norm()
+    gradient_norm = backbone.attention(model, 0).q_proj.weight.grad.norm()
 
     print(f"{type(backbone).__name__}: {backbone.layer_count} decoder layers, {backbone.hidden_size} wide")
     print(f"{len(positions)} visual tokens in 3 frames, {len(matches)} matches between them")
     print(f"losses: text {text_loss:.3f}, correspondence {geometry.corr:.3f}, depth {geometry.depth:.3f}")
-    print(f"gradient at the first layer's W_Q: {reached:.2e}")
+    print(f"gradient at the first layer's W_Q: {gradient_norm:.2e}")
 
 
 if __name__ == "__main__":

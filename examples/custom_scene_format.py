@@ -1,8 +1,8 @@
-"""Somebody's own layout read as a scene: written, registered, opened, tracked.
+"""A new scene format in one file: register it, open a scene, track points.
 
-A recorder leaves `recording.json` and, for each shot, a photograph and a depth map in metres. Its cameras are
-camera-to-world, with y up and z backwards. Below is all that the project has to be told of it; where a room comes from
-stands under the line. docs/extending.md walks through this file.
+A recording app writes `recording.json` and, for each shot, a photograph and a depth map in metres. Its poses are
+camera-to-world, with y up and z backwards. The code above the line reads this format; the code below the line writes a
+scene in it, to try the reader. docs/extending.md explains this file.
 
     python examples/custom_scene_format.py
 """
@@ -55,7 +55,7 @@ formats.FORMATS = (sys.modules[__name__], *formats.FORMATS)  # tried first
 
 
 def write(scene: Scene, root: Path) -> None:
-    """What the recorder would have written of `scene`."""
+    """Write `scene` as the recording app would."""
     root.mkdir()
     shots = []
     for i, name in enumerate(scene.frame_names):
@@ -76,5 +76,5 @@ if __name__ == "__main__":
         scene = open_scene(Path(folder) / "recorded")
         tracks = build_tracks(scene, frames=[0, 3, 7], grid=8)
         print(f"{scene.format}: {len(scene)} frames, {len(tracks)} tracks in frames 0, 3 and 7")
-        again = tracks.visible[:, 2]
-        print(f"frame 7 sees {again.sum()} of them, {tracks.depth[again, 2].mean():.2f} m away in the mean")
+        visible = tracks.visible[:, 2]
+        print(f"frame 7 sees {visible.sum()} of them, at {tracks.depth[visible, 2].mean():.2f} m on average")

@@ -1,8 +1,8 @@
-"""Add the geometric loss to the Hugging Face `Trainer`. What you add stands between the marks.
+"""Add the geometric loss to the Hugging Face `Trainer`. The lines to add are between the marks.
 
-`Collator` makes batches of frames with their matches, `LayerCapture` reads the hidden states off the trainer's own
-forward pass. The heads become a part of the trainer's model, so that its optimizer, its checkpoints, DDP and DeepSpeed
-treat them like the rest; they are attached once the trainer is made, because an adapter freezes all that it finds.
+`Collator` makes batches of frames with their matches; `LayerCapture` takes the hidden states from the trainer's own
+forward pass. The heads become a submodule of the trainer's model, so that its optimizer, checkpoints, DDP and DeepSpeed
+include them. They are attached after the trainer is created, because adding adapters freezes all existing parameters.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gasp_fast.supervision.layer_capture import LayerCapture
 class GeometryTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         matches, positions = inputs.pop("matches"), inputs.pop("visual_positions")
-        with self.capture as seen:
+        with self.capture as capture:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        embeddings = [head(seen.tokens(layer, positions)) for layer, head in enumerate(self.model.gasp_heads)]
+        embeddings = [head(capture.tokens(layer, positions)) for layer, head in enumerate(self.model.gasp_heads)]
         self.geometry = gasp_loss(embeddings, matches, return_metrics=True)
         added = self.geometry.loss / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
         return (loss + added, outputs) if return_outputs else loss + added
@@ -62,7 +62,7 @@ def train(folder: Path) -> None:
     trainer.train()
     show_log(trainer.state.log_history)
 
-    del model.gasp_heads  # they serve training only: what is saved is the model as transformers knows it
+    del model.gasp_heads  # only for training: the saved model has transformers' own modules
     trainer.save_model(folder / "trained")
 
 

@@ -1,8 +1,8 @@
-"""Add the geometric loss to a PyTorch loop of your own. What you add stands between the marks.
+"""Add the geometric loss to your own PyTorch loop. The lines to add are between the marks.
 
-A batch of `Collator` has two entries beside the model's inputs: `matches` says which visual tokens show the same
-point, `visual_positions` where the visual tokens stand in the sequence. `LayerCapture` keeps the hidden states of all
-decoder layers of the forward pass you run anyway, a head turns each into embeddings, `gasp_loss` compares them.
+A batch of `Collator` has two entries beside the model's inputs: `matches`, the pairs of visual tokens that show the
+same point, and `visual_positions`, the positions of the visual tokens in the batch. `LayerCapture` keeps the hidden
+states of all decoder layers of a forward pass; a head maps each to embeddings, and `gasp_loss` compares them.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def train(folder: Path) -> None:
         loss.backward()
         optimizer.step()
         if step % 5 == 0:
-            numbers = (loss, text_loss, geometry.corr, geometry.depth, geometry.metrics.pck.mean())
-            print(f"{step:4d}", *(f"{number.item():6.3f}" for number in numbers), sep="  ")
+            values = (loss, text_loss, geometry.corr, geometry.depth, geometry.metrics.pck.mean())
+            print(f"{step:4d}", *(f"{value.item():6.3f}" for value in values), sep="  ")
 
-    del model.gasp_heads  # they serve training only: what is saved is the model as transformers knows it
+    del model.gasp_heads  # only for training: the saved model has transformers' own modules
     model.save_pretrained(folder / "trained")
 
 

@@ -1,10 +1,10 @@
-"""What a report of `gasp-fast evaluate` says, in three lines and one curve.
+"""Reads a report of `gasp-fast evaluate`: prints its main metrics and plots PCK@2 by temporal gap.
 
     python examples/read_report.py                    # makes a small report first: a tiny model on rendered rooms
     python examples/read_report.py REPORT --out DIR   # reads REPORT/report.json
 
-The best layer, how far it is above the "same position" guess, and PCK against distance in time as `pck_by_gap.png`.
-The keys of report.json are listed in docs/evaluating.md; what is undefined is null there, None here.
+Prints the best layer and its gain over predicting the same position, and writes the plot to `pck_by_gap.png`.
+docs/evaluating.md lists the keys of report.json. Undefined values are null there and None here.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from gasp_fast.evaluation.report import read_report
 def describe(report: dict[str, Any]) -> list[str]:
     pck = report["pck"]
     moved = report["pck_moved"]["per_layer"][report["layers"].index(pck["peak_layer"])]
-    told_moved = "no point moved" if moved is None else f"{moved:.3f} of the points that moved"
+    on_moved = "no point moved" if moved is None else f"{moved:.3f} on moved points"
     return [
         f"{report['model']}: {report['sequences']} sequences, features: {report['features']}",
-        f"best layer {pck['peak_layer']} of {max(report['layers'])}: PCK@2 {pck['peak']:.3f}, {told_moved}",
+        f"best layer {pck['peak_layer']} of {max(report['layers'])}: PCK@2 {pck['peak']:.3f}, {on_moved}",
         f'gain over the "same position" guess ({report["identity"]:.3f}): {pck["peak"] - report["identity"]:+.3f}',
     ]
 
 
 def plot(report: dict[str, Any], path: Path) -> Path:
-    """PCK of the best layer by the number of frames between; gaps nobody asked about stay open."""
+    """Plots PCK@2 of the best layer by temporal gap; the curve is interrupted at gaps without correspondences."""
     from matplotlib.figure import Figure
 
     temporal = report["temporal"]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(temporal["gaps"], _holes(temporal["pck"]), marker="o", label=f"layer {temporal['layer']}")
-    axis.plot(temporal["gaps"], _holes(temporal["identity"]), "--", color="0.4", label='"same position" guess')
-    axis.set(xlabel="frames between", ylabel="PCK@2", ylim=(0, 1))
+    axis.plot(temporal["gaps"], _floats(temporal["pck"]), marker="o", label=f"layer {temporal['layer']}")
+    axis.plot(temporal["gaps"], _floats(temporal["identity"]), "--", color="0.4", label="same position (identity)")
+    axis.set(xlabel="gap (frames)", ylabel="PCK@2", ylim=(0, 1))
     axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
     return path
 
 
-def _holes(values: list[float | None]) -> list[float]:
+def _floats(values: list[float | None]) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
 def small_report(folder: Path) -> Path:
-    """A report made as the command line makes it, in seconds."""
+    """Makes a report on a tiny model and two rendered scenes with the command line, in seconds."""
     from toy import SIZE, tiny_model
 
     from gasp_fast.cli import main as gasp_fast
@@ -56,23 +56,23 @@ def small_report(folder: Path) -> Path:
 
     tiny_model(folder)
     list(render_scenes(folder / "scenes", 2, config=SyntheticConfig(frames=12, width=SIZE, height=SIZE)))
-    asked = ["--sequences", "6", "--frames", "4", "--max-gap", "8", "--features", "hidden", "--pictures", "0"]
-    asked += ["--model", str(folder / "model"), "--scenes", str(folder / "scenes"), "--out", str(folder / "report")]
-    if code := gasp_fast(["evaluate", *asked]):
+    options = ["--sequences", "6", "--frames", "4", "--max-gap", "8", "--features", "hidden", "--pictures", "0"]
+    options += ["--model", str(folder / "model"), "--scenes", str(folder / "scenes"), "--out", str(folder / "report")]
+    if code := gasp_fast(["evaluate", *options]):
         raise SystemExit(code)
     return folder / "report"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("report", type=Path, nargs="?", help="folder of a report (default: one made on the spot)")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder that receives the plot")
-    told = parser.parse_args()
+    parser.add_argument("report", type=Path, nargs="?", help="folder of a report (default: makes one)")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder for the plot")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = read_report(told.report or small_report(Path(folder)))
+        report = read_report(arguments.report or small_report(Path(folder)))
     print(*describe(report), sep="\n")
-    told.out.mkdir(parents=True, exist_ok=True)
-    print(f"plot: {plot(report, told.out / 'pck_by_gap.png')}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    print(f"plot: {plot(report, arguments.out / 'pck_by_gap.png')}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the examples train on: a tiny Qwen2.5-VL of the real class, and a rendered room with exact geometry.
+"""Model and data of the examples: a tiny Qwen2.5-VL with random weights, and a rendered room with exact geometry.
 
-Made in seconds, without a download. In a project of your own, a real model and real scenes stand here.
+Both are created in seconds, without a download. In your own project, use a real model and real scenes instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.data.tracks.build import build_tracks
 
 SIZE = 160  # pixels along each side of a frame
-FRAMES = [0, 4, 8]  # far enough apart that few points stay where they were
+FRAMES = [0, 4, 8]  # far enough apart that few points keep their position
 MESSAGES = [
     {"role": "user", "content": "What is shown in the video?"},
     {"role": "assistant", "content": "A room with textured walls, a floor and boxes."},
@@ -30,7 +30,7 @@ MESSAGES = [
 
 
 def tiny_model(folder: Path) -> tuple[Backbone, nn.Module]:
-    """A model with random weights and the backbone that knows its layout. A frame is 10 x 10 tokens."""
+    """A model with random weights, and its backbone. A frame has 10 x 10 tokens."""
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     backbone = load_backbone(build_tiny(folder / "model", TinyConfig(frame_size=SIZE)))
@@ -38,7 +38,7 @@ def tiny_model(folder: Path) -> tuple[Backbone, nn.Module]:
 
 
 def room(folder: Path) -> Sample:
-    """Three frames of a room, a question and its answer, depth maps, and tracks of points through the frames."""
+    """One sample: three frames of a room, a question with its answer, depth maps, and tracks through the frames."""
     [path] = render_scenes(folder / "scenes", 1, config=SyntheticConfig(frames=FRAMES[-1] + 1, width=SIZE, height=SIZE))
     scene = open_scene(path)
     return Sample(
@@ -53,19 +53,18 @@ def question_rows(folder: Path, backbone: Backbone) -> list[dict[str, Any]]:
     """The room as rows of a `datasets.Dataset`: images, messages, and the fields of `Matches` as lists."""
     sample = room(folder)
     matches = Collator(backbone)([sample])["matches"]
-    given = [f.name for f in fields(matches) if f.init and getattr(matches, f.name) is not None]
-    images = [Image.fromarray(frame) for frame in sample.frames]
+    names = [f.name for f in fields(matches) if f.init and getattr(matches, f.name) is not None]
     return [
         {
-            "images": images,
+            "images": [Image.fromarray(frame) for frame in sample.frames],
             "messages": MESSAGES,
-            "matches": {name: getattr(matches, name).tolist() for name in given},
+            "matches": {name: getattr(matches, name).tolist() for name in names},
         }
     ]
 
 
 def show_log(history: list[dict[str, Any]]) -> None:
-    """The log of a `Trainer` as a table."""
+    """Print the log of a `Trainer` as a table."""
     print(f"{'step':>4}  {'loss':>6}  {'corr':>6}  {'PCK@2':>6}")
     for entry in history:
         if "loss" in entry:

@@ -1,9 +1,9 @@
-"""Add the geometric loss to TRL's `SFTTrainer`. What you add stands between the marks.
+"""Add the geometric loss to TRL's `SFTTrainer`. The lines to add are between the marks.
 
-The data stay what TRL takes: a `Dataset` with `images` and `messages`, and TRL's own collator. One more column,
-`matches`, holds the fields of `gasp_fast.Matches`; where they come from is your affair. `LayerCapture` reads the
-hidden states off the trainer's own forward pass, the visual tokens are found by their id. The heads are attached once
-the trainer is made, because an adapter freezes all that it finds.
+The data keep TRL's format: a `Dataset` with `images` and `messages`, and TRL's own collator. One more column,
+`matches`, holds the fields of `gasp_fast.Matches`, which you can compute in any way. `LayerCapture` takes the hidden
+states from the trainer's own forward pass, and the token id locates the visual tokens. The heads are attached after the
+trainer is created, because adding adapters freezes all existing parameters.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from gasp_fast.supervision.layer_capture import LayerCapture
 class GeometryTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         matches, visual = inputs.pop("matches"), inputs["input_ids"] == self.model.config.image_token_id  # [B, S]
-        with self.capture as seen:
+        with self.capture as capture:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        embeddings = [head(seen.hidden(layer)[visual]) for layer, head in enumerate(self.model.gasp_heads)]
+        embeddings = [head(capture.hidden(layer)[visual]) for layer, head in enumerate(self.model.gasp_heads)]
         self.geometry = gasp_loss(embeddings, matches, return_metrics=True)
         added = self.geometry.loss / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
         return (loss[0] + added, loss[1]) if return_outputs else loss + added
@@ -73,14 +73,14 @@ def train(folder: Path) -> None:
         processing_class=backbone.processor,
     )
     # --- gasp_fast: begin
-    trainer.capture = LayerCapture(model.model.language_model.layers, model.model.language_model.norm)
+    trainer.capture = LayerCapture(backbone.decoder_layers(model), backbone.final_norm(model))
     trainer.model.gasp_heads = ModuleList(CorrespondenceHead(backbone.hidden_size) for _ in trainer.capture.layers)
     # --- gasp_fast: end
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     show_log(trainer.state.log_history)
 
-    del model.gasp_heads  # they serve training only: what is saved is the model as transformers knows it
+    del model.gasp_heads  # only for training: the saved model has transformers' own modules
     trainer.save_model(folder / "trained")
 
 

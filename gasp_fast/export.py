@@ -1,21 +1,21 @@
-"""A trained checkpoint becomes a plain Hugging Face model: adapters merged, correspondence heads dropped.
+"""Exports a trained checkpoint as a plain Hugging Face model: adapters merged, correspondence heads dropped.
 
-Knows the files of a run and the backbones; must not know how anything was trained. What comes out needs no gasp_fast:
-`AutoModelForImageTextToText.from_pretrained(folder)` and `AutoProcessor.from_pretrained(folder)` load it.
+The exported folder needs no gasp_fast: `AutoModelForImageTextToText.from_pretrained(folder)` and
+`AutoProcessor.from_pretrained(folder)` load it.
 
-The checkpoint (`RUN/checkpoint-N/`, or its RUN, which stands for the newest one) holds either
+A checkpoint (`RUN/checkpoint-N/`; RUN means its newest) holds either
 
-    adapter_model.safetensors     adapters of a LoRA run; their base model is named in RUN/config.yaml
+    adapter_model.safetensors     adapters of a LoRA run; RUN/config.yaml names their base model
     model.safetensors, sharded or not, with config.json     all weights of a full run
 
-and beside them heads and the trainer's state, which stay behind.
+and heads and optimizer state, which are not exported.
 
-Nothing is taken on trust. Before the merge the trained model answers a fixed probe (two frames and a question); the
-merged model must give the same logits in fp32, and so must the files, read back from disk as a user will read them.
-`W x + B (A x)` and `(W + B A) x` are equal but for rounding, so the bound is one of rounding. Storing bf16 rounds the
-weights themselves: the difference that makes is reported, and not bounded.
+The result is verified. The trained model computes logits for a fixed input (two frames and a question). The merged
+model must give the same logits in fp32, and so must the written files, read back with transformers alone.
+`W x + B (A x)` and `(W + B A) x` differ only by rounding, and the tolerance is chosen for that. Storing bf16 rounds
+the weights themselves: that difference is reported, but not limited.
 
-The folder appears whole or not at all: everything is written and checked under a temporary name, then renamed.
+Everything is written and verified in a temporary folder, which is renamed at the end: the export is complete or absent.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,19 +58,19 @@ class ExportReport:
     dtype: str  # of the stored weights
     tensors: int
     merge_difference: float  # largest difference of a logit, merged against trained model, both in fp32
-    file_difference: float  # the same, for the model that the files give (rounded to `dtype`, computed in fp32)
-    largest_logit: float  # to judge the two by
-    trained_difference: float | None  # what the adapters changed: trained against base model; None for a full run
+    file_difference: float  # the same for the model read back from the files (rounded to `dtype`, computed in fp32)
+    largest_logit: float  # the scale of both differences
+    trained_difference: float | None  # effect of the adapters: trained against base model; None for a full run
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one checkpoint, found."""
+    """The files of one checkpoint."""
 
     folder: Path
     mode: Literal["lora", "full"]
     base: str  # folder or hub name of the model it was trained from
-    processor: str  # folder or hub name that has the processor: a full run saves it with its weights
+    processor: str  # folder or hub name with the processor; a full run saves it with its weights
 
 
 def export(
@@ -81,46 +81,43 @@ def export(
     dtype: Stored = "auto",
     device: str | None = None,
     tolerance: float = TOLERANCE,
-    told: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> ExportReport:
-    """Write the model of a run or checkpoint to the new folder `out`.
+    """Writes the model of a run or checkpoint to the new folder `out`.
 
     `base` overrides the base model that the run names. `dtype` "auto" keeps the base model's. `device` defaults to
-    the GPU, if there is one; the whole model has to fit there in fp32. `told` hears of each step.
+    the GPU, if there is one; the whole model has to fit there in fp32. `progress` is called with each step's name.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise FileExistsError(f"out = {str(out)!r} exists already; remove it, or name another folder")
     checkpoint = find_checkpoint(source, base)
     backbone = load_backbone(checkpoint.processor)
+    stored = _stored_dtype(dtype, backbone)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     inputs = {name: value.to(device) for name, value in probe(backbone).items()}
 
-    told("loading the trained model")
-    model = _trained_model(checkpoint, backbone).to(device)
-    told("asking the trained model")
-    before = _logits(model, inputs)
-    without = _logits(model, inputs, adapters=False) if checkpoint.mode == "lora" else None
-    told("merging")
+    progress("loading the trained model")
+    model = _load_trained(checkpoint, backbone).to(device)
+    progress("computing its logits")
+    trained_logits = _logits(model, inputs)
+    base_logits = _logits(model, inputs, adapters=False) if checkpoint.mode == "lora" else None
+    progress("merging")
     merged: Any = model.merge_and_unload(safe_merge=True) if checkpoint.mode == "lora" else model
-    merge_difference = _difference(_logits(merged, inputs), before)
-    _check_bound("merged weights", merge_difference, tolerance)
+    merge_difference = _difference(_logits(merged, inputs), trained_logits)
+    _check_difference("merged weights", merge_difference, tolerance)
 
-    stored = _stored_dtype(dtype, backbone)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    _sweep(out)
-    try:
-        told("writing")
-        partial.mkdir(parents=True)
+    with _complete_folder(out) as partial:
+        progress("writing")
         merged.to(DTYPES[stored]).save_pretrained(partial)
         backbone.processor.save_pretrained(partial)
-        del model, merged
+        del model, merged  # before the next model is loaded
         gc.collect()
-        told("reading it back")
-        tensors = _check_names(partial)
-        file_difference = _difference(_logits(_plain_model(partial).to(device), inputs), before)
+        progress("reading the files back")
+        tensors = _count_tensors(partial)
+        file_difference = _difference(_logits(load_plain_model(partial).to(device), inputs), trained_logits)
         if stored == "fp32":
-            _check_bound("exported files", file_difference, tolerance)
+            _check_difference("exported files", file_difference, tolerance)
         report = ExportReport(
             checkpoint=checkpoint.folder.name,
             base=checkpoint.base,
@@ -129,33 +126,44 @@ def export(
             tensors=tensors,
             merge_difference=merge_difference,
             file_difference=file_difference,
-            largest_logit=float(before.abs().max()),
-            trained_difference=None if without is None else _difference(before, without),
+            largest_logit=float(trained_logits.abs().max()),
+            trained_difference=None if base_logits is None else _difference(trained_logits, base_logits),
         )
         write_atomically(partial / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
+    return report
+
+
+@contextmanager
+def _complete_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that is renamed to `out` if the block succeeds, and removed if it fails."""
+    for leftover in out.parent.glob(f".{out.name}.*.partial"):  # of killed exports
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return report
 
 
 # ---- the checkpoint -------------------------------------------------------------------------------------------------
 
 
 def find_checkpoint(source: str | os.PathLike[str], base: str | None = None) -> Checkpoint:
-    """The checkpoint that `source` is, or the newest of the run that `source` is."""
+    """The checkpoint `source`, or the newest checkpoint of the run `source`."""
     source = Path(source)
     if not source.is_dir():
-        raise FileNotFoundError(f"source = {str(source)!r} is no folder; pass a run, or one of its checkpoints")
+        raise FileNotFoundError(f"source = {str(source)!r} is not a folder; pass a run, or one of its checkpoints")
     folder = source
     if not _holds_model(source):
-        found = finished(source)
-        if not found:
+        checkpoints = finished(source)
+        if not checkpoints:
             raise FileNotFoundError(
                 f"source = {str(source)!r} holds neither a checkpoint's weights (adapter_model.safetensors or "
                 "model.safetensors) nor checkpoint-N folders; pass a run of gasp_fast.train, or one of its checkpoints"
             )
-        folder = found[-1]
+        folder = checkpoints[-1]
         if not _holds_model(folder):
             raise FileNotFoundError(
                 f"{folder} holds no gathered weights (adapter_model.safetensors or model.safetensors); after ZeRO-3 "
@@ -174,50 +182,52 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _named_base(folder: Path, mode: str) -> str:
-    """The base model by the run's own configuration, else by the adapter's."""
-    for beside in (folder.parent, folder):
-        if (beside / CONFIG).is_file():
-            said = yaml.safe_load((beside / CONFIG).read_text(encoding="utf-8"))
-            name = said.get("model", {}).get("source") if isinstance(said, dict) else None
+    """The base model that the run's configuration names, or else the adapter's."""
+    for parent in (folder.parent, folder):
+        if (parent / CONFIG).is_file():
+            config = yaml.safe_load((parent / CONFIG).read_text(encoding="utf-8"))
+            name = config.get("model", {}).get("source") if isinstance(config, dict) else None
             if isinstance(name, str):
                 return name
     if mode == "lora":
         name = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         if name:
             return str(name)
-        raise ValueError(f"{folder} does not say what model its adapters belong to; name it: --base DIR")
+        raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base DIR")
     return str(folder)
 
 
-def _trained_model(checkpoint: Checkpoint, backbone: Backbone) -> Any:
-    """The model as it was trained, in fp32, without heads."""
+def _load_trained(checkpoint: Checkpoint, backbone: Backbone) -> Any:
+    """The trained model in fp32, with unmerged adapters, without heads."""
     if checkpoint.mode == "full":
-        return _plain_model(checkpoint.folder)
+        return load_plain_model(checkpoint.folder)
     from peft import PeftModel
 
     return PeftModel.from_pretrained(backbone.load_model(torch.float32), str(checkpoint.folder)).eval()
 
 
-def _plain_model(folder: Path) -> Any:
-    """What transformers alone makes of a folder, in fp32; every weight must be found, and used."""
+def load_plain_model(folder: Path) -> Any:
+    """Loads a folder with transformers alone, in fp32; missing or unused weights are an error."""
     from transformers import AutoModelForImageTextToText
 
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
-    model, told = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if told[what]:
-            names = sorted(map(str, told[what]))
-            raise ValueError(f"{folder} has {len(names)} {what.replace('_', ' ')}, such as {names[0]}; cannot export")
+    model, info = loaded
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(map(str, info[problem]))
+            raise ValueError(
+                f"{folder} has {len(names)} {problem.replace('_', ' ')}, such as {names[0]}; cannot export"
+            )
     return model.eval()
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- verification ---------------------------------------------------------------------------------------------------
 
 
 def probe(backbone: Backbone) -> dict[str, Tensor]:
-    """The inputs on which models are compared: two frames of noise, a question and an answer."""
+    """The fixed input for comparing logits: two frames of noise, a question and an answer."""
     draw = np.random.default_rng(0)
     coarse = draw.integers(0, 256, (2, 14, 14, 3), dtype=np.uint8)
     frames = list(coarse.repeat(16, axis=1).repeat(16, axis=2))  # [224, 224, 3] each
@@ -238,23 +248,23 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
-def _check_bound(what: str, difference: float, tolerance: float) -> None:
-    if not difference <= tolerance:  # NaN is not below anything
+def _check_difference(what: str, difference: float, tolerance: float) -> None:
+    if not difference <= tolerance:  # also if NaN
         raise ValueError(
             f"the {what} give logits that differ from the trained model's by {difference:.2g}, more than "
             f"tolerance = {tolerance:g}; nothing was exported"
         )
 
 
-def _check_names(folder: Path) -> int:
-    """The number of tensors in a folder, none of which may belong to a head or an adapter."""
+def _count_tensors(folder: Path) -> int:
+    """The number of tensors in a folder; a tensor of a head or an adapter is an error."""
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (not a dict)
                 count += 1
                 if any(part in name for part in _FOREIGN):
-                    raise ValueError(f"{name} would be part of the export; it is no weight of a plain model")
+                    raise ValueError(f"{name} would be part of the export, but is not a weight of a plain model")
     return count
 
 
@@ -265,9 +275,3 @@ def _stored_dtype(dtype: str, backbone: Backbone) -> str:
         return dtype
     declared = getattr(backbone.config, "dtype", None)
     return next((name for name, value in DTYPES.items() if declared in (value, str(value).rpartition(".")[2])), "fp32")
-
-
-def _sweep(out: Path) -> None:
-    """Removes what a killed export to the same place left behind."""
-    for partial in out.parent.glob(f".{out.name}.*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)

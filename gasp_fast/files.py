@@ -1,22 +1,33 @@
-"""Files that are either whole or absent, also when the process is killed while it writes."""
+"""Atomic writes: a file is either whole or absent, also when the process is killed while it writes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The old file or the new one, whatever happens."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`. It replaces `path` after the block; if the block raises, it is deleted."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content`; afterwards `path` holds either what it held before or all of `content`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def sweep_partials(path: Path) -> None:
-    """Removes what killed processes left of `path`; for the one who is about to write it."""
+    """Delete the temporary files that killed processes left of `path`. Call it before writing `path`."""
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         partial.unlink(missing_ok=True)

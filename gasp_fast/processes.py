@@ -1,10 +1,11 @@
-"""Worker processes: how many cores there are, work split over them, and an end with their parent."""
+"""Processes of this machine: usable cores, work split over worker processes, and their end when their parent ends."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,25 +18,25 @@ Result = TypeVar("Result")
 
 
 def usable_cores() -> int:
-    """As many as this process may run on: fewer than the machine has, where a scheduler says so."""
+    """Number of cores that this process may run on: fewer than the machine has where a scheduler limits it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_processes(
     work: Callable[[Piece], Result], pieces: Sequence[Piece], workers: int
 ) -> Iterator[tuple[Piece, Result]]:
-    """Calls `work` (a picklable callable) on each piece, and yields the piece and its result as they are done.
+    """Call `work` (a picklable callable) on each piece and yield (piece, result) as results arrive.
 
-    The first error stops everything. One worker, or one piece, runs right here.
+    The first error stops everything. One worker, or one piece, runs in this process.
     """
     if workers <= 1 or len(pieces) <= 1:
         for piece in pieces:
             yield piece, work(piece)
         return
-    # Fresh interpreters: a fork would copy whatever threads and locks the caller has.
+    # New interpreters: a fork would copy the caller's threads and locks.
     context = multiprocessing.get_context("spawn")
     count = min(workers, len(pieces))
-    with _one_thread_a_worker(), ProcessPoolExecutor(count, context, initializer=_end_with_parent) as pool:
+    with _one_thread_a_worker(), ProcessPoolExecutor(count, context, initializer=end_with_parent) as pool:
         waiting = iter(pieces)
         running: dict[Future[Result], Piece] = {}
         try:
@@ -55,7 +56,7 @@ def in_processes(
 
 @contextmanager
 def _one_thread_a_worker() -> Iterator[None]:
-    """Workers have a core each. NumPy would start as many threads as there are cores, in every one of them."""
+    """Workers get one thread each, unless the environment says otherwise: NumPy would start one for every core."""
     names = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"} - os.environ.keys()
     os.environ.update(dict.fromkeys(names, "1"))
     try:
@@ -65,13 +66,17 @@ def _one_thread_a_worker() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next piece for ever; this one ends too."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def end_with_parent() -> None:
+    """From now on, end this process within a second of its parent's end.
+
+    A killed parent cannot stop its children: a worker would wait for its next piece for ever, and the ranks of a killed
+    launcher would train on beside the run that follows.
+    """
+    parent = os.getppid()
 
     def watch() -> None:
-        parent.join()
+        while os.getppid() == parent:
+            time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

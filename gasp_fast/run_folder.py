@@ -1,11 +1,9 @@
-"""The files of a training run, by name: which of its checkpoints are there, and where its other results belong.
+"""Names of the files in a training run's folder.
 
-    RUN/config.yaml, log.jsonl, training.png     as it was understood, as it went
-    RUN/checkpoint-N/                            weights and heads.safetensors; whole or not there
-    RUN/export/                                  the plain model that `gasp-fast export RUN` makes
-    RUN/report/                                  what `gasp-fast evaluate --model RUN` finds
-
-Knows names alone: not what is in the files, nor who writes them.
+RUN/config.yaml, log.jsonl, training.png     resolved configuration, log, curves
+RUN/checkpoint-N/                            weights and heads.safetensors; complete or absent
+RUN/export/                                  the plain model written by `gasp-fast export RUN`
+RUN/report/                                  the report written by `gasp-fast evaluate --model RUN`
 """
 
 from __future__ import annotations
@@ -15,15 +13,15 @@ import re
 from pathlib import Path
 
 CONFIG, LOG, FIGURE = "config.yaml", "log.jsonl", "training.png"
-HEADS = "heads.safetensors"  # of a checkpoint
+HEADS = "heads.safetensors"  # in a checkpoint
 EXPORT, REPORT = "export", "report"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
 def finished(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NUMBERED.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NUMBERED.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def run_of(source: str | os.PathLike[str]) -> Path | None:
@@ -36,7 +34,7 @@ def run_of(source: str | os.PathLike[str]) -> Path | None:
 
 
 def place_for(source: str | os.PathLike[str], name: str) -> Path:
-    """Where a result of `source` goes if nobody says."""
+    """The default folder for a result of `source`: `name` in its run."""
     run = run_of(source)
     if run is None:
         raise ValueError(f"{str(source)!r} is no run of gasp_fast.train that could hold the {name}; give --out DIR")

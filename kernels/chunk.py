@@ -1,16 +1,19 @@
-"""The few bundles of tensors that travel between the row operations.
+"""What the row operations take and give: a chunk of similarities, its matches, and the results.
 
-A chunk is the largest thing that is ever materialised of the anchor-by-token similarity matrix: some rows of one
-sequence, for one layer or a few. Everything here is a plain view of buffers that the engine owns.
+A chunk is the largest part of the anchor-by-token similarity matrix that is ever in memory: some rows of one sequence,
+for one layer or a few. All tensors here are views of buffers that the engine owns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .index import MatchIndex
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class RowChunk:
 
 
 class FrameStatistics(NamedTuple):
-    """What one pass over the tokens of a frame leaves behind, for every row. Empty frames have `lse = -inf`."""
+    """Results of one pass over the tokens of each frame, for every row. Empty frames have `lse = -inf`."""
 
     lse: Tensor  # float32 [G, R, P]
     known_lse: Tensor  # float32 [G, R, P], over the tokens of known value
@@ -38,15 +41,14 @@ class FrameStatistics(NamedTuple):
     peak: Tensor  # float32 [G, R, P], that similarity
 
     @staticmethod
-    def nothing(groups: int, rows: int, frames: int, width: int, device: torch.device) -> FrameStatistics:
-        """The statistics of frames without tokens."""
-        none = torch.full((groups, rows, frames), float("-inf"), device=device)
+    def of_empty_frames(groups: int, rows: int, frames: int, width: int, device: torch.device) -> FrameStatistics:
+        minus_infinity = torch.full((groups, rows, frames), float("-inf"), device=device)
         return FrameStatistics(
-            lse=none,
-            known_lse=none.clone(),
+            lse=minus_infinity,
+            known_lse=minus_infinity.clone(),
             expected=torch.zeros(groups, rows, frames, width, device=device),
             best=torch.full((groups, rows, frames), -1, device=device),
-            peak=none.clone(),
+            peak=minus_infinity.clone(),
         )
 
 
@@ -73,24 +75,41 @@ class MatchRuns:
     counts: Tensor  # bool [M], sorted: has a depth term
     first_token: int  # token in the batch of the chunk's column 0
 
+    @staticmethod
+    def of(index: MatchIndex, rows: slice = slice(None), first_token: int = 0) -> MatchRuns:
+        """The runs of some rows of the batch, or of all."""
+        longest, (start, stop, _) = index.rows.longest, rows.indices(index.rows.row_token.shape[0])
+        return MatchRuns(
+            start=index.run_start[start * longest : stop * longest + 1],
+            longest=longest,
+            order=index.order,
+            target=index.target,
+            depth=index.depth,
+            counts=index.counts,
+            first_token=first_token,
+        )
+
     def run(self, row: int, frame: int) -> range:
         at = row * self.longest + frame
         return range(int(self.start[at]), int(self.start[at + 1]))
 
 
-class MatchScales(NamedTuple):
-    """How much each term of each match weighs in the loss, by match (not sorted)."""
+class TermWeights(NamedTuple):
+    """The weight of each term of each match in the loss, by match (not sorted): `loss = sum weight * term`."""
 
     corr: Tensor  # float32 [G, M], may be expanded
     depth: Tensor  # float32 [G, M], may be expanded
 
+    def of_layers(self, layers: slice) -> TermWeights:
+        return TermWeights(self.corr[layers], self.depth[layers])
+
 
 class MatchTerms(NamedTuple):
-    """What a match contributes, by match (not sorted)."""
+    """Both loss terms of each match, and what the metrics need, by match (not sorted)."""
 
     corr: Tensor  # float32 [G, M]
     depth: Tensor  # float32 [G, M]
-    best: Tensor  # int64 [G, M], token in the batch that the anchor likes best in the target's frame
+    best: Tensor  # int64 [G, M], most similar token of the target's frame, as token in the batch
     confidence: Tensor  # float32 [G, M], probability of that token within the frame
 
     @staticmethod
@@ -103,3 +122,47 @@ class MatchTerms(NamedTuple):
 
     def of_layers(self, layers: slice) -> MatchTerms:
         return MatchTerms(*(value[layers] for value in self))
+
+
+class RowOperations(Protocol):
+    """The passes over a chunk between the matrix products. `rows_torch` defines what each computes."""
+
+    def inverse_norms(self, embeddings: Tensor) -> Tensor: ...
+
+    def frame_statistics(self, chunk: RowChunk, runs: MatchRuns | None, every_frame: bool) -> FrameStatistics: ...
+
+    def loss_terms(
+        self,
+        chunk: RowChunk,
+        statistics: FrameStatistics,
+        runs: MatchRuns,
+        weights: TermWeights | None,
+        terms: MatchTerms,
+        negatives: str,
+        eps: float,
+    ) -> FrameUpstream | None: ...
+
+    def similarity_gradient(
+        self,
+        chunk: RowChunk,
+        statistics: FrameStatistics,
+        upstream: FrameUpstream,
+        runs: MatchRuns | None,
+        weights: TermWeights | None,
+        out: Tensor,
+    ) -> None: ...
+
+    def project_gradient(self, gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor) -> None: ...
+
+
+# `frame_statistics`, `loss_terms` and `similarity_gradient` (into the last argument) in one launch. Returns False, and
+# does nothing, where the chunk does not fit it.
+FusedPass = Callable[
+    [RowChunk, MatchRuns, TermWeights | None, MatchTerms, str, float, Tensor | None],
+    bool,
+]
+
+if TYPE_CHECKING:  # mypy checks here that each module has all operations
+    from . import rows_cpp, rows_torch, rows_triton
+
+    _implementations: tuple[RowOperations, ...] = (rows_cpp, rows_torch, rows_triton)

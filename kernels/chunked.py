@@ -1,22 +1,26 @@
 """The strategy for wide embeddings: row chunks, library matrix products, fused row operations between them.
 
 A full-width gradient accumulator does not fit on chip once `D` passes a few hundred, and a kernel that tried would
-need atomics or locks: slow, and never twice the same. So the similarity matrix is cut into chunks of rows that fit a
-fixed workspace, and each chunk goes once through
+need atomics or locks: slow, and not reproducible. So the similarity matrix is cut into chunks of rows that fit a fixed
+workspace, and each chunk goes once through
 
-    similarity = A E^T                    library product, float32 result
-    frame_statistics, match_terms         one pass over the chunk: lse, expected values, arg-max, both loss terms
-    X = similarity_gradient               in place, or in the narrower type that the products want
-    rows   = X E                          library product
-    tokens = tokens + X^T A               library product, accumulated chunk by chunk in a fixed order
+    anchors    = E[rows]                  gathered
+    similarity = anchors E^T              library product, float32 result
+    row pass                              frame_statistics, loss_terms: lse, expected values, arg-max, both loss terms;
+                                          X = similarity_gradient, in place or in the narrower type of the products
+    row gradient   = X E                  library product
+    token gradient += X^T anchors         library product, accumulated chunk by chunk in a fixed order;
+                                          the row gradient is added at the anchors
+
+and, once all chunks of a sequence are done, `project_gradient` applies the Jacobian of the normalisation.
 
 When the weight of each term is known beforehand (any mean or sum is), forward and backward are this one pass: three
-products and nothing recomputed. Without gradient it stops after the second line. Given arbitrary upstream gradients,
-the same pass runs again with them as weights: four products.
+products and nothing recomputed. Without gradient it stops after the row pass. Given arbitrary upstream gradients, the
+same pass runs again with them as weights: four products.
 
 Raw embeddings enter the products; norms are applied to the products' results and to `X` (see `rows_torch`). Each row
-of a chunk is a different token, so adding `rows` to the gradient at the anchors has one writer per address. Nothing
-is atomic, nothing depends on timing: two runs agree to the last bit.
+of a chunk is a different token, so adding the row gradient at the anchors has one writer per address. Nothing is
+atomic and nothing depends on timing: two runs give the same bits.
 
 Workspace per row of a chunk: `4 n` bytes of similarity, `2 n` more for a narrower `X`, `8 D` for the anchor and its
 gradient. Where the input is narrower than float32, one sequence's gradient is accumulated in float32 beside it.
@@ -24,82 +28,114 @@ gradient. Where the input is narrower than float32, one sequence's gradient is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchScales, MatchTerms, RowChunk
-from .plan import MatchPlan, RowPlan, SequenceSpan
+from .chunk import (
+    FrameStatistics,
+    FrameUpstream,
+    FusedPass,
+    MatchRuns,
+    MatchTerms,
+    RowChunk,
+    RowOperations,
+    TermWeights,
+)
+from .index import MatchIndex, RowIndex, SequenceSpan
 from .products import Products
+
+
+@dataclass(frozen=True)
+class ChunkSpan:
+    """The part of the batch that a chunk covers."""
+
+    layers: slice
+    sequence: SequenceSpan
+    rows: slice  # of the batch
+    boost: Tensor | None  # float32 [G], factor of upstream gradients; see `fp16_boost`
+
+    def upstream(self, values: Tensor) -> Tensor:
+        """These layers of weights or upstream gradients [L, ...], times their boost."""
+        values = values[self.layers]
+        return values if self.boost is None else values * self.boost.view(-1, *[1] * (values.dim() - 1))
+
+
+RowPass = Callable[[RowChunk, ChunkSpan, Tensor | None], None]  # the last one is X [G, R, n], written if not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkedEngine:
     """Runs the strategy with one set of row operations (`rows_cpp`, `rows_triton` or `rows_torch`)."""
 
-    operations: ModuleType
+    operations: RowOperations
     workspace_bytes: int
-    fused_pass: Callable[..., bool] | None = None  # all three row operations of the loss at once, where it can
+    fused_pass: FusedPass | None = None  # the row pass of the loss in one launch, where it fits
 
-    def match_terms(
+    def terms_and_gradients(
         self,
         embeddings: Tensor,  # [L, N, D]
-        plan: MatchPlan,
+        index: MatchIndex,
         temperature: Tensor,  # float32 []
-        scales: MatchScales | None,  # [L, M]; with them, gradients are computed
-        terms: MatchTerms,  # [L, M], filled in
-        sequence_negatives: bool,
+        weights: TermWeights | None,  # [L, M]; with them, gradients are computed
+        terms: MatchTerms,  # [L, M], written
+        negatives: str,  # "sequence" | "frame"
         eps: float,
-        gradient: Tensor | None,  # like `embeddings`, filled in
+        gradient: Tensor | None,  # like `embeddings`, written
         want_temperature: bool,
     ) -> Tensor | None:
-        """Both terms of every match; with `scales`, the gradients of `sum scales * terms`."""
-        walk = _Walk(
-            self, embeddings, plan.rows, temperature, plan.values, plan.known, True, gradient, want_temperature, scales
-        )
-        for part in walk.parts():
-            runs = _runs(plan, part)
-            layer_scales = None if scales is None else MatchScales(*(part.boosted(scale) for scale in scales))
-            part_terms = terms.of_layers(part.layers)
+        """Both terms of every match; with `weights`, the gradients of `sum weights * terms`.
+
+        Returns the gradient of the temperature, or None where it is not wanted.
+        """
+
+        def row_pass(chunk: RowChunk, span: ChunkSpan, x: Tensor | None) -> None:
+            runs = MatchRuns.of(index, span.rows, first_token=span.sequence.tokens[0])
+            chunk_weights = None if weights is None else TermWeights(*map(span.upstream, weights))
+            chunk_terms = terms.of_layers(span.layers)
             if self.fused_pass is not None and self.fused_pass(
-                part.chunk, runs, layer_scales, part_terms, sequence_negatives, eps, part.x
+                chunk, runs, chunk_weights, chunk_terms, negatives, eps, x
             ):
-                continue
-            statistics = self.operations.frame_statistics(part.chunk, runs, sequence_negatives)
-            upstream = self.operations.match_terms(
-                part.chunk, statistics, runs, layer_scales, part_terms, sequence_negatives, eps
-            )
-            if part.x is not None:
-                self.operations.similarity_gradient(part.chunk, statistics, upstream, runs, layer_scales, part.x)
-        return walk.temperature_gradient()
+                return
+            statistics = self.operations.frame_statistics(chunk, runs, every_frame=negatives == "sequence")
+            upstream = self.operations.loss_terms(chunk, statistics, runs, chunk_weights, chunk_terms, negatives, eps)
+            if x is not None and upstream is not None:
+                self.operations.similarity_gradient(chunk, statistics, upstream, runs, chunk_weights, x)
+
+        return self._for_each_chunk(
+            embeddings, index.rows, temperature, index.values, index.known, True, row_pass,
+            upstream=weights or (), gradient=gradient, want_temperature=want_temperature,
+        )  # fmt: skip
 
     def frame_match(
         self,
         embeddings: Tensor,  # [L, N, D]
-        rows: RowPlan,
+        rows: RowIndex,
         temperature: Tensor,  # float32 []
         values: Tensor | None,  # float32 [N, V]
         known: Tensor | None,  # bool [N]
         exclude_own: bool,
     ) -> FrameStatistics:
         """[L, A, P] statistics of every row over every frame of its sequence; `best` is a token of the batch."""
-        width = 0 if values is None else values.shape[1]
         layers, anchors = embeddings.shape[0], rows.row_token.shape[0]
-        whole = FrameStatistics.nothing(layers, anchors, rows.longest, width, embeddings.device)
-        for part in _Walk(self, embeddings, rows, temperature, values, known, exclude_own, None, False).parts():
-            found = self.operations.frame_statistics(part.chunk, None, True)
-            best = torch.where(found.best < 0, -1, found.best + part.span.tokens[0])
-            for to, value in zip(whole, found._replace(best=best), strict=True):
-                to[part.layers, part.block, : part.span.frame_count] = value
-        return whole
+        width = 0 if values is None else values.shape[1]
+        result = FrameStatistics.of_empty_frames(layers, anchors, rows.longest, width, embeddings.device)
+
+        def row_pass(chunk: RowChunk, span: ChunkSpan, x: Tensor | None) -> None:
+            statistics = self.operations.frame_statistics(chunk, None, every_frame=True)
+            best = torch.where(statistics.best < 0, -1, statistics.best + span.sequence.tokens[0])
+            for to, value in zip(result, statistics._replace(best=best), strict=True):
+                to[span.layers, span.rows, : span.sequence.frame_count] = value
+
+        self._for_each_chunk(embeddings, rows, temperature, values, known, exclude_own, row_pass)
+        return result
 
     def frame_match_gradient(
         self,
         embeddings: Tensor,
-        rows: RowPlan,
+        rows: RowIndex,
         temperature: Tensor,
         values: Tensor | None,
         known: Tensor | None,
@@ -110,223 +146,200 @@ class ChunkedEngine:
         want_temperature: bool,
     ) -> Tensor | None:
         """The gradients of `sum upstream.lse * lse + sum upstream.expected * expected`."""
-        walk = _Walk(
-            self, embeddings, rows, temperature, values, known, exclude_own, gradient, want_temperature, upstream
+
+        def row_pass(chunk: RowChunk, span: ChunkSpan, x: Tensor | None) -> None:
+            frames = slice(0, span.sequence.frame_count)
+            chunk_statistics = (value[span.layers, span.rows, frames].contiguous() for value in statistics)
+            chunk_upstream = (span.upstream(value)[:, span.rows, frames].contiguous() for value in upstream)
+            if x is not None:
+                self.operations.similarity_gradient(
+                    chunk, FrameStatistics(*chunk_statistics), FrameUpstream(*chunk_upstream), None, None, x
+                )
+
+        return self._for_each_chunk(
+            embeddings, rows, temperature, values, known, exclude_own, row_pass,
+            upstream=upstream, gradient=gradient, want_temperature=want_temperature,
+        )  # fmt: skip
+
+    def _for_each_chunk(
+        self,
+        embeddings: Tensor,  # [L, N, D]
+        rows: RowIndex,
+        temperature: Tensor,  # float32 []
+        values: Tensor | None,  # float32 [N, V]
+        known: Tensor | None,  # bool [N]
+        exclude_own: bool,
+        row_pass: RowPass,
+        *,
+        upstream: Sequence[Tensor] = (),  # each [L, ...]: weights of terms, or gradients of statistics
+        gradient: Tensor | None = None,  # [L, N, D], written
+        want_temperature: bool = False,
+    ) -> Tensor | None:
+        """Every group of layers, sequence and chunk once, in a fixed order. Returns the temperature's gradient."""
+        products, backward = Products.of(embeddings), gradient is not None or want_temperature
+        sizes = ChunkSizes.of(embeddings, rows, products, self.workspace_bytes)
+        workspace = Workspace.allocate(sizes, embeddings, products, backward)
+        radial: list[Tensor] = []  # of each chunk: sum_i e_i . (X E)_i, which is -tau dL/dtau
+        for layers in sizes.layer_groups():
+            norms = self.operations.inverse_norms(embeddings[layers])  # float32 [G, N]
+            for sequence in rows.sequences():
+                first, last = sequence.tokens
+                tokens, scale = embeddings[layers, first:last], norms[:, first:last]  # [G, n, D], [G, n]
+                frame_offsets = rows.frame_offsets[sequence.frames[0] : sequence.frames[1] + 1] - first
+                boost = fp16_boost(products, [value[layers] for value in upstream], scale, temperature)
+                total = None  # free the old accumulator before allocating the next
+                total = accumulator(gradient, layers, sequence)  # float32 [G, n, D]
+                if total is not None and sequence.row_count == 0:
+                    total.zero_()
+
+                for block in sizes.row_blocks(sequence, layer_count=tokens.shape[0]):
+                    own = rows.row_token[block] - first  # [R]
+                    anchors, similarity, x = workspace.shaped(tokens.shape[0], own.shape[0], last - first)
+                    anchors.copy_(tokens[:, own])
+                    products.similarity(anchors, tokens, out=similarity)
+                    chunk = RowChunk(
+                        similarity=similarity,
+                        row_scale=scale[:, own],
+                        token_scale=scale,
+                        temperature=temperature,
+                        own_token=own,
+                        exclude_own=exclude_own,
+                        frame_offsets=frame_offsets,
+                        values=None if values is None else values[first:last],
+                        known=None if known is None else known[first:last],
+                    )
+                    row_pass(chunk, ChunkSpan(layers, sequence, block, boost), x if backward else None)
+                    if not backward:
+                        continue
+                    row_gradient = workspace.row_gradient(tokens.shape[0], own.shape[0])
+                    products.row_gradient(x, tokens, out=row_gradient)
+                    if want_temperature:
+                        per_layer = (anchors * row_gradient).sum((1, 2))  # [G]
+                        radial.append((per_layer if boost is None else per_layer / boost).sum())
+                    if total is not None:
+                        products.token_gradient(x, anchors, out=total, accumulate=block.start > sequence.rows[0])
+                        total.index_add_(1, own, row_gradient)
+
+                if gradient is not None and total is not None:
+                    if boost is not None:
+                        total.div_(boost[:, None, None])
+                    self.operations.project_gradient(total, tokens, scale, out=gradient[layers, first:last])
+        if not want_temperature:
+            return None
+        return -torch.stack(radial).sum() / temperature if radial else torch.zeros((), device=embeddings.device)
+
+
+def accumulator(gradient: Tensor | None, layers: slice, sequence: SequenceSpan) -> Tensor | None:
+    """float32 [G, n, D] for the gradient of one sequence: the gradient itself where it is float32."""
+    if gradient is None:
+        return None
+    out = gradient[layers, sequence.tokens[0] : sequence.tokens[1]]
+    return out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+
+
+def fp16_boost(
+    products: Products,
+    upstream: list[Tensor],  # each [G, ...]
+    inverse_norms: Tensor,  # float32 [G, n]
+    temperature: Tensor,
+) -> Tensor | None:
+    """[G] powers of two that lift `X` into float16's range; None where no number is float16.
+
+    In a mean, `weight r_i r_k / tau` is about 1e-8 for embeddings a few thousand wide, below the smallest number that
+    float16 has. Upstream gradients are multiplied by the boost, the results of the products divided by it.
+    """
+    if products.element != torch.float16 or not upstream or any(value.numel() == 0 for value in upstream):
+        return None
+    largest = torch.stack([value.abs().flatten(1).amax(1) for value in upstream]).amax(0)  # [G]
+    size = largest * inverse_norms.median(dim=1).values.square() / temperature
+    return size.clamp(1e-30, 1e30).log2().round().neg().exp2()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkSizes:
+    """How many layers and rows go together, so that one chunk fits the workspace."""
+
+    rows: RowIndex
+    layers: int
+    width: int  # D
+    x_bytes: int  # of a number of `X`, where it does not share the memory of the similarities
+    workspace_bytes: int
+    group: int  # layers that go together
+
+    @staticmethod
+    def of(embeddings: Tensor, rows: RowIndex, products: Products, workspace_bytes: int) -> ChunkSizes:
+        """On a GPU, layers that fit together go together: there, launches of small layers cost more than their work."""
+        layers, _, width = embeddings.shape
+        x_bytes = 0 if products.element == torch.float32 else 2
+        sizes = ChunkSizes(
+            rows=rows, layers=layers, width=width, x_bytes=x_bytes, workspace_bytes=workspace_bytes, group=1
         )
-        for part in walk.parts():
-            frames = slice(0, part.span.frame_count)
-            self.operations.similarity_gradient(
-                part.chunk,
-                FrameStatistics(*(value[part.layers, part.block, frames].contiguous() for value in statistics)),
-                FrameUpstream(*(part.boosted(value)[:, part.block, frames].contiguous() for value in upstream)),
-                None,
-                None,
-                part.x,
-            )
-        return walk.temperature_gradient()
+        if not embeddings.is_cuda:
+            return sizes
+        per_layer = max(
+            span.row_count * sizes.bytes_per_row(span) + 4 * span.token_count * width for span in rows.sequences()
+        )
+        return replace(sizes, group=min(layers, max(1, workspace_bytes // max(1, per_layer))))
+
+    def layer_groups(self) -> list[slice]:
+        return [slice(start, min(start + self.group, self.layers)) for start in range(0, self.layers, self.group)]
+
+    def row_blocks(self, sequence: SequenceSpan, layer_count: int) -> list[slice]:
+        """The rows of a sequence in blocks of equal size, as few as the workspace allows."""
+        start, end = sequence.rows
+        fitting = max(1, self.workspace_bytes // (layer_count * self.bytes_per_row(sequence)))
+        blocks = -(-(end - start) // fitting)
+        size = -(-(end - start) // max(1, blocks))
+        return [slice(at, min(at + size, end)) for at in range(start, end, max(1, size))]
+
+    def bytes_per_row(self, sequence: SequenceSpan) -> int:
+        return (4 + self.x_bytes) * sequence.token_count + 8 * self.width
+
+    def largest(self) -> tuple[int, int]:
+        """(similarities, rows) of the largest chunk, over all its layers."""
+        cells = rows = 0
+        for sequence in self.rows.sequences():
+            for block in self.row_blocks(sequence, self.group)[:1]:
+                count = self.group * (block.stop - block.start)
+                cells, rows = max(cells, count * sequence.token_count), max(rows, count)
+        return cells, rows
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One chunk on its way: the caller fills `x` before it asks for the next one."""
-
-    layers: slice
-    span: SequenceSpan
-    block: slice  # rows of the batch
-    chunk: RowChunk
-    x: Tensor | None  # [G, R, n], to be filled with dL/d(raw dot product)
-    boost: Tensor | None  # float32 [G], what upstream numbers are to be multiplied with
-
-    def boosted(self, upstream: Tensor) -> Tensor:
-        """These layers of an upstream [L, ...], times their boost."""
-        cut = upstream[self.layers]
-        return cut if self.boost is None else cut * self.boost.view(-1, *[1] * (cut.dim() - 1))
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """The workspace: flat, and seen by each chunk in its own shape."""
+class Workspace:
+    """Flat buffers for the largest chunk, allocated once; each chunk views them in its own shape."""
 
     width: int
     anchors: Tensor
     similarity: Tensor
-    x: Tensor
-    row_gradient: Tensor
+    x: Tensor  # `similarity` itself where the products take float32
+    row_gradients: Tensor
 
-    def views(self, groups: int, rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        def view(flat: Tensor, last: int) -> Tensor:
-            return flat[: groups * rows * last].view(groups, rows, last)
-
-        gradient = self.row_gradient
-        return (
-            view(self.anchors, self.width),
-            view(self.similarity, tokens),
-            view(self.x, tokens),
-            view(gradient, self.width) if gradient.numel() else gradient,
-        )
-
-
-@dataclass
-class _Walk:
-    """Every layer group, sequence and row chunk once, in a fixed order, with the products before and after."""
-
-    engine: ChunkedEngine
-    embeddings: Tensor
-    rows: RowPlan
-    temperature: Tensor
-    values: Tensor | None
-    known: Tensor | None
-    exclude_own: bool
-    gradient: Tensor | None
-    want_temperature: bool
-    upstream: tuple[Tensor, ...] | None = None  # each [L, ...]: scales of terms, or gradients of statistics
-    slopes: list[Tensor] = field(default_factory=list)
-
-    def parts(self) -> Iterator[_Part]:
-        products = Products.of(self.embeddings)
-        operations = self.engine.operations
-        buffers = self._buffers(products)
-        for layers in self._layer_groups(products):
-            tokens = self.embeddings[layers]  # [G, N, D]
-            scale = operations.inverse_norms(tokens)  # [G, N]
-            for span in self.rows.sequences():
-                first, last = span.tokens
-                total = None  # the last one goes before the next one comes
-                total = self._accumulator(layers, span)
-                sequence, sequence_scale = tokens[:, first:last], scale[:, first:last]
-                boost = self._boost(products, layers, sequence_scale)
-                yield from self._sequence(products, buffers, layers, span, sequence, sequence_scale, total, boost)
-                if self.gradient is not None and total is not None:
-                    if boost is not None:
-                        total.div_(boost[:, None, None])
-                    operations.project_gradient(total, sequence, sequence_scale, self.gradient[layers, first:last])
-
-    def temperature_gradient(self) -> Tensor | None:
-        """`-(1 / tau) sum_i e_i . (X E)_i`: every row's share was noted when its chunk passed."""
-        if not self.want_temperature:
-            return None
-        if not self.slopes:
-            return torch.zeros((), device=self.embeddings.device)
-        return -torch.stack(self.slopes).sum() / self.temperature
-
-    def _sequence(
-        self,
-        products: Products,
-        buffers: _Buffers,
-        layers: slice,
-        span: SequenceSpan,
-        tokens: Tensor,  # [G, n, D]
-        scale: Tensor,  # [G, n]
-        total: Tensor | None,  # [G, n, D]
-        boost: Tensor | None,  # [G]
-    ) -> Iterator[_Part]:
-        first, last = span.tokens
-        offsets = self.rows.frame_offsets[span.frames[0] : span.frames[1] + 1] - first
-        if total is not None and span.rows[0] == span.rows[1]:
-            total.zero_()
-        for block in self._blocks(products, span, tokens):
-            own = self.rows.row_token[block] - first  # [R]
-            anchors, similarity, x, row_gradient = buffers.views(tokens.shape[0], own.shape[0], last - first)
-            anchors.copy_(tokens[:, own])
-            products.similarity(anchors, tokens, similarity)
-            chunk = RowChunk(
-                similarity=similarity,
-                row_scale=scale[:, own],
-                token_scale=scale,
-                temperature=self.temperature,
-                own_token=own,
-                exclude_own=self.exclude_own,
-                frame_offsets=offsets,
-                values=None if self.values is None else self.values[first:last],
-                known=None if self.known is None else self.known[first:last],
-            )
-            yield _Part(layers, span, block, chunk, x if self._backward else None, boost)
-            if self._backward:
-                products.row_gradient(x, tokens, row_gradient)
-            if self.want_temperature:
-                per_layer = (anchors * row_gradient).sum((1, 2))  # [G]
-                self.slopes.append((per_layer if boost is None else per_layer / boost).sum())
-            if total is not None:
-                products.token_gradient(x, anchors, total, accumulate=block.start > span.rows[0])
-                total.index_add_(1, own, row_gradient)
-
-    def _boost(self, products: Products, layers: slice, scale: Tensor) -> Tensor | None:
-        """[G] powers of two that lift `X` into float16's range: a mean's `weight r_i r_k / tau` is about 1e-8 for
-        embeddings a few thousand wide, below the smallest number float16 has. The products are divided by it."""
-        if products.element != torch.float16 or not self.upstream or any(u[layers].numel() == 0 for u in self.upstream):
-            return None
-        largest = torch.stack([u[layers].abs().flatten(1).amax(1) for u in self.upstream]).amax(0)  # [G]
-        size = largest * scale.median(dim=1).values.square() / self.temperature
-        return size.clamp(1e-30, 1e30).log2().round().neg().exp2()
-
-    @property
-    def _backward(self) -> bool:
-        return self.gradient is not None or self.want_temperature
-
-    def _buffers(self, products: Products) -> _Buffers:
-        """Room for the largest chunk of all, taken once."""
-        group = self._layer_groups(products)[0].stop
-        cells = rows = 0
-        for span in self.rows.sequences():
-            for block in self._blocks(products, span, self.embeddings[:group])[:1]:
-                cells = max(cells, group * (block.stop - block.start) * span.token_count)
-                rows = max(rows, group * (block.stop - block.start))
-        width = self._width
-        like = self.embeddings
+    @staticmethod
+    def allocate(sizes: ChunkSizes, like: Tensor, products: Products, backward: bool) -> Workspace:
+        cells, rows = sizes.largest()
         similarity = like.new_empty(cells, dtype=torch.float32)
-        narrow = self._backward and products.element != torch.float32
-        return _Buffers(
-            width=width,
-            anchors=like.new_empty(rows * width, dtype=products.element),
+        own_x = backward and products.element != torch.float32
+        return Workspace(
+            width=sizes.width,
+            anchors=like.new_empty(rows * sizes.width, dtype=products.element),
             similarity=similarity,
-            x=like.new_empty(cells, dtype=products.element) if narrow else similarity,
-            row_gradient=like.new_empty(rows * width if self._backward else 0, dtype=torch.float32),
+            x=like.new_empty(cells, dtype=products.element) if own_x else similarity,
+            row_gradients=like.new_empty(rows * sizes.width if backward else 0, dtype=torch.float32),
         )
 
-    def _accumulator(self, layers: slice, span: SequenceSpan) -> Tensor | None:
-        """float32 [G, n, D]: the gradient itself where it is float32."""
-        if self.gradient is None:
-            return None
-        out = self.gradient[layers, span.tokens[0] : span.tokens[1]]
-        return out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    def shaped(self, groups: int, rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """anchors [G, R, D], similarity [G, R, n] and X [G, R, n]."""
+        return (
+            self._view(self.anchors, groups, rows, self.width),
+            self._view(self.similarity, groups, rows, tokens),
+            self._view(self.x, groups, rows, tokens),
+        )
 
-    def _layer_groups(self, products: Products) -> list[slice]:
-        """Several layers at once where even together they are small: on a GPU, where launches cost more than work."""
-        layers = self.embeddings.shape[0]
-        size = 1
-        if self.embeddings.is_cuda:
-            per_layer = max(
-                (span.rows[1] - span.rows[0]) * self._bytes_per_row(products, span) + 4 * span.token_count * self._width
-                for span in self.rows.sequences()
-            )
-            size = min(layers, max(1, self.engine.workspace_bytes // max(1, per_layer)))
-        return [slice(start, min(start + size, layers)) for start in range(0, layers, size)]
+    def row_gradient(self, groups: int, rows: int) -> Tensor:
+        """float32 [G, R, D]."""
+        return self._view(self.row_gradients, groups, rows, self.width)
 
-    def _blocks(self, products: Products, span: SequenceSpan, tokens: Tensor) -> list[slice]:
-        """Rows in chunks of equal size, as few as the workspace allows."""
-        start, end = span.rows
-        fitting = max(1, self.engine.workspace_bytes // (tokens.shape[0] * self._bytes_per_row(products, span)))
-        chunks = -(-(end - start) // fitting)
-        size = -(-(end - start) // max(1, chunks))
-        return [slice(at, min(at + size, end)) for at in range(start, end, max(1, size))]
-
-    def _bytes_per_row(self, products: Products, span: SequenceSpan) -> int:
-        x_bytes = 0 if products.element == torch.float32 else 2
-        return (4 + x_bytes) * span.token_count + 8 * self._width
-
-    @property
-    def _width(self) -> int:
-        return self.embeddings.shape[-1]
-
-
-def _runs(plan: MatchPlan, part: _Part) -> MatchRuns:
-    longest = plan.rows.longest
-    return MatchRuns(
-        start=plan.run_start[part.block.start * longest : part.block.stop * longest + 1],
-        longest=longest,
-        order=plan.order,
-        target=plan.target,
-        depth=plan.depth,
-        counts=plan.counts,
-        first_token=part.span.tokens[0],
-    )
+    @staticmethod
+    def _view(flat: Tensor, groups: int, rows: int, last: int) -> Tensor:
+        return flat[: groups * rows * last].view(groups, rows, last)

@@ -1,4 +1,4 @@
-"""Which code computes a problem: the table of backends and the rules of eligibility.
+"""Which code computes a problem: the table of backends, and how one is chosen.
 
 | backend  | device           | strategy                                                                           |
 | -------- | ---------------- | ---------------------------------------------------------------------------------- |
@@ -7,21 +7,22 @@
 | `torch`  | any              | dense, by autograd (`gasp_fast.loss.dense`); no engine                              |
 
 The triton backend also accepts CPU tensors under `TRITON_INTERPRET=1`: slow, and how its kernels are tested without a
-GPU. float64 is for the dense reference alone.
+GPU. Only the dense backend computes in float64.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import rows_cpp
-from .chunk import FrameStatistics, FrameUpstream, MatchScales, MatchTerms
+from .chunk import FrameStatistics, FrameUpstream, MatchTerms, TermWeights
 from .chunked import ChunkedEngine
-from .plan import MatchPlan, RowPlan
+from .index import MatchIndex, RowIndex
 
 CPU_WORKSPACE = 24 << 20  # leaves room under 32 MiB for converted tokens and the library's own packing
 GPU_WORKSPACE = 112 << 20  # leaves room under 128 MiB for statistics of a chunk
@@ -30,16 +31,16 @@ BACKENDS = ("auto", "triton", "cpp", "torch")
 
 
 class Engine(Protocol):
-    """Fills in terms, statistics and gradients; `chunked.ChunkedEngine` documents each argument."""
+    """A strategy: computes terms, statistics and gradients. `chunked.ChunkedEngine` documents each argument."""
 
-    def match_terms(
+    def terms_and_gradients(
         self,
         embeddings: Tensor,
-        plan: MatchPlan,
+        index: MatchIndex,
         temperature: Tensor,
-        scales: MatchScales | None,
+        weights: TermWeights | None,
         terms: MatchTerms,
-        sequence_negatives: bool,
+        negatives: str,
         eps: float,
         gradient: Tensor | None,
         want_temperature: bool,
@@ -48,7 +49,7 @@ class Engine(Protocol):
     def frame_match(
         self,
         embeddings: Tensor,
-        rows: RowPlan,
+        rows: RowIndex,
         temperature: Tensor,
         values: Tensor | None,
         known: Tensor | None,
@@ -58,7 +59,7 @@ class Engine(Protocol):
     def frame_match_gradient(
         self,
         embeddings: Tensor,
-        rows: RowPlan,
+        rows: RowIndex,
         temperature: Tensor,
         values: Tensor | None,
         known: Tensor | None,
@@ -82,7 +83,7 @@ def interpreted() -> bool:
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that `auto` stands for, or the one asked for if it can do the work."""
+    """The backend that `auto` stands for, or the given one if it supports this device and type."""
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
@@ -108,13 +109,19 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     return backend
 
 
-def engine_for(backend: str, embeddings: Tensor) -> Engine:
-    """The engine of a fast backend that was chosen before."""
-    if backend == "cpp":
-        return ChunkedEngine(operations=rows_cpp, workspace_bytes=CPU_WORKSPACE)
+def cpp_engine(embeddings: Tensor) -> Engine:
+    return ChunkedEngine(operations=rows_cpp, workspace_bytes=CPU_WORKSPACE)
+
+
+def triton_engine(embeddings: Tensor) -> Engine:
     from . import narrow, rows_cuda, rows_triton
 
     if narrow.eligible(embeddings):
         return narrow
     fused_pass = rows_cuda.fused_pass if rows_cuda.enabled() else None
     return ChunkedEngine(operations=rows_triton, workspace_bytes=GPU_WORKSPACE, fused_pass=fused_pass)
+
+
+# Backend -> its engine for some embeddings [L, N, D]. Another engine can be registered here, with a smaller workspace
+# or other row operations.
+ENGINES: dict[str, Callable[[Tensor], Engine]] = {"cpp": cpp_engine, "triton": triton_engine}

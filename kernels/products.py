@@ -1,7 +1,6 @@
 """The three matrix products of a chunk, through the library that is best at them on this device and type.
 
-Knows float types and libraries; knows nothing of frames or matches. Results that other numbers are computed from
-(similarities, gradients) are float32 whatever the inputs are.
+Similarities and gradients are float32 whatever the inputs are: other numbers are computed from them.
 
 | device, input          | products run as                                                              |
 | ---------------------- | ---------------------------------------------------------------------------- |
@@ -53,7 +52,7 @@ class Products:
         elif self.element == torch.bfloat16 and not anchors.is_cuda:
             _mkl_bf16_product(anchors[0], tokens[0], out[0])
         else:
-            self._product(anchors, tokens.mT, out, accumulate=False)
+            self.product(anchors, tokens.mT, out, accumulate=False)
 
     def row_gradient(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
         """`out = x tokens`: [G, R, n], [G, n, D] -> float32 [G, R, D]."""
@@ -61,13 +60,14 @@ class Products:
             for block in self._blocks(tokens):
                 _float_product(x[:, :, block], tokens[:, block].to(self.element), out, accumulate=block.start > 0)
         else:
-            self._product(x, tokens, out, accumulate=False)
+            self.product(x, tokens, out, accumulate=False)
 
     def token_gradient(self, x: Tensor, anchors: Tensor, out: Tensor, accumulate: bool) -> None:
         """`out (+)= x^T anchors`: [G, R, n], [G, R, D] -> float32 [G, n, D]."""
-        self._product(x.mT, anchors, out, accumulate)
+        self.product(x.mT, anchors, out, accumulate)
 
-    def _product(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    def product(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+        """`out (+)= a b` for operands in `element`, float32 [G, ., .]."""
         if self.element == torch.float32:
             _float_product(a, b, out, accumulate)
         elif self.wide_result and not accumulate:
@@ -75,8 +75,8 @@ class Products:
         elif self.wide_result:
             torch.baddbmm(out, a, b, torch.float32, out=out)
         else:
-            narrow = torch.bmm(a, b)
-            out.add_(narrow) if accumulate else out.copy_(narrow)
+            rounded = torch.bmm(a, b)
+            out.add_(rounded) if accumulate else out.copy_(rounded)
 
     def _blocks(self, tokens: Tensor) -> list[slice]:
         size = max(16, CONVERTED_BYTES // (4 * tokens.shape[-1] * tokens.shape[0]))
@@ -84,7 +84,7 @@ class Products:
 
 
 def _float_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    if a.shape[0] == 1:  # one layer: the plain product is the better trodden path
+    if a.shape[0] == 1:  # one layer: libraries tune the plain product best
         a, b, out = a[0], b[0], out[0]
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     else:
@@ -94,12 +94,12 @@ def _float_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 @functools.cache
 def has_amx() -> bool:
     """Whether bf16 products run on this CPU's matrix unit, and MKL offers them with a float32 result."""
-    return torch.cpu._is_amx_tile_supported() and _mkl_function() is not None
+    return torch.cpu._is_amx_tile_supported() and mkl_bf16_function() is not None
 
 
 @functools.cache
-def _mkl_function() -> Any:
-    """MKL's bf16 x bf16 -> float32 product, which torch carries without an operator for it; None where it does not."""
+def mkl_bf16_function() -> Any:
+    """MKL's bf16 x bf16 -> float32 product, which torch links but has no operator for; None where it is missing."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         function = ctypes.CDLL(str(library)).cblas_gemm_bf16bf16f32
@@ -113,7 +113,7 @@ def _mkl_function() -> Any:
 
 def _mkl_bf16_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`out = a b^T` for row-major bf16 [R, D] and [n, D], float32 [R, n]."""
-    function = _mkl_function()
+    function = mkl_bf16_function()
     assert function is not None
     row_major, plain, transposed = 101, 111, 112
     function(

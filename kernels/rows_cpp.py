@@ -1,8 +1,8 @@
-"""The row operations on the CPU: the extension `csrc/rows.cpp` behind the signatures of `rows_torch`.
+"""The row operations on the CPU: the extension `csrc/rows.cpp` with the signatures of `rows_torch`.
 
-Tensors cross the border as NumPy views, without a copy; bfloat16, which NumPy does not know, as its 16 bits. One layer
-at a time (`G = 1`): a CPU has nothing to gain from a wider launch. float16 takes the plain PyTorch path where the
-element type matters at all (norms and the last projection).
+Tensors are passed as NumPy views, without a copy; bfloat16, which NumPy lacks, as its 16 bits. One layer at a time
+(`G = 1`): a CPU gains nothing from a wider launch. float16 takes the plain PyTorch path where the element type matters
+at all (norms and the last projection).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import rows_torch
-from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchScales, MatchTerms, RowChunk
+from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchTerms, RowChunk, TermWeights
 
 _rows: Any
 try:
@@ -54,26 +54,26 @@ def frame_statistics(chunk: RowChunk, runs: MatchRuns | None, every_frame: bool)
     return out
 
 
-def match_terms(
+def loss_terms(
     chunk: RowChunk,
     statistics: FrameStatistics,
     runs: MatchRuns,
-    scales: MatchScales | None,
+    weights: TermWeights | None,
     terms: MatchTerms,
-    sequence_negatives: bool,
+    negatives: str,
     eps: float,
 ) -> FrameUpstream | None:
     upstream = None
-    if scales is not None:
+    if weights is not None:
         upstream = FrameUpstream(torch.empty_like(statistics.lse), torch.empty_like(statistics.expected))
-    _rows.match_terms(
+    _rows.loss_terms(
         _chunk(chunk),
         *(value[0].numpy() for value in statistics),
         runs.start.numpy(), runs.longest, runs.order.numpy(), runs.target.numpy(), runs.depth.numpy(),
         runs.counts.numpy(), runs.first_token,
         *(value[0].numpy() for value in terms),
-        *((None, None) if scales is None else (scale[0].numpy() for scale in scales)),
-        sequence_negatives, eps,
+        *((None, None) if weights is None else (scale[0].numpy() for scale in weights)),
+        negatives == "sequence", eps,
         *((None, None) if upstream is None else (value[0].numpy() for value in upstream)),
         _threads(),
     )  # fmt: skip
@@ -85,7 +85,7 @@ def similarity_gradient(
     statistics: FrameStatistics,
     upstream: FrameUpstream,
     runs: MatchRuns | None,
-    scales: MatchScales | None,
+    weights: TermWeights | None,
     out: Tensor,
 ) -> None:
     _rows.similarity_gradient(
@@ -94,7 +94,7 @@ def similarity_gradient(
         *(value[0].numpy() for value in upstream),
         *((None, 0, None, None, 0) if runs is None else (
             runs.start.numpy(), runs.longest, runs.order.numpy(), runs.target.numpy(), runs.first_token)),
-        None if scales is None else scales.corr[0].numpy(),
+        None if weights is None else weights.corr[0].numpy(),
         _bits(out[0]),
         _threads(),
     )  # fmt: skip
@@ -128,7 +128,7 @@ def _bits(tensor: Tensor) -> np.ndarray:
 
 
 def _dense_rows(embeddings: Tensor) -> Tensor:
-    """Rows may lie anywhere; the numbers of a row must be neighbours."""
+    """Rows may have any stride; the numbers of a row must be contiguous."""
     return embeddings if embeddings.stride(-1) == 1 else embeddings.contiguous()
 
 

@@ -1,8 +1,8 @@
 """Statistics, terms and gradient of a chunk in one CUDA kernel: `csrc/fused_rows.cu` behind a plain C interface.
 
 It replaces three of the row operations where a whole row of similarities fits a multiprocessor's shared memory
-(about 57,000 tokens on Hopper), reading the chunk once instead of twice. Built only where nvcc and a CUDA torch are
-at hand. Not yet measured on a GPU, so it is asked for by `GASP_FAST_CUDA_ROWS=1` and never chosen by itself.
+(about 57,000 tokens on Hopper), and reads the chunk once instead of twice. Built only where nvcc and a CUDA torch are
+installed. It has not been measured on a GPU yet, so it is off unless `GASP_FAST_CUDA_ROWS=1`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .chunk import MatchRuns, MatchScales, MatchTerms, RowChunk
+from .chunk import MatchRuns, MatchTerms, RowChunk, TermWeights
 
 LIBRARY = Path(__file__).parent.parent / "libgasp_fused_rows.so"  # beside the other extensions
 SHARED_BYTES = 227 << 10  # per block on sm_90
@@ -44,7 +44,7 @@ def library(path: Path | None = None) -> ctypes.CDLL | None:
         *[size] * 2,
         *[pointer] * 4,  # terms
         size,
-        *[pointer] * 2,  # scales
+        *[pointer] * 2,  # weights
         *[size] * 2,
         flag,
         number,
@@ -58,13 +58,13 @@ def library(path: Path | None = None) -> ctypes.CDLL | None:
 def fused_pass(
     chunk: RowChunk,
     runs: MatchRuns,
-    scales: MatchScales | None,
+    weights: TermWeights | None,
     terms: MatchTerms,
-    sequence_negatives: bool,
+    negatives: str,
     eps: float,
     x: Tensor | None,
 ) -> bool:
-    """`frame_statistics`, `match_terms` and `similarity_gradient` at once; False if the row does not fit."""
+    """`frame_statistics`, `loss_terms` and `similarity_gradient` in one launch; False if the row does not fit."""
     kernel = library()
     layers, rows, tokens = chunk.similarity.shape
     frames = chunk.frame_offsets.shape[0] - 1
@@ -74,28 +74,29 @@ def fused_pass(
         return False
     row_scale = chunk.row_scale.contiguous()
     values = chunk.values[:, 0].contiguous()
-    corr, depth = (None, None) if scales is None else _same_strides(scales)
+    corr, depth = (None, None) if weights is None else _same_strides(weights)
     device = chunk.similarity.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     status = kernel.gasp_fused_rows(
-        chunk.similarity.data_ptr(), row_scale.data_ptr(), chunk.token_scale.data_ptr(), chunk.temperature.data_ptr(),
-        chunk.own_token.data_ptr(), chunk.frame_offsets.data_ptr(), values.data_ptr(), chunk.known.data_ptr(),
+        *_pointers(chunk.similarity, row_scale, chunk.token_scale, chunk.temperature),
+        *_pointers(chunk.own_token, chunk.frame_offsets, values, chunk.known),
         layers, rows, tokens, frames, chunk.token_scale.stride(0),
-        runs.start.data_ptr(), runs.order.data_ptr(), runs.target.data_ptr(), runs.depth.data_ptr(),
-        runs.counts.data_ptr(), runs.longest, runs.first_token,
-        terms.corr.data_ptr(), terms.depth.data_ptr(), terms.best.data_ptr(), terms.confidence.data_ptr(),
-        terms.corr.stride(0),
-        None if corr is None else corr.data_ptr(), None if depth is None else depth.data_ptr(),
-        0 if corr is None else corr.stride(0), 0 if corr is None else corr.stride(1),
-        int(sequence_negatives), eps,
-        None if x is None else x.data_ptr(), _ELEMENTS[torch.float32 if x is None else x.dtype], stream,
+        *_pointers(runs.start, runs.order, runs.target, runs.depth, runs.counts), runs.longest, runs.first_token,
+        *_pointers(*terms), terms.corr.stride(0),
+        *_pointers(corr, depth), *((0, 0) if corr is None else corr.stride()),
+        int(negatives == "sequence"), eps,
+        *_pointers(x), _ELEMENTS[torch.float32 if x is None else x.dtype], stream,
     )  # fmt: skip
     if status != 0:
-        raise RuntimeError(f"gasp_fused_rows failed with CUDA error {status}; unset GASP_FAST_CUDA_ROWS to do without")
+        raise RuntimeError(f"gasp_fused_rows failed with CUDA error {status}; unset GASP_FAST_CUDA_ROWS to use Triton")
     return True
 
 
-def _same_strides(scales: MatchScales) -> tuple[Tensor, Tensor]:
-    if scales.corr.stride() == scales.depth.stride():
-        return scales.corr, scales.depth
-    return scales.corr.contiguous(), scales.depth.contiguous()
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _same_strides(weights: TermWeights) -> tuple[Tensor, Tensor]:
+    if weights.corr.stride() == weights.depth.stride():
+        return weights.corr, weights.depth
+    return weights.corr.contiguous(), weights.depth.contiguous()

@@ -1,8 +1,8 @@
-"""The row operations in plain PyTorch: what `rows_cpp` and `rows_triton` compute, said slowly.
+"""The row operations in plain PyTorch: the slow definition of what `rows_cpp` and `rows_triton` compute.
 
-Every fused pass over similarities is made of the same five operations, and this page is their definition. It knows
-tensors only. `G` layers are worked on together, `R` anchor rows of one sequence stand against its `n` tokens, which
-lie in `P` frames; `V` numbers may be attached to each token (for the depth loss V = 1, the patch's depth).
+Every fused pass over similarities consists of these five operations. `G` layers are computed together; `R` anchor rows
+of one sequence are compared with its `n` tokens, which lie in `P` frames; each token may carry `V` numbers (for the
+depth loss V = 1, the depth of its patch).
 
 With `x_ik` the raw dot product of two embeddings and `r` the inverse norms,
 
@@ -28,7 +28,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchScales, MatchTerms, RowChunk
+from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchTerms, RowChunk, TermWeights
 
 NORM_FLOOR = 1e-12
 
@@ -41,8 +41,9 @@ def inverse_norms(embeddings: Tensor) -> Tensor:
 def frame_statistics(chunk: RowChunk, runs: MatchRuns | None, every_frame: bool) -> FrameStatistics:
     """Log-sum-exp, expected value and arg-max of each row over each frame.
 
-    With `runs`, expected values are only needed where a match lands; with `every_frame` unset nothing else is needed
-    there either. What is not needed is left out by the fast versions; here it is computed and blanked.
+    With `runs`, expected values are needed only in frames with a match of the row; without `every_frame` the other
+    statistics are not needed elsewhere either. The fast versions skip what is not needed; here it is computed and then
+    blanked.
     """
     similarity = _scaled(chunk)  # [G, R, n]
     per_frame = []
@@ -58,21 +59,21 @@ def frame_statistics(chunk: RowChunk, runs: MatchRuns | None, every_frame: bool)
     return FrameStatistics(lse, known_lse, expected, best, peak)
 
 
-def match_terms(
+def loss_terms(
     chunk: RowChunk,
     statistics: FrameStatistics,
     runs: MatchRuns,
-    scales: MatchScales | None,
+    weights: TermWeights | None,
     terms: MatchTerms,
-    sequence_negatives: bool,
+    negatives: str,
     eps: float,
 ) -> FrameUpstream | None:
-    """Fill in both loss terms of every match of these rows; with `scales`, also the upstream gradients.
+    """Write both loss terms of every match of these rows; with `weights`, return the upstream gradients.
 
     `corr = -s_it + lse` over the target's frame or over all frames; `depth = |d - E| / (d + E + eps)`.
     """
     rows, frames = statistics.lse.shape[1:]
-    upstream = None if scales is None else FrameUpstream.zeros_like(statistics)
+    upstream = None if weights is None else FrameUpstream.zeros_like(statistics)
     whole = statistics.lse.logsumexp(-1)  # [G, R]
     for row in range(rows):
         for frame in range(frames):
@@ -85,24 +86,24 @@ def match_terms(
                     / chunk.temperature
                 )
                 lse = statistics.lse[:, row, frame]
-                terms.corr[:, match] = (whole[:, row] if sequence_negatives else lse) - positive
+                terms.corr[:, match] = (whole[:, row] if negatives == "sequence" else lse) - positive
                 terms.best[:, match] = statistics.best[:, row, frame] + runs.first_token
                 terms.confidence[:, match] = (statistics.peak[:, row, frame] - lse).exp()
                 depth, expected = runs.depth[at], statistics.expected[:, row, frame, 0]
                 total = depth + expected + eps
                 counts = bool(runs.counts[at])
                 terms.depth[:, match] = (depth - expected).abs() / total if counts else 0.0
-                if scales is None or upstream is None:
+                if weights is None or upstream is None:
                     continue
-                if sequence_negatives:
+                if negatives == "sequence":
                     upstream.lse[:, row] += (
-                        scales.corr[:, match, None] * (statistics.lse[:, row] - whole[:, row, None]).exp()
+                        weights.corr[:, match, None] * (statistics.lse[:, row] - whole[:, row, None]).exp()
                     )
                 else:
-                    upstream.lse[:, row, frame] += scales.corr[:, match]
+                    upstream.lse[:, row, frame] += weights.corr[:, match]
                 if counts:
                     slope = -torch.sign(depth - expected) / total - (depth - expected).abs() / total.square()
-                    upstream.expected[:, row, frame, 0] += scales.depth[:, match] * slope
+                    upstream.expected[:, row, frame, 0] += weights.depth[:, match] * slope
     return upstream
 
 
@@ -111,29 +112,30 @@ def similarity_gradient(
     statistics: FrameStatistics,
     upstream: FrameUpstream,
     runs: MatchRuns | None,
-    scales: MatchScales | None,
-    out: Tensor,  # [G, R, n], the element type that the matrix products want; may be `chunk.similarity` itself
+    weights: TermWeights | None,
+    out: Tensor,  # [G, R, n], in the element type of the matrix products; may be `chunk.similarity` itself
 ) -> None:
-    """Write `dL/dx`. With `runs`, each match also pulls its target: `-scale` at its column."""
+    """Write `dL/dx`. With `runs`, each match adds its positive's gradient: `-weight` at its target's column."""
     similarity = _scaled(chunk)
     gradient = torch.zeros_like(similarity)
     for frame, (start, end) in enumerate(_frames(chunk)):
         s = similarity[..., start:end]
         lse, known_lse = statistics.lse[:, :, frame, None], statistics.known_lse[:, :, frame, None]
-        a = torch.where(lse == float("-inf"), 0.0, upstream.lse[:, :, frame, None])  # nothing flows into nothing
+        # An empty frame receives zero gradient.
+        a = torch.where(lse == float("-inf"), 0.0, upstream.lse[:, :, frame, None])
         part = _product(a, (s - lse).exp())
         if chunk.values is not None and chunk.known is not None:
             b = upstream.expected[:, :, frame]  # [G, R, V]
             offset = (b * statistics.expected[:, :, frame]).sum(-1, keepdim=True)
-            pull = b @ chunk.values[start:end].mT - offset  # [G, R, n_f]
-            part = part + _product(pull, torch.where(chunk.known[start:end], (s - known_lse).exp(), 0.0))
+            deviation = b @ chunk.values[start:end].mT - offset  # [G, R, n_f], sum_v b_v (v_kv - E_v)
+            part = part + _product(deviation, torch.where(chunk.known[start:end], (s - known_lse).exp(), 0.0))
         gradient[..., start:end] = part
-    if runs is not None and scales is not None:
+    if runs is not None and weights is not None:
         for row in range(similarity.shape[1]):
             for frame in range(statistics.lse.shape[2]):
                 for at in runs.run(row, frame):
                     column = int(runs.target[at]) - runs.first_token
-                    gradient[:, row, column] -= scales.corr[:, int(runs.order[at])]
+                    gradient[:, row, column] -= weights.corr[:, int(runs.order[at])]
     scale = chunk.row_scale[:, :, None] * chunk.token_scale[:, None, :] / chunk.temperature
     out.copy_(gradient * scale)
 
@@ -158,22 +160,17 @@ def _statistics_of(s: Tensor, start: int, known: Tensor | None, values: Tensor |
     groups, rows, tokens = s.shape
     width = 0 if values is None else values.shape[1]
     if tokens == 0:
-        nothing = s.new_full((groups, rows), float("-inf"))
-        return (
-            nothing,
-            nothing,
-            s.new_zeros(groups, rows, width),
-            nothing.new_full((), -1).long().expand_as(nothing),
-            nothing,
-        )
+        minus_infinity = s.new_full((groups, rows), float("-inf"))
+        no_token = torch.full((groups, rows), -1, device=s.device)
+        return minus_infinity, minus_infinity, s.new_zeros(groups, rows, width), no_token, minus_infinity
     peak, best = s.max(-1)
     best = torch.where(peak == float("-inf"), -1, best + start)
     lse = s.logsumexp(-1)
     if values is None or known is None:
         return lse, torch.full_like(lse, float("-inf")), s.new_zeros(groups, rows, 0), best, peak
-    among = s.masked_fill(~known, float("-inf"))
-    known_lse = among.logsumexp(-1)
-    weight = torch.where(known_lse[..., None] == float("-inf"), 0.0, (among - known_lse[..., None]).exp())
+    known_s = s.masked_fill(~known, float("-inf"))
+    known_lse = known_s.logsumexp(-1)
+    weight = torch.where(known_lse[..., None] == float("-inf"), 0.0, (known_s - known_lse[..., None]).exp())
     return lse, known_lse, weight @ values, best, peak
 
 
@@ -199,5 +196,5 @@ def _frames(chunk: RowChunk) -> list[tuple[int, int]]:
 
 
 def _product(factor: Tensor, probability: Tensor) -> Tensor:
-    """A zero factor wins over the NaN of an empty softmax."""
+    """`factor * probability`, 0 for a zero factor even where an empty softmax gives NaN."""
     return torch.where(factor == 0, 0.0, factor * probability)

@@ -1,4 +1,16 @@
-"""The rooms that know a model's layout, one file a model. Start with `base.py`."""
+"""Model families: how a vision-language model is loaded, fed with frames, and where its parts are.
+
+base.py              `Backbone`: what a model family defines; the registry; `load_backbone`
+qwen2_5_vl.py        Qwen2.5-VL
+llava_next_video.py  LLaVA-NeXT-Video
+token_grid.py        the pixel -> token map: which visual token covers which pixels of a frame
+chat.py              conversations to prompt text and labels
+base_model.py        the base model of a run: attention, fused layers, gradient checkpointing
+adapters.py          LoRA
+window_attention.py  faster window attention for Qwen's vision tower
+tiny.py              small random models for tests, the demo and the examples
+torchvision_shim.py  makes torchvision importable beside a CPU build of torch
+"""
 
 from . import torchvision_shim
 

@@ -1,4 +1,4 @@
-"""LoRA adapters on the language model of a backbone."""
+"""LoRA adapters on the language model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class AdapterConfig:
 
 
 def add_adapters(backbone: Backbone, model: nn.Module, config: AdapterConfig) -> nn.Module:
-    """LoRA on q, k, v, o of the language model; everything else frozen. The adapters are fp32, as peft makes them."""
+    """Wrap `model` in peft's LoRA and freeze everything else. peft creates the adapters in fp32."""
     from peft import LoraConfig, get_peft_model
 
-    wanted = LoraConfig(
+    lora = LoraConfig(
         r=config.rank,
         lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
         lora_dropout=config.dropout,
         target_modules=backbone.lora_targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, wanted)
+    return get_peft_model(model, lora)

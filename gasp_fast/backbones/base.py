@@ -1,12 +1,19 @@
-"""What every supported vision-language model tells the rest of the project, and the registry of those that do.
+"""`Backbone`, the interface of a model family, and the registry of supported families.
 
-A `Backbone` is made from a model's configuration and processor alone, so that data loaders can use it in workers; the
-model itself, where one is needed, is an argument. It is the only place that knows a model's layout: its modules, its
-visual tokens, its processor. It knows nothing of losses, heads, scenes or training.
+A `Backbone` describes the parts of a model that differ between families: where its modules are, which tokens are
+visual and where they lie on a frame, how its processor is called. It holds the model's configuration and processor, no
+weights, so that data loaders can use it in worker processes; methods that need the model take it as an argument.
 
-A new model is one new file in this folder: a subclass with `model_type` set to the `model_type` of the model's
-`config.json`, decorated with `@register`, filling in the abstract methods. Every module of this folder is imported
-before a lookup; a class registered from outside the package works just as well.
+A new family is one new file in this folder: a subclass of `Backbone`, decorated with `@register`, that defines
+
+    model_type          the `model_type` in the model's config.json
+    visual_token_id     which id in `input_ids` marks a visual token
+    frame_grid          where the visual tokens of a frame lie on the frame (the pixel -> token map)
+    visual_content      the chat-template entries for a number of frames
+    visual_arguments    the processor's keyword arguments for frames
+
+and overrides what is not as in most transformers models. `load_backbone` imports every module of this folder before it
+looks a family up; a class that is registered outside the package works as well. docs/extending.md shows an example.
 """
 
 from __future__ import annotations
@@ -28,23 +35,23 @@ from torch import Tensor, nn
 from .chat import ChatFormat, Message
 from .token_grid import TokenGrid
 
-Frame = NDArray[np.uint8]  # [H, W, 3], RGB
+RGBImage = NDArray[np.uint8]  # [H, W, 3]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sequence as data: the frames it shows (possibly none) and what is said about them."""
+    """One training sequence before it is encoded: its frames (possibly none) and its messages."""
 
-    frames: Sequence[Frame]
+    frames: Sequence[RGBImage]
     messages: Sequence[Message]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch as the model takes it, and where its frames went."""
+    """A batch of model inputs, and the positions of its visual tokens."""
 
     inputs: dict[str, Tensor]  # keyword arguments of the model's forward, labels included
-    grids: list[list[TokenGrid]]  # of every frame of every sequence
+    grids: list[list[TokenGrid]]  # per sequence, one per frame
     positions: list[Tensor]  # per sequence int64 [tokens of all its frames], flat indices into B * S, frame by frame
 
 
@@ -58,13 +65,13 @@ class AttentionShape:
 
 
 class Backbone(ABC):
-    """One model family: its layout, its visual tokens and the way it is fed."""
+    """One model family: where its modules are, its visual tokens, and how it is fed."""
 
     model_type: ClassVar[str]
-    # q, k, v and o of the language model. The module path must be part of the pattern: a vision tower has layers of
-    # the same names.
+    # Regular expression for q, k, v and o of the language model. It must include the module path, because a vision
+    # tower can have layers of the same names.
     lora_targets: ClassVar[str] = r".*language_model.*\.(q|k|v|o)_proj"
-    one_frame_count: ClassVar[bool] = False  # all sequences of a batch that show frames must show equally many
+    one_frame_count: ClassVar[bool] = False  # whether all sequences of a batch must have equally many frames (or none)
 
     def __init__(self, source: str, config: Any, processor: Any) -> None:
         self.source = source
@@ -72,7 +79,7 @@ class Backbone(ABC):
         self.processor = processor
         self.chat = ChatFormat(processor, self._reserved_tokens())
 
-    # ---- the model's layout ------------------------------------------------------------------------------------------
+    # ---- the model's modules -----------------------------------------------------------------------------------------
 
     @property
     def layer_count(self) -> int:
@@ -101,17 +108,17 @@ class Backbone(ABC):
         return self.language_model(model).norm
 
     def attention(self, model: nn.Module, layer: int) -> Any:
-        """The self-attention of a decoder layer (its `q_proj` and `k_proj` are linear layers)."""
+        """The self-attention module of a decoder layer, whose `q_proj` and `k_proj` are linear layers."""
         layers: Any = self.decoder_layers(model)
         return layers[layer].self_attn
 
     def query_projection(self, model: nn.Module, layer: int) -> tuple[Tensor, Tensor | None]:
-        """W_Q of a layer: weight `[outputs, hidden]` and bias `[outputs]` or None, without any adapter on top."""
-        projection = self.attention(model, layer).q_proj  # under peft, its weight is still the original one
+        """W_Q of a decoder layer, without adapters: weight `[outputs, hidden]` and bias `[outputs]` or None."""
+        projection = self.attention(model, layer).q_proj  # peft's wrapper returns the original weight
         return projection.weight, projection.bias
 
-    def load_model(self, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa", **options: Any) -> nn.Module:
-        """The real transformers model, from safetensors only and without running code that ships with weights."""
+    def load_model(self, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa") -> nn.Module:
+        """Load the transformers model: safetensors only, and no code from the model's repository."""
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText.from_pretrained(
@@ -120,47 +127,49 @@ class Backbone(ABC):
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
-            **options,
         )
 
-    def quicken(self, model: nn.Module) -> None:  # noqa: B027 (nothing to do, for most)
-        """Replace what transformers computes the long way round; the mathematics stays the same."""
+    def replace_slow_modules(self, model: nn.Module) -> None:  # noqa: B027 (optional)
+        """Replace submodules by faster ones that compute the same function with the same, equally named parameters.
+
+        The choice may depend on the model's attention implementation, which must not change afterwards.
+        """
 
     # ---- visual tokens -----------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def visual_token_id(self) -> int:
-        """The id in `input_ids` that stands for one visual token of a frame."""
+        """The id that marks a visual token in `input_ids`."""
 
     @abstractmethod
     def frame_grid(self, width: int, height: int) -> TokenGrid:
-        """Where the visual tokens of a frame of that size lie on it, after the processor's resize and crop."""
+        """The pixel -> token map of a frame of `width x height` pixels, after the processor's resize and crop."""
 
     def limit_frame_pixels(self, frame_pixels: int) -> None:
-        """Cap the pixels of one frame after resizing, and with them its tokens."""
+        """Limit the pixels of a frame after resizing, and so its number of tokens."""
         raise ValueError(
             f"frame_pixels = {frame_pixels} does not apply to {self.model_type}, whose frames have one fixed size; "
             "leave it out"
         )
 
-    # ---- feeding -----------------------------------------------------------------------------------------------------
+    # ---- model inputs ------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def visual_content(self, frames: int) -> list[dict[str, str]]:
-        """The chat-template entries for that many frames at the start of a user turn."""
+        """The chat-template entries for `frames` frames at the start of a user turn."""
 
     @abstractmethod
-    def visual_arguments(self, batch: Sequence[Sequence[Frame]]) -> dict[str, Any]:
+    def visual_arguments(self, batch: Sequence[Sequence[RGBImage]]) -> dict[str, Any]:
         """The processor's keyword arguments for the frames of several sequences, each with at least one frame."""
 
     def check_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:  # noqa: B027 (optional)
-        """Start-up guard: raise if the model would silently misread these inputs. Many models have nothing to check."""
+        """Raise `ValueError` if the model would misread these inputs without an error. Called once at start-up."""
 
-    def encode(self, batch: Sequence[Conversation], answer_next: bool = False) -> Encoded:
-        """Run the real processor over a batch; label the answers; say where each frame's tokens are.
+    def encode(self, batch: Sequence[Conversation], add_generation_prompt: bool = False) -> Encoded:
+        """Run the model's processor on a batch, label the answers and locate the visual tokens.
 
-        `answer_next` ends each prompt where the assistant would begin (for generation).
+        With `add_generation_prompt` each prompt ends where the assistant's next answer begins.
         """
         if not batch:
             raise ValueError("batch is empty; encode needs at least one conversation")
@@ -168,19 +177,19 @@ class Backbone(ABC):
         for index, conversation in enumerate(batch):
             _check_frames(conversation.frames, index)
             visual = self.visual_content(len(conversation.frames)) if conversation.frames else []
-            rendered.append(self.chat.render(conversation.messages, visual, answer_next))
-        shown = [conversation.frames for conversation in batch if conversation.frames]
+            rendered.append(self.chat.render(conversation.messages, visual, add_generation_prompt))
+        frames = [conversation.frames for conversation in batch if conversation.frames]
         inputs = dict(
             self.processor(
-                text=[one.text for one in rendered],
+                text=[prompt.text for prompt in rendered],
                 padding=True,
                 padding_side="right",
                 return_tensors="pt",
-                **(self.visual_arguments(shown) if shown else {}),
+                **(self.visual_arguments(frames) if frames else {}),
             )
         )
         self._check_length(inputs["input_ids"])
-        grids = [[self.frame_grid(f.shape[1], f.shape[0]) for f in one.frames] for one in batch]
+        grids = [[self.frame_grid(f.shape[1], f.shape[0]) for f in conversation.frames] for conversation in batch]
         positions = self._positions(inputs["input_ids"], grids)
         inputs["labels"] = self.chat.labels(
             rendered, inputs["input_ids"], inputs["attention_mask"], self.visual_token_id
@@ -192,15 +201,15 @@ class Backbone(ABC):
         length = input_ids.shape[1]
         positions = []
         for row, frames in enumerate(grids):
-            found = (input_ids[row] == self.visual_token_id).nonzero()[:, 0] + row * length
+            visual = (input_ids[row] == self.visual_token_id).nonzero()[:, 0] + row * length
             expected = sum(grid.tokens for grid in frames)
-            if len(found) != expected:
+            if len(visual) != expected:
                 raise ValueError(
-                    f"sequence {row}: {type(self.processor).__name__} made {len(found)} visual tokens of {len(frames)} "
-                    f"frames, the token grids of {type(self).__name__} say {expected}; its pixel map does not hold for "
-                    "this processor's settings"
+                    f"sequence {row}: {type(self.processor).__name__} made {len(visual)} visual tokens of "
+                    f"{len(frames)} frames, but {type(self).__name__}.frame_grid gives {expected}; its pixel -> token "
+                    "map does not hold for this processor's settings"
                 )
-            positions.append(found)
+            positions.append(visual)
         return positions
 
     def _check_length(self, input_ids: Tensor) -> None:
@@ -220,7 +229,7 @@ Family = TypeVar("Family", bound=type[Backbone])
 
 
 def register(family: Family) -> Family:
-    """Class decorator that makes a backbone known under its `model_type`."""
+    """Class decorator that adds a backbone to the registry under its `model_type`."""
     if family.model_type in BACKBONES and BACKBONES[family.model_type].__qualname__ != family.__qualname__:
         taken = BACKBONES[family.model_type].__name__
         raise ValueError(f"model_type = {family.model_type!r} of {family.__name__} is already taken by {taken}")
@@ -229,18 +238,16 @@ def register(family: Family) -> Family:
 
 
 def supported_models() -> list[str]:
-    """The `model_type` of every registered backbone."""
-    package = str(Path(__file__).parent)
-    for module in pkgutil.iter_modules([package]):
+    """The `model_type` of every registered backbone, after importing all modules of this folder."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
     return sorted(BACKBONES)
 
 
 def load_backbone(source: str | os.PathLike[str], frame_pixels: int | None = None) -> Backbone:
-    """The backbone of a model folder or hub name, chosen by the `model_type` in its `config.json`.
+    """The backbone of a model folder or hub name: its configuration and processor, in the class of its `model_type`.
 
-    `frame_pixels` limits the pixels of one frame after resizing, for models whose processor keeps the aspect ratio;
-    models with one fixed input size refuse it.
+    `frame_pixels` limits the pixels of a frame after resizing. Models with one fixed input size refuse it.
     """
     from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 
@@ -255,7 +262,7 @@ def load_backbone(source: str | os.PathLike[str], frame_pixels: int | None = Non
     if model_type not in supported:
         raise ValueError(
             f"model = {source!r} is of type {model_type!r}; supported types are {', '.join(supported)} "
-            "(a new one is one file in gasp_fast/backbones)"
+            "(a new type is one file in gasp_fast/backbones)"
         )
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
@@ -278,7 +285,7 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def _check_frames(frames: Sequence[Frame], sequence: int) -> None:
+def _check_frames(frames: Sequence[RGBImage], sequence: int) -> None:
     for index, frame in enumerate(frames):
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             raise ValueError(

@@ -1,16 +1,14 @@
-"""From a conversation to a prompt text, and from token ids to labels that supervise the assistant's words only.
+"""Renders conversations with a processor's chat template, and labels the tokens of the assistant's answers.
 
-Knows a processor's chat template and tokenizer; must not know images or any model.
+The characters of an answer follow from the template itself: the conversation is rendered up to just before the answer
+(with the generation prompt) and up to just after it, and the answer is what the second text has beyond the first. This
+works for every template, without recognising any of them. If one rendering is not the beginning of the next, that is
+an error.
 
-Which characters are an answer is asked of the template itself: the conversation is rendered up to just before an
-answer (with the generation prompt) and up to just after it, and what the second text has beyond the first is the
-answer. No template has to be recognised, none can be misread silently: if one rendering is not the beginning of the
-next, that is an error.
-
-Which tokens are an answer then follows from the tokenizer's character offsets. The processor widens each visual
-placeholder into as many tokens as the image needs, so its ids do not line up with the text; but visual tokens carry
-no label, and the remaining tokens are the same in the same order. Labels are computed on the unwidened text and laid
-onto the rest.
+The tokens of an answer then follow from the tokenizer's character offsets. The processor expands each visual
+placeholder into as many tokens as the image needs, so its ids do not line up with the text. But visual tokens have no
+label, and the other tokens are the same, in the same order. So labels are computed on the unexpanded text and copied
+to the tokens that are not visual.
 """
 
 from __future__ import annotations
@@ -32,10 +30,10 @@ _PLACEHOLDERS = re.compile(r"[ \t]*<(?:image|video)>[ \t]*\n?")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, with the character ranges of the assistant's answers."""
+    """A conversation as text."""
 
     text: str
-    answers: list[tuple[int, int]]
+    answers: list[tuple[int, int]]  # character ranges (start, end) of the assistant's answers
 
 
 def messages_from_record(conversations: Sequence[dict[str, str]]) -> list[Message]:
@@ -49,10 +47,10 @@ def messages_from_record(conversations: Sequence[dict[str, str]]) -> list[Messag
 
 
 class ChatFormat:
-    """Renders conversations with one processor's template."""
+    """The chat template and tokenizer of one processor."""
 
     def __init__(self, processor: Any, reserved: Sequence[str]) -> None:
-        """`reserved` are the processor's own visual placeholders, which a text must not contain."""
+        """`reserved` are the processor's visual placeholders, which a message must not contain."""
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.reserved = [token for token in reserved if token]
@@ -61,25 +59,23 @@ class ChatFormat:
                 f"{type(self.tokenizer).__name__} gives no character offsets, which label masking needs; "
                 "load the fast tokenizer of this model"
             )
-        # Templates that leave the end of an answer unmarked (Vicuna's) would train a model that never stops.
-        probe = self._template([_content("user", "?"), _content("assistant", "!")], answer_next=False)
+        # Some templates (Vicuna's) do not mark the end of an answer. A model trained on them would never stop, so the
+        # eos token is added to answers where the template adds none.
+        probe = self._template([_content("user", "?"), _content("assistant", "!")])
         end = self.tokenizer.eos_token
         self._answer_end = "" if end is None or end in probe.rpartition("!")[2] else end
 
     def render(
-        self, messages: Sequence[Message], visual: Sequence[dict[str, str]], answer_next: bool = False
+        self, messages: Sequence[Message], visual: Sequence[dict[str, str]], add_generation_prompt: bool = False
     ) -> Rendered:
-        """Text of a conversation whose first user turn starts with the `visual` content entries.
-
-        With `answer_next` the text ends where an assistant would begin to answer.
-        """
+        """The text of a conversation whose first user turn starts with the `visual` content entries."""
         turns = self._turns(messages, visual)
-        text = self._template(turns, answer_next)
+        text = self._template(turns, add_generation_prompt)
         answers = []
         for index, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                before = self._template(turns[:index], answer_next=True)
-                after = self._template(turns[: index + 1], answer_next=False).rstrip()
+                before = self._template(turns[:index], add_generation_prompt=True)
+                after = self._template(turns[: index + 1]).rstrip()
                 if not (text.startswith(after) and after.startswith(before.rstrip())):
                     raise ValueError(
                         f"the chat template of {type(self.processor).__name__} rewrites earlier turns when later ones "
@@ -104,31 +100,32 @@ class ChatFormat:
         return turns
 
     def _clean(self, text: str) -> str:
-        """A data set's own placeholders go (the frames stand at a fixed place); a model's own are refused."""
+        """Remove the placeholders of a data set (frames always come first); refuse those of the processor."""
         text = _PLACEHOLDERS.sub("", text)
         for token in self.reserved:
             if token in text:
-                raise ValueError(f"a message contains {token!r}, which this processor takes for a frame; remove it")
+                raise ValueError(f"a message contains {token!r}, which this processor replaces by a frame; remove it")
         return text
 
-    def _template(self, turns: Sequence[dict[str, Any]], answer_next: bool) -> str:
-        return self.processor.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=answer_next)
+    def _template(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        return self.processor.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
 
     def labels(self, batch: Sequence[Rendered], input_ids: Tensor, attention_mask: Tensor, visual_id: int) -> Tensor:
         """Labels `[B, S]` for the processor's `input_ids [B, S]`: the answers' ids, IGNORE elsewhere."""
         labels = torch.full_like(input_ids, IGNORE)
         for row, rendered in enumerate(batch):
-            narrow = self.tokenizer(rendered.text, return_offsets_mapping=True)
-            ids = torch.tensor(narrow["input_ids"])  # [S'], one visual token per placeholder
-            answered = torch.tensor([_within(span, rendered.answers) for span in narrow["offset_mapping"]])
-            spoken = attention_mask[row].bool() & (input_ids[row] != visual_id)
-            if not torch.equal(input_ids[row][spoken], ids[ids != visual_id]):
+            unexpanded = self.tokenizer(rendered.text, return_offsets_mapping=True)
+            ids = torch.tensor(unexpanded["input_ids"])  # [S'], one visual token per placeholder
+            in_answer = torch.tensor([_within(span, rendered.answers) for span in unexpanded["offset_mapping"]])
+            is_text = attention_mask[row].bool() & (input_ids[row] != visual_id)  # [S]
+            if not torch.equal(input_ids[row][is_text], ids[ids != visual_id]):
                 raise ValueError(
                     f"sequence {row}: {type(self.processor).__name__} tokenizes its text differently from its own "
                     "tokenizer, so answers cannot be located; was the text truncated?"
                 )
-            kept = torch.where(answered, ids, IGNORE)[ids != visual_id]
-            labels[row, spoken] = kept
+            labels[row, is_text] = torch.where(in_answer, ids, IGNORE)[ids != visual_id]
         return labels
 
 
@@ -137,5 +134,6 @@ def _content(role: str, text: str, visual: Sequence[dict[str, str]] = ()) -> dic
 
 
 def _within(span: tuple[int, int], answers: Sequence[tuple[int, int]]) -> bool:
+    """Whether a token's characters `span` start inside an answer. Tokens without characters do not."""
     start, end = span
     return start < end and any(first <= start < last for first, last in answers)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: its layout and its pixel -> token map.
+"""LLaVA-NeXT-Video: its pixel -> token map and how its frames are fed.
 
 Frames are fed as a video: each frame becomes one pooled grid of tokens, row by row, with nothing between the frames,
 so frame `f` of `n` tokens owns tokens `[n f, n (f + 1))`. All videos of a batch have the same number of frames, because
@@ -6,7 +6,7 @@ the model takes them as one tensor.
 
 Pixel -> token: the short edge is resized to a fixed size (the long edge follows, rounded down, so that the two axes
 are scaled slightly differently), the centre is cropped, the crop is cut into patches, and patches are pooled two by
-two. What the crop cuts off has no token: of a 16:9 frame that is 44 % of the width.
+two. Pixels outside the crop have no token: of a 16:9 frame that is 44 % of the width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Backbone, Frame, register
+from .base import Backbone, RGBImage, register
 from .token_grid import TokenGrid
 
 
@@ -41,16 +41,16 @@ class LlavaNextVideo(Backbone):
             )
         # An axis shorter than the crop is padded, more at its end; a longer one is cut, less at its start.
         edges = []
-        for size, small, crop in zip((width, height), resized, cropped, strict=True):
-            start = (small - crop) // 2 if small >= crop else -((crop - small) // 2)
-            edges.append((start * size / small, (start + crop) * size / small))
+        for original, scaled, crop in zip((width, height), resized, cropped, strict=True):
+            start = (scaled - crop) // 2 if scaled >= crop else -((crop - scaled) // 2)
+            edges.append((start * original / scaled, (start + crop) * original / scaled))
         (left, right), (top, bottom) = edges
         return TokenGrid(cropped[0] // cell, cropped[1] // cell, left, top, right, bottom)
 
     def visual_content(self, frames: int) -> list[dict[str, str]]:
         return [{"type": "video"}]
 
-    def visual_arguments(self, batch: Sequence[Sequence[Frame]]) -> dict[str, Any]:
+    def visual_arguments(self, batch: Sequence[Sequence[RGBImage]]) -> dict[str, Any]:
         counts = {len(frames) for frames in batch}
         if len(counts) > 1:
             raise ValueError(
@@ -68,11 +68,11 @@ class LlavaNextVideo(Backbone):
 
 
 def _resized(width: int, height: int, size: Any) -> tuple[int, int]:
-    """Width and height after the processor's resize; `size` is its setting."""
-    wanted = {name: size[name] for name in ("height", "width", "shortest_edge", "longest_edge") if size.get(name)}
-    if set(wanted) == {"height", "width"}:
-        return wanted["width"], wanted["height"]
-    if set(wanted) != {"shortest_edge"}:
-        raise ValueError(f"the video processor has size = {wanted}; supported are shortest_edge, or height and width")
-    edge, short = wanted["shortest_edge"], min(width, height)
+    """Width and height after the processor's resize; `size` is the processor's setting."""
+    sizes = {name: size[name] for name in ("height", "width", "shortest_edge", "longest_edge") if size.get(name)}
+    if set(sizes) == {"height", "width"}:
+        return sizes["width"], sizes["height"]
+    if set(sizes) != {"shortest_edge"}:
+        raise ValueError(f"the video processor has size = {sizes}; supported are shortest_edge, or height and width")
+    edge, short = sizes["shortest_edge"], min(width, height)
     return (edge, int(edge * height / width)) if width == short else (int(edge * width / height), edge)

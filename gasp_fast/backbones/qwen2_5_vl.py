@@ -1,26 +1,25 @@
-"""Qwen2.5-VL: its layout, its pixel -> token map, and the guard of its three-dimensional positions.
+"""Qwen2.5-VL: its pixel -> token map, its faster vision modules, and the check of its three-dimensional positions.
 
 Frames are fed as images, not as a video. A Qwen video slice merges two frames into one set of tokens; an image keeps
 a token grid of its own, and its positions (temporal, row, column) are those the model was trained with for several
 images in one prompt.
 
-Pixel -> token: `smart_resize` rounds height and width to multiples of `patch_size * merge_size` by themselves, so the
-two axes are scaled differently, and a token is one such block of the resized image. No pixel is cut off: the grid
-covers the whole image, and only its numbers of columns and rows depend on the resize.
+Pixel -> token: `smart_resize` rounds height and width separately to multiples of `patch_size * merge_size`, so the two
+axes are scaled differently, and a token is one such block of the resized image. No pixel is cut off: the grid covers
+the whole image, and only its numbers of columns and rows depend on the resize.
 """
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Iterator, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Backbone, Frame, register, unwrap
+from .base import Backbone, RGBImage, register, unwrap
 from .token_grid import TokenGrid
 from .window_attention import batch_windows
 
@@ -40,9 +39,9 @@ class Qwen2_5_VL(Backbone):
                 "the image processor has do_resize = False; Qwen2.5-VL frames must be resized to whole tokens"
             )
         block = processor.patch_size * processor.merge_size
-        # The very function this processor uses: it lives beside the processor's class, in every version and backend.
-        smart_resize = sys.modules[type(processor).__module__].smart_resize
-        resized_height, resized_width = smart_resize(
+        # transformers has several processors, each with its own `smart_resize` in its module: take the one in use.
+        processor_module: Any = inspect.getmodule(type(processor))
+        resized_height, resized_width = processor_module.smart_resize(
             height,
             width,
             factor=block,
@@ -59,37 +58,44 @@ class Qwen2_5_VL(Backbone):
         least = min(processor.size["shortest_edge"], frame_pixels)
         processor.size = {"shortest_edge": least, "longest_edge": frame_pixels}
 
-    def quicken(self, model: nn.Module) -> None:
+    def replace_slow_modules(self, model: nn.Module) -> None:
         vision = unwrap(model).model.visual
-        batch_windows(vision, sys.modules[type(vision).__module__].apply_rotary_pos_emb_vision)
-        multiply_patches(vision.patch_embed.proj)
+        batch_windows(vision)
+        vision.patch_embed.proj = PatchProjection(vision.patch_embed.proj)
 
     def visual_content(self, frames: int) -> list[dict[str, str]]:
         return [{"type": "image"}] * frames
 
-    def visual_arguments(self, batch: Sequence[Sequence[Frame]]) -> dict[str, Any]:
+    def visual_arguments(self, batch: Sequence[Sequence[RGBImage]]) -> dict[str, Any]:
         return {"images": [frame for frames in batch for frame in frames]}
 
     def check_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         check_mrope(model, inputs)
 
 
-def multiply_patches(projection: Any) -> None:
-    """Let a convolution be the matrix product that it is when its kernel covers its whole input, as a patch's does."""
+class PatchProjection(nn.Module):
+    """A 3D convolution whose kernel covers its whole input, computed as a matrix product.
 
-    def forward(self: Any, patches: Tensor) -> Tensor:  # [N, C, T, p, p] -> [N, out, 1, 1, 1]
+    Replaces the patch embedding's `Conv3d` and uses its parameters. A module, because ZeRO-3 gathers weights by module.
+    """
+
+    def __init__(self, convolution: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = convolution.weight  # [out, C, T, p, p]
+        self.bias: nn.Parameter | None = convolution.bias
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """`patches [N, C, T, p, p]` -> `[N, out, 1, 1, 1]`, as the convolution returns it."""
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
-
-    projection.forward = MethodType(forward, projection)  # the module is still called: ZeRO-3 gathers its weight then
 
 
 def check_mrope(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Raise unless the model will give the visual tokens of `inputs` their three-dimensional positions.
+    """Raise `ValueError` unless the model gives the visual tokens of `inputs` their three-dimensional positions.
 
     Without `mm_token_type_ids` (or with wrong ones, or without the image grids) the model falls back to counting
     tokens along one dimension: no error, other logits, and a training run that is wrong from its first step. This
-    compares what the model derives from the inputs with Qwen's rule written down independently below. Needs no forward
-    pass and reads no weight, so it also works on partitioned models.
+    function compares the positions that the model derives from the inputs with an independent statement of Qwen's rule
+    (`_expected_positions`). It needs no forward pass and reads no weight, so it also works on partitioned models.
     """
     qwen = unwrap(model).model
     visual = inputs["input_ids"] == qwen.config.image_token_id
@@ -120,7 +126,7 @@ def check_mrope(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         if not torch.equal(positions[:, row][:, real], expected):
             where = int((positions[:, row][:, real] != expected).any(0).nonzero()[0])
             raise ValueError(
-                f"token {where} of sequence {row} would sit at {positions[:, row][:, real][:, where].tolist()} "
+                f"token {where} of sequence {row} would get position {positions[:, row][:, real][:, where].tolist()} "
                 f"(time, row, column) instead of {expected[:, where].tolist()}; this version of transformers computes "
                 "Qwen's positions differently, use one that gasp-fast supports"
             )
@@ -130,18 +136,18 @@ def _expected_positions(visual: Sequence[bool], grids: Iterator[list[int]]) -> T
     """Qwen's rule for text and images, `[3, S]`.
 
     A text token advances all three coordinates by one. An image of `rows x columns` tokens starts at the next free
-    position `p`: its tokens sit at (p, p + row, p + column), and the text after it goes on at `p + max(rows, columns)`.
+    position `p`: its tokens get (p, p + row, p + column), and the text after it continues at `p + max(rows, columns)`.
     """
-    places: list[tuple[int, int, int]] = []
+    positions: list[tuple[int, int, int]] = []
     free = token = 0
     while token < len(visual):
         if visual[token]:
             rows, columns = next(grids)
-            places += [(free, free + row, free + column) for row in range(rows) for column in range(columns)]
+            positions += [(free, free + row, free + column) for row in range(rows) for column in range(columns)]
             free += max(rows, columns)
             token += rows * columns
         else:
-            places.append((free, free, free))
+            positions.append((free, free, free))
             free += 1
             token += 1
-    return torch.tensor(places, dtype=torch.long).reshape(-1, 3).T
+    return torch.tensor(positions, dtype=torch.long).reshape(-1, 3).T

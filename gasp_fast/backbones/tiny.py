@@ -1,7 +1,8 @@
-"""Small random models of the real classes with real processors and tokenizers, made without a download.
+"""Small random models for the demo, the tests and the examples, created without a download.
 
-For the demo, the tests and the examples: everything that runs on a 7B model runs on these in milliseconds. A 224x224
-frame becomes 14x14 tokens in both, and the shape is one that is known to learn correspondence on a CPU in minutes.
+They use transformers' own model, processor and tokenizer classes, so all code for a 7B model also runs on them, in
+milliseconds. A 224x224 frame becomes 14x14 tokens in both families. The default sizes learn correspondence on a CPU
+within minutes.
 """
 
 from __future__ import annotations
@@ -19,27 +20,28 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
+    """Sizes of a model. The defaults are tiny; the last fields serve to describe real sizes, see `REAL`."""
+
     model_type: str = "qwen2_5_vl"
     hidden_size: int = 128
     layers: int = 4
     query_heads: int = 4
-    key_heads: int = 2  # Qwen shares keys among query heads; LLaVA's Vicuna does not, and ignores this
+    key_heads: int = 2  # for Qwen, which shares keys among query heads; LLaVA's Vicuna has one for each query head
     vision_depth: int = 2
     vision_hidden_size: int = 64
     patch_size: int = 8
-    frame_size: int = 224  # a square frame of this size keeps its pixels; Qwen takes others of at most as many
+    frame_size: int = 224  # a square frame of this size is not resized; for Qwen, its pixels are the most of any frame
     vocabulary: int = 512
     context: int = 16384
     seed: int = 0
-    # What follows is derived unless it is given: for models that are not tiny.
-    intermediate_size: int | None = None  # twice the hidden size
-    embeddings: int | None = None  # rows of the embedding and of the lm head: as many as the tokenizer has tokens
+    intermediate_size: int | None = None  # None: twice the hidden size
+    embeddings: int | None = None  # rows of the embedding and of the lm head; None: the tokenizer's number of tokens
     vision_heads: int = 2
-    vision_intermediate_size: int | None = None  # twice its hidden size
-    vision_full_layers: tuple[int, ...] | None = None  # Qwen's, whose attention is not in windows: the last
+    vision_intermediate_size: int | None = None  # None: twice vision_hidden_size
+    vision_full_layers: tuple[int, ...] | None = None  # for Qwen: layers without windows; None: the last one
 
 
-# The real sizes of both 7B models: shapes to time and count with, the tokenizer aside. Nothing is downloaded.
+# The sizes of both 7B models (but a tiny tokenizer), to measure and count with random weights.
 REAL = {
     "qwen2_5_vl": TinyConfig(
         model_type="qwen2_5_vl", hidden_size=3584, layers=28, query_heads=28, key_heads=4, intermediate_size=18944,
@@ -55,12 +57,12 @@ REAL = {
 
 
 def build_tiny(folder: str | os.PathLike[str], config: TinyConfig | None = None) -> Path:
-    """Write a tiny model and its processor for `from_pretrained` to `folder`, which appears whole or not at all."""
+    """Write a tiny model and its processor to `folder`, for `from_pretrained`. An error leaves no folder behind."""
     return _write(folder, TinyConfig() if config is None else config, weights=True)
 
 
 def build_without_weights(folder: str | os.PathLike[str], config: TinyConfig) -> Path:
-    """The same, but for the weights: configuration and processor alone, for weights made elsewhere."""
+    """Write only configuration and processor to `folder`, for a model whose weights are created in memory."""
     return _write(folder, config, weights=False)
 
 
@@ -181,7 +183,7 @@ def _llava_next_video(config: TinyConfig) -> tuple[Any, Any, Any]:
         vision_config=CLIPVisionConfig(
             hidden_size=config.vision_hidden_size,
             intermediate_size=config.vision_intermediate_size or 2 * config.vision_hidden_size,
-            num_hidden_layers=config.vision_depth + 1,  # the model reads the last but one
+            num_hidden_layers=config.vision_depth + 1,  # the model uses the output of the last but one
             num_attention_heads=config.vision_heads,
             image_size=size,
             patch_size=config.patch_size,
@@ -216,7 +218,7 @@ def _decoder(config: TinyConfig, tokenizer: Any, key_heads: int) -> dict[str, An
 
 
 def _tokenizer(specials: Sequence[str], config: TinyConfig, **named: str) -> Any:
-    """A byte-level BPE tokenizer, trained on the kind of sentences the synthetic scenes speak."""
+    """A byte-level BPE tokenizer, trained on sentences like those of the synthetic questions."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -230,7 +232,7 @@ def _tokenizer(specials: Sequence[str], config: TinyConfig, **named: str) -> Any
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.add_special_tokens(list(specials))
-    if "bos_token" in named:  # as Llama's tokenizer does
+    if "bos_token" in named:  # prepended to every text, as by Llama's tokenizer
         bos = named["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]

@@ -1,8 +1,8 @@
-"""Where a frame's visual tokens lie on the frame: the pixel -> token map.
+"""The pixel -> token map: which visual token covers which pixels of a frame.
 
-Knows a rectangle; must not know a model. What a processor does to a frame (resize each axis, crop, cut into
-patches, merge or pool them) always ends in the same thing: some rectangle of the original frame, divided evenly into
-columns and rows. A backbone computes the rectangle; everything else follows here.
+A processor resizes each axis of a frame, crops it, cuts it into patches and merges or pools the patches. The result is
+always a rectangle of the original frame, divided evenly into columns and rows. `Backbone.frame_grid` computes the
+rectangle for a model; `TokenGrid` derives the rest from it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """`rows x columns` tokens, row by row, over a rectangle of the colour image.
+    """A grid of `rows x columns` tokens, numbered row by row, over a rectangle of the frame.
 
-    The rectangle is in pixels of the original image, with pixel centres at integer + 0.5. It may be smaller than the
-    image (a crop) or larger (padding).
+    The rectangle is in pixels of the original frame, with pixel centres at integer + 0.5. It can be smaller than the
+    frame (a crop) or larger (padding).
     """
 
     columns: int
@@ -35,7 +35,7 @@ class TokenGrid:
     def locate(self, uv: ArrayLike) -> NDArray[np.int64]:
         """The token under each point `uv [..., 2]` (x, y), -1 where the point is outside the grid or not a number."""
         uv = np.asarray(uv, dtype=np.float64)
-        # Invalid values (NaN, infinity) compare as outside, which is what they are.
+        # NaN and infinity compare as outside.
         with np.errstate(invalid="ignore"):
             column = np.floor((uv[..., 0] - self.left) * self.columns / (self.right - self.left))
             row = np.floor((uv[..., 1] - self.top) * self.rows / (self.bottom - self.top))
@@ -53,9 +53,9 @@ class TokenGrid:
         return np.array([self.left, self.top]) + (self.xy() + 0.5) * cell
 
     def x_edges(self) -> NDArray[np.float64]:
-        """Where the columns begin and end, in pixels, `[columns + 1]`: what depth pooling needs."""
+        """Boundaries of the columns in pixels, `[columns + 1]`."""
         return np.linspace(self.left, self.right, self.columns + 1)
 
     def y_edges(self) -> NDArray[np.float64]:
-        """Where the rows begin and end, in pixels, `[rows + 1]`."""
+        """Boundaries of the rows in pixels, `[rows + 1]`."""
         return np.linspace(self.top, self.bottom, self.rows + 1)

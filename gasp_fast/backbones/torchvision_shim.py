@@ -3,10 +3,10 @@
 The torchvision of the package index is compiled for CUDA. Beside a CPU build of torch its library does not load, its
 operators stay undeclared, and `import torchvision` then stops with "operator torchvision::nms does not exist" because
 it attaches shape functions to them. transformers' image and video processors use none of those operators, only
-torchvision's transforms, which are plain Python. So it is enough to declare the two operators that are given shape
-functions. A torchvision that does load its library (any matching build) is left alone.
+torchvision's transforms, which are plain Python. So it is enough to declare the two operators that get shape
+functions. Nothing changes where torchvision can load its library (any matching build).
 
-Call `install()` before anything imports torchvision. Knows nothing of gasp_fast.
+Call `install()` before anything imports torchvision.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _declarations: torch.library.Library | None = None  # operators live as long as 
 
 
 def install() -> bool:
-    """Declare the missing operators if they are missing. True if this call declared them."""
+    """Declare torchvision's operators if its library cannot be loaded. Returns whether this call declared them."""
     global _declarations
     spec = importlib.util.find_spec("torchvision")
     if _declarations is not None or spec is None or _operators_load(Path(str(spec.origin)).parent):
@@ -36,7 +36,7 @@ def install() -> bool:
 
 
 def _operators_load(package: Path) -> bool:
-    """Whether torchvision's own library is (or can be) loaded; loading it here is what torchvision does at import."""
+    """Whether torchvision's own library can be loaded. Loads it, as `import torchvision` does."""
     if hasattr(torch.ops.torchvision, "nms"):
         return True
     for library in (path for path in package.glob("_C.*") if path.suffix in (".so", ".pyd")):

@@ -1,5 +1,5 @@
-"""Measuring the loss against its floor and its peers, in one run.
+"""Times the loss against bare matrix products, dense PyTorch and other libraries, in one run.
 
-`workloads` are the problems, `variants` the ways to solve them, `measure` the clockwork, `report` the table, the JSON
-and the plot. Nothing here is imported by the loss.
+`workloads` defines the problems, `variants` the implementations and their references, `measure` the timed rounds,
+`report` the table, the JSON and the plot.
 """

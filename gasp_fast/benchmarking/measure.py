@@ -1,8 +1,8 @@
-"""Clockwork: interleaved rounds, medians, memory, and a judge that sees every variant first.
+"""Times variants in interleaved rounds, after comparing each with a float64 reference.
 
-Variants run in turn within each round, so a machine that slows down slows all of them; what is quoted is the median
-over rounds, and the ratio of medians to the floor measured in the same rounds. A variant whose loss or gradient is
-wrong on a cut-down problem is not timed at all.
+All variants run once in each round, so a machine that slows down slows all of them. Reported are medians over rounds,
+and ratios of medians to those of the bare products (the floor) in the same rounds. A variant whose loss or gradient is
+wrong on a smaller problem is not timed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .variants import VARIANTS, Variant, floor, judge
+from .variants import VARIANTS, Loss, Variant, floor, reference
 from .workloads import Problem, Workload
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}  # of a loss and of its gradient
@@ -28,24 +30,26 @@ class Row:
 
     variant: str
     solves: str
-    note: str = ""  # why there are no numbers
-    error: float | None = None  # worst relative error of loss and gradient against float64
-    forward: list[float] = field(default_factory=list)
-    both: list[float] = field(default_factory=list)
+    note: str = ""  # why it was not timed
+    error: float | None = None  # largest relative error of loss and gradient against float64
+    forward: list[float] = field(default_factory=list)  # one time a round
+    both: list[float] = field(default_factory=list)  # forward and backward
     peak_mib: float | None = None
 
-    def median(self, which: str) -> float | None:
-        samples = getattr(self, which)
+    def median(self, which: Literal["forward", "both"]) -> float | None:
+        samples = self.forward if which == "forward" else self.both
         return statistics.median(samples) if samples else None
 
     def backward(self) -> float | None:
-        """What backward adds to a forward pass without gradient."""
+        """Median of forward and backward, less that of a forward pass without gradient."""
         forward, both = self.median("forward"), self.median("both")
         return None if forward is None or both is None else both - forward
 
 
 @dataclass
 class Result:
+    """All variants on one workload, and the times of the bare products in the same rounds."""
+
     workload: Workload
     one_product: list[float]
     three_products: list[float]
@@ -57,60 +61,74 @@ def run_workload(
     device: torch.device,
     rounds: int = 20,
     only: Sequence[str] | None = None,
-    tick: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> Result:
+    """Compare every variant (or `only` some) with its reference, then time those that pass."""
     problem = workload.build(device)
-    rows, runners = [], []
+    rows, timed = [], []
     for variant in VARIANTS:
         if only and variant.name not in only:
             continue
-        tick(f"{workload.name}: judging {variant.name}")
-        row = judged(variant, workload, device)
+        progress(f"{workload.name}: comparing {variant.name} with float64")
+        row = checked(variant, workload, device)
         rows.append(row)
         if not row.note:
-            row.note, row.peak_mib = _first_run(variant, problem)
+            row.note, row.peak_mib = _warm_up(variant, problem)
         if not row.note:
-            runners.append((variant, row))
+            timed.append((variant, row))
     one, three = floor(problem)
     one(), three()
     result = Result(workload, [], [], rows)
-    for at in range(rounds):
-        tick(f"{workload.name}: round {at + 1} of {rounds}")
-        result.one_product.append(_timed(one, device))
-        result.three_products.append(_timed(three, device))
-        for variant, row in runners:
-            row.forward.append(_timed(_forward(variant, problem), device))
-            row.both.append(_timed(_both(variant, problem), device))
+    for nth in range(rounds):
+        progress(f"{workload.name}: round {nth + 1} of {rounds}")
+        result.one_product.append(_milliseconds(one, device))
+        result.three_products.append(_milliseconds(three, device))
+        for variant, row in timed:
+            row.forward.append(_milliseconds(partial(forward_pass, variant.loss, problem), device))
+            row.both.append(_milliseconds(partial(forward_and_backward, variant.loss, problem), device))
     return result
 
 
-def judged(variant: Variant, workload: Workload, device: torch.device) -> Row:
-    """A row without times: refused, or fit to be timed."""
-    row = Row(variant.name, variant.solves, note=variant.available(device))
+def checked(variant: Variant, workload: Workload, device: torch.device) -> Row:
+    """A row without times. Its note says why the variant must not be timed, if so."""
+    row = Row(variant.name, variant.solves, note=variant.unavailable(device))
     if row.note:
         return row
     problem = workload.cut_down().build(device, seed=1)
     try:
-        found, gradient = _loss_and_gradient(lambda e: variant.loss(e, problem.matches), problem.embeddings)
-    except Exception as error:  # a peer may fail in any way; the table says how
+        loss, gradient = forward_and_backward(variant.loss, problem)
+    except Exception as error:  # another library may raise anything
         row.note = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:60]}"
         return row
-    truth, true_gradient = _loss_and_gradient(
-        lambda e: judge(variant.solves, e, problem.matches), problem.embeddings.double()
-    )
-    row.error = max(_relative(found, truth), _relative(gradient, true_gradient))
+    exact = replace(problem, embeddings=problem.embeddings.double())
+    true_loss, true_gradient = forward_and_backward(reference(variant.solves), exact)
+    row.error = max(_relative_error(loss, true_loss), _relative_error(gradient, true_gradient))
     if not row.error <= TOLERANCE[workload.dtype]:
         row.note = f"refused: wrong by {row.error:.1e}"
     return row
 
 
-def _first_run(variant: Variant, problem: Problem) -> tuple[str, float | None]:
-    """Warm up, and note the peak of memory: ("", MiB), or why it does not run at this size."""
+def forward_pass(loss: Loss, problem: Problem) -> None:
+    with torch.no_grad():
+        loss(problem.embeddings, problem.matches)
+
+
+def forward_and_backward(loss: Loss, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of the embeddings."""
+    leaf = problem.embeddings.detach().requires_grad_()
+    value = loss(leaf, problem.matches)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
+
+
+def _warm_up(variant: Variant, problem: Problem) -> tuple[str, float | None]:
+    """Run twice and measure the peak of memory: ("", MiB), or why it does not run at this size."""
+    device = problem.embeddings.device
     try:
-        _both(variant, problem)()  # compiles, tunes and allocates what is only once
-        return "", _peak_mib(_both(variant, problem), problem.embeddings.device)
+        forward_and_backward(variant.loss, problem)  # compiles, tunes and allocates what is needed only once
+        return "", _peak_mib(partial(forward_and_backward, variant.loss, problem), device)
     except torch.OutOfMemoryError:
-        _drop_memory(problem.embeddings.device)
+        _free_memory(device)
         return "out of memory", None
     except RuntimeError as error:
         if "memory" not in str(error):
@@ -118,24 +136,8 @@ def _first_run(variant: Variant, problem: Problem) -> tuple[str, float | None]:
         return "out of memory", None
 
 
-def _forward(variant: Variant, problem: Problem) -> Callable[[], None]:
-    def run() -> None:
-        with torch.no_grad():
-            variant.loss(problem.embeddings, problem.matches)
-
-    return run
-
-
-def _both(variant: Variant, problem: Problem) -> Callable[[], None]:
-    def run() -> None:
-        leaf = problem.embeddings.detach().requires_grad_()
-        variant.loss(leaf, problem.matches).backward()
-
-    return run
-
-
-def _timed(work: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds, by the device's own clock where it has one."""
+def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    """The time of one call, by the device's own clock where it has one."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -148,9 +150,10 @@ def _timed(work: Callable[[], None], device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def _peak_mib(work: Callable[[], None], device: torch.device) -> float:
+def _peak_mib(work: Callable[[], object], device: torch.device) -> float:
+    """Peak of the memory that one call allocates."""
     if device.type == "cuda":
-        _drop_memory(device)
+        _free_memory(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
@@ -158,26 +161,19 @@ def _peak_mib(work: Callable[[], None], device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    alive = peak = 0
+    allocated = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
     return peak / 2**20
 
 
-def _drop_memory(device: torch.device) -> None:
+def _free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _loss_and_gradient(loss: Callable[[Tensor], Tensor], embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = embeddings.detach().clone().requires_grad_()
-    value = loss(leaf)
-    (gradient,) = torch.autograd.grad(value, leaf)
-    return value.detach(), gradient
-
-
-def _relative(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
+def _relative_error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table to read, JSON to keep, a plot to look at."""
+"""Reports the results of a benchmark as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .measure import Result, Row
 
 
 def print_table(result: Result, console: Console) -> None:
+    """Errors, medians, ratios to the bare products, and memory of one workload."""
     three, one = statistics.median(result.three_products), statistics.median(result.one_product)
     table = Table(title=result.workload.describe(), title_justify="left", caption_justify="left")
     table.caption = (
@@ -57,13 +58,14 @@ def as_json(results: list[Result], device: torch.device) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> str:
+    """Name of the GPU, or of the CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def save(results: list[Result], device: torch.device, out: Path) -> list[Path]:
-    """`DEVICE-DATE.json` and `.png` in `out`."""
+    """Write `DEVICE-DATE.json` and `DEVICE-DATE.png` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", machine(device).split(",")[0]) + f"-{datetime.date.today()}"
     text = json.dumps(as_json(results, device), indent=1)
@@ -74,7 +76,7 @@ def save(results: list[Result], device: torch.device, out: Path) -> list[Path]:
 
 
 def plot(results: list[Result], device: torch.device, path: Path) -> None:
-    """Bars of forward + backward as multiples of the floor, a panel for each workload."""
+    """Bars of forward + backward as multiples of three bare products, a panel for each workload."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,10 +125,10 @@ def _workload_json(result: Result) -> dict[str, Any]:
 
 
 def _row_json(row: Row, one: float, three: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": row.variant, "solves": row.solves, "note": row.note, "error": row.error}
+    record: dict[str, Any] = {"name": row.variant, "solves": row.solves, "note": row.note, "error": row.error}
     forward, both = row.median("forward"), row.median("both")
     if forward is not None and both is not None:
-        found |= {
+        record |= {
             "forward_ms": _quantiles(row.forward),
             "both_ms": _quantiles(row.both),
             "backward_ms": row.backward(),
@@ -134,7 +136,7 @@ def _row_json(row: Row, one: float, three: float) -> dict[str, Any]:
             "both_ratio": both / three,
             "extra_mib": row.peak_mib,
         }
-    return found
+    return record
 
 
 def _quantiles(samples: list[float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""The ways to solve a workload: ours, dense PyTorch, peers where they are installed and run, and the floor.
+"""The implementations that are timed: ours, dense PyTorch, other libraries where installed, and the floor.
 
-A variant gives a scalar to differentiate. Peers know no frames, no depth and no excluded anchor: they solve what they
-can, InfoNCE of each anchor against all tokens with one target, on embeddings normalised by PyTorch. Each is judged by
-the problem it solves.
+A variant computes a scalar to differentiate. The other libraries have no frames, no depth and no excluded anchor: they
+solve InfoNCE of each anchor against all tokens with one target, on embeddings normalised by PyTorch. Each variant is
+compared with a float64 reference of the problem that it solves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gasp_fast.loss.dense import dense_terms
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
+from gasp_fast.loss.naive import naive_loss
 
 from .workloads import Problem
 
@@ -30,7 +30,7 @@ class Variant:
     name: str
     solves: str  # "full" (both terms) or "infonce"
     loss: Loss
-    available: Callable[[torch.device], str]  # why it cannot run there; "" if it can
+    unavailable: Callable[[torch.device], str]  # why it cannot run on a device; "" if it can
 
 
 def ours(embeddings: Tensor, matches: Matches) -> Tensor:
@@ -38,20 +38,20 @@ def ours(embeddings: Tensor, matches: Matches) -> Tensor:
 
 
 def dense(embeddings: Tensor, matches: Matches) -> Tensor:
-    """The loss as one would write it: one similarity matrix, masks, `logsumexp` and `softmax`. Equal frames only."""
-    plan = matches.plan
+    """The loss in dense PyTorch: one similarity matrix, masks, `logsumexp` and `softmax`. Frames of one size only."""
+    index = matches.index
     layers, tokens, _ = embeddings.shape
-    frames, rows = plan.rows.longest, plan.rows.row_token
+    frames, rows = index.rows.longest, index.rows.row_token
     unit = F.normalize(embeddings, dim=-1)
     s = unit[:, rows] @ unit.mT / TEMPERATURE  # [L, A, N]
     own = torch.arange(tokens, device=s.device) == rows[:, None]
     s = s.masked_fill(own, float("-inf"))
-    corr = s.logsumexp(-1)[:, plan.row] - s[:, plan.row, plan.target]  # [L, M]
-    among = s.masked_fill(~plan.known, float("-inf")).unflatten(-1, (frames, -1))  # [L, A, F, n]
-    expected = (among.softmax(-1) * plan.values[:, 0].view(frames, -1)).sum(-1)
-    guess = expected[:, plan.row, plan.target // (tokens // frames)]
-    depth = (plan.depth - guess).abs() / (plan.depth + guess + 1e-6) * plan.counts
-    return 0.3 * corr.mean() + depth.sum() / plan.depth_count / layers
+    corr = s.logsumexp(-1)[:, index.row] - s[:, index.row, index.target]  # [L, M]
+    known = s.masked_fill(~index.known, float("-inf")).unflatten(-1, (frames, -1))  # [L, A, F, n]
+    expected = (known.softmax(-1) * index.values[:, 0].view(frames, -1)).sum(-1)  # [L, A, F]
+    expected = expected[:, index.row, index.target // (tokens // frames)]  # [L, M]
+    depth = (index.depth - expected).abs() / (index.depth + expected + 1e-6) * index.counts
+    return 0.3 * corr.mean() + depth.sum() / index.depth_count / layers
 
 
 _compiled: list[Loss] = []
@@ -64,7 +64,7 @@ def compiled_dense(embeddings: Tensor, matches: Matches) -> Tensor:
 
 
 def dense_infonce(embeddings: Tensor, matches: Matches) -> Tensor:
-    """What the peers compute, densely: their judge."""
+    """What the other libraries compute, in dense PyTorch: their reference."""
     anchors, unit, target = _as_classification(embeddings, matches)
     losses = [F.cross_entropy((a @ u.mT).float(), target) for a, u in zip(anchors, unit, strict=True)]
     return torch.stack(losses).mean()
@@ -74,7 +74,7 @@ def cut_cross_entropy(embeddings: Tensor, matches: Matches) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     anchors, unit, target = _as_classification(embeddings, matches)
-    # Its gradient filter skips what is small: another, inexact problem. Off, as for anything that is to be compared.
+    # Off: its gradient filter skips small entries, which is a different, inexact problem.
     losses = [linear_cross_entropy(a, u, target, filter_eps=None) for a, u in zip(anchors, unit, strict=True)]
     return torch.stack(losses).mean()
 
@@ -96,52 +96,50 @@ def inf_cl(embeddings: Tensor, matches: Matches) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def judge(solves: str, embeddings: Tensor, matches: Matches) -> Tensor:
-    """The float64 truth of what a variant claims to solve."""
-    wide = embeddings.double()
-    if solves == "infonce":
-        return dense_infonce(wide, matches)
-    tau = torch.tensor(TEMPERATURE, dtype=torch.float64, device=embeddings.device)
-    terms = dense_terms(wide, matches.plan, tau, sequence_negatives=True, eps=1e-6)
-    depth = terms.depth.sum() / matches.plan.depth_count / len(wide)
-    return 0.3 * terms.corr.mean() + depth
+def naive(embeddings: Tensor, matches: Matches) -> Tensor:
+    return naive_loss(embeddings, matches, TEMPERATURE).loss
+
+
+def reference(solves: str) -> Loss:
+    """The definition of what a variant computes, to be evaluated in float64. Small problems only."""
+    return {"full": naive, "infonce": dense_infonce}[solves]
 
 
 def _as_classification(embeddings: Tensor, matches: Matches) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors over temperature [L, A, D], all tokens [L, N, D], and the first target of each anchor [A]."""
-    plan = matches.plan
+    index = matches.index
     unit = F.normalize(embeddings, dim=-1)
-    first = plan.run_start[:: plan.rows.longest][:-1]
-    return unit[:, plan.rows.row_token] / TEMPERATURE, unit, plan.target[first]
+    first = index.run_start[:: index.rows.longest][:-1]
+    return unit[:, index.rows.row_token] / TEMPERATURE, unit, index.target[first]
 
 
 def _anywhere(device: torch.device) -> str:
     return ""
 
 
-def _needs(package: str) -> Callable[[torch.device], str]:
-    def why_not(device: torch.device) -> str:
+def _cuda_with(package: str) -> Callable[[torch.device], str]:
+    def unavailable(device: torch.device) -> str:
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
         return "" if device.type == "cuda" else "runs on CUDA only"
 
-    return why_not
+    return unavailable
 
 
 VARIANTS = (
     Variant("ours", "full", ours, _anywhere),
     Variant("dense eager", "full", dense, _anywhere),
     Variant("dense compiled", "full", compiled_dense, _anywhere),
-    Variant("cut-cross-entropy", "infonce", cut_cross_entropy, _needs("cut_cross_entropy")),
-    Variant("liger", "infonce", liger, _needs("liger_kernel")),
-    Variant("inf-cl", "infonce", inf_cl, _needs("inf_cl")),
+    Variant("cut-cross-entropy", "infonce", cut_cross_entropy, _cuda_with("cut_cross_entropy")),
+    Variant("liger", "infonce", liger, _cuda_with("liger_kernel")),
+    Variant("inf-cl", "infonce", inf_cl, _cuda_with("inf_cl")),
 )
 
 
 def floor(problem: Problem) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(one product, all three products) of each layer, bare, in the type of the problem: what the library costs."""
+    """(one, all three) matrix products of each layer, in the type of the problem, with nothing between them."""
     embeddings = problem.embeddings
-    anchors = embeddings[:, problem.matches.plan.rows.row_token].contiguous()
+    anchors = embeddings[:, problem.matches.index.rows.row_token].contiguous()
     similarity = embeddings.new_empty(anchors.shape[1], embeddings.shape[1]).normal_()
 
     def one() -> None:

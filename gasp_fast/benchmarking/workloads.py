@@ -1,4 +1,4 @@
-"""Problems of stated sizes, as a training batch would pose them. Knows tensors and `Matches`."""
+"""Problems of the sizes of a training batch: random embeddings and matches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gasp_fast.loss.matches import Matches
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """`A` anchors of one sequence, each matched into every other frame, all frames of one size."""
+    """`A` anchors of one sequence, each with a match in every other frame; all frames of one size."""
 
     name: str
     layers: int
@@ -28,7 +28,7 @@ class Workload:
 
     @property
     def gemm_flops(self) -> int:
-        """Operations of the three products that nobody can avoid."""
+        """FLOPs of the three matrix products: similarities, row gradient, token gradient."""
         return 6 * self.layers * self.anchors * self.tokens * self.width
 
     def describe(self) -> str:
@@ -38,7 +38,7 @@ class Workload:
         )
 
     def cut_down(self) -> Workload:
-        """The same shape of problem, small enough for a float64 judge."""
+        """A problem of the same kind, small enough for the float64 reference."""
         per_frame = min(self.tokens_per_frame, 48)
         frames = min(self.frames, 6)
         tokens = per_frame * frames
@@ -68,7 +68,7 @@ class Workload:
             target_depth=0.5 + 3 * torch.rand(len(anchor), generator=generator),
             patch_depth=patch_depth,
         )
-        if device.type == "cuda":  # gigabytes: made where they are needed
+        if device.type == "cuda":  # gigabytes: generated on the device
             on_device = torch.Generator(device).manual_seed(seed)
             shape = (self.layers, tokens, self.width)
             embeddings = torch.randn(shape, generator=on_device, device=device, dtype=self.dtype)

@@ -1,9 +1,9 @@
-"""`gasp-fast COMMAND`: one module of this folder per command, imported only when it is called.
+"""`gasp-fast COMMAND`: each command is one module of this folder, imported only when it runs.
 
-A command module offers `HELP` (one line, a plain string), `add_arguments(parser)` and `run(arguments) -> int` (the
-exit code). Its docstring is the text of its `--help`: what it reads, what it writes, and after a line `examples:`
-commands that can be typed as they stand. What a user can mend is raised as `ValueError`, `TypeError` or `OSError` and
-shown as one line; so is a package that is not installed. Anything else is a bug, and keeps its traceback.
+A command module defines `HELP` (one line, a plain string), `add_arguments(parser)` and `run(arguments) -> int` (the
+exit code). Its docstring is the text of its `--help`: what it reads and writes, then, after a line `examples:`,
+commands that can be typed as they are. `ValueError`, `TypeError` and `OSError` are the user's to fix and are printed as
+one line; so is a missing package. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from collections.abc import Sequence
 from typing import Any
 
 GROUPS = {  # in the order of use; a command's module has its name, with _ for -
-    "this machine": ("doctor",),
+    "installation": ("doctor",),
     "scenes": ("render", "scenes", "depth", "tracks", "make-vqa"),
     "training": ("plan",),
-    "what was trained": ("evaluate", "compare", "export"),
-    "kernels and shell": ("bench", "completion"),
+    "trained models": ("evaluate", "compare", "export"),
+    "benchmark and shell": ("bench", "completion"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 TRAINING = """\
-  train       not a command but a module, so that launchers can start it:
+  train       not a command but a module, so that torchrun and deepspeed can start it:
               python -m gasp_fast.train CONFIG.yaml [key.path=value ...]
               torchrun --nproc-per-node 8 -m gasp_fast.train CONFIG.yaml"""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one and does not tell it itself, as in `(default: all cores)`."""
+class CommandHelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions, and adds the default of an option to its help, unless it is there."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.help or ""
-        none = action.default is None or action.default is False or action.default is argparse.SUPPRESS
-        if none or not action.option_strings or "default" in told or f"({action.default}" in told:
-            return told
-        return f"{told} (default: %(default)s)"
+        text = action.help or ""
+        no_default = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        if no_default or not action.option_strings or "default" in text or f"({action.default}" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = words[0]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        cure = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        cure = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(COMMANDS)}"
         print(f"gasp-fast: no command {name!r}; {cure}", file=sys.stderr)
         return 2
     try:
@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "gasp_fast").split(".")[0]
         if package == "gasp_fast":
-            raise  # a part of ours that is not there is a bug
-        print(f"gasp-fast {name}: {package} is not installed; gasp-fast doctor says how to", file=sys.stderr)
+            raise  # a missing module of this package is a bug
+        cure = f"run {sys.executable} -m pip install {package}" if name == "doctor" else "run gasp-fast doctor"
+        print(f"gasp-fast {name}: {package} is not installed; {cure}", file=sys.stderr)
         return 1
     except (ValueError, TypeError, OSError) as error:
         print(f"gasp-fast {name}: {error}", file=sys.stderr)
@@ -86,7 +87,7 @@ def parser_of(name: str, command: Any) -> argparse.ArgumentParser:
         prog=f"gasp-fast {name}",
         description=description.strip(),
         epilog=f"examples:\n{examples.rstrip()}" if examples else None,
-        formatter_class=HelpFormatter,
+        formatter_class=CommandHelpFormatter,
     )
     command.add_arguments(parser)
     return parser
@@ -98,11 +99,13 @@ def overview() -> str:
     for title, names in GROUPS.items():
         lines += [f"{title}:", *(f"  {name:<{width}}  {one_line_help(name)}" for name in names)]
         lines += [TRAINING] if "plan" in names else []
-    return "\n".join([*lines, "", "gasp-fast COMMAND --help tells what it reads and writes, and shows examples."])
+    return "\n".join(
+        [*lines, "", "gasp-fast COMMAND --help shows what a command reads and writes, its options, and examples."]
+    )
 
 
 def one_line_help(name: str) -> str:
-    """`HELP` of a command's module, read from its text: importing them all costs seconds, and packages they need."""
+    """`HELP` of a command's module, parsed from its source: importing every command takes seconds and all packages."""
     source = pkgutil.get_data(__name__, f"{name.replace('-', '_')}.py") or b""
     for statement in ast.parse(source).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "HELP":

@@ -1,12 +1,12 @@
-"""Time the loss against three bare matrix products, dense PyTorch and its peers, in one interleaved run.
+"""Time the loss against three bare matrix products, dense PyTorch and other libraries, in one interleaved run.
 
-Every variant is first judged against float64 on a cut-down problem; a wrong one is refused. Prints a table; with --out,
+Every variant is first compared with float64 on a smaller problem; a wrong one is not timed. Prints a table; with --out,
 writes DEVICE-DATE.json and a plot into that folder.
 
 examples:
   gasp-fast bench                                    # the standard set of this machine
-  gasp-fast bench --workload w1 w3 --rounds 50       # two of them, more carefully
-  gasp-fast bench --only ours --out results          # one variant, kept
+  gasp-fast bench --workload w1 w3 --rounds 50       # two of them, more rounds
+  gasp-fast bench --only ours --out results          # one variant, with JSON and plot
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import os
 from pathlib import Path
 
-HELP = "time the loss against bare matrix products and its peers"
+HELP = "time the loss against bare matrix products and other libraries"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=list(WORKLOADS),
         metavar="NAME",
-        help=f"of {', '.join(WORKLOADS)} (default: the set of the device)",
+        help=f"any of {', '.join(WORKLOADS)} (default: the standard set of the device)",
     )
     variants = [variant.name for variant in VARIANTS]
-    parser.add_argument("--only", nargs="+", choices=variants, metavar="NAME", help=f"only of {', '.join(variants)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=variants, metavar="NAME", help=f"time only these: {', '.join(variants)}"
+    )
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="interleaved rounds")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the JSON and the plot")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # memory is read off the profiler, which likes to talk
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # peak memory is measured with the profiler, which prints
     import torch
     from rich.console import Console
 

@@ -1,7 +1,7 @@
-"""Several reports of gasp-fast evaluate in one figure, on one scale.
+"""Compare several reports of gasp-fast evaluate in one table and one figure.
 
-Typically the model before training, after correspondence-only, and after the full recipe, asked the same questions.
-Reads report folders; writes into --out index.html and the figures.
+Typically the model before training, after training with the correspondence loss only, and after the full recipe, all
+evaluated on the same sequences. Reads report folders; writes index.html and the figures into --out.
 
 examples:
   gasp-fast compare before after --out comparison
@@ -16,28 +16,31 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .evaluate import as_table
-
-HELP = "several of these reports in one figure"
+HELP = "compare reports of gasp-fast evaluate"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="folders (or report.json) to compare")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that receives the comparison")
-    parser.add_argument("--scenes", type=Path, metavar="DIR", help="the scenes asked about: draws the answers as well")
-    parser.add_argument("--model", metavar="DIR", help="any of the models, for the tokens of a frame; with --scenes")
-    parser.add_argument("--names", metavar="LIST", help="what to call them, separated by commas (default: the models)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the comparison")
+    parser.add_argument(
+        "--scenes", type=Path, metavar="DIR", help="the scenes of the reports, to draw predictions; needs --model"
+    )
+    parser.add_argument("--model", metavar="DIR", help="one of the models, for its token grid; needs --scenes")
+    parser.add_argument("--names", metavar="LIST", help="names of the reports, separated by commas (default: models)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.evaluation.report import read_report, table_rows, write_comparison
+    from gasp_fast.evaluation.report import read_report, write_comparison
+    from gasp_fast.evaluation.tables import terminal_table
 
     console = Console()
-    found = [read_report(path) for path in arguments.reports]
-    reports = dict(zip(_names(arguments, [report["model"] for report in found]), found, strict=True))
-    pictures = _pictures(arguments, dict(zip(reports, arguments.reports, strict=True)))
+    contents = [read_report(path) for path in arguments.reports]
+    folders = [path.parent if path.is_file() else path for path in arguments.reports]
+    names = _names(arguments.names, [report["model"] for report in contents], folders)
+    reports = dict(zip(names, contents, strict=True))
+    pictures = _pictures(arguments, dict(zip(names, folders, strict=True)))
     page, warnings = write_comparison(reports, arguments.out, pictures)
-    console.print(as_table(table_rows(reports)))
+    console.print(terminal_table(reports))
     for warning in warnings:
         console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
@@ -46,25 +49,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _pictures(arguments: argparse.Namespace, folders: dict[str, Path]) -> list[tuple[str, Path]]:
     if (arguments.scenes is None) != (arguments.model is None):
-        raise ValueError("--scenes and --model belong together: frames and their tokens; give both, or neither")
+        raise ValueError("--scenes and --model are needed together to draw predictions; give both, or neither")
     if arguments.scenes is None:
         return []
     from gasp_fast.backbones import load_backbone
-    from gasp_fast.evaluation.showing import draw_comparison
+    from gasp_fast.evaluation.gallery import draw_comparison
 
-    folders = {name: path.parent if path.is_file() else path for name, path in folders.items()}
     return draw_comparison(folders, arguments.scenes, load_backbone(arguments.model), arguments.out / "pictures", 3)
 
 
-def _names(arguments: argparse.Namespace, models: list[str]) -> list[str]:
-    """As asked; else the models' names; where those repeat, the names of the reports' folders."""
-    if arguments.names is not None:
-        names = [name.strip() for name in arguments.names.split(",")]
+def _names(given: str | None, models: list[str], folders: list[Path]) -> list[str]:
+    """The given names; else the models' names, or, if those repeat, the names of the reports' folders."""
+    if given is not None:
+        names = [name.strip() for name in given.split(",")]
         if len(names) != len(models):
-            raise ValueError(f"--names gives {len(names)} names for {len(models)} reports; give one each")
+            raise ValueError(f"--names gives {len(names)} names for {len(models)} reports; give one for each")
+    elif len(set(models)) == len(models):
+        names = models
     else:
-        folders = [path.parent if path.is_file() else path for path in map(Path.resolve, arguments.reports)]
-        names = models if len(set(models)) == len(models) else [folder.name for folder in folders]
+        names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
-        raise ValueError(f"two reports would be called alike ({', '.join(names)}); tell them apart with --names")
+        raise ValueError(f"two reports have the same name ({', '.join(names)}); name them with --names")
     return names

@@ -1,8 +1,8 @@
-"""Make depth for scenes that came without.
+"""Compute depth for scenes that have none.
 
 Reads scenes with COLMAP's stereo maps, or with sparse points to which the depth of a monocular model is fitted. Writes
-computed_depth/ into each scene; gasp-fast scenes tells how well it agrees with itself. Scenes that come with depth are
-left alone. Exit code 0 if every scene ended with at least one usable frame, 1 if one did not.
+computed_depth/ into each scene. Scenes with depth of their own stay unchanged. Exit code 0 if every scene has at least
+one usable frame, otherwise 1.
 
 examples:
   gasp-fast depth scenes                                    # from COLMAP's stereo maps
@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from gasp_fast.data.depth.making import Predictor, depth_from_predictor, depth_from_stereo, has_stereo
-from gasp_fast.data.inspection.check import check_scene
+from gasp_fast.data.depth.compute import Predictor, depth_from_predictor, depth_from_stereo, has_stereo
+from gasp_fast.data.inspection.consistency import check_scene
 from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, DepthIndex, read_index
 from gasp_fast.data.scenes.library import find_scenes
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene, without_depth
 
-HELP = "make depth for scenes that came without"
+HELP = "compute depth for scenes that have none"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,35 +36,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         choices=("auto", "mvs", "model"),
         default="auto",
-        help="mvs: COLMAP's *.geometric.bin; model: --model; auto: mvs where it is there, else model",
+        help="mvs: COLMAP's *.geometric.bin; model: --model; auto: mvs if the scene has it, otherwise model",
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="local folder of a transformers depth model")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="where the model runs: cpu, cuda, cuda:1 …")
-    parser.add_argument("--force", action="store_true", help="make it again where it is already there")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="device of the model: cpu, cuda, cuda:1 …")
+    parser.add_argument("--force", action="store_true", help="compute it again where it exists")
 
 
 def run(arguments: argparse.Namespace) -> int:
     console = Console()
     roots = [arguments.dir / name for name in find_scenes(arguments.dir)]
-    loaded: Predictor | None = None
+    model: Predictor | None = None
     complete = True
     for root in roots:
         scene = open_scene(root)
         if scene.has_depth and not (arguments.force and (root / FOLDER / INDEX).is_file()):
-            console.print(f"{root}: {_already(scene)}", soft_wrap=True, highlight=False)
+            console.print(f"{root}: {_why_skipped(scene)}", soft_wrap=True, highlight=False)
             continue
         scene = without_depth(scene)
         stereo = arguments.source == "mvs" or (arguments.source == "auto" and has_stereo(scene))
-        if not stereo and loaded is None:
-            loaded = _predictor(arguments, root)
-        index = _make(console, scene, None if stereo else loaded, arguments.model)
+        if not stereo and model is None:
+            model = _load_model(arguments, root)
+        index = _compute(console, scene, None if stereo else model, arguments.model)
         complete &= _print(console, root, index)
     return 0 if complete else 1
 
 
-def _predictor(arguments: argparse.Namespace, root: Path) -> Predictor:
+def _load_model(arguments: argparse.Namespace, root: Path) -> Predictor:
     if arguments.model is None:
-        raise ValueError(f"{root}: no COLMAP stereo maps there; give --model DIR, a transformers depth model")
+        raise ValueError(f"{root}: no COLMAP stereo maps; give --model DIR, a transformers depth model")
     from gasp_fast.backbones.torchvision_shim import install
 
     install()
@@ -73,27 +73,27 @@ def _predictor(arguments: argparse.Namespace, root: Path) -> Predictor:
     return DepthModel(arguments.model, arguments.device)
 
 
-def _make(console: Console, scene: Scene, predictor: Predictor | None, model: Path | None) -> DepthIndex:
-    """From `predictor`, or from stereo where there is none."""
+def _compute(console: Console, scene: Scene, model: Predictor | None, folder: Path | None) -> DepthIndex:
+    """With `model`, loaded from `folder`, or from stereo if it is None."""
 
     def progress(frames: Iterable[int]) -> Iterable[int]:
         return track(list(frames), scene.root.name, console=console, transient=True)
 
-    if predictor is None:
+    if model is None:
         return depth_from_stereo(scene, progress)
-    return depth_from_predictor(scene, predictor, str(model), progress)
+    return depth_from_predictor(scene, model, str(folder), progress)
 
 
-def _already(scene: Scene) -> str:
+def _why_skipped(scene: Scene) -> str:
     path = scene.root / FOLDER / INDEX
     if not path.is_file():
         return f"comes with depth ({scene.format}); nothing to do"
     index = read_index(path)
-    return f"has computed depth already ({index.source}, {len(index.usable)} usable frames); --force makes it again"
+    return f"has computed depth already ({index.source}, {len(index.usable)} usable frames); --force computes it again"
 
 
 def _print(console: Console, root: Path, index: DepthIndex) -> bool:
-    """Say how it went; whether there is anything to use."""
+    """Prints the result; returns whether any frame is usable."""
     errors = sorted(fit.error for fit in index.frames.values() if fit.file is not None and fit.error is not None)
     fit = f"median error {errors[len(errors) // 2]:.3f}, worst {errors[-1]:.3f}" if errors else "not compared"
     console.print(

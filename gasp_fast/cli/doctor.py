@@ -1,8 +1,8 @@
-"""What this machine and this Python environment can do with gasp-fast, and the command that mends what is missing.
+"""Check what gasp-fast can do on this machine, and print the command that installs or repairs what is missing.
 
-Everything compiled is tried on something tiny, and the loss is compared with float64. Nothing is installed, downloaded
-or written (except FILE). ✓ works, – is not there and optional, ✗ is broken or in need. Indented below a finding stands
-the command that mends it. Exit code 0 if the loss works and nothing is broken, else 1.
+Runs each compiled part on a tiny input and compares the loss with float64. Installs and downloads nothing; writes only
+FILE. Each line is marked ✓ works, – not installed and optional, or ✗ broken or required; the command that fixes it
+follows on the next line. Exit code 0 if the loss works and nothing is broken, else 1.
 
 examples:
   gasp-fast doctor
@@ -22,39 +22,39 @@ from pathlib import Path
 
 from gasp_fast.doctor import BROKEN, MISSING, OK, Finding, examine, loss_works
 
-HELP = "what this machine can do, and the command that mends what is missing"
-SIGNS = {OK: ("✓", "ok", "32"), MISSING: ("–", "--", "33"), BROKEN: ("✗", "XX", "1;31")}  # plain letters, ASCII, colour
-WIDTH = 17  # of names
+HELP = "check this machine and installation; print the commands that fix what is missing"
+SIGNS = {OK: ("✓", "ok", "32"), MISSING: ("–", "--", "33"), BROKEN: ("✗", "XX", "1;31")}  # sign, in ASCII, colour
+NAME_WIDTH = 17
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plain text only: rich may be among the things that are missing."""
+    """Prints plain text: rich may not be installed."""
     groups: dict[str, list[Finding]] = {}
-    for group, found in itertools.groupby(examine(), key=lambda pair: pair[0]):
+    for group, pairs in itertools.groupby(examine(), key=lambda pair: pair[0]):
         print(f"\n{group}" if groups else group)
-        groups[group] = _print_group(finding for _, finding in found)
+        groups[group] = _print_group(finding for _, finding in pairs)
     findings = [finding for group in groups.values() for finding in group]
     broken = [finding for finding in findings if finding.state == BROKEN]
     works = loss_works(findings)
     print(f"\nThe loss {'works' if works else 'DOES NOT WORK'}. {_verdict(broken)}")
     if arguments.json:
-        told = {group: [asdict(finding) for finding in found] for group, found in groups.items()}
-        summary = {"loss_works": works, "broken": [finding.name for finding in broken], "groups": told}
+        tables = {group: list(map(asdict, findings)) for group, findings in groups.items()}
+        summary = {"loss_works": works, "broken": [finding.name for finding in broken], "groups": tables}
         arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0 if works and not broken else 1
 
 
 def _print_group(findings: Iterable[Finding]) -> list[Finding]:
-    """Each finding as it comes. The command of several that stand together comes once, below the last."""
+    """Prints findings as they arrive. Neighbours with the same command share one line for it, below the last."""
     printed: list[Finding] = []
     for finding in findings:
         if printed and printed[-1].cure != finding.cure:
             _print_cure(printed[-1])
-        print(f"  {_sign(finding)} {finding.name:<{WIDTH}} {finding.found}", flush=True)
+        print(f"  {_sign(finding)} {finding.name:<{NAME_WIDTH}} {finding.found}", flush=True)
         printed.append(finding)
     if printed:
         _print_cure(printed[-1])

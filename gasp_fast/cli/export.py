@@ -1,8 +1,8 @@
-"""Make a plain Hugging Face model of a run or checkpoint: adapters merged, heads dropped.
+"""Export a run or checkpoint as a plain Hugging Face model: adapters merged, correspondence heads dropped.
 
-Reads RUN/checkpoint-N/ and, for adapters, the model they were trained on. Writes a new folder that transformers loads
-without gasp_fast (RUN/export, unless --out names another), and only if the merged model gives the logits of the
-trained one.
+Reads RUN/checkpoint-N/ and, for adapters, their base model. Writes a new folder (default: RUN/export) that
+transformers loads without gasp_fast. The logits of the result are compared with those of the trained model; if they
+differ, nothing is exported.
 
 examples:
   gasp-fast export runs/full
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-HELP = "merge adapters, drop heads, and write a plain Hugging Face model"
+HELP = "export a trained model for plain Hugging Face transformers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run (its newest checkpoint is taken), or a checkpoint")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to make; new or empty (RUN/export)")
-    parser.add_argument("--base", metavar="MODEL", help="the model it was trained from (default: the run's own word)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run (its newest checkpoint), or a checkpoint")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; new or empty (default: RUN/export)")
+    parser.add_argument("--base", metavar="MODEL", help="model it was trained from (default: as the run's config.yaml)")
     parser.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the stored weights; auto: the base model's",
     )
     parser.add_argument(
-        "--device", metavar="NAME", help="where to compute: cpu, cuda, cuda:1 … (default: cuda if there is one)"
+        "--device", metavar="NAME", help="device for computing: cpu, cuda, cuda:1 … (default: cuda if there is one)"
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-4,
         metavar="X",
-        help="largest difference of a logit that merging may make, in fp32",
+        help="largest difference of a logit by merging, in fp32",
     )
 
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or place_for(arguments.run, EXPORT)
     console = Console()
-    with console.status("looking at the checkpoint") as status:
+    with console.status("reading the checkpoint") as status:
         report = export(
             arguments.run,
             out,
@@ -55,16 +55,16 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             device=arguments.device,
             tolerance=arguments.tolerance,
-            told=status.update,
+            progress=status.update,
         )
     console.print(f"{report.tensors} tensors of {report.checkpoint} in {report.dtype}: {out}", highlight=False)
     console.print(
-        f"largest difference of a logit against the trained model: {report.merge_difference:.1e} after merging, "
+        f"largest difference of a logit from the trained model: {report.merge_difference:.1e} after merging, "
         f"{report.file_difference:.1e} read back from {report.dtype} files (logits reach {report.largest_logit:.1f})",
         highlight=False,
     )
     if report.trained_difference == 0:
-        console.print("[yellow]the adapters change no logit at all: was anything trained?")
+        console.print("[yellow]The adapters change no logit; check that the run trained anything.")
     elif report.trained_difference is not None:
         console.print(f"the adapters changed the base model's logits by up to {report.trained_difference:.1e}")
     return 0

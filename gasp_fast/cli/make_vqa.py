@@ -1,7 +1,7 @@
-"""Tell precomputed tracks in words: the baseline that has the same geometry as GASP, but only as training text.
+"""Turn precomputed tracks into questions and answers: the baseline with the same geometry as GASP, as training text.
 
-Reads the scenes and what gasp-fast tracks made of them. Writes into --out records in LLaVA-Video's schema, a clip for
-each, and omitted-*.txt with the sequences that tell nothing. Shards that are there are kept, so a killed run goes on.
+Reads the scenes and their tracks. Writes into --out records in LLaVA-Video's schema, a clip for each, and omitted-*.txt
+with the sequences that give no question. A stopped run continues with the missing shards.
 
 examples:
   gasp-fast make-vqa scenes --tracks tracks --out vqa
@@ -17,37 +17,37 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gasp_fast.processes import usable_cores
 
-HELP = "tell tracks as questions and answers (the fairness baseline)"
+HELP = "turn tracks into questions and answers (the fairness baseline)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("scenes", type=Path, metavar="DIR", help="the scenes that the tracks were made from")
-    parser.add_argument("--tracks", type=Path, required=True, metavar="DIR", help="what gasp-fast tracks --out made")
+    parser.add_argument("scenes", type=Path, metavar="DIR", help="the scenes of the tracks")
+    parser.add_argument("--tracks", type=Path, required=True, metavar="DIR", help="the --out of gasp-fast tracks")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for records and clips")
-    parser.add_argument("--turns", type=int, default=4, metavar="N", help="questions about each sequence")
-    parser.add_argument("--longest-side", type=int, default=480, metavar="PX", help="of the clips")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which questions are asked")
+    parser.add_argument("--turns", type=int, default=4, metavar="N", help="questions per sequence")
+    parser.add_argument("--longest-side", type=int, default=480, metavar="PX", help="longest side of the clips")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the questions")
     parser.add_argument(
         "--workers", type=int, default=usable_cores(), metavar="N", help="processes (default: all cores)"
     )
     parser.add_argument(
-        "--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each, counted from 0"
+        "--part", default="0/1", metavar="I/N", help="make the I-th of N parts, one per machine, counted from 0"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.data.annotations.cache import AnnotationCache
-    from gasp_fast.data.annotations.shards import numbers_of_part, parse_part
+    from gasp_fast.data.annotations.parts import numbers_of_part, parse_part
+    from gasp_fast.data.annotations.read import AnnotationCache
     from gasp_fast.data.questions.from_tracks import VQAConfig, make_vqa, omitted_path
 
     config = VQAConfig(turns=arguments.turns, longest_side=arguments.longest_side, seed=arguments.seed)
     part = parse_part(arguments.part)
     plan = AnnotationCache(arguments.tracks).plan
     numbers = numbers_of_part(plan.shards, part)
-    telling = make_vqa(arguments.scenes, arguments.tracks, arguments.out, config, arguments.workers, part)
-    columns = (TextColumn("telling tracks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shards = make_vqa(arguments.scenes, arguments.tracks, arguments.out, config, arguments.workers, part)
+    columns = (TextColumn("writing questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        for _ in progress.track(telling, total=len(numbers)):
+        for _ in progress.track(shards, total=len(numbers)):
             pass
     total = sum(len(plan.of_shard(number)) for number in numbers)
     lists = [omitted_path(arguments.out, number) for number in numbers]

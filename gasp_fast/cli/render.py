@@ -1,7 +1,8 @@
-"""Render synthetic rooms with exact depth and poses, and ask questions about them; a function of the seed.
+"""Render synthetic rooms with exact depth and poses, and write questions about them.
 
-Reads nothing. Writes DIR/scene-*/ (colour, depth, poses: the rgbd format, which every other command reads) and DIR/qa/
-(a clip of each scene, questions and answers in LLaVA-Video's schema). Scenes that are there already are kept.
+The result depends on the seed alone. Writes DIR/scene-*/ (colour, depth and poses in the rgbd format, which every other
+command reads) and DIR/qa/ (a clip of each scene, questions and answers in LLaVA-Video's schema). Existing scenes are
+kept.
 
 examples:
   gasp-fast render --out scenes --scenes 8
@@ -23,15 +24,19 @@ HELP = "render synthetic rooms with exact depth and poses, and questions about t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder that receives one folder per scene"
+        "--out", type=Path, required=True, metavar="DIR", help="output folder, with one folder per scene"
     )
-    parser.add_argument("--scenes", type=int, default=50, metavar="N", help="how many scenes")
-    parser.add_argument("--frames", type=int, default=32, metavar="N", help="frames of each scene")
+    parser.add_argument("--scenes", type=int, default=50, metavar="N", help="number of scenes")
+    parser.add_argument("--frames", type=int, default=32, metavar="N", help="frames per scene")
     parser.add_argument("--size", type=int, default=224, metavar="PX", help="width and height of a frame")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the first scene; each next one has the next"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the first scene; the following scenes have the following seeds",
     )
-    parser.add_argument("--no-qa", action="store_true", help="leave out the clips and questions in DIR/qa")
+    parser.add_argument("--no-qa", action="store_true", help="do not write the clips and questions in DIR/qa")
     parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="threads (default: all cores)")
 
 
@@ -45,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         rendering = render_scenes(arguments.out, arguments.scenes, arguments.seed, config, arguments.workers)
         folders = list(progress.track(rendering, arguments.scenes, description="rendering scenes"))
         if not arguments.no_qa:
-            asking = write_qa(folders, arguments.out / "qa", arguments.workers)
-            list(progress.track(asking, arguments.scenes, description="asking questions"))
+            clips = write_qa(folders, arguments.out / "qa", arguments.workers)
+            list(progress.track(clips, arguments.scenes, description="writing questions"))
     print(f"{arguments.scenes} scenes of {arguments.frames} frames in {arguments.out}")
     return 0

@@ -1,7 +1,7 @@
-"""What scenes a folder holds, in which format, and whether their geometry agrees with itself.
+"""List the scenes of a folder with their formats, and check whether their geometry agrees with itself.
 
-Reads a scene, or a folder of scenes at any depth, in any of the formats dl3dv, colmap, vggt, rgbd. Writes nothing but
-what --picture and --json name. Exit code 0 if every scene is sound, 1 if one is not.
+Reads a scene, or a folder of scenes, in any of the formats dl3dv, colmap, vggt, rgbd. Writes only the files given by
+--picture and --json. Exit code 0 if every scene is sound, otherwise 1.
 
 examples:
   gasp-fast scenes scenes
@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from gasp_fast.data.inspection.check import GAPS, SceneReport, check_scene
+from gasp_fast.data.inspection.consistency import GAPS, SceneReport, check_scene
 from gasp_fast.data.scenes.library import find_scenes
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
@@ -30,14 +30,14 @@ from gasp_fast.processes import in_processes, usable_cores
 
 HELP = "list scenes, check their geometry, draw their tracks"
 LEGEND = (
-    "depth: share of pixels with known depth.  step: how far the camera moves per frame, in median depths.\n"
-    "gap n: share of pixels whose depth agrees within 5 % with the frame n further on."
+    "depth: share of pixels with known depth.  step: camera motion per frame, in median depths.\n"
+    "gap n: share of pixels whose depth agrees within 5 % with the depth of the frame n frames later."
 )
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What came of looking at one scene: a report, or the reason why there is none."""
+class Checked:
+    """The report on one scene, or the reason why there is none."""
 
     report: SceneReport | None = None
     picture: Path | None = None
@@ -51,18 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="PATH",
-        help="draw tracks over frames: PATH.png for one scene, a folder for several (default: beside you)",
+        help="draw tracks over frames: PATH.png for one scene, a folder for several (default: the current folder)",
     )
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="frame the picture's tracks start in")
-    parser.add_argument("--grid", type=int, default=12, metavar="G", help="points along each axis of the picture")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="query frame of the picture's tracks")
+    parser.add_argument("--grid", type=int, default=12, metavar="G", help="query points along each axis of the picture")
     parser.add_argument(
         "--jobs",
         type=int,
         default=usable_cores(),
         metavar="N",
-        help="scenes looked at side by side (default: all cores)",
+        help="scenes checked in parallel (default: all cores)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,39 +70,39 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--jobs {arguments.jobs}: at least 1")
     console = Console()
     roots = [arguments.dir / name for name in find_scenes(arguments.dir)]
-    looks = _look_at_all(console, roots, arguments)
-    if len(roots) == 1 and looks[0].failure:
-        raise ValueError(looks[0].failure)
-    reports = [look.report for look in looks if look.report]
-    failures = {str(root): look.failure for root, look in zip(roots, looks, strict=True) if look.failure}
+    results = _check_all(console, roots, arguments)
+    if len(roots) == 1 and results[0].failure:
+        raise ValueError(results[0].failure)
+    reports = [result.report for result in results if result.report]
+    failures = {str(root): result.failure for root, result in zip(roots, results, strict=True) if result.failure}
     _print(console, arguments.dir, reports, failures)
-    for look in looks:
-        if look.picture:
-            console.print(f"picture: {look.picture}", highlight=False, soft_wrap=True)
+    for result in results:
+        if result.picture:
+            console.print(f"picture: {result.picture}", highlight=False, soft_wrap=True)
     if arguments.json:
         found = {"scenes": [asdict(report) for report in reports], "unreadable": failures}
         arguments.json.write_text(json.dumps(found, indent=1))
     return 0 if not failures and all(report.sound for report in reports) else 1
 
 
-def _look_at_all(console: Console, roots: list[Path], arguments: argparse.Namespace) -> list[Looked]:
-    """One look for each root, in order, whichever was done first."""
-    look = partial(_look, arguments=arguments, many=len(roots) > 1)
-    done = in_processes(look, roots, arguments.jobs)
+def _check_all(console: Console, roots: list[Path], arguments: argparse.Namespace) -> list[Checked]:
+    """The results in the order of `roots`."""
+    check = partial(_check, arguments=arguments, many=len(roots) > 1)
+    done = in_processes(check, roots, arguments.jobs)
     shown = track(done, "checking", total=len(roots), console=console, transient=True, disable=len(roots) == 1)
-    looks = dict(shown)
-    return [looks[root] for root in roots]
+    results = dict(shown)
+    return [results[root] for root in roots]
 
 
-def _look(root: Path, arguments: argparse.Namespace, many: bool) -> Looked:
-    """A scene that cannot be read is a finding about that scene, not the end of the command."""
+def _check(root: Path, arguments: argparse.Namespace, many: bool) -> Checked:
+    """A scene that cannot be read is a failure of that scene, not of the command."""
     try:
         scene = open_scene(root)
         report = check_scene(scene)
-        wanted = arguments.picture is not None and scene.has_depth
-        return Looked(report, _draw(scene, arguments, many) if wanted else None)
+        draw = arguments.picture is not None and scene.has_depth
+        return Checked(report, _draw(scene, arguments, many) if draw else None)
     except (ValueError, OSError) as error:
-        return Looked(failure=str(error))
+        return Checked(failure=str(error))
 
 
 def _draw(scene: Scene, arguments: argparse.Namespace, many: bool) -> Path:
@@ -114,7 +114,7 @@ def _draw(scene: Scene, arguments: argparse.Namespace, many: bool) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         path = path / name
     elif path.suffix.lower() != ".png":
-        raise ValueError(f"--picture {path}: name a .png file or an existing folder")
+        raise ValueError(f"--picture {path}: give a .png file or an existing folder")
     return draw_tracks(scene, path, arguments.first, arguments.grid)
 
 

@@ -1,7 +1,7 @@
-"""Compute the point tracks of training sequences once, into shards that training opens lazily.
+"""Compute the point tracks of training sequences once, and store them in shards.
 
-Reads a folder of scenes with depth. Writes into --out a plan and checksummed shards; a run that was stopped goes on
-where it was, and gives the same bytes. One folder holds one grid: coarse and fine are two runs.
+Reads a folder of scenes with depth. Writes into --out a plan and checksummed shards. A stopped run continues with the
+missing shards and gives the same bytes. One folder holds one grid: coarse and fine are two runs.
 
 examples:
   gasp-fast tracks scenes --out tracks --dry-run
@@ -20,36 +20,42 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gasp_fast.processes import usable_cores
 
 if TYPE_CHECKING:
-    from gasp_fast.data.annotations.cache import AnnotationCache, AnnotationPlan
+    from gasp_fast.data.annotations.plan import AnnotationPlan
+    from gasp_fast.data.annotations.read import AnnotationCache
 
 SAMPLE = 20_000  # sequences drawn for the statistics of a dry run
-HELP = "compute the tracks of training sequences once and keep them in shards; resumable, parallel"
+HELP = "compute the tracks of training sequences once and store them in shards; resumable, parallel"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenes", type=Path, metavar="DIR", help="a scene, or a folder of scenes")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that receives the shards")
-    parser.add_argument("--per-scene", type=int, default=16, metavar="N", help="sequences of a scene an epoch")
-    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="epochs with different sequences")
+    parser.add_argument("--per-scene", type=int, default=16, metavar="N", help="sequences of each scene in an epoch")
+    parser.add_argument(
+        "--epochs", type=int, default=1, metavar="N", help="number of epochs, each with other sequences"
+    )
     parser.add_argument("--min-frames", type=int, default=8, metavar="N", help="fewest frames of a sequence")
     parser.add_argument("--max-frames", type=int, default=24, metavar="N", help="most frames of a sequence")
-    parser.add_argument("--window", type=int, default=48, metavar="N", help="frames around the anchor")
+    parser.add_argument("--window", type=int, default=48, metavar="N", help="frames before and after the anchor")
     parser.add_argument("--grid", type=int, default=8, metavar="N", help="query points along each axis (8; fine: 24)")
-    parser.add_argument("--keep", type=float, default=0.5, metavar="X", help="share of the tracks that is kept (0.5)")
-    parser.add_argument("--held-out", type=float, default=0.0, metavar="X", help="share of scenes left out for testing")
+    parser.add_argument("--keep", type=float, default=0.5, metavar="X", help="share of tracks to keep (0.5)")
+    parser.add_argument("--held-out", type=float, default=0.0, metavar="X", help="share of scenes held out for testing")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampler")
     parser.add_argument("--shard-size", type=int, default=1024, metavar="N", help="sequences in a shard")
     parser.add_argument(
         "--workers", type=int, default=usable_cores(), metavar="N", help="processes (default: all cores)"
     )
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="do the I-th of N parts, one machine each (0/1)")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be made, and how large it would be")
-    parser.add_argument("--verify", action="store_true", help="check the checksums of what is there and stop")
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="compute the I-th of N parts, one per machine (0/1)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be computed, and its size")
+    parser.add_argument("--verify", action="store_true", help="only verify the checksums of the existing shards")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.data.annotations.cache import AnnotationCache, annotate
-    from gasp_fast.data.annotations.shards import parse_part
+    from gasp_fast.data.annotations.parts import numbers_of_part, parse_part
+    from gasp_fast.data.annotations.read import AnnotationCache
+    from gasp_fast.data.annotations.write import annotate
 
     if arguments.verify:
         return _verify(AnnotationCache(arguments.out))
@@ -61,14 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     part = parse_part(arguments.part)
     with _progress("computing tracks") as progress:
-        task = progress.add_task("", total=len(range(part[0], plan.shards, part[1])))
-        for _ in annotate(arguments.scenes, arguments.out, plan, arguments.workers, part):
-            progress.advance(task)
+        shards = annotate(arguments.scenes, arguments.out, plan, arguments.workers, part)
+        for _ in progress.track(shards, total=len(numbers_of_part(plan.shards, part))):
+            pass
     return _report(arguments.out) if part == (0, 1) else 0
 
 
 def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
-    from gasp_fast.data.annotations.cache import AnnotationPlan
+    from gasp_fast.data.annotations.plan import AnnotationPlan
     from gasp_fast.data.scenes.library import SceneEntry, find_scenes, own_name, survey
     from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
 
@@ -105,7 +111,8 @@ def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
 
 
 def _report(out: Path) -> int:
-    from gasp_fast.data.annotations.cache import AnnotationCache, shard_path
+    from gasp_fast.data.annotations.read import AnnotationCache
+    from gasp_fast.data.annotations.shard import shard_path
 
     cache = AnnotationCache(out)
     size = sum(shard_path(out, number).stat().st_size for number in range(cache.plan.shards))

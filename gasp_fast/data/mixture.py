@@ -1,17 +1,16 @@
-"""Interleaves data sources by weight: position → (source, epoch, index). Knows lengths and weights, not samples.
+"""Interleaves data sources by weight: position → (source, epoch, index).
 
-Positions are cut into blocks of 1000. Every block holds each source equally often, its share of the weights to a
-thousandth, in an order shuffled by (seed, block). So how many samples a source has given before any position is a
-multiplication and a short count: nothing is stored, any position can be asked for at once, and a run resumes exactly
-from the one number it has consumed, even on another number of ranks.
+Positions form blocks of 1000. Every block holds each source equally often, by its share of the weights rounded to a
+thousandth, in an order shuffled by (seed, block). So the number of samples drawn from a source before a position is a
+multiplication and a short count. Nothing is stored, any position is computed directly, and a run resumes exactly from
+its position, also with another number of ranks.
 
-Each source is walked epoch by epoch, every sample once an epoch, in an order shuffled by (seed, source, epoch).
-Rank `r` of `w` takes positions `r, r + w, r + 2 w, …`.
+Each source is read epoch by epoch, every sample once an epoch, in an order shuffled by (seed, source, epoch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +23,7 @@ BLOCK = 1000
 
 @dataclass(frozen=True)
 class Source:
-    """`length` samples an epoch, `weight` relative to the other sources."""
+    """A source with `length` samples an epoch; `weight` is relative to the other sources."""
 
     length: int
     weight: float = 1.0
@@ -32,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Draw:
-    """Sample `index` of the `epoch`-th walk through `source`."""
+    """Sample `index` of epoch `epoch` of `source`."""
 
     source: str
     epoch: int
@@ -40,12 +39,12 @@ class Draw:
 
 
 class Mixture:
-    """What stands at each position of an endless stream that mixes the sources."""
+    """An endless stream of samples from all sources."""
 
     def __init__(self, sources: Mapping[str, Source], seed: int = 0) -> None:
         for name, source in sources.items():
             if source.length < 1:
-                raise ValueError(f"{name}.length = {source.length}: a source needs at least one sample")
+                raise ValueError(f"{name}.length = {source.length}: a source has at least one sample")
             if not 0 <= source.weight < float("inf"):
                 raise ValueError(f"{name}.weight = {source.weight}: must be a number >= 0")
         self.sources = {name: source for name, source in sources.items() if source.weight > 0}
@@ -57,7 +56,7 @@ class Mixture:
         self._block: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def draw(self, position: int) -> Draw:
-        """What stands at `position`, counted over all ranks."""
+        """The sample at `position`, counted over all ranks."""
         if position < 0:
             raise IndexError(f"position = {position}: must be >= 0")
         number, place = divmod(position, BLOCK)
@@ -68,17 +67,8 @@ class Mixture:
         epoch, index = divmod(taken, length)
         return Draw(name, epoch, permuted(index, length, f"mixture/{self.seed}/{name}/{epoch}"))
 
-    def share(self, rank: int = 0, ranks: int = 1, start: int = 0) -> Iterator[Draw]:
-        """The endless stream of one rank, from the global position `start` on."""
-        if not 0 <= rank < ranks:
-            raise ValueError(f"rank = {rank}: must lie in 0..{ranks - 1}")
-        position = start + rank
-        while True:
-            yield self.draw(position)
-            position += ranks
-
     def positions_of_epoch(self, name: str) -> int:
-        """How many positions it takes until `name` has been walked once, to the end of a block."""
+        """Positions until every sample of `name` has been drawn once, rounded up to whole blocks."""
         if name not in self.quota:
             raise ValueError(f"name = {name!r}: the mixture has {', '.join(self.quota)}")
         return -(-self.sources[name].length // self.quota[name]) * BLOCK
@@ -92,15 +82,15 @@ class Mixture:
 
 
 def _quota(sources: Mapping[str, Source]) -> dict[str, int]:
-    """Places of each source in a block, by largest remainder."""
+    """Samples of each source in a block, by the largest-remainder method."""
     total = sum(source.weight for source in sources.values())
     exact = {name: source.weight / total * BLOCK for name, source in sources.items()}
-    quota = {name: int(share) for name, share in exact.items()}
+    quota = {name: int(samples) for name, samples in exact.items()}
     by_remainder = sorted(exact, key=lambda name: (quota[name] - exact[name], name))
     for name in by_remainder[: BLOCK - sum(quota.values())]:
         quota[name] += 1
-    for name, places in quota.items():
-        if not places:
+    for name, samples in quota.items():
+        if not samples:
             raise ValueError(
                 f"{name}.weight = {sources[name].weight}: under a thousandth of all weights, it would never be drawn; "
                 "raise it or set it to 0"

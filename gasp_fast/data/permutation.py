@@ -1,8 +1,8 @@
-"""Shuffling without a list: the i-th element of a permutation of `range(length)`, for any length, in constant memory.
+"""Shuffles without a list: the i-th element of a permutation of `range(length)`, for any length, in constant memory.
 
-A Feistel network is a bijection of the 2^2k numbers it works on, whatever its round function. For another length, walk:
-apply it again until the result falls into range. The cycle returns to its start, which is in range, so the walk ends,
-after fewer than four steps on average. Nothing has to be kept for a resume but the position.
+A Feistel network is a bijection of 2^2k numbers, whatever its round function. For another length it is applied again
+until the result is in range. The cycle returns to its start, which is in range, so this ends, after fewer than four
+steps on average. A resume needs only the position.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _ROUNDS = 4
 
 
 def permuted(index: int, length: int, key: str) -> int:
-    """Where `index` goes in the permutation of `range(length)` that belongs to `key`."""
+    """Element `index` of the permutation of `range(length)` that belongs to `key`."""
     if not 0 <= index < length:
         raise ValueError(f"index = {index}: must lie in 0..{length - 1}")
     half = max(1, ((length - 1).bit_length() + 1) // 2)

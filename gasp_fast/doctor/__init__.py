@@ -1,16 +1,14 @@
-"""What this machine and this environment can do, in findings grouped by what somebody wants to do with them.
+"""`gasp-fast doctor`: checks of this machine and this installation, grouped by what they are needed for.
 
-Every page here works where only Python's own library is certain to be there: torch, NumPy and our extensions are things
-to be examined, so they are imported inside the checks. A check is a generator of findings. `examine` runs them all; a
-check that fails by itself is a finding too.
+A check is a generator of findings; `examine` runs them all. The modules here import only Python's standard library and
+`packaging` at the top: torch, NumPy and our extensions are what is examined, so each check imports them itself.
 
-    finding.py    what a check says
-    versions.py   whether a version lies in a range
-    installed.py  what the metadata of installed packages say; the command that installs
-    packages.py   Python, gasp-fast and the packages it asks for
-    hardware.py   processor, memory, disk, cache of models
-    trials.py     what is compiled, tried on something tiny; the loss against float64
-    gpu.py        driver, devices, Triton, what is only of use on a GPU
+    finding.py    the result of a check
+    installed.py  metadata of installed packages; the pip command that installs
+    packages.py   Python, gasp-fast and the packages that it requires
+    hardware.py   processor, memory, disk, cache of models, compilers
+    trials.py     compiled code, run on a tiny input; the loss against float64
+    gpu.py        driver, devices, Triton, and packages that need a GPU
 """
 
 from __future__ import annotations
@@ -20,13 +18,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from . import gpu, hardware, packages, trials
-from .finding import BROKEN, MISSING, OK, Finding, told
+from .finding import BROKEN, MISSING, OK, Finding, one_line
 
-LOSS_SELF_TEST = "loss"  # the name of the finding that tells whether the loss alone works
+LOSS_SELF_TEST = "loss self-test"  # name of the finding that says whether the loss works
 
 GROUPS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {
-    "this machine": (packages.installation, packages.python, hardware.processor, hardware.memory, hardware.disk),
-    "the loss alone": (
+    "machine": (packages.installation, packages.python, hardware.processor, hardware.memory, hardware.disk),
+    "loss": (
         partial(packages.of_extra, ""),
         trials.rows_extension,
         partial(trials.loss_against_float64, LOSS_SELF_TEST),
@@ -39,7 +37,7 @@ GROUPS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {
         hardware.model_cache,
     ),
     "evaluation": (partial(packages.of_extra, "eval"),),
-    "on a GPU": (
+    "GPU": (
         gpu.driver,
         gpu.torch_build,
         gpu.devices,
@@ -52,7 +50,7 @@ GROUPS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {
 
 
 def examine() -> Iterator[tuple[str, Finding]]:
-    """(group, finding), one after the other as they are found."""
+    """Runs every check; yields (group, finding) as they come."""
     for group, checks in GROUPS.items():
         for check in checks:
             for finding in _guarded(check):
@@ -64,15 +62,15 @@ def loss_works(findings: list[Finding]) -> bool:
 
 
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The check's findings, without the warnings of libraries; whatever it dies of is a finding."""
+    """The check's findings, without the warnings of libraries. An exception becomes a finding."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield from check()
-    except ModuleNotFoundError as error:  # that it is not there is a finding of its own
-        yield Finding(MISSING, _name(check), f"cannot be looked at without {error.name}")
-    except Exception as error:  # anything may be wrong with an environment; the other checks shall still be made
-        yield Finding(BROKEN, _name(check), told(error))
+    except ModuleNotFoundError as error:  # reported by the check of that package
+        yield Finding(MISSING, _name(check), f"cannot be checked without {error.name}")
+    except Exception as error:  # a broken environment may raise anything; the other checks still run
+        yield Finding(BROKEN, _name(check), one_line(error))
 
 
 def _name(check: Callable[[], Iterator[Finding]]) -> str:

@@ -1,4 +1,4 @@
-"""What a check says about one thing."""
+"""`Finding`: the result of one check."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal
 
 State = Literal["ok", "missing", "broken"]
 OK: State = "ok"
-MISSING: State = "missing"  # not there, and nothing that is there needs it
-BROKEN: State = "broken"  # there, and does not work; or needed by everything, and not there
+MISSING: State = "missing"  # not installed, and optional
+BROKEN: State = "broken"  # installed but does not work, or required and not installed
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Finding:
     state: State
     name: str
     found: str
-    cure: str = ""  # the command that mends it; empty where there is nothing to mend, or no command does it
+    cure: str = ""  # the command that fixes it; empty if nothing is wrong, or if no command fixes it
 
 
-def told(error: BaseException) -> str:
-    """An error in one line, short enough to stand in a list."""
+def one_line(error: BaseException) -> str:
+    """Type and message of an error, short enough for a list."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""NVIDIA driver and devices, torch's build for them, and what is only of use there. Not yet measured on a GPU."""
+"""NVIDIA driver and devices, torch's CUDA build, and packages only used on a GPU. Not yet run on a GPU."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from functools import cache
 from pathlib import Path
 
 from . import installed, packages, trials
-from .finding import BROKEN, MISSING, OK, Finding, told
-from .versions import satisfies
+from .finding import BROKEN, MISSING, OK, Finding, one_line
+from .installed import satisfies
 
-INDEX = "https://download.pytorch.org/whl/cu{}"  # torch's own index, one for each version of CUDA
+INDEX = "https://download.pytorch.org/whl/cu{}"  # one index for each version of CUDA
 FLASH_ATTENTION_3 = "git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper"
 
 
 def driver() -> Iterator[Finding]:
     supported = driver_cuda()
     if supported is None:
-        yield Finding(MISSING, "NVIDIA driver", "none: no NVIDIA GPU can be used here")
+        yield Finding(MISSING, "NVIDIA driver", "none: no NVIDIA GPU can be used")
     else:
         yield Finding(OK, "NVIDIA driver", f"{_driver_version() or 'version not known'}, up to CUDA {_dots(supported)}")
 
 
 def torch_build() -> Iterator[Finding]:
-    """Whether this torch was built for a GPU, for one that this driver serves, and sees it."""
+    """Whether torch is built for CUDA, in a version that the driver supports, and sees a device."""
     import torch
 
     supported, built = driver_cuda(), torch.version.cuda
@@ -39,14 +39,16 @@ def torch_build() -> Iterator[Finding]:
     elif supported is None:
         yield Finding(OK, "CUDA in torch", f"built for CUDA {built}")
     elif int(built.split(".")[0]) > supported[0]:
-        found = f"torch is built for CUDA {built}, the driver serves {_dots(supported)}: update the driver, or torch"
+        found = f"torch is built for CUDA {built}, the driver supports {_dots(supported)}: update the driver, or torch"
         yield Finding(BROKEN, "CUDA in torch", found, _torch_command(supported))
     elif torch.cuda.is_available():
         yield Finding(OK, "CUDA in torch", f"built for CUDA {built}")
     elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         yield Finding(MISSING, "CUDA in torch", "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES")
     else:
-        yield Finding(BROKEN, "CUDA in torch", f"built for CUDA {built}, but sees no device; nvidia-smi may tell why")
+        yield Finding(
+            BROKEN, "CUDA in torch", f"built for CUDA {built}, but sees no device; run nvidia-smi for the reason"
+        )
 
 
 def devices() -> Iterator[Finding]:
@@ -54,29 +56,29 @@ def devices() -> Iterator[Finding]:
         return
     import torch
 
-    everyone = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    kinds = Counter((one.name, round(one.total_memory / 1e9), one.major, one.minor) for one in everyone)
-    for (name, gigabytes, major, minor), count in kinds.items():
+    all_devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    models = Counter((one.name, round(one.total_memory / 1e9), one.major, one.minor) for one in all_devices)
+    for (name, gigabytes, major, minor), count in models.items():
         found = f"{count} x {name}, {gigabytes} GB, compute capability {major}.{minor}"
         if _has_code(torch.cuda.get_arch_list(), major, minor):
             yield Finding(OK, "GPU", found)
         else:
-            yield Finding(BROKEN, "GPU", f"{found}, for which this torch holds no code", _torch_command(driver_cuda()))
+            yield Finding(BROKEN, "GPU", f"{found}, for which torch contains no code", _torch_command(driver_cuda()))
 
 
 def triton() -> Iterator[Finding]:
     wanted = installed.range_of("triton")
     finding = packages.package("triton", wanted, installed.pip_install(f"triton{wanted}"))
     if finding.state == MISSING and not usable():
-        yield Finding(MISSING, "triton", "not installed; only of use on a GPU")
+        yield Finding(MISSING, "triton", "not installed; only used on a GPU")
     elif finding.state == OK and not usable():
-        yield Finding(OK, "triton", f"{finding.found}, no device to drive")
+        yield Finding(OK, "triton", f"{finding.found}, no device to run on")
     else:
         yield finding
 
 
 def loss_on_device() -> Iterator[Finding]:
-    """Compiles the Triton kernels of a small problem and launches them."""
+    """Compiles and launches the Triton kernels of a small problem."""
     if usable():
         yield from trials.loss_against_float64("loss on the GPU", "cuda")
 
@@ -87,20 +89,20 @@ def cuda_kernels() -> Iterator[Finding]:
     optional = "optional, used with GASP_FAST_CUDA_ROWS=1"
     cure = installed.install_command("", "--force-reinstall", "--no-deps", "--no-build-isolation")
     if not rows_cuda.LIBRARY.exists():
-        able = usable() and shutil.which("nvcc") is not None
+        buildable = usable() and shutil.which("nvcc") is not None
         found = f"not built ({optional}; needs nvcc and a CUDA build of torch)"
-        yield Finding(MISSING, "CUDA kernels", found, cure if able else "")
+        yield Finding(MISSING, "CUDA kernels", found, cure if buildable else "")
         return
     try:
         rows_cuda.library()
     except (OSError, AttributeError) as error:
-        yield Finding(BROKEN, "CUDA kernels", f"{rows_cuda.LIBRARY.name}: {told(error)}", cure)
+        yield Finding(BROKEN, "CUDA kernels", f"{rows_cuda.LIBRARY.name}: {one_line(error)}", cure)
     else:
         yield Finding(OK, "CUDA kernels", f"built ({optional})")
 
 
 def attention_and_layers() -> Iterator[Finding]:
-    """What makes the base model faster. Names of modules are those that transformers looks for."""
+    """Optional packages that make the base model faster, by the module names that transformers looks for."""
     wanted = installed.range_of("flash-attn")
     flash = installed.pip_install(f"flash-attn{wanted}", "--no-build-isolation")
     yield _extra("FlashAttention 2", "flash-attn", "flash_attn", wanted, flash)
@@ -112,16 +114,16 @@ def attention_and_layers() -> Iterator[Finding]:
 def _extra(label: str, distribution: str, module: str, wanted: str, cure: str) -> Finding:
     version = installed.version_of(distribution)
     if version is None or not installed.has_module(module):
-        use = "optional" if usable() else "only of use on a GPU"
+        use = "optional" if usable() else "only used on a GPU"
         return Finding(MISSING, label, f"not installed; {use}", cure if usable() else "")
     if not satisfies(version, wanted):
         return Finding(BROKEN, label, f"{version} is out of range (needs {wanted})", cure)
     if usable():
         try:
             importlib.import_module(module)
-        except Exception as error:  # most often: compiled for another torch
-            return Finding(BROKEN, label, f"{version} does not import: {told(error)}", cure)
-    return Finding(OK, label, version if usable() else f"{version}, no device to use it on")
+        except Exception as error:  # usually because it was compiled for another torch
+            return Finding(BROKEN, label, f"{version} does not import: {one_line(error)}", cure)
+    return Finding(OK, label, version if usable() else f"{version}, no device to run on")
 
 
 # ---- driver ---------------------------------------------------------------------------------------------------------
@@ -132,14 +134,14 @@ def usable() -> bool:
     """Whether torch sees an NVIDIA GPU."""
     try:
         import torch
-    except Exception:  # reported by the check of torch itself
+    except Exception:  # reported by the check of the package torch
         return False
     return torch.version.cuda is not None and torch.cuda.is_available()
 
 
 @cache
 def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the driver serves, from the driver itself; None where there is none."""
+    """The newest CUDA version that the driver supports, as the driver reports it; None without a driver."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -160,7 +162,8 @@ def _driver_version() -> str | None:
 
 
 def _has_code(architectures: list[str], major: int, minor: int) -> bool:
-    """Machine code of the same major version runs on later minor ones; PTX (`compute_`) on everything later."""
+    """Whether one of them runs on the device: machine code (`sm_`) on the same major version and the same or a later
+    minor one, PTX (`compute_`) on every later version."""
     for name in architectures:
         kind, _, number = name.partition("_")
         digits = re.sub(r"\D", "", number)
@@ -172,7 +175,7 @@ def _has_code(architectures: list[str], major: int, minor: int) -> bool:
 
 
 def _torch_command(supported: tuple[int, int] | None) -> str:
-    """Torch from its index of the driver's major version of CUDA; any minor version runs on it."""
+    """Installs torch from the index of the driver's CUDA major version; a driver supports all its minor versions."""
     wanted, major = installed.range_of("torch"), supported[0] if supported else 13
     index = INDEX.format({12: "126", 13: "130"}.get(major, f"{major}0"))
     return installed.pip_install("--force-reinstall", f"torch{wanted}", "torchvision", "--index-url", index)

@@ -1,4 +1,4 @@
-"""Processor, memory, disk, compilers, and where models are kept. Standard library only."""
+"""Processor, memory, disk, compilers, and the cache of models. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from gasp_fast.processes import usable_cores
 
 from . import installed
 from .finding import MISSING, OK, Finding
@@ -18,7 +20,7 @@ def processor() -> Iterator[Finding]:
     if flags:
         known.append("AMX" if "amx_tile" in flags else "no AMX")
     name = _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-    yield Finding(OK, "CPU", ", ".join([name, f"{cores()} cores", *known]))
+    yield Finding(OK, "CPU", ", ".join([name, f"{usable_cores()} cores", *known]))
 
 
 def memory() -> Iterator[Finding]:
@@ -35,34 +37,29 @@ def disk() -> Iterator[Finding]:
 
 
 def model_cache() -> Iterator[Finding]:
-    """Where Hugging Face keeps models, by the rules of huggingface_hub, which need not be there."""
+    """Where Hugging Face keeps models. Follows the rules of huggingface_hub, which may not be installed."""
     folder = _cache_folder()
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    found = f"{folder}{', offline (HF_HUB_OFFLINE): only models that are there are found' if offline else ''}"
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(there, os.W_OK):
-        yield Finding(OK, "model cache", f"{found}, {shutil.disk_usage(there).free / 1e9:.0f} GB free")
+    found = f"{folder}{', offline (HF_HUB_OFFLINE): no model is downloaded' if offline else ''}"
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if os.access(existing, os.W_OK):
+        yield Finding(OK, "model cache", f"{found}, {shutil.disk_usage(existing).free / 1e9:.0f} GB free")
     else:
-        yield Finding(MISSING, "model cache", f"{found}, cannot be written to", "export HF_HOME=A_FOLDER_OF_YOURS")
+        yield Finding(MISSING, "model cache", f"{found}, not writable", "export HF_HOME=A_WRITABLE_FOLDER")
 
 
 def deepspeed_compilers() -> Iterator[Finding]:
-    """DeepSpeed compiles its own operators when one is first used; only offloading to the CPU needs one here."""
+    """DeepSpeed compiles an operator when it is first used; of our presets, only offloading to the CPU uses one."""
     if not installed.has_module("deepspeed"):
         return
     absent = [name for name in ("g++", "ninja") if shutil.which(name) is None]
     if absent == ["ninja"] and installed.has_module("ninja"):
-        absent = []  # torch finds the one beside its own Python
+        absent = []  # torch finds the ninja of its own Python environment
     if not absent:
-        yield Finding(OK, "deepspeed ops", "g++ and ninja can build those of *_offload.json, at the first step")
+        yield Finding(OK, "deepspeed ops", "g++ and ninja can compile them for *_offload.json, at the first step")
         return
     cure = installed.pip_install("ninja") if absent == ["ninja"] else ""
-    yield Finding(MISSING, "deepspeed ops", f"no {' and no '.join(absent)} to build those of *_offload.json", cure)
-
-
-def cores() -> int:
-    """As many as this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding(MISSING, "deepspeed ops", f"no {' and no '.join(absent)}, needed for *_offload.json", cure)
 
 
 def cpu_flags() -> set[str]:
@@ -80,7 +77,7 @@ def _gigabytes(line: str) -> str:
 
 
 def _line_of(file: str, key: str) -> str | None:
-    """What stands behind `key:` in one of Linux's own files."""
+    """The text after `key:` in a file of /proc; None if there is none."""
     try:
         with open(file, encoding="utf-8", errors="replace") as lines:
             return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)

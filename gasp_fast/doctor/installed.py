@@ -1,67 +1,64 @@
-"""What is installed, by its metadata: versions, the ranges that a package asks for, and the command that installs.
+"""Installed packages by their metadata: versions, required ranges, and the command that installs.
 
-The ranges of gasp-fast are read from its own installed distribution, never copied. Packages are looked up, not
-imported: importing DeepSpeed or transformers takes seconds and talks.
+The ranges of gasp-fast are read from its installed distribution. Packages are looked up, not imported: importing
+DeepSpeed or transformers takes seconds and prints.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from .versions import satisfies
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion
 
 OURS = "gasp-fast"
 MODULES = {"pillow": "PIL", "pyyaml": "yaml", "openexr": "OpenEXR"}  # where a module is named otherwise
-_REQUIREMENT = re.compile(
-    r"(?P<name>[\w.-]+)\s*(\[(?P<extras>[^]]*)\])?\s*\(?(?P<range>[^;()]*)\)?\s*(;\s*(?P<marker>.*))?"
-)
-
-
-@dataclass(frozen=True)
-class Requirement:
-    name: str
-    range: str  # ">=5.17,<6"; empty: any
-    marker: str  # 'extra == "train"'; empty: always
-
-    @property
-    def extra(self) -> str:
-        """The extra that asks for it; empty if it is always asked for."""
-        found = re.search(r"""extra\s*==\s*["']([^"']+)["']""", self.marker)
-        return found[1] if found else ""
 
 
 def requirements(name: str) -> list[Requirement]:
-    there = find(name)
-    matched = [_REQUIREMENT.match(line) for line in (there.requires or ())] if there else []
-    return [
-        Requirement(canonical(m["name"]), m["range"].replace(" ", ""), (m["marker"] or "").strip())
-        for m in matched
-        if m is not None
-    ]
+    """What an installed package requires, by its metadata; empty if it is not installed."""
+    package = find(name)
+    return [Requirement(line) for line in (package.requires or ())] if package else []
+
+
+def requirements_of_extra(extra: str) -> list[Requirement]:
+    """What `gasp-fast[extra]` adds to gasp-fast; of the empty extra, what gasp-fast always requires."""
+    always = [one for one in requirements(OURS) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    if not extra:
+        return always
+    added = [one for one in requirements(OURS) if one.marker and one.marker.evaluate({"extra": extra})]
+    return [one for one in added if one not in always and one.name != OURS]
 
 
 def range_of(name: str) -> str:
-    """What gasp-fast asks of a package, in whichever extra."""
-    return next((r.range for r in requirements(OURS) if r.name == name), "")
+    """The versions of a package that gasp-fast requires, in any extra: "<6,>=5.17"; empty: any."""
+    return next((str(one.specifier) for one in requirements(OURS) if canonicalize_name(one.name) == name), "")
+
+
+def satisfies(version: str, wanted: SpecifierSet | str) -> bool:
+    """Whether the version is in the range. A pre-release may be."""
+    try:
+        return SpecifierSet(str(wanted)).contains(version, prereleases=True)
+    except InvalidVersion:
+        return False
 
 
 def conflicts(name: str) -> list[str]:
-    """What the package itself asks for and does not get. Conditions other than none at all are not judged."""
+    """The requirements of the package that are not met. Those under a condition are not checked."""
     wrong = []
-    for requirement in requirements(name):
-        there = find(requirement.name)
-        if requirement.marker or (there and satisfies(there.version, requirement.range)):
-            continue
-        wrong.append(f"{requirement.name}{requirement.range} and finds {there.version if there else 'none'}")
+    for one in requirements(name):
+        version = version_of(one.name)
+        if one.marker is None and (version is None or not satisfies(version, one.specifier)):
+            wrong.append(f"{one.name}{one.specifier}, but {version or 'none'} is installed")
     return wrong
 
 
@@ -72,13 +69,9 @@ def has_module(name: str) -> bool:
         return False
 
 
-def canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def version_of(name: str) -> str | None:
-    there = find(name)
-    return there.version if there else None
+    package = find(name)
+    return package.version if package else None
 
 
 def find(name: str) -> Distribution | None:
@@ -92,7 +85,7 @@ def find(name: str) -> Distribution | None:
 
 
 def install_command(extra: str = "", *options: str) -> str:
-    """Installs gasp-fast again, with an extra, the way it was installed: from its source, an archive or an index."""
+    """The pip command that installs gasp-fast with an extra from where it came: source tree, archive or index."""
     suffix, ours = f"[{extra}]" if extra else "", find(OURS)
     source = source_of(ours)
     if source is not None:
@@ -104,7 +97,7 @@ def install_command(extra: str = "", *options: str) -> str:
 
 
 def pip_install(*words: str) -> str:
-    """`pip install ...` for this very Python. Environments made by uv have no pip: then with uv, or pip comes first."""
+    """`pip install ...` for the running Python. Without pip, as in environments of uv: by uv, or ensurepip first."""
     pip = shlex.join([sys.executable, "-m", "pip", "install", *words])
     if has_module("pip"):
         return pip
@@ -114,7 +107,7 @@ def pip_install(*words: str) -> str:
 
 
 def source_of(ours: Distribution | None) -> Path | None:
-    """The source tree that is used as it stands: that of an editable installation, or of none at all."""
+    """The source tree in use: of an editable installation, or of code that runs without being installed."""
     if ours is None:
         root = Path(__file__).parents[2]
         return root if (root / "pyproject.toml").is_file() else None

@@ -1,4 +1,4 @@
-"""Python, gasp-fast itself and the packages it asks for: there, in range, beside what they want, and working."""
+"""Checks of Python, gasp-fast itself and the packages that it requires."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from . import installed, trials
-from .finding import BROKEN, MISSING, OK, Finding, told
-from .installed import OURS
-from .versions import satisfies
+from .finding import BROKEN, MISSING, OK, Finding, one_line
+from .installed import OURS, satisfies
 
 
 def installation() -> Iterator[Finding]:
     ours = installed.find(OURS)
     if ours is None:
-        found = "not installed (runs from its source): which packages it asks for is not known"
+        found = "not installed, runs from its source; its required packages are not known"
         yield Finding(MISSING, OURS, found, installed.install_command())
         return
     source = installed.source_of(ours)
@@ -24,7 +25,7 @@ def installation() -> Iterator[Finding]:
     metadata = Path(str(ours.locate_file(""))) / f"gasp_fast-{ours.version}.dist-info" / "METADATA"
     project = source / "pyproject.toml" if source else None
     if project and project.is_file() and metadata.is_file() and project.stat().st_mtime > metadata.stat().st_mtime:
-        where += ", whose pyproject.toml is newer: the ranges below may be out of date"
+        where += ", but its pyproject.toml is newer: the ranges below may be out of date"
         yield Finding(MISSING, OURS, where, installed.install_command())
     else:
         yield Finding(OK, OURS, where)
@@ -39,27 +40,27 @@ def python() -> Iterator[Finding]:
 
 
 def of_extra(extra: str) -> Iterator[Finding]:
-    """A finding for each package that `gasp-fast[extra]` adds itself; the empty extra is what is always needed."""
-    for requirement in installed.requirements(OURS):
-        if requirement.extra == extra and requirement.name != OURS:
-            yield package(requirement.name, requirement.range, installed.install_command(extra), needed=not extra)
+    """A finding for each package that `gasp-fast[extra]` adds; of the empty extra, that gasp-fast always requires."""
+    for requirement in installed.requirements_of_extra(extra):
+        name = canonicalize_name(requirement.name)
+        yield package(name, str(requirement.specifier), installed.install_command(extra), required=not extra)
 
 
-def package(name: str, wanted: str, cure: str, needed: bool = False) -> Finding:
-    """Whether it is there, in range, beside the versions that it wants itself, and works as far as that is tried."""
-    there, asked = installed.find(name), f" (needs {wanted})" if wanted else ""
+def package(name: str, wanted: str, cure: str, required: bool = False) -> Finding:
+    """Whether the package is installed, in range, with the versions that it requires itself, and works."""
+    version, needs = installed.version_of(name), f" (needs {wanted})" if wanted else ""
     if not installed.has_module(name):
-        if there:
-            return Finding(BROKEN, name, f"{there.version} is recorded as installed, but its files are not there", cure)
-        return Finding(BROKEN if needed else MISSING, name, f"not installed{asked}", cure)
-    if there is None:
-        return Finding(OK, name, f"there, version not known{asked}")
-    if not satisfies(there.version, wanted):
-        return Finding(BROKEN, name, f"{there.version} is out of range{asked}", cure)
+        if version:
+            return Finding(BROKEN, name, f"{version} is recorded as installed, but its files are missing", cure)
+        return Finding(BROKEN if required else MISSING, name, f"not installed{needs}", cure)
+    if version is None:
+        return Finding(OK, name, f"installed, version not known{needs}")
+    if not satisfies(version, wanted):
+        return Finding(BROKEN, name, f"{version} is out of range{needs}", cure)
     if wrong := installed.conflicts(name):
-        return Finding(BROKEN, name, f"{there.version} wants {', '.join(wrong)}", cure)
+        return Finding(BROKEN, name, f"{version} needs {', '.join(wrong)}", cure)
     try:
         result = trials.OF_PACKAGES.get(name, lambda: "")()
-    except Exception as error:  # whatever a binary package may raise
-        return Finding(BROKEN, name, f"{there.version} does not work: {told(error)}", cure)
-    return Finding(OK, name, f"{there.version}{asked}{', ' if result else ''}{result}")
+    except Exception as error:  # a binary package may raise anything
+        return Finding(BROKEN, name, f"{version} does not work: {one_line(error)}", cure)
+    return Finding(OK, name, f"{version}{needs}{', ' if result else ''}{result}")

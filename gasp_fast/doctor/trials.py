@@ -1,6 +1,6 @@
-"""Each compiled thing, run once on something so small that the right answer is known.
+"""Runs compiled code on an input so small that the right result is known.
 
-Our extensions are called directly: the modules that use them may need packages that are not installed.
+Our extensions are called directly: the modules that use them may import packages that are not installed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from . import hardware, installed
-from .finding import BROKEN, MISSING, OK, Finding, told
+from .finding import BROKEN, MISSING, OK, Finding, one_line
 
-TOLERANCE = 1e-5  # of the loss and its gradient in float32, relative: what every backend promises
+TOLERANCE = 1e-5  # relative error of the float32 loss and gradient that every backend keeps
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 
 def loss_against_float64(name: str, device: str = "cpu") -> Iterator[Finding]:
-    """`gasp_loss` as it is called in training, beside the dense reference in float64."""
+    """`gasp_loss` with the backend that training would use, compared with `naive_loss` in float64."""
     try:
         backend, loss_error, gradient_error = _loss_errors(device)
-    except Exception as error:  # torch, NumPy or our own code: whatever it is, the loss does not work
-        yield Finding(BROKEN, name, f"the loss cannot be computed on {device}: {told(error)}")
+    except Exception as error:  # torch, NumPy or our own code may raise anything
+        yield Finding(BROKEN, name, f"the loss cannot be computed on {device}: {one_line(error)}")
         return
     agrees = max(loss_error, gradient_error) <= TOLERANCE  # False for NaN
     yield Finding(
@@ -43,6 +43,7 @@ def _loss_errors(device: str) -> tuple[str, float, float]:
 
     from gasp_fast.loss.function import gasp_loss
     from gasp_fast.loss.matches import Matches
+    from gasp_fast.loss.naive import naive_loss
 
     generator = torch.Generator().manual_seed(0)
     tokens, frame = 36, 12
@@ -57,25 +58,27 @@ def _loss_errors(device: str) -> tuple[str, float, float]:
     )
     embeddings = torch.randn(2, tokens, 32, generator=generator)
 
-    def loss_and_gradient(dtype: torch.dtype, where: str, backend: str) -> tuple[Any, Any, str]:
-        leaf = embeddings.to(where, dtype, copy=True).requires_grad_()
-        out = gasp_loss(leaf, matches.to(where), backend=backend)
-        out.loss.backward()
-        return out.loss.detach().double().cpu(), leaf.grad.double().cpu(), out.backend  # type: ignore[union-attr]
-
-    loss, gradient, backend = loss_and_gradient(torch.float32, device, "auto")
-    true_loss, true_gradient, _ = loss_and_gradient(torch.float64, "cpu", "torch")
+    leaf = embeddings.to(device, copy=True).requires_grad_()
+    out = gasp_loss(leaf, matches.to(device))
+    out.loss.backward()
+    loss, gradient = out.loss.detach().double().cpu(), leaf.grad.double().cpu()  # type: ignore[union-attr]
+    leaf = embeddings.double().requires_grad_()
+    truth = naive_loss(leaf, matches).loss
+    truth.backward()
+    true_loss, true_gradient = truth.detach(), leaf.grad
+    assert true_gradient is not None
     loss_error = (loss - true_loss).abs() / true_loss.abs()
-    return backend, float(loss_error), float((gradient - true_gradient).norm() / true_gradient.norm())
+    return out.backend, float(loss_error), float((gradient - true_gradient).norm() / true_gradient.norm())
 
 
 def process_groups() -> Iterator[Finding]:
     import torch.distributed as distributed
 
-    there = distributed.is_available()
-    found = {"gloo": there and distributed.is_gloo_available(), "nccl": there and distributed.is_nccl_available()}
-    names = ", ".join(name for name, present in found.items() if present)
-    yield Finding(OK if names else MISSING, "process groups", names or "none: this torch trains with one process only")
+    names = []
+    if distributed.is_available():
+        names += ["gloo"] * distributed.is_gloo_available() + ["nccl"] * distributed.is_nccl_available()
+    found = ", ".join(names) or "none: this torch trains with one process only"
+    yield Finding(OK if names else MISSING, "process groups", found)
 
 
 # ---- our extensions -------------------------------------------------------------------------------------------------
@@ -84,11 +87,11 @@ def process_groups() -> Iterator[Finding]:
 def rows_extension() -> Iterator[Finding]:
     flags = hardware.cpu_flags()
     loops = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "baseline"
-    yield _extension("_rows", _try_rows, f"loops of the {loops} kind", "dense PyTorch computes the loss, slower")
+    yield _extension("_rows", _try_rows, f"uses {loops} instructions", "PyTorch computes the loss instead, slower")
 
 
 def tracks_extension() -> Iterator[Finding]:
-    yield _extension("_tracks", _try_tracks, "", "NumPy finds tracks, slower")
+    yield _extension("_tracks", _try_tracks, "", "NumPy computes tracks instead, slower")
 
 
 def render_extension() -> Iterator[Finding]:
@@ -101,11 +104,11 @@ def _extension(name: str, trial: Callable[[Any], bool], note: str, without: str)
         return Finding(MISSING, label, f"not built (needs a C++ compiler): {without}", cure)
     try:
         right = trial(importlib.import_module(f"gasp_fast.{name}"))
-    except Exception as error:  # built for another Python or NumPy, a library that is not there ...
-        return Finding(BROKEN, label, told(error), cure)
+    except Exception as error:  # built for another Python or NumPy, a missing library ...
+        return Finding(BROKEN, label, one_line(error), cure)
     if not right:
-        return Finding(BROKEN, label, "computes something else than it should", cure)
-    return Finding(OK, label, f"built, runs{', ' if note else ''}{note}")
+        return Finding(BROKEN, label, "computes a wrong result", cure)
+    return Finding(OK, label, f"built, works{', ' if note else ''}{note}")
 
 
 def _try_rows(rows: Any) -> bool:
@@ -125,7 +128,7 @@ def _try_tracks(tracks: Any) -> bool:
 
 
 def _try_render(render: Any) -> bool:
-    """One pixel, from the middle of an empty room towards a wall three metres away."""
+    """Renders one pixel from the middle of an empty room: the wall is 3 metres away."""
     import numpy as np
 
     room = np.array([[-3.0, -3, -3], [3, 3, 3]])
@@ -138,7 +141,7 @@ def _try_render(render: Any) -> bool:
     return bool(depth.item() == 3.0 and 0 <= surface.item() < 6 and np.isfinite(colour).all())
 
 
-# ---- packages with compiled parts: each returns what it can do, or raises -------------------------------------------
+# ---- packages with compiled parts: each function returns what works, or raises ---------------------------------------
 
 
 def _torch() -> str:
@@ -146,7 +149,7 @@ def _torch() -> str:
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
     if float(torch.ones(8, 8).matmul(torch.ones(8, 8)).sum()) != 512.0:
-        raise ArithmeticError("a product of two matrices is wrong")
+        raise ArithmeticError("the product of two matrices is wrong")
     return f"{build} build"
 
 
@@ -155,7 +158,7 @@ def _torchvision() -> str:
 
     declared = install()
     importlib.import_module("torchvision.transforms.v2")
-    return "its operators left out (built for another torch), which nothing here needs" if declared else ""
+    return "without its operators (built for another torch); none is used here" if declared else ""
 
 
 def _pillow() -> str:
@@ -178,7 +181,7 @@ def _openexr() -> str:
         OpenEXR.File(header, {"Z": np.full((2, 2), 1.5, np.float32)}).write(path)
         with OpenEXR.File(path, separate_channels=True) as file:
             if not (np.array(file.channels()["Z"].pixels) == 1.5).all():
-                raise ArithmeticError("a depth map comes back with other numbers")
+                raise ArithmeticError("a depth map is read with other values than were written")
     return "reads EXR depth"
 
 

@@ -1,6 +1,13 @@
-"""What a model knows of correspondence: measured, reported, pictured.
+"""Correspondence evaluation: does a layer of the model find a point of one frame again in another frame?
 
-`sampling` draws the questions (frames and true point tracks), `features` taps a model while it runs, `matching` finds
-each point again, `metrics` judges, `evaluate` ties these together and can be stopped and resumed, `report`, `figures`
-and `pictures` show the result.
+dataset          sequences of frames with query points and their true positions
+evaluated_model  loads the model under evaluation, with its correspondence heads
+features         one forward pass that hands over each layer's features of the visual tokens
+matching         the most similar token of another frame for each query point
+predict          runs a batch of sequences and collects the predictions of each layer
+predictions      the predictions of a sequence, and their files
+metrics          PCK, confidence-accuracy correlation, PCK by temporal gap
+evaluate         the whole evaluation, resumable
+report, tables, figures    report.json, index.html, tables and curves, for one report or several
+gallery, pictures          example sequences drawn on their frames
 """

@@ -1,17 +1,18 @@
-"""Judging matches: PCK, moved points, confidence against correctness, and how long a match holds. NumPy only.
+"""Metrics of predicted matches: PCK, moved points, confidence against correctness, PCK by temporal gap. NumPy only.
 
-Knows, for each question (a point of the first frame and another frame), whether each layer answered it rightly and
-how surely; must not know models, images or files.
+A correspondence is a query point of the anchor frame and its true position in a later frame. Every layer predicts that
+position with a confidence.
 
-- **PCK** of a layer: the share of right answers within a sequence, then mean and deviation over sequences. Right means
-  at most two patches from the truth on the token grid.
-- **Moved points** are those whose truth lies further from where they started than that radius: whoever answers "the
-  same position" is wrong on all of them. The share of the others is the **identity** baseline.
-- **rho** of a layer: Pearson's correlation, over all answers, between confidence (the greatest matching probability)
-  and correctness (paper, Eq. 13). The **calibration gap** is the mean confidence of right answers minus that of wrong.
-- **Temporal**: PCK of the questions at each gap, and the same divided by that of gap 1.
+- **PCK** of a layer: share of correct predictions within a sequence, then mean and standard deviation over sequences.
+  Correct means at most two patches from the true position on the token grid.
+- **Moved points** are those whose true position is further than that radius from where they started. Predicting the
+  same position is wrong for all of them; its PCK, the share of the other points, is the **identity** baseline.
+- **rho** of a layer: Pearson correlation over all predictions between confidence (the greatest matching probability)
+  and correctness (paper, Eq. 13). The **calibration gap** is the mean confidence of correct predictions minus that of
+  wrong ones.
+- **Temporal**: PCK of the correspondences at each gap, and the same divided by the PCK at gap 1.
 
-Where a number does not exist (all right, all equally sure, no question at that gap) it is `None`, in JSON `null`.
+A metric that is undefined (all correct, constant confidence, no correspondence at that gap) is `None`, in JSON `null`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Equal similarities give probabilities that differ by rounding; a spread below this (relative) says nothing.
+# Equal similarities give probabilities that differ by rounding. A relative spread up to this counts as constant.
 ROUNDING = 1e-5
 
-Number = float | None
+Metric = float | None
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The answers of one sequence: `L` layers, `M` questions."""
+    """Scored predictions of one sequence: `L` layers, `M` correspondences."""
 
     correct: NDArray[np.bool_]  # [L, M]
     confidence: NDArray[np.float32]  # [L, M]
@@ -43,22 +44,24 @@ class Outcomes:
 
 
 def within(xy: NDArray[Any], truth: NDArray[Any], radius: float) -> NDArray[np.bool_]:
-    """Whether places `[..., 2]` on the token grid are at most `radius` patches apart."""
+    """Whether positions `[..., 2]` on the token grid are at most `radius` patches apart."""
     offset = xy.astype(np.int64) - truth.astype(np.int64)
     return (offset**2).sum(-1) <= radius**2
 
 
 def summary(sequences: Sequence[Outcomes], layers: Sequence[int], max_gap: int) -> dict[str, Any]:
-    """All figures of one kind of feature. `layers` are the numbers (from 1) by which the report calls them."""
-    asked = [one for one in sequences if len(one)]
-    if not asked:
-        raise ValueError("no sequence has a point that is seen twice; there is nothing to measure")
-    pck = np.stack([one.correct.mean(1) for one in asked])  # [B, L]
+    """All metrics of one kind of features; `layers` are the layer numbers of the report, from 1."""
+    sequences = [one for one in sequences if len(one)]
+    if not sequences:
+        raise ValueError("no sequence has a query point that is visible in a second frame; there is nothing to measure")
+    pck = np.stack([one.correct.mean(1) for one in sequences])  # [B, L]
     per_layer = pck.mean(0)
     best = int(per_layer.argmax())
-    moved = [one.correct[:, one.moved].mean(1) for one in asked if one.moved.any()]
-    rho = [correlation(*pair) for pair in _answers_by_layer(asked)]
-    rho_each = [[correlation(c, r) for c, r in zip(one.confidence, one.correct, strict=True)] for one in asked]
+    moved = [one.correct[:, one.moved].mean(1) for one in sequences if one.moved.any()]
+    by_layer = _pooled_by_layer(sequences)
+    rho_per_sequence = [
+        [correlation(*layer) for layer in zip(one.confidence, one.correct, strict=True)] for one in sequences
+    ]
     return {
         "layers": list(layers),
         "pck": {
@@ -71,17 +74,20 @@ def summary(sequences: Sequence[Outcomes], layers: Sequence[int], max_gap: int) 
         "pck_moved": {
             "per_layer": np.mean(moved, 0).tolist() if moved else [None] * len(layers),
             "per_layer_std": np.std(moved, 0).tolist() if moved else [None] * len(layers),
-            "share": float(np.concatenate([one.moved for one in asked]).mean()),
+            "share": float(np.concatenate([one.moved for one in sequences]).mean()),
         },
-        "identity": float(np.mean([1 - one.moved.mean() for one in asked])),
-        "rho": {"per_layer": rho, "per_layer_std": [_deviation(each) for each in zip(*rho_each, strict=True)]},
-        "calibration_gap": {"per_layer": [calibration_gap(*pair) for pair in _answers_by_layer(asked)]},
-        "temporal": {"layer": int(layers[best]), **temporal(asked, best, max_gap)},
+        "identity": float(np.mean([1 - one.moved.mean() for one in sequences])),
+        "rho": {
+            "per_layer": [correlation(*layer) for layer in by_layer],
+            "per_layer_std": [_deviation(values) for values in zip(*rho_per_sequence, strict=True)],
+        },
+        "calibration_gap": {"per_layer": [calibration_gap(*layer) for layer in by_layer]},
+        "temporal": {"layer": int(layers[best]), **temporal(sequences, best, max_gap)},
     }
 
 
-def correlation(confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Number:
-    """Pearson's; None where either side does not vary."""
+def correlation(confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Metric:
+    """Pearson correlation; None where either side is constant."""
     if not len(correct) or correct.all() or not correct.any():
         return None
     x = confidence.astype(np.float64)
@@ -91,8 +97,8 @@ def correlation(confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Number:
     return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
 
 
-def calibration_gap(confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Number:
-    """How much surer the right answers are than the wrong ones; None where there is only one sort."""
+def calibration_gap(confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Metric:
+    """Mean confidence of correct minus that of wrong predictions; None where one of the two is missing."""
     if not len(correct) or correct.all() or not correct.any():
         return None
     return float(confidence[correct].mean(dtype=np.float64) - confidence[~correct].mean(dtype=np.float64))
@@ -123,19 +129,19 @@ def temporal(sequences: Sequence[Outcomes], best: int, max_gap: int) -> dict[str
     }
 
 
-def _normalized(by_gap: Sequence[Number]) -> list[Number]:
+def _normalized(by_gap: Sequence[Metric]) -> list[Metric]:
     """Divided by the value at gap 1."""
     first = by_gap[0]
     return [None if value is None or not first else value / first for value in by_gap]
 
 
-def _answers_by_layer(sequences: Sequence[Outcomes]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-    """For each layer, confidence and correctness of the answers of all sequences."""
+def _pooled_by_layer(sequences: Sequence[Outcomes]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    """For each layer, confidence and correctness of the predictions of all sequences."""
     confidence = np.concatenate([one.confidence for one in sequences], axis=1)
     correct = np.concatenate([one.correct for one in sequences], axis=1)
     return list(zip(confidence, correct, strict=True))
 
 
-def _deviation(values: Sequence[Number]) -> Number:
-    known = [value for value in values if value is not None]
-    return float(np.std(known)) if known else None
+def _deviation(values: Sequence[Metric]) -> Metric:
+    defined = [value for value in values if value is not None]
+    return float(np.std(defined)) if defined else None

@@ -1,7 +1,7 @@
-"""Checks of what users hand in. Each error names the argument, the offending value and the cure.
+"""Checks of the public functions' arguments. Each error names the argument, the offending value and the cure.
 
-What can be told from types and shapes is told before any kernel runs. Numbers are looked at only where they lie on
-the CPU: looking at a number on a GPU means waiting for it.
+Types and shapes are checked before any kernel runs. Numbers are read only where they are on the CPU: reading one from a
+GPU waits for it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def checked_embeddings(embeddings: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(embeddings)
 
 
-def stacked(layers: list[Tensor]) -> Tensor:
-    """[L, N, D], for the dense reference."""
+def layer_stack(layers: list[Tensor]) -> Tensor:
+    """[L, N, D], for the dense backend."""
     if len(layers) == 1:
         return layers[0] if layers[0].dim() == 3 else layers[0][None]
     return torch.stack(layers)
@@ -47,6 +47,21 @@ def stacked(layers: list[Tensor]) -> Tensor:
 
 def layer_count(layers: list[Tensor]) -> int:
     return layers[0].shape[0] if layers[0].dim() == 3 else len(layers)
+
+
+def checked_layer_weights(layer_weights: Tensor | None, layers: list[Tensor], default: float | None = None) -> Tensor:
+    """[L]; without `layer_weights`, the default, or 1 / L each."""
+    count, like = layer_count(layers), layers[0]
+    if layer_weights is None:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.full((count,), 1.0 / count if default is None else default, dtype=dtype, device=like.device)
+    if not isinstance(layer_weights, Tensor) or not layer_weights.is_floating_point():
+        raise TypeError("layer_weights must be a floating tensor with one weight per layer")
+    if layer_weights.shape != (count,):
+        raise ValueError(f"layer_weights has shape {list(layer_weights.shape)}; there are {count} layers")
+    if layer_weights.device != like.device:
+        raise ValueError(f"layer_weights lies on {layer_weights.device}, embeddings on {like.device}; move it there")
+    return layer_weights
 
 
 def checked_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:

@@ -1,196 +1,165 @@
-"""What the operators of `kernels.ops` mean to autograd.
+"""The gradients of the operators, as autograd functions.
 
-Three functions. `fused_loss` knows the weight of every term when it runs forward, so it computes the gradient in the
-same pass and backward only scales it. `match_terms` returns the terms one by one; whatever gradient comes back for
-them, backward runs the pass again with that as the weights. `frame_match` is the primitive, with its gradient.
+`FusedLoss` has the weight of every term in forward, so it computes the gradient in the same pass and backward only
+scales it. `UnreducedTerms` returns the terms one by one; backward runs the pass again with the upstream gradients as
+weights. `FrameMatching` is the primitive, with its gradient.
 
-None of them can be differentiated twice: what backward returns was computed, not recorded. Asking for it
-(`create_graph=True`) is refused instead of being answered with zeros.
+None of them can be differentiated twice: what backward returns was computed, not recorded. `create_graph=True` raises
+an error, where silence would give zeros.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import operators as ops
+from gasp_fast.kernels.index import MatchIndex, RowIndex
+
+from . import operators
+from .config import LossConfig
 
 
-class Settings(NamedTuple):
-    """How terms are computed; the same for every match."""
+class FusedLoss(torch.autograd.Function):
+    """(loss, corr, depth, best, confidence): the loss [] with its gradient, and the terms [L, M] without.
 
-    sequence_negatives: bool
-    eps: float
-    backend: str
-
-
-class Weighting(NamedTuple):
-    """How terms become a loss, but for the weights of the layers."""
-
-    corr_weight: float
-    depth_weight: float
-    mean: bool  # over matches; else their sum
-
-
-def fused_loss(
-    embeddings: list[Tensor],
-    plan: list[Tensor],
-    temperature: Tensor,
-    layer_weights: Tensor,  # [L], taken as numbers: no gradient comes back for them
-    weighting: Weighting,
-    settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and corr, depth, best, confidence [L, M] without gradient."""
-    return _FusedLoss.apply(weighting, settings, len(plan), *plan, layer_weights, temperature, *embeddings)
-
-
-def match_terms(
-    embeddings: list[Tensor],
-    plan: list[Tensor],
-    temperature: Tensor,
-    settings: Settings,
-    known_terms: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """corr, depth, best, confidence [L, M]; the first two can be differentiated.
-
-    With `known_terms` (corr and depth, computed before) forward costs nothing and only backward works.
+    `layer_weights` get no gradient.
     """
-    return _MatchTerms.apply(settings, known_terms, len(plan), *plan, temperature, *embeddings)
 
-
-def frame_match(
-    embeddings: list[Tensor],
-    rows: list[Tensor],
-    longest: int,
-    temperature: Tensor,
-    values: Tensor | None,
-    known: Tensor | None,
-    exclude_own: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """lse [L, A, P], expected [L, A, P, V], best, peak; the first two can be differentiated."""
-    lse, _, expected, best, peak = _FrameMatch.apply(
-        (longest, exclude_own, backend), values, known, len(rows), *rows, temperature, *embeddings
-    )
-    return lse, expected, best, peak
-
-
-class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weighting: Weighting, settings: Settings, plan_size: int, *tensors: Tensor
+        ctx: Any,
+        config: LossConfig,
+        reduction: str,
+        index: MatchIndex,
+        layer_weights: Tensor,  # [L]
+        temperature: Tensor,  # []
+        *embeddings: Tensor,  # one [L, N, D], or L of [N, D]
     ) -> tuple[Tensor, ...]:
-        ctx.weighting, ctx.settings, ctx.plan_size, ctx.spent = weighting, settings, plan_size, False
-        loss, corr, depth, best, confidence, *gradients = _FusedLoss._run(ctx, tensors)
-        ctx.save_for_backward(*tensors, *gradients)
+        ctx.config, ctx.reduction, ctx.index, ctx.gradients_scaled = config, reduction, index, False
+        loss, corr, depth, best, confidence, *gradients = FusedLoss._compute(
+            ctx, layer_weights, temperature, *embeddings
+        )
+        ctx.save_for_backward(layer_weights, temperature, *embeddings, *gradients)
         ctx.mark_non_differentiable(corr, depth, best, confidence)
         return loss, corr, depth, best, confidence
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes them at every access
         count = len(ctx.needs_input_grad) - 3
-        saved = ctx.saved_tensors  # once: checkpointing recomputes them at every look
-        tensors, gradients = saved[:count], saved[count:]
-        if ctx.spent:  # a second backward over a retained graph: the first one used the gradients up
-            gradients = _FusedLoss._run(ctx, tensors)[5:]
-        ctx.spent = True
-        slope, *gradients = gradients
-        return _given(ctx, 4 + ctx.plan_size, slope * upstream, _scaled(gradients, upstream))
+        inputs, gradients = saved[:count], saved[count:]
+        if ctx.gradients_scaled:  # a second backward over a retained graph: the first one scaled them in place
+            gradients = FusedLoss._compute(ctx, *inputs)[5:]
+        ctx.gradients_scaled = True
+        temperature_gradient, *embedding_gradients = gradients
+        return _input_gradients(ctx, 4, temperature_gradient * upstream, _scaled(embedding_gradients, upstream))
 
     @staticmethod
-    def _run(ctx: Any, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        plan, (layer_weights, temperature, *embeddings) = tensors[: ctx.plan_size], tensors[ctx.plan_size :]
-        wants_temperature, *wants = ctx.needs_input_grad[4 + ctx.plan_size :]
-        negatives, eps, backend = ctx.settings
-        return ops.fused_loss(
-            embeddings, list(plan), temperature, layer_weights, *ctx.weighting, negatives, eps, any(wants),
-            wants_temperature, backend,
+    def _compute(ctx: Any, layer_weights: Tensor, temperature: Tensor, *embeddings: Tensor) -> list[Tensor]:
+        config, (want_temperature, *want_embeddings) = ctx.config, ctx.needs_input_grad[4:]
+        return operators.fused_loss(
+            embeddings, ctx.index.tensors(), temperature, layer_weights, config.corr_weight, config.depth_weight,
+            ctx.reduction, config.negatives, config.eps, any(want_embeddings), want_temperature, config.backend,
         )  # fmt: skip
 
 
-class _MatchTerms(torch.autograd.Function):
+class UnreducedTerms(torch.autograd.Function):
+    """(corr, depth, best, confidence), [L, M]; the first two are differentiable.
+
+    With `computed`, the (corr, depth) of an earlier pass, forward returns them and only backward computes.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, settings: Settings, known_terms: tuple[Tensor, Tensor] | None, plan_size: int, *tensors: Tensor
+        ctx: Any,
+        config: LossConfig,
+        computed: tuple[Tensor, Tensor] | None,
+        index: MatchIndex,
+        temperature: Tensor,  # []
+        *embeddings: Tensor,
     ) -> tuple[Tensor, ...]:
-        plan, (temperature, *embeddings) = list(tensors[:plan_size]), tensors[plan_size:]
-        if known_terms is None:
-            corr, depth, best, confidence, *_ = ops.match_terms(
-                embeddings, plan, temperature, None, None, *settings[:2], False, False, settings.backend
-            )
+        if computed is None:
+            corr, depth, best, confidence, *_ = operators.unreduced_terms(
+                embeddings, index.tensors(), temperature, None, None, config.negatives, config.eps, False, False,
+                config.backend,
+            )  # fmt: skip
         else:
-            corr, depth = (term.clone() for term in known_terms)
+            corr, depth = (term.clone() for term in computed)
             best, confidence = corr.new_empty(0, dtype=torch.int64), corr.new_empty(0)
-        ctx.settings, ctx.plan_size = settings, plan_size
-        ctx.save_for_backward(*tensors)
+        ctx.config, ctx.index = config, index
+        ctx.save_for_backward(temperature, *embeddings)
         ctx.mark_non_differentiable(best, confidence)
         return corr, depth, best, confidence
 
     @staticmethod
-    def backward(ctx: Any, corr_scale: Tensor, depth_scale: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, corr_weights: Tensor, depth_weights: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
-        saved = ctx.saved_tensors
-        plan, (temperature, *embeddings) = saved[: ctx.plan_size], saved[ctx.plan_size :]
-        wants_temperature, *wants = ctx.needs_input_grad[3 + ctx.plan_size :]
-        _, _, _, _, slope, *gradients = ops.match_terms(
-            embeddings, list(plan), temperature, corr_scale, depth_scale, *ctx.settings[:2], any(wants),
-            wants_temperature, ctx.settings.backend,
+        temperature, *embeddings = ctx.saved_tensors
+        config, (want_temperature, *want_embeddings) = ctx.config, ctx.needs_input_grad[3:]
+        _, _, _, _, temperature_gradient, *embedding_gradients = operators.unreduced_terms(
+            embeddings, ctx.index.tensors(), temperature, corr_weights, depth_weights, config.negatives, config.eps,
+            any(want_embeddings), want_temperature, config.backend,
         )  # fmt: skip
-        return _given(ctx, 3 + ctx.plan_size, slope, gradients)
+        return _input_gradients(ctx, 3, temperature_gradient, embedding_gradients)
 
 
-class _FrameMatch(torch.autograd.Function):
+class FrameMatching(torch.autograd.Function):
+    """(lse [L, A, P], known_lse, expected [L, A, P, V], best, peak); lse and expected are differentiable."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        settings: tuple[int, bool, str],
-        values: Tensor | None,
-        known: Tensor | None,
-        row_size: int,
-        *tensors: Tensor,
+        rows: RowIndex,
+        longest: int,
+        values: Tensor | None,  # float32 [N, V]
+        known: Tensor | None,  # bool [N]
+        exclude_own: bool,
+        backend: str,
+        temperature: Tensor,  # []
+        *embeddings: Tensor,
     ) -> tuple[Tensor, ...]:
-        longest, exclude_own, backend = settings
-        rows, (temperature, *embeddings) = list(tensors[:row_size]), tensors[row_size:]
-        statistics = ops.frame_match(embeddings, rows, longest, temperature, values, known, exclude_own, backend)
+        statistics = operators.frame_match(
+            embeddings, rows.tensors(), longest, temperature, values, known, exclude_own, backend
+        )
         lse, known_lse, expected, best, peak = statistics
-        ctx.settings, ctx.row_size = settings, row_size
-        ctx.save_for_backward(values, known, *statistics, *tensors)
+        ctx.rows, ctx.values, ctx.known, ctx.exclude_own, ctx.backend = rows, values, known, exclude_own, backend
+        ctx.save_for_backward(*statistics, temperature, *embeddings)
         ctx.mark_non_differentiable(known_lse, best, peak)
         return lse, known_lse, expected, best, peak
 
     @staticmethod
     def backward(ctx: Any, lse_gradient: Tensor, _: Any, expected_gradient: Tensor, *__: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
-        values, known, *rest = ctx.saved_tensors
-        statistics, tensors = rest[:5], rest[5:]
-        rows, (temperature, *embeddings) = tensors[: ctx.row_size], tensors[ctx.row_size :]
-        _, exclude_own, backend = ctx.settings
-        wants_temperature, *wants = ctx.needs_input_grad[4 + ctx.row_size :]
-        slope, *gradients = ops.frame_match_gradient(
-            embeddings, rows, temperature, values, known, exclude_own, statistics, lse_gradient, expected_gradient,
-            any(wants), wants_temperature, backend,
+        saved = ctx.saved_tensors
+        statistics, (temperature, *embeddings) = saved[:5], saved[5:]
+        want_temperature, *want_embeddings = ctx.needs_input_grad[6:]
+        temperature_gradient, *embedding_gradients = operators.frame_match_gradient(
+            embeddings, ctx.rows.tensors(), temperature, ctx.values, ctx.known, ctx.exclude_own, statistics,
+            lse_gradient, expected_gradient, any(want_embeddings), want_temperature, ctx.backend,
         )  # fmt: skip
-        return _given(ctx, 4 + ctx.row_size, slope, gradients)
+        return _input_gradients(ctx, 6, temperature_gradient, embedding_gradients)
 
 
-def _given(ctx: Any, before: int, slope: Tensor, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """One gradient per input: nothing for the first `before`, then the temperature's and the embeddings'."""
-    wants_temperature, *wants = ctx.needs_input_grad[before:]
-    kept = [gradients[at] if want else None for at, want in enumerate(wants)]
-    return (*(None,) * before, slope if wants_temperature else None, *kept)
+def _input_gradients(
+    ctx: Any, before: int, temperature_gradient: Tensor, embedding_gradients: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """One gradient per input: None for the first `before`, then the temperature's and those of the embeddings."""
+    want_temperature, *want_embeddings = ctx.needs_input_grad[before:]
+    wanted = [embedding_gradients[at] if want else None for at, want in enumerate(want_embeddings)]
+    return (*(None,) * before, temperature_gradient if want_temperature else None, *wanted)
 
 
 def _scaled(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """`upstream * gradients`, in place where nobody records: the gradients are the largest thing there is."""
+    """`upstream * gradients`, in place where nothing records it: the gradients are the largest tensors of all."""
     if torch.compiler.is_compiling():
         return [gradient * upstream.to(gradient.dtype) for gradient in gradients]
     if upstream.device.type == "cpu" and upstream.item() == 1.0:
         return gradients
     for gradient in gradients:
-        # `.data`: autograd would count this as a change to a saved tensor. Whoever comes back for it recomputes.
+        # `.data`: autograd would refuse the change of a saved tensor. A second backward computes it anew.
         gradient.data.mul_(upstream.to(gradient.dtype))
     return gradients
 
@@ -198,6 +167,6 @@ def _scaled(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
 def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "gasp_fast: create_graph=True asks for the gradient of a gradient, which the fused kernels do not have; "
+            "gasp_fast: create_graph=True needs the gradient of a gradient, which the fused kernels do not have; "
             "use backend='torch' for that"
         )

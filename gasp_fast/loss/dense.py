@@ -1,15 +1,7 @@
-"""The mathematics of the geometric losses in plain PyTorch: the page to read first.
+"""The `torch` backend: dense similarities of all anchors, differentiated by autograd, in any float type on any device.
 
-This is the `torch` backend. It materialises every anchor-by-token similarity, lets autograd differentiate, and runs in
-any float type on any device: in float64 it is the judge of all the other backends.
-
-For an embedding `e_i` of one layer, `e_hat_i = e_i / max(|e_i|, 1e-12)` and `s_ik = <e_hat_i, e_hat_k> / tau`. For a
-match (i, t) with `t` in frame `b`:
-
-    corr   negatives="frame":     -s_it + log sum over k in b of exp(s_ik)                      (paper, Eq. 5)
-           negatives="sequence":  -s_it + log sum over the sequence, k != i, of exp(s_ik)       (paper, Sec. 5.1)
-    depth  |d - d_hat| / (d + d_hat + eps), with d_hat = sum_j A_ij patch_depth_j and A_i the softmax of s_i over the
-           tokens of b whose depth is known                                                      (paper, Eq. 6-8)
+It computes what `naive.py` defines, from the same index as the kernels: each anchor once, frame by frame. It is the
+backend of float64, of double backward, and of machines without compiled kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gasp_fast.kernels.plan import MatchPlan, RowPlan
+from gasp_fast.kernels.index import MatchIndex, RowIndex
 
 
 class DenseFrames(NamedTuple):
@@ -30,7 +22,6 @@ class DenseFrames(NamedTuple):
     expected: Tensor  # [L, A, P, V]
     best: Tensor  # int64 [L, A, P], token in the batch; -1 in an empty frame
     peak: Tensor  # [L, A, P]
-
     similarity: list[Tensor]  # [L, R, n] of each sequence
 
 
@@ -43,19 +34,19 @@ class DenseTerms(NamedTuple):
 
 def dense_frame_match(
     embeddings: Tensor,  # [L, N, D]
-    rows: RowPlan,
+    rows: RowIndex,
     temperature: Tensor,
     values: Tensor | None,  # [N, V]
     known: Tensor | None,  # bool [N]
     exclude_own: bool,
 ) -> DenseFrames:
-    with torch.autocast(embeddings.device.type, enabled=False):  # the caller's autocast is not meant for losses
+    with torch.autocast(embeddings.device.type, enabled=False):  # losses are computed in the type of the embeddings
         return _dense_frame_match(embeddings, rows, temperature, values, known, exclude_own)
 
 
 def _dense_frame_match(
     embeddings: Tensor,
-    rows: RowPlan,
+    rows: RowIndex,
     temperature: Tensor,
     values: Tensor | None,
     known: Tensor | None,
@@ -85,24 +76,24 @@ def _dense_frame_match(
 
 def dense_terms(
     embeddings: Tensor,  # [L, N, D]
-    plan: MatchPlan,
+    index: MatchIndex,
     temperature: Tensor,
-    sequence_negatives: bool,
+    negatives: str,  # "sequence" | "frame"
     eps: float,
-    match_depth: Tensor | None = None,  # [M] and [N] in full precision, where the caller has it
+    match_depth: Tensor | None = None,  # [M], and [N] below: in full precision, where the caller has it
     patch_depth: Tensor | None = None,
 ) -> DenseTerms:
-    values = plan.values if patch_depth is None else torch.where(plan.known, patch_depth, 0)[:, None]
-    frames = dense_frame_match(embeddings, plan.rows, temperature, values, plan.known, exclude_own=True)
-    row, frame = _by_match(plan, plan.row), _by_match(plan, _local_frame(plan))
-    positive = _by_match(plan, _positives(plan, frames.similarity).mT).mT  # [L, M]
+    values = index.values if patch_depth is None else torch.where(index.known, patch_depth, 0)[:, None]
+    frames = dense_frame_match(embeddings, index.rows, temperature, values, index.known, exclude_own=True)
+    row, frame = _by_match(index, index.row), _by_match(index, _local_frame(index))
+    positive = _by_match(index, _positives(index, frames.similarity).mT).mT  # [L, M]
     lse = frames.lse[:, row, frame]
-    corr = (frames.lse.logsumexp(-1)[:, row] if sequence_negatives else lse) - positive
+    corr = (frames.lse.logsumexp(-1)[:, row] if negatives == "sequence" else lse) - positive
 
     expected = frames.expected[:, row, frame, 0]
-    counts = _by_match(plan, plan.counts)
-    depth = (_by_match(plan, plan.depth) if match_depth is None else match_depth).to(expected.dtype)
-    depth = torch.where(counts, depth, 1)  # a match without depth still needs a finite term to be masked
+    counts = _by_match(index, index.counts)
+    depth = (_by_match(index, index.depth) if match_depth is None else match_depth).to(expected.dtype)
+    depth = torch.where(counts, depth, 1)  # a match without depth needs a finite term: NaN times 0 is NaN in backward
     term = (depth - expected).abs() / (depth + expected + eps)
     return DenseTerms(
         corr=corr,
@@ -126,44 +117,45 @@ def _frame_statistics(
     known: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if s.shape[-1] == 0:
-        nothing = s.new_full(s.shape[:-1], float("-inf"))
+        minus_infinity = s.new_full(s.shape[:-1], float("-inf"))
         width = 0 if values is None else values.shape[-1]
-        return nothing, s.new_zeros(*s.shape[:-1], width), torch.full_like(nothing, -1, dtype=torch.long), nothing
+        no_token = torch.full_like(minus_infinity, -1, dtype=torch.long)
+        return minus_infinity, s.new_zeros(*s.shape[:-1], width), no_token, minus_infinity
     peak, best = s.detach().max(-1)
     best = torch.where(peak == float("-inf"), -1, best + start)
     if values is None:
         expected = s.new_zeros(*s.shape[:-1], 0)
     else:
-        among = s if known is None else s.masked_fill(~known[start:end], float("-inf"))
-        some = among.detach().amax(-1, keepdim=True) > float("-inf")
-        # A softmax over nothing is NaN, and so would be its gradient: give such rows harmless logits, then zero them.
-        weight = torch.where(some, torch.where(some, among, 0).softmax(-1), 0)
+        logits = s if known is None else s.masked_fill(~known[start:end], float("-inf"))
+        some = logits.detach().amax(-1, keepdim=True) > float("-inf")
+        # A softmax of nothing but -inf is NaN, and so is its gradient: such rows get logits of 0, then weights of 0.
+        weight = torch.where(some, torch.where(some, logits, 0).softmax(-1), 0)
         expected = weight @ values[start:end].to(s.dtype)
     return _logsumexp(s), expected, best, peak
 
 
 def _logsumexp(s: Tensor) -> Tensor:
-    """`logsumexp` whose gradient over nothing but -inf (a one-token frame without its token) is zero, not NaN."""
+    """`logsumexp` whose gradient is zero, not NaN, where all is -inf (a one-token frame without its token)."""
     some = s.detach().amax(-1, keepdim=True) > float("-inf")
     return torch.where(some[..., 0], torch.where(some, s, 0).logsumexp(-1), float("-inf"))
 
 
-def _positives(plan: MatchPlan, similarity: list[Tensor]) -> Tensor:
+def _positives(index: MatchIndex, similarity: list[Tensor]) -> Tensor:
     """[L, M], sorted: each match's own similarity. Sorted matches follow the sequences."""
     parts = []
-    for span, s in zip(plan.rows.sequences(), similarity, strict=True):
-        start, end = (int(plan.run_start[row * plan.rows.longest]) for row in span.rows)
-        parts.append(s[:, plan.row[start:end] - span.rows[0], plan.target[start:end] - span.tokens[0]])
+    for span, s in zip(index.rows.sequences(), similarity, strict=True):
+        start, end = (int(index.run_start[row * index.rows.longest]) for row in span.rows)
+        parts.append(s[:, index.row[start:end] - span.rows[0], index.target[start:end] - span.tokens[0]])
     return torch.cat(parts, dim=1)
 
 
-def _local_frame(plan: MatchPlan) -> Tensor:
+def _local_frame(index: MatchIndex) -> Tensor:
     """int64 [M], sorted: the frame of each match within its sequence."""
-    position = torch.arange(plan.order.shape[0], device=plan.order.device)
-    cell = torch.searchsorted(plan.run_start[1:].contiguous(), position, right=True)
-    return cell - plan.row * plan.rows.longest
+    position = torch.arange(index.order.shape[0], device=index.order.device)
+    cell = torch.searchsorted(index.run_start[1:].contiguous(), position, right=True)
+    return cell - index.row * index.rows.longest
 
 
-def _by_match(plan: MatchPlan, sorted_values: Tensor) -> Tensor:
+def _by_match(index: MatchIndex, sorted_values: Tensor) -> Tensor:
     """[M, ...] from sorted positions back to the order of `Matches`."""
-    return torch.empty_like(sorted_values).index_copy(0, plan.order, sorted_values)
+    return torch.empty_like(sorted_values).index_copy(0, index.order, sorted_values)

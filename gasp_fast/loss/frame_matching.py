@@ -1,7 +1,6 @@
 """`frame_match`: each query token against each frame of its sequence, without a similarity matrix.
 
-The primitive under the loss and under every report. Knows embeddings and where frames begin; what the values mean
-(depth, coordinates) is the caller's affair.
+The primitive under the loss and every report. The values may be depths, coordinates or any other small vector.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gasp_fast.kernels.engines import choose_backend
-from gasp_fast.kernels.plan import RowPlan
+from gasp_fast.kernels.index import RowIndex
 
-from . import arguments as inputs
-from . import autograd
+from .arguments import check_indices, check_offsets, checked_embeddings, checked_temperature, layer_stack
+from .autograd import FrameMatching
 from .dense import dense_frame_match
 
 
@@ -53,43 +52,43 @@ def frame_match(
 ) -> FrameMatch:
     """One pass over the tokens of every frame: log-sum-exp, expected values and arg-max of each query.
 
-    Similarities are cosines over temperature. `anchors` and the offsets are looked at on the host: keep them on the
-    CPU when the embeddings are on a GPU, and nothing has to wait.
+    Similarities are cosines over temperature. `anchors` and the offsets are read on the host: keep them on the CPU when
+    the embeddings are on a GPU, and nothing waits for the device.
     """
-    layers = inputs.checked_embeddings(embeddings)
-    device, dtype = layers[0].device, layers[0].dtype
-    tau = inputs.checked_temperature(temperature, layers[0])
-    rows, order = _planned(anchors, frame_offsets, sequence_offsets, layers[0].shape[-2])
+    layers = checked_embeddings(embeddings)
+    device = layers[0].device
+    tau = checked_temperature(temperature, layers[0])
+    rows, order = _row_index(anchors, frame_offsets, sequence_offsets, layers[0].shape[-2])
     rows, order = rows.to(device, non_blocking=True), order.to(device, non_blocking=True)
     table, mask = _value_table(values, known, layers[0])
-    chosen = choose_backend(backend, device, dtype)
+    chosen = choose_backend(backend, device, layers[0].dtype)
     if chosen == "torch":
-        found = dense_frame_match(inputs.stacked(layers), rows, tau, table, mask, exclude_anchor)[:4]
+        lse, expected, best, peak, _ = dense_frame_match(layer_stack(layers), rows, tau, table, mask, exclude_anchor)
     else:
-        float_table = None if table is None else table.float()
-        found = autograd.frame_match(
-            layers, rows.tensors(), rows.longest, tau, float_table, mask, exclude_anchor, chosen
+        table = None if table is None else table.float()
+        lse, _, expected, best, peak = FrameMatching.apply(
+            rows, rows.longest, table, mask, exclude_anchor, chosen, tau, *layers
         )
-    lse, expected, best, peak = (statistic[:, order] for statistic in found)
+    lse, expected, best, peak = (statistic[:, order] for statistic in (lse, expected, best, peak))
     return FrameMatch(lse, expected, best, peak, chosen)
 
 
-def _planned(
+def _row_index(
     anchors: Tensor, frame_offsets: Tensor, sequence_offsets: Tensor | None, tokens: int
-) -> tuple[RowPlan, Tensor]:
-    """Queries as ascending rows without repeats, and where each query went."""
-    inputs.check_offsets("frame_offsets", frame_offsets, "token", tokens, f"embeddings hold {tokens} tokens")
+) -> tuple[RowIndex, Tensor]:
+    """Queries as ascending rows without repeats, and the row of each query."""
+    check_offsets("frame_offsets", frame_offsets, "token", tokens, f"embeddings hold {tokens} tokens")
     frames = frame_offsets.shape[0] - 1
     if sequence_offsets is None:
         sequence_offsets = torch.tensor([0, frames])
-    inputs.check_offsets("sequence_offsets", sequence_offsets, "frame", frames, f"frame_offsets holds {frames} frames")
-    inputs.check_indices("anchors", anchors, tokens)
+    check_offsets("sequence_offsets", sequence_offsets, "frame", frames, f"frame_offsets holds {frames} frames")
+    check_indices("anchors", anchors, tokens)
     row_token, order = torch.unique(anchors.cpu(), return_inverse=True)
-    return RowPlan.build(row_token, frame_offsets.cpu(), sequence_offsets.cpu()), order
+    return RowIndex.build(row_token, frame_offsets.cpu(), sequence_offsets.cpu()), order
 
 
 def _value_table(values: Tensor | None, known: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Values as [N, V] in the type of the computation, zero where unknown; and the mask."""
+    """Values as [N, V], zero where unknown, and the mask of known tokens [N]."""
     if known is not None and values is None:
         raise ValueError("known is given without values; it says which values count")
     if values is None:

@@ -1,7 +1,7 @@
 """`gasp_loss`: InfoNCE over point correspondences and soft-argmax depth, for all layers in one call.
 
-Knows embeddings and `Matches`; no model, no trainer. The mathematics stands in `reference.py`, the strategies in
-`kernels/`. Here the arguments are checked, a backend is chosen, and terms become a loss.
+`naive.py` defines the mathematics; the kernels compute it. Here the arguments are checked, a backend is chosen, and
+the terms of matches become a loss.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ from torch import Tensor
 
 from gasp_fast.kernels.engines import choose_backend
 
-from . import arguments as inputs
-from . import autograd
-from .autograd import Settings, Weighting
+from .arguments import (
+    check_choice,
+    check_number,
+    checked_embeddings,
+    checked_layer_weights,
+    checked_temperature,
+    layer_stack,
+)
+from .autograd import FusedLoss, UnreducedTerms
+from .config import LossConfig
 from .dense import dense_terms
 from .matches import Matches
+from .reduction import MatchShares, layer_losses
 
 PCK_RADIUS = 2  # patches, on the token grid (paper, Sec. 5)
 
@@ -34,13 +42,13 @@ class LayerMetrics:
 
 @dataclass(frozen=True)
 class GaspOutput:
-    loss: Tensor
-    corr: Tensor
-    depth: Tensor
+    loss: Tensor  # []; [L, M] under reduction="none"
+    corr: Tensor  # like `loss`
+    depth: Tensor  # like `loss`
     corr_per_layer: Tensor  # [L], detached
     depth_per_layer: Tensor  # [L], detached
     metrics: LayerMetrics | None
-    backend: str  # which backend computed it
+    backend: str  # the one that computed it
 
 
 def gasp_loss(
@@ -58,40 +66,62 @@ def gasp_loss(
 ) -> GaspOutput:
     """`corr_weight * corr + depth_weight * depth`, each averaged over its matches and then over layers.
 
-    `reduction="sum"` sums over matches instead; `"none"` returns `loss`, `corr` and `depth` as [L, M] terms, a
-    match without depth contributing 0, and `layer_weights` multiplying the terms of `loss`.
+    `reduction="sum"` sums over matches instead; `"none"` returns `loss`, `corr` and `depth` as [L, M] terms. There, a
+    match without depth has a depth term of 0, and `layer_weights` multiply the terms of `loss`.
     """
-    layers = inputs.checked_embeddings(embeddings)
+    layers = checked_embeddings(embeddings)
     _check_arguments(layers, matches, negatives, corr_weight, depth_weight, eps, reduction)
-    tau = inputs.checked_temperature(temperature, layers[0])
-    weights = _checked_layer_weights(layer_weights, layers, reduction)
-    chosen = choose_backend(backend, layers[0].device, layers[0].dtype)
-    settings = Settings(negatives == "sequence", float(eps), chosen)
-    corr_factor, depth_factor = _factors(matches, reduction)
+    tau = checked_temperature(temperature, layers[0])
+    layer_weights = checked_layer_weights(layer_weights, layers, default=1.0 if reduction == "none" else None)
+    # `tau` instead of `config.temperature` from here on: it may be trained.
+    config = LossConfig(
+        corr_weight=float(corr_weight),
+        depth_weight=float(depth_weight),
+        negatives=negatives,  # type: ignore[arg-type]  # checked above
+        eps=float(eps),
+        backend=choose_backend(backend, layers[0].device, layers[0].dtype),  # type: ignore[arg-type]
+    )
 
-    if chosen == "torch":
+    loss = None
+    if config.backend == "torch":
         corr, depth, best, confidence = dense_terms(
-            inputs.stacked(layers), matches.plan, tau, settings.sequence_negatives, eps,
+            layer_stack(layers), matches.index, tau, config.negatives, config.eps,
             matches.target_depth, matches.patch_depth,
         )  # fmt: skip
-        loss = None
     elif reduction == "none":
-        corr, depth, best, confidence = autograd.match_terms(layers, matches.plan.tensors(), tau, settings)
-        loss = None
+        corr, depth, best, confidence = UnreducedTerms.apply(config, None, matches.index, tau, *layers)
     else:
-        if not torch.is_grad_enabled():  # autograd functions see what requires grad, not whether anyone records
+        if not torch.is_grad_enabled():  # autograd functions see what requires grad, not whether gradients are recorded
             layers, tau = [layer.detach() for layer in layers], tau.detach()
-        weighting = Weighting(float(corr_weight), float(depth_weight), mean=reduction == "mean")
-        loss, corr, depth, best, confidence = autograd.fused_loss(
-            layers, matches.plan.tensors(), tau, weights.detach(), weighting, settings
+        loss, corr, depth, best, confidence = FusedLoss.apply(
+            config, reduction, matches.index, layer_weights.detach(), tau, *layers
         )
-    if loss is not None and torch.is_grad_enabled():
-        # The loss carries its gradient already. Whoever differentiates `corr` or `depth` alone pays for it then.
-        corr, depth, *_ = autograd.match_terms(layers, matches.plan.tensors(), tau, settings, (corr, depth))
+        if torch.is_grad_enabled():
+            # The loss has its gradient already. That of `corr` or `depth` is computed only if a caller needs it.
+            corr, depth, *_ = UnreducedTerms.apply(config, (corr, depth), matches.index, tau, *layers)
 
     metrics = _metrics(matches, best, confidence) if return_metrics else None
-    return _reduced(corr, depth, loss, weights, corr_weight, depth_weight, corr_factor, depth_factor, reduction,
-                    metrics, chosen)  # fmt: skip
+    shares = MatchShares.of(matches.index, reduction)
+    layer_weights = layer_weights.to(corr.dtype)
+    if reduction == "none":
+        loss = layer_weights[:, None] * (config.corr_weight * corr + config.depth_weight * depth)
+        per_layer = layer_losses(corr.detach(), depth.detach(), shares)
+        return GaspOutput(loss, corr, depth, *per_layer, metrics, config.backend)
+    corr_layers, depth_layers = layer_losses(corr, depth, shares)  # [L]
+    layer_loss = config.corr_weight * corr_layers + config.depth_weight * depth_layers
+    if loss is None:
+        loss = (layer_weights * layer_loss).sum()
+    elif layer_weights.requires_grad:  # the fused loss has no gradient for them: this adds 0 and their gradient
+        loss = loss + ((layer_weights - layer_weights.detach()) * layer_loss.detach()).sum()
+    return GaspOutput(
+        loss=loss,
+        corr=(layer_weights * corr_layers).sum(),
+        depth=(layer_weights * depth_layers).sum(),
+        corr_per_layer=corr_layers.detach(),
+        depth_per_layer=depth_layers.detach(),
+        metrics=metrics,
+        backend=config.backend,
+    )
 
 
 def _check_arguments(
@@ -110,68 +140,11 @@ def _check_arguments(
         raise ValueError(f"embeddings hold {tokens} tokens, matches.frame_offsets ends at {matches.tokens}")
     if matches.device != layers[0].device:
         raise ValueError(f"matches lie on {matches.device}, embeddings on {layers[0].device}; use matches.to(...)")
-    inputs.check_choice("negatives", negatives, ("sequence", "frame"))
-    inputs.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    inputs.check_number("corr_weight", corr_weight, positive=False)
-    inputs.check_number("depth_weight", depth_weight, positive=False)
-    inputs.check_number("eps", eps, positive=True)
-
-
-def _checked_layer_weights(layer_weights: Tensor | None, layers: list[Tensor], reduction: str) -> Tensor:
-    count, like = inputs.layer_count(layers), layers[0]
-    if layer_weights is None:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.full((count,), 1.0 if reduction == "none" else 1.0 / count, dtype=dtype, device=like.device)
-    if not isinstance(layer_weights, Tensor) or not layer_weights.is_floating_point():
-        raise TypeError("layer_weights must be a floating tensor with one weight per layer")
-    if layer_weights.shape != (count,):
-        raise ValueError(f"layer_weights has shape {list(layer_weights.shape)}; there are {count} layers")
-    if layer_weights.device != like.device:
-        raise ValueError(f"layer_weights lies on {layer_weights.device}, embeddings on {like.device}; move it there")
-    return layer_weights
-
-
-def _factors(matches: Matches, reduction: str) -> tuple[float, Tensor | float]:
-    """What each term is multiplied with before it is summed over matches; under "none", for the per-layer means."""
-    if reduction == "sum":
-        return 1.0, 1.0
-    return 1.0 / max(1, len(matches)), matches.plan.depth_count.reciprocal()
-
-
-def _reduced(
-    corr: Tensor,  # [L, M]
-    depth: Tensor,  # [L, M]
-    loss: Tensor | None,
-    weights: Tensor,  # [L]
-    corr_weight: float,
-    depth_weight: float,
-    corr_factor: float,
-    depth_factor: Tensor | float,
-    reduction: str,
-    metrics: LayerMetrics | None,
-    backend: str,
-) -> GaspOutput:
-    if reduction == "none":
-        terms = weights[:, None].to(corr.dtype) * (corr_weight * corr + depth_weight * depth)
-        corr_means, depth_means = (corr.detach() * corr_factor).sum(1), (depth.detach() * depth_factor).sum(1)
-        return GaspOutput(terms, corr, depth, corr_means, depth_means, metrics, backend)
-    corr_layers = (corr * corr_factor).sum(1)  # [L]
-    depth_layers = (depth * depth_factor).sum(1)
-    weights = weights.to(corr_layers.dtype)
-    if loss is None:
-        loss = (weights * (corr_weight * corr_layers + depth_weight * depth_layers)).sum()
-    elif weights.requires_grad:  # the fused loss saw the weights as numbers: this adds 0 and their gradient
-        per_layer = (corr_weight * corr_layers + depth_weight * depth_layers).detach()
-        loss = loss + ((weights - weights.detach()) * per_layer).sum()
-    return GaspOutput(
-        loss,
-        (weights * corr_layers).sum(),
-        (weights * depth_layers).sum(),
-        corr_layers.detach(),
-        depth_layers.detach(),
-        metrics,
-        backend,
-    )
+    check_choice("negatives", negatives, ("sequence", "frame"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_number("corr_weight", corr_weight, positive=False)
+    check_number("depth_weight", depth_weight, positive=False)
+    check_number("eps", eps, positive=True)
 
 
 def _metrics(matches: Matches, best: Tensor, confidence: Tensor) -> LayerMetrics:

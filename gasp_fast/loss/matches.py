@@ -1,20 +1,19 @@
-"""Who matches whom: the ground truth of the geometric losses.
+"""`Matches`: the ground truth of the geometric losses, as token indices, frames and depths.
 
-Knows token indices, frames and depths. Knows no model, no image and no kernel. A `Matches` is checked once, when it
-is made; from then on every consumer may trust it, and no consumer has to look at the numbers again. That matters on
-a GPU, where looking at a number means waiting for the device.
+A `Matches` is checked once, when it is made. Its users need not read the numbers again, which on a GPU would wait for
+the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from gasp_fast.kernels.plan import MatchPlan
+from gasp_fast.kernels.index import MatchIndex
 
 from .arguments import check_ascending, check_indices
 
@@ -23,8 +22,8 @@ from .arguments import check_ascending, check_indices
 class Matches:
     """Point correspondences between the frames of one or several sequences, as token indices.
 
-    Tokens of all frames stand back to back, frames of all sequences likewise. Frames may differ in size; an anchor
-    may have no, one or several targets; the same match may occur twice.
+    The tokens of all frames lie back to back, and so do the frames of all sequences. Frames may differ in size; an
+    anchor may have no, one or several targets; the same match may occur twice.
     """
 
     frame_offsets: Tensor  # int64 [F + 1], tokens [frame_offsets[f], frame_offsets[f + 1]) belong to frame f
@@ -35,15 +34,15 @@ class Matches:
     depth_valid: Tensor | None = None  # bool [M], counts in the depth term; None = every finite, positive depth
     patch_depth: Tensor | None = None  # float [N], mean depth over each token's patch; <= 0 or non-finite = unknown
     token_xy: Tensor | None = None  # int [N, 2], column and row of each token on the grid of its frame
-    plan: MatchPlan = field(init=False)
+    index: MatchIndex = field(init=False)  # rows and matches in the order of the kernels
 
     def __post_init__(self) -> None:
         _check_kinds(self)
         _check_offsets(self)
         _check_matches(self)
-        plan = MatchPlan.build(
+        index = MatchIndex.build(
             frame_offsets=self.frame_offsets,
-            sequence_offsets=self._sequences(),
+            sequence_offsets=self._sequence_offsets(),
             anchor=self.anchor,
             target=self.target,
             target_depth=self.target_depth,
@@ -51,12 +50,12 @@ class Matches:
             patch_depth=self.patch_depth,
             known=self.known_depth(),
         )
-        object.__setattr__(self, "plan", plan)
+        object.__setattr__(self, "index", index)
 
     @property
     def tokens(self) -> int:
         """N, the number of tokens that `frame_offsets` covers."""
-        return self.plan.known.shape[0]
+        return self.index.known.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +65,7 @@ class Matches:
         return self.anchor.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Matches:
-        """The same matches on another device. Nothing is checked or planned again, so nothing waits."""
+        """The same matches on another device. Nothing is checked or indexed again, so nothing waits."""
         if torch.device(device) == self.device:
             return self
         moved = object.__new__(Matches)
@@ -85,10 +84,10 @@ class Matches:
 
     @staticmethod
     def pack(parts: Sequence[Matches]) -> Matches:
-        """Join several sequences into one batch; their tokens stand back to back in the order given.
+        """Join several sequences into one batch; their tokens lie back to back in this order.
 
         An optional field that only some parts have is filled with "unknown" in the others: no depth, nothing valid.
-        `token_xy` has no such value and must be given by all parts or by none.
+        `token_xy` has no such value: either all parts have it, or none.
         """
         if not parts:
             raise ValueError("parts is empty; Matches.pack needs at least one Matches")
@@ -102,7 +101,7 @@ class Matches:
         frame_starts = _starts([part.frame_offsets.shape[0] - 1 for part in parts])
         return Matches(
             frame_offsets=_join_offsets([part.frame_offsets for part in parts], token_starts),
-            sequence_offsets=_join_offsets([part._sequences() for part in parts], frame_starts),
+            sequence_offsets=_join_offsets([part._sequence_offsets() for part in parts], frame_starts),
             anchor=torch.cat([part.anchor + start for part, start in zip(parts, token_starts, strict=True)]),
             target=torch.cat([part.target + start for part, start in zip(parts, token_starts, strict=True)]),
             target_depth=_join_optional([(part.target_depth, len(part)) for part in parts], float("nan")),
@@ -124,16 +123,16 @@ class Matches:
             return torch.zeros(int(self.frame_offsets[-1]), dtype=torch.bool, device=self.device)
         return torch.isfinite(self.patch_depth) & (self.patch_depth > 0)
 
-    def _sequences(self) -> Tensor:
+    def _sequence_offsets(self) -> Tensor:
         if self.sequence_offsets is not None:
             return self.sequence_offsets
         return torch.tensor([0, self.frame_offsets.shape[0] - 1], device=self.device)
 
     def __repr__(self) -> str:
-        frames, sequences = self.plan.rows.frame_ends.shape[0], self.plan.rows.spans.shape[0]
+        frames, sequences = self.index.rows.frame_ends.shape[0], self.index.rows.spans.shape[0]
         return (
-            f"Matches({len(self)} matches from {self.plan.rows.row_token.shape[0]} anchors, "
-            f"{int(self.plan.counts.sum())} with depth; {self.tokens} tokens in {frames} frames of "
+            f"Matches({len(self)} matches from {self.index.rows.row_token.shape[0]} anchors, "
+            f"{int(self.index.counts.sum())} with depth; {self.tokens} tokens in {frames} frames of "
             f"{sequences} sequence{'s' if sequences != 1 else ''}, on {self.device})"
         )
 
@@ -152,7 +151,7 @@ _REQUIRED = ("frame_offsets", "anchor", "target")
 
 
 def _check_kinds(matches: Matches) -> None:
-    """Types, dimensions and devices: all that can be told without reading a number."""
+    """Types, dimensions and devices: all that can be checked without reading a number."""
     for name, (kind, dimensions) in _DTYPES.items():
         value = getattr(matches, name)
         if value is None and name not in _REQUIRED:
@@ -221,7 +220,7 @@ def _check_matches(matches: Matches) -> None:
             f"{int(matches.anchor[at])}; a match needs two frames"
         ),
     )
-    sequence_of = matches._sequences()[1:].contiguous()
+    sequence_of = matches._sequence_offsets()[1:].contiguous()
     anchor_sequence = torch.searchsorted(sequence_of, anchor_frame, right=True)
     target_sequence = torch.searchsorted(sequence_of, target_frame, right=True)
     _refuse(
@@ -233,7 +232,7 @@ def _check_matches(matches: Matches) -> None:
     )
 
 
-def _refuse(bad: Tensor, message) -> None:  # type: ignore[no-untyped-def]
+def _refuse(bad: Tensor, message: Callable[[int], str]) -> None:
     where = bad.nonzero()
     if len(where):
         raise ValueError(message(int(where[0])))
@@ -249,10 +248,10 @@ def _join_offsets(offsets: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
 
 
 def _join_optional(parts: Sequence[tuple[Tensor | None, int]], unknown: float) -> Tensor | None:
-    given = next((value for value, _ in parts if value is not None), None)
-    if given is None:
+    first = next((value for value, _ in parts if value is not None), None)
+    if first is None:
         return None
-    return torch.cat([given.new_full((size,), unknown) if value is None else value for value, size in parts])
+    return torch.cat([first.new_full((size,), unknown) if value is None else value for value, size in parts])
 
 
 def _join_valid(parts: Sequence[Matches]) -> Tensor | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import arguments as inputs
+from .arguments import check_number
 from .function import GaspOutput, gasp_loss
 from .matches import Matches
 
@@ -31,12 +31,12 @@ class GaspLoss(nn.Module):
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__()
-        inputs.check_number("temperature", temperature, positive=True)
+        check_number("temperature", temperature, positive=True)
         self.temperature = temperature
         self.negatives, self.reduction, self.backend = negatives, reduction, backend
         self.corr_weight, self.depth_weight, self.eps = corr_weight, depth_weight, eps
         self.return_metrics = return_metrics
-        # [1], not []: DeepSpeed sends parameters around as bytes, which torch refuses for 0-dim tensors.
+        # [1], not []: DeepSpeed communicates parameters as bytes, which torch refuses for 0-dim tensors.
         self.log_temperature = nn.Parameter(torch.tensor([float(temperature)]).log()) if learnable_temperature else None
         self.register_buffer("layer_weights", layer_weights, persistent=False)
 

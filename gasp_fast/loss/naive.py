@@ -1,14 +1,18 @@
-"""The loss in plain PyTorch: the definition that every fast backend is tested against.
+"""The loss in plain PyTorch: the definition of the mathematics, and the reference of every test.
 
-It shares no code with them, keeps the whole `[L, M, N]` table of similarities, and is differentiated by autograd. Give
-it float64 embeddings and it is the judge; give it any problem too large for its table and it runs out of memory.
+It shares no code with the backends. It keeps the whole `[L, M, N]` table of similarities and is differentiated by
+autograd, so it is for small problems; in float64 it is exact enough to judge all others.
 
-For a match (i, t), `t` in frame `b`, with normalised embeddings `e` and `s_ik = <e_i, e_k> / tau`:
+For a match (i, t) with `t` in frame `b`, with embeddings `e` normalised to length 1 and `s_ik = <e_i, e_k> / tau`:
 
     corr   negatives="frame":     -s_it + log sum over k in b of exp(s_ik)                      (paper, Eq. 5)
            negatives="sequence":  -s_it + log sum over the sequence, k != i, of exp(s_ik)       (paper, Sec. 5.1)
     depth  |d - d_hat| / (d + d_hat + eps), with d_hat = sum_j A_ij patch_depth_j and A_i the softmax of s_i over the
-           tokens of b whose depth is known                                                      (paper, Eq. 6-8)
+           tokens of b whose depth is known                                                     (paper, Eq. 6-8)
+
+A match has a depth term where its own depth is finite, positive and not marked invalid, and `b` has a token of known
+depth. The loss of a layer is `corr_weight * mean corr + depth_weight * mean depth`, each mean over the matches that
+have the term; the loss is the mean over layers.
 """
 
 from __future__ import annotations
@@ -25,8 +29,10 @@ from .matches import Matches
 class NaiveLoss(NamedTuple):
     loss: Tensor  # []; [L, M] under reduction="none"
     corr: Tensor  # [L, M], term of each match
-    depth: Tensor  # [L, M], 0 for a match without depth
+    depth: Tensor  # [L, M], 0 for a match without depth term
+    has_depth: Tensor  # bool [M]
     best: Tensor  # int64 [L, M], most similar token of the target's frame
+    confidence: Tensor  # [L, M], probability of that token within the frame
 
 
 def naive_loss(
@@ -41,42 +47,44 @@ def naive_loss(
     reduction: str = "mean",
 ) -> NaiveLoss:
     """Both terms of every match, and the loss that `gasp_loss` makes of them."""
-    layers, tokens, _ = embeddings.shape
-    anchor, target, device = matches.anchor, matches.target, embeddings.device
-    token = torch.arange(tokens, device=device)
+    (layers, tokens, _), anchor, target = embeddings.shape, matches.anchor, matches.target
+    token = torch.arange(tokens, device=embeddings.device)
     frame = torch.bucketize(token, matches.frame_offsets[1:], right=True)  # [N]
-    ends = matches.frame_offsets[-1:] if matches.sequence_offsets is None else matches.sequence_offsets[1:]
-    sequence = torch.zeros_like(frame) if matches.sequence_offsets is None else torch.bucketize(frame, ends, right=True)
-    in_frame = frame == frame[target][:, None]  # [M, N]
-    others = (sequence == sequence[anchor][:, None]) & (token != anchor[:, None])  # [M, N]
+    sequence = torch.zeros_like(frame)  # [N]
+    if matches.sequence_offsets is not None:
+        sequence = torch.bucketize(frame, matches.sequence_offsets[1:], right=True)
+    in_frame = frame == frame[target, None]  # [M, N], the frame of the target
+    in_sequence = (sequence == sequence[anchor, None]) & (token != anchor[:, None])  # [M, N], without the anchor
 
     unit = F.normalize(embeddings, dim=-1, eps=1e-12)
     s = torch.einsum("lmd,lnd->lmn", unit[:, anchor], unit) / temperature
     positive = s.gather(2, target.expand(layers, -1)[..., None])[..., 0]  # [L, M]
-    candidates = in_frame if negatives == "frame" else others
-    corr = s.masked_fill(~candidates, float("-inf")).logsumexp(-1) - positive
+    corr = _masked(s, in_frame if negatives == "frame" else in_sequence).logsumexp(-1) - positive
 
-    patch_depth = torch.zeros(tokens, device=device) if matches.patch_depth is None else matches.patch_depth
-    known = patch_depth.isfinite() & (patch_depth > 0)
-    at_target = torch.zeros(len(matches), device=device) if matches.target_depth is None else matches.target_depth
-    valid = at_target.isfinite() & (at_target > 0) & (in_frame & known).any(1)  # [M]
+    patch_depth = torch.zeros(tokens) if matches.patch_depth is None else matches.patch_depth
+    target_depth = torch.zeros(len(matches)) if matches.target_depth is None else matches.target_depth
+    patch_depth, target_depth = patch_depth.to(s), target_depth.to(s)
+    known = in_frame & patch_depth.isfinite() & (patch_depth > 0)  # [M, N]
+    has_depth = target_depth.isfinite() & (target_depth > 0) & known.any(1)  # [M]
     if matches.depth_valid is not None:
-        valid &= matches.depth_valid
-    logits = s.masked_fill(~(in_frame & known), float("-inf")).masked_fill(
-        ~valid[:, None], 0.0
-    )  # no softmax of nothing
-    values = torch.where(known, patch_depth, 0).to(s.dtype)
-    expected = torch.einsum("lmn,n->lm", logits.softmax(-1), values)
-    truth = torch.where(valid, at_target, 1).to(s.dtype)
-    depth = torch.where(valid, (truth - expected).abs() / (truth + expected + eps), 0)
+        has_depth = has_depth & matches.depth_valid
+    logits = torch.where(has_depth[:, None], _masked(s, known), 0)  # 0: a softmax of nothing would be NaN
+    expected = torch.einsum("lmn,mn->lm", logits.softmax(-1), torch.where(known, patch_depth, 0))
+    truth = torch.where(has_depth, target_depth, 1)
+    depth = torch.where(has_depth, (truth - expected).abs() / (truth + expected + eps), 0)
 
-    weights = (
-        s.new_full((layers,), 1.0 if reduction == "none" else 1 / layers) if layer_weights is None else layer_weights
-    )
-    weights = weights[:, None].to(s.dtype)
-    if reduction == "none":
-        loss = weights * (corr_weight * corr + depth_weight * depth)
+    if layer_weights is None:
+        layer_weights = s.new_full((layers,), 1 if reduction == "none" else 1 / layers)
+    weights = layer_weights[:, None].to(s)
+    if reduction == "mean":
+        corr_count, depth_count = max(1, len(matches)), has_depth.sum().clamp(min=1)
+        loss = (weights * (corr_weight * corr / corr_count + depth_weight * depth / depth_count)).sum()
     else:
-        counts = (max(1, len(matches)), valid.sum().clamp(min=1)) if reduction == "mean" else (1, 1)
-        loss = (weights * (corr_weight * corr / counts[0] + depth_weight * depth / counts[1])).sum()
-    return NaiveLoss(loss, corr, depth, s.masked_fill(~in_frame, float("-inf")).argmax(-1))
+        loss = weights * (corr_weight * corr + depth_weight * depth)
+        loss = loss if reduction == "none" else loss.sum()
+    in_frame_s = _masked(s, in_frame)
+    return NaiveLoss(loss, corr, depth, has_depth, in_frame_s.argmax(-1), in_frame_s.softmax(-1).amax(-1))
+
+
+def _masked(s: Tensor, among: Tensor) -> Tensor:
+    return s.masked_fill(~among, float("-inf"))

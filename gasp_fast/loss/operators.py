@@ -1,123 +1,121 @@
-"""The engines as PyTorch operators: opaque to `torch.compile`, with fakes that know every shape.
+"""The engines as PyTorch operators, which `torch.compile` does not look into; their fakes give every shape.
 
-`gasp_fast::fused_loss` is the weighted loss with its gradient in one pass; `gasp_fast::match_terms` the terms one by
-one, with the gradient for given weights; `gasp_fast::frame_match` and its gradient are the primitive. None of them is
-differentiable by itself: the functions of `gasp_fast.autograd` say what their gradients are.
+| operator                          | computes                                                                    |
+| --------------------------------- | --------------------------------------------------------------------------- |
+| `gasp_fast::fused_loss`           | the weighted loss and its gradient, in one pass                             |
+| `gasp_fast::unreduced_terms`      | the terms one by one; with weights, the gradient of their weighted sum      |
+| `gasp_fast::frame_match`          | the statistics of each row over each frame                                  |
+| `gasp_fast::frame_match_gradient` | the gradient of a weighted sum of these statistics                          |
 
-Whatever rounds is inside: a compiler that folds or reorders arithmetic around the operators cannot change a gradient.
+Operators take tensors and plain numbers, so an index crosses as the list of its tensors and a `LossConfig` as its
+fields. None is differentiable by itself: `autograd.py` defines their gradients. Everything that rounds is inside, so a
+compiler that folds or reorders arithmetic around the operators cannot change a gradient.
 
-Embeddings come as a list: either one tensor [L, N, D] or L tensors [N, D]. Neither is ever copied into the other.
+Embeddings come as a list: either one tensor [L, N, D] or L tensors [N, D]. Neither form is copied into the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gasp_fast.kernels.chunk import FrameStatistics, FrameUpstream, MatchScales, MatchTerms
-from gasp_fast.kernels.engines import engine_for
-from gasp_fast.kernels.plan import MatchPlan, RowPlan
+from gasp_fast.kernels.chunk import FrameStatistics, FrameUpstream, MatchTerms, TermWeights
+from gasp_fast.kernels.engines import ENGINES
+from gasp_fast.kernels.index import MatchIndex, RowIndex
+
+from .reduction import term_weights
 
 
 @torch.library.custom_op("gasp_fast::fused_loss", mutates_args=())
 def fused_loss(
     embeddings: Sequence[Tensor],  # one [L, N, D], or L of [N, D]
-    plan: Sequence[Tensor],  # MatchPlan.tensors()
+    index: Sequence[Tensor],  # MatchIndex.tensors()
     temperature: Tensor,  # []
     layer_weights: Tensor,  # [L]
     corr_weight: float,
     depth_weight: float,
-    mean: bool,  # over matches; else their sum
-    sequence_negatives: bool,
+    reduction: str,  # "mean" | "sum"
+    negatives: str,  # "sequence" | "frame"
     eps: float,
     embedding_gradient: bool,
     temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[loss, corr, depth, best, confidence, dtemperature, *dembeddings]; gradients only where asked for."""
-    match_plan = MatchPlan.from_tensors(list(plan))
-    layers, matches = _layers(embeddings), match_plan.order.shape[0]
-    corr_factor: float = corr_weight
-    depth_factor: float | Tensor = depth_weight
-    if mean:
-        corr_factor, depth_factor = corr_weight / max(1, matches), depth_weight / match_plan.depth_count
-    weights = layer_weights.float()[:, None]
-    scales = MatchScales(
-        (weights * corr_factor).expand(layers, matches), (weights * depth_factor).expand(layers, matches)
-    )
-    gradient_scales = scales if embedding_gradient or temperature_gradient else None
+    """[loss, corr, depth, best, confidence, dtemperature, *dembeddings]; the last ones with `embedding_gradient`."""
+    match_index = MatchIndex.from_tensors(list(index))
+    weights = term_weights(match_index, layer_weights, corr_weight, depth_weight, reduction)  # [L, M]
     terms, gradients = _terms_and_gradients(
-        embeddings, match_plan, temperature, gradient_scales, sequence_negatives, eps, embedding_gradient,
-        temperature_gradient, backend,
+        embeddings, match_index, temperature, weights if embedding_gradient or temperature_gradient else None,
+        negatives, eps, embedding_gradient, temperature_gradient, backend,
     )  # fmt: skip
-    loss = (scales.corr * terms.corr + scales.depth * terms.depth).sum()
+    loss = (weights.corr * terms.corr + weights.depth * terms.depth).sum()
     return [loss, *terms, *gradients]
 
 
 @fused_loss.register_fake
 def _(
     embeddings: Sequence[Tensor],
-    plan: Sequence[Tensor],
+    index: Sequence[Tensor],
     temperature: Tensor,
     layer_weights: Tensor,
     corr_weight: float,
     depth_weight: float,
-    mean: bool,
-    sequence_negatives: bool,
+    reduction: str,
+    negatives: str,
     eps: float,
     embedding_gradient: bool,
     temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
     loss = embeddings[0].new_empty((), dtype=torch.float32)
-    return [loss, *_fake_terms(embeddings, plan), *_fake_gradients(embeddings, temperature, embedding_gradient)]
+    return [loss, *_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, embedding_gradient)]
 
 
-@torch.library.custom_op("gasp_fast::match_terms", mutates_args=())
-def match_terms(
+@torch.library.custom_op("gasp_fast::unreduced_terms", mutates_args=())
+def unreduced_terms(
     embeddings: Sequence[Tensor],
-    plan: Sequence[Tensor],
+    index: Sequence[Tensor],  # MatchIndex.tensors()
     temperature: Tensor,
-    corr_scale: Tensor | None,  # float32 [L, M]; with scales, gradients of `sum scale * term` are computed
-    depth_scale: Tensor | None,  # float32 [L, M]
-    sequence_negatives: bool,
+    corr_weights: Tensor | None,  # float32 [L, M]; with both, gradients of `sum weight * term` are computed
+    depth_weights: Tensor | None,  # float32 [L, M]
+    negatives: str,
     eps: float,
     embedding_gradient: bool,
     temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[corr, depth, best, confidence, dtemperature, *dembeddings]; gradients only where asked for."""
-    scales = None if corr_scale is None or depth_scale is None else MatchScales(corr_scale, depth_scale)
+    """[corr, depth, best, confidence, dtemperature, *dembeddings]; the last ones with `embedding_gradient`."""
+    weights = None if corr_weights is None or depth_weights is None else TermWeights(corr_weights, depth_weights)
     terms, gradients = _terms_and_gradients(
-        embeddings, MatchPlan.from_tensors(list(plan)), temperature, scales, sequence_negatives, eps,
-        embedding_gradient, temperature_gradient, backend,
+        embeddings, MatchIndex.from_tensors(list(index)), temperature, weights, negatives, eps, embedding_gradient,
+        temperature_gradient, backend,
     )  # fmt: skip
     return [*terms, *gradients]
 
 
-@match_terms.register_fake
+@unreduced_terms.register_fake
 def _(
     embeddings: Sequence[Tensor],
-    plan: Sequence[Tensor],
+    index: Sequence[Tensor],
     temperature: Tensor,
-    corr_scale: Tensor | None,
-    depth_scale: Tensor | None,
-    sequence_negatives: bool,
+    corr_weights: Tensor | None,
+    depth_weights: Tensor | None,
+    negatives: str,
     eps: float,
     embedding_gradient: bool,
     temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    return [*_fake_terms(embeddings, plan), *_fake_gradients(embeddings, temperature, embedding_gradient)]
+    return [*_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, embedding_gradient)]
 
 
 @torch.library.custom_op("gasp_fast::frame_match", mutates_args=())
 def frame_match(
     embeddings: Sequence[Tensor],
-    rows: Sequence[Tensor],  # RowPlan.tensors()
-    longest: int,  # frames of the longest sequence
+    rows: Sequence[Tensor],  # RowIndex.tensors()
+    longest: int,  # P, the frames of the longest sequence
     temperature: Tensor,
     values: Tensor | None,  # float32 [N, V]
     known: Tensor | None,  # bool [N]
@@ -125,12 +123,12 @@ def frame_match(
     backend: str,
 ) -> list[Tensor]:
     """[lse, known_lse, expected, best, peak], each [L, A, P]."""
-    plan, parts = RowPlan.from_tensors(list(rows)), []
-
-    def statistics_of(entry: Tensor, layers: slice, tau: Tensor, gradient: Tensor | None) -> None:
-        parts.append(engine_for(backend, entry).frame_match(entry, plan, tau, values, known, exclude_own))
-
-    _each_entry(embeddings, temperature, False, statistics_of)
+    row_index, tau = RowIndex.from_tensors(list(rows)), _kernel_temperature(temperature, embeddings)
+    with _without_autocast(embeddings):
+        parts = [
+            ENGINES[backend](stack).frame_match(stack, row_index, tau, values, known, exclude_own)
+            for _, stack in _stacks(embeddings)
+        ]
     return [torch.cat(statistic) if len(statistic) > 1 else statistic[0] for statistic in zip(*parts, strict=True)]
 
 
@@ -145,8 +143,8 @@ def _(
     exclude_own: bool,
     backend: str,
 ) -> list[Tensor]:
-    anchors, width = RowPlan.from_tensors(list(rows)).row_token.shape[0], 0 if values is None else values.shape[1]
-    floats = embeddings[0].new_empty((_layers(embeddings), anchors, longest), dtype=torch.float32)
+    anchors, width = RowIndex.from_tensors(list(rows)).row_token.shape[0], 0 if values is None else values.shape[1]
+    floats = embeddings[0].new_empty((_layer_count(embeddings), anchors, longest), dtype=torch.float32)
     return [
         floats,
         torch.empty_like(floats),
@@ -171,24 +169,19 @@ def frame_match_gradient(
     temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[dtemperature, *dembeddings]."""
-    plan = RowPlan.from_tensors(list(rows))
-
-    def gradient_of(entry: Tensor, layers: slice, tau: Tensor, gradient: Tensor | None) -> Tensor | None:
-        return engine_for(backend, entry).frame_match_gradient(
-            entry,
-            plan,
-            tau,
-            values,
-            known,
-            exclude_own,
-            FrameStatistics(*(value[layers] for value in statistics)),
-            FrameUpstream(lse_gradient[layers], expected_gradient[layers]),
-            gradient,
-            temperature_gradient,
-        )
-
-    return _each_entry(embeddings, temperature, embedding_gradient, gradient_of)
+    """[dtemperature, *dembeddings]; the last ones with `embedding_gradient`."""
+    row_index, tau = RowIndex.from_tensors(list(rows)), _kernel_temperature(temperature, embeddings)
+    gradients = _Gradients(embeddings, embedding_gradient)
+    with _without_autocast(embeddings):
+        for number, (layers, stack) in enumerate(_stacks(embeddings)):
+            slope = ENGINES[backend](stack).frame_match_gradient(
+                stack, row_index, tau, values, known, exclude_own,
+                FrameStatistics(*(value[layers] for value in statistics)),
+                FrameUpstream(lse_gradient[layers], expected_gradient[layers]),
+                gradients.of_stack(number, stack), temperature_gradient,
+            )  # fmt: skip
+            gradients.add_slope(slope)
+    return gradients.tensors(temperature)
 
 
 @frame_match_gradient.register_fake
@@ -211,73 +204,74 @@ def _(
 
 def _terms_and_gradients(
     embeddings: Sequence[Tensor],
-    plan: MatchPlan,
+    index: MatchIndex,
     temperature: Tensor,
-    scales: MatchScales | None,
-    sequence_negatives: bool,
+    weights: TermWeights | None,
+    negatives: str,
     eps: float,
     embedding_gradient: bool,
     temperature_gradient: bool,
     backend: str,
 ) -> tuple[MatchTerms, list[Tensor]]:
-    terms = MatchTerms.empty(_layers(embeddings), plan.order.shape[0], embeddings[0].device)
-
-    def gradient_of(entry: Tensor, layers: slice, tau: Tensor, gradient: Tensor | None) -> Tensor | None:
-        return engine_for(backend, entry).match_terms(
-            entry,
-            plan,
-            tau,
-            None if scales is None else MatchScales(*(scale[layers] for scale in scales)),
-            terms.of_layers(layers),
-            sequence_negatives,
-            eps,
-            gradient,
-            temperature_gradient,
-        )
-
-    return terms, _each_entry(embeddings, temperature, embedding_gradient, gradient_of)
+    """Terms [L, M], and [dtemperature, *dembeddings]."""
+    terms = MatchTerms.empty(_layer_count(embeddings), index.order.shape[0], embeddings[0].device)
+    gradients, tau = _Gradients(embeddings, embedding_gradient), _kernel_temperature(temperature, embeddings)
+    with _without_autocast(embeddings):
+        for number, (layers, stack) in enumerate(_stacks(embeddings)):
+            slope = ENGINES[backend](stack).terms_and_gradients(
+                stack, index, tau, None if weights is None else weights.of_layers(layers), terms.of_layers(layers),
+                negatives, eps, gradients.of_stack(number, stack), temperature_gradient,
+            )  # fmt: skip
+            gradients.add_slope(slope)
+    return terms, gradients.tensors(temperature)
 
 
-def _each_entry(
-    embeddings: Sequence[Tensor],
-    temperature: Tensor,
-    embedding_gradient: bool,
-    work: Callable[[Tensor, slice, Tensor, Tensor | None], Tensor | None],
-) -> list[Tensor]:
-    """Call `work(entry, layers, temperature, gradient to fill in)` for each; [dtemperature, *dembeddings]."""
-    device = embeddings[0].device
-    gradients = [_contiguous_like(e) for e in embeddings] if embedding_gradient else []
-    tau = temperature.detach().to(device=device, dtype=torch.float32, non_blocking=True)
-    slope = torch.zeros((), dtype=torch.float32, device=device)
-    # Inside an operator nothing is cast on the way, whatever the caller's autocast says.
-    with torch.autocast(device.type, enabled=False):
-        for at, (layer, entry) in enumerate(_entries(embeddings)):
-            gradient = gradients[at].view(entry.shape) if gradients else None
-            part = work(entry, slice(layer, layer + entry.shape[0]), tau, gradient)
-            slope = slope if part is None else slope + part
-    return [slope.to(temperature.device, temperature.dtype), *gradients]
+class _Gradients:
+    """Memory for the gradients of the embeddings, and the gradient of the temperature, summed over the stacks."""
+
+    def __init__(self, embeddings: Sequence[Tensor], embedding_gradient: bool) -> None:
+        self.embeddings = [_contiguous_like(e) for e in embeddings] if embedding_gradient else []
+        self.slope = torch.zeros((), dtype=torch.float32, device=embeddings[0].device)
+
+    def of_stack(self, number: int, stack: Tensor) -> Tensor | None:
+        return self.embeddings[number].view(stack.shape) if self.embeddings else None
+
+    def add_slope(self, slope: Tensor | None) -> None:
+        self.slope = self.slope if slope is None else self.slope + slope
+
+    def tensors(self, temperature: Tensor) -> list[Tensor]:
+        return [self.slope.to(temperature.device, temperature.dtype), *self.embeddings]
 
 
-def _fake_terms(embeddings: Sequence[Tensor], plan: Sequence[Tensor]) -> list[Tensor]:
-    matches = MatchPlan.from_tensors(list(plan)).order.shape[0]
-    corr = embeddings[0].new_empty((_layers(embeddings), matches), dtype=torch.float32)
-    return [corr, torch.empty_like(corr), torch.empty_like(corr, dtype=torch.int64), torch.empty_like(corr)]
+def _stacks(embeddings: Sequence[Tensor]) -> list[tuple[slice, Tensor]]:
+    """Each tensor of the list as [G, N, D], with the layers that it holds."""
+    if embeddings[0].dim() == 3:
+        return [(slice(0, embeddings[0].shape[0]), embeddings[0])]
+    return [(slice(layer, layer + 1), e[None]) for layer, e in enumerate(embeddings)]
 
 
-def _fake_gradients(embeddings: Sequence[Tensor], temperature: Tensor, embedding_gradient: bool) -> list[Tensor]:
-    return [torch.empty_like(temperature), *([_contiguous_like(e) for e in embeddings] if embedding_gradient else [])]
+def _layer_count(embeddings: Sequence[Tensor]) -> int:
+    return embeddings[0].shape[0] if embeddings[0].dim() == 3 else len(embeddings)
+
+
+def _kernel_temperature(temperature: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
+    return temperature.detach().to(device=embeddings[0].device, dtype=torch.float32, non_blocking=True)
+
+
+def _without_autocast(embeddings: Sequence[Tensor]) -> torch.autocast:
+    """Products inside an operator run in their own types, whatever the caller's autocast says."""
+    return torch.autocast(embeddings[0].device.type, enabled=False)
 
 
 def _contiguous_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _entries(embeddings: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """(first layer, [G, N, D]) of each tensor of the list."""
-    if embeddings[0].dim() == 3:
-        return [(0, embeddings[0])]
-    return [(layer, e[None]) for layer, e in enumerate(embeddings)]
+def _fake_terms(embeddings: Sequence[Tensor], index: Sequence[Tensor]) -> list[Tensor]:
+    matches = MatchIndex.from_tensors(list(index)).order.shape[0]
+    corr = embeddings[0].new_empty((_layer_count(embeddings), matches), dtype=torch.float32)
+    return [corr, torch.empty_like(corr), torch.empty_like(corr, dtype=torch.int64), torch.empty_like(corr)]
 
 
-def _layers(embeddings: Sequence[Tensor]) -> int:
-    return embeddings[0].shape[0] if embeddings[0].dim() == 3 else len(embeddings)
+def _fake_gradients(embeddings: Sequence[Tensor], temperature: Tensor, embedding_gradient: bool) -> list[Tensor]:
+    return [torch.empty_like(temperature), *([_contiguous_like(e) for e in embeddings] if embedding_gradient else [])]

@@ -1,0 +1,12 @@
+"""Estimates of a training run: FLOPs, memory and time, from sizes alone.
+
+shapes.py          sizes of a model
+training_setup.py  what is trained and how; sizes of the sequences
+flops.py           FLOPs of a step, by part of the model
+gpus.py            data sheets of GPUs
+assumptions.py     efficiencies and other numbers that are neither counted nor stated
+memory.py          bytes on each GPU
+step_time.py       seconds of a step
+plan.py            all of it together: the estimate of a run
+calibration.py     efficiencies from a measured step
+"""

@@ -1,29 +1,29 @@
-"""From a measured step to the assumptions of a plan.
+"""Efficiencies from a measured step.
 
-Knows the cost model and a step's seconds by part; must not know how they were measured. An efficiency is the time that
-the cost model would give a part at full speed over the time it took. What a step took beyond all its parts is `idle`,
-as a share of them. `benchmarks/step.py` writes files of this, `gasp-fast plan --measured` reads them.
+An efficiency is the time that the estimate gives a part at full speed over the time it took. What a step took beyond
+all its parts is `idle`, as a share of them. `benchmarks/step.py` writes the efficiencies into a file, and
+`gasp-fast plan --measured` reads them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gasp_fast.training.config import TrainConfig
-
-from .cost_model import GPU, optimiser_seconds, seconds
+from .assumptions import Assumptions
+from .gpus import GPU
 from .shapes import ModelShape
-from .workload import Assumptions, Sequence
+from .step_time import optimiser_seconds, sequence_seconds
+from .training_setup import SequenceSize, TrainingSetup
 
 FULL_SPEED = Assumptions(
     decoder=1, attention=1, adapters=1, vision=1, heads=1, loss=1, bandwidth=1, optimiser=1, idle=0
 )  # fmt: skip
-# Which parts an efficiency speaks for; the others' names are those of their parts.
+# Efficiency -> the parts of a step that it applies to.
 PARTS = {
     "decoder": ("decoder", "lm head"),
     "attention": ("attention",),
@@ -41,37 +41,37 @@ class MeasuredStep:
 
     seconds: float
     accumulation: int  # micro-batches of it
-    sequences: Several[Sequence]  # of the micro-batch that `parts` is about
+    sequences: Sequence[SequenceSize]  # of the micro-batch that was profiled
     parts: dict[str, float]  # seconds of that micro-batch by part, and "optimiser", which comes once a step
 
 
-def calibrate(config: TrainConfig, shape: ModelShape, gpu: GPU, step: MeasuredStep) -> dict[str, float]:
-    """The fields of `Assumptions` that the step settles; the rest stays assumed."""
-    once = step.parts.get("optimiser", 0.0)
-    busy = step.accumulation * (sum(step.parts.values()) - once) + once
+def calibrate(setup: TrainingSetup, gpu: GPU, step: MeasuredStep) -> dict[str, float]:
+    """The fields of `Assumptions` that the step determines."""
+    optimiser = step.parts.get("optimiser", 0.0)
+    busy = step.accumulation * (sum(step.parts.values()) - optimiser) + optimiser
     # A profiler slows down what it watches, so that parts may add up to more than the step took without it.
     scale = min(1.0, step.seconds / busy)
     ideal: dict[str, float] = {}
     for sequence in step.sequences:
-        for part, value in seconds(config, shape, sequence, gpu, FULL_SPEED).items():
+        for part, value in sequence_seconds(setup, sequence, gpu, FULL_SPEED).items():
             ideal[part] = ideal.get(part, 0.0) + value
-    found = {"idle": step.seconds / (scale * busy) - 1}
+    measured = {"idle": step.seconds / (scale * busy) - 1}
     for field, parts in PARTS.items():
         took = scale * sum(step.parts.get(part, 0.0) for part in parts)
         needed = sum(ideal.get(part, 0.0) for part in parts)
         if took and needed:
-            found[field] = needed / took
-    if once:
-        found["optimiser"] = optimiser_seconds(config, shape, 1, gpu, FULL_SPEED) / (scale * once)
-    return found
+            measured[field] = needed / took
+    if optimiser:
+        measured["optimiser"] = optimiser_seconds(setup, 1, gpu, FULL_SPEED) / (scale * optimiser)
+    return measured
 
 
 def read_measured(path: str | os.PathLike[str], shape: ModelShape) -> tuple[Assumptions, str]:
-    """Assumptions with what the file's first calibrated step of a model of this shape measured; and what that was."""
+    """Assumptions with the efficiencies of the file's first calibrated step of a model of this shape, and its name."""
     path = Path(path)
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        cases = [case for case in told["cases"] if case.get("assumptions")]
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        cases = [case for case in result["cases"] if case.get("assumptions")]
         fitting = [case for case in cases if case["shape"] == asdict(shape)]
     except OSError as error:
         raise OSError(f"--measured {path} cannot be read ({error.strerror}); benchmarks/step.sh writes one") from None
@@ -84,4 +84,4 @@ def read_measured(path: str | os.PathLike[str], shape: ModelShape) -> tuple[Assu
             "benchmarks/step.sh, or plan without it"
         )
     case = fitting[0]
-    return replace(Assumptions(), **case["assumptions"]), f"{case['name']} on {told['machine']}, {told['date']}"
+    return replace(Assumptions(), **case["assumptions"]), f"{case['name']} on {result['machine']}, {result['date']}"

@@ -1,4 +1,4 @@
-"""The sizes of a vision-language model that its costs follow from. Knows configurations; loads and runs no weights."""
+"""Sizes of a vision-language model that its FLOPs and memory follow from. Loads no weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WINDOW = 64  # patches that a windowed vision layer sees: Qwen's 112 pixels
-PATCHES = 4  # of the vision tower for each visual token: both families join two by two
+WINDOW = 64  # patches of a window in Qwen's windowed vision layers: 112 x 112 pixels
+PATCHES = 4  # patches of the vision tower for each visual token: both families merge two by two
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes that costs follow from."""
+    """Sizes of the language model, the vision tower and its projector."""
 
     hidden: int
     layers: int
@@ -25,11 +25,11 @@ class ModelShape:
     vision_hidden: int
     vision_layers: int
     vision_intermediate: int
-    vision_gated: bool  # three matrices in an MLP, not two
-    vision_full_layers: int  # whose attention spans the frame; the others' is in windows
+    vision_gated: bool  # an MLP has three matrices, not two
+    vision_full_layers: int  # with attention over the whole frame; the others attend within windows
     vision_parameters: int  # projector included
     patch: int  # pixels along a side
-    frame_tokens: int | None = None  # where it is one number for all frames
+    frame_tokens: int | None = None  # visual tokens of a frame, where all frames have the same number
 
     @property
     def query_width(self) -> int:
@@ -41,7 +41,7 @@ class ModelShape:
 
     @property
     def layer_weights(self) -> int:
-        """Of the matrices of one decoder layer."""
+        """Weights in the matrices of one decoder layer."""
         attention = 2 * self.query_width + 2 * self.key_width
         return self.hidden * (attention + 3 * self.intermediate)
 
@@ -50,7 +50,7 @@ class ModelShape:
         return self.vision_hidden * (4 * self.vision_hidden + (2 + self.vision_gated) * self.vision_intermediate)
 
     def adapter_weights(self, rank: int) -> int:
-        """Of the adapters of one layer: A and B of q, k, v and o."""
+        """Weights of one decoder layer's adapters: A and B of q, k, v and o."""
         return rank * 2 * (2 * self.hidden + self.query_width + self.key_width)
 
 
@@ -66,16 +66,16 @@ LLAVA_NEXT_VIDEO_7B = ModelShape(
 )  # fmt: skip
 
 
-def shape_of(source: str) -> ModelShape:
-    """From the model's folder, if it is one; else, for the two 7B models that are known by name, from this file."""
+def shape_from_source(source: str) -> ModelShape:
+    """The shape of `source`: read from a model's folder, or by name for the two 7B models of this file."""
     if not Path(source).is_dir():
         name = source.lower()
         for family, shape in (("qwen2.5-vl-7b", QWEN2_5_VL_7B), ("llava-next-video-7b", LLAVA_NEXT_VIDEO_7B)):
             if family in name:
                 return shape
         raise OSError(
-            f"model.source = {source!r} is no folder, and its shape is not known by name; known are "
-            "Qwen2.5-VL-7B and LLaVA-NeXT-Video-7B"
+            f"model.source = {source!r} is no folder, and its shape is not known by name; give a model's folder, or "
+            "Qwen2.5-VL-7B or LLaVA-NeXT-Video-7B"
         )
     from gasp_fast import backbones  # noqa: F401 (makes torchvision importable where only its library is missing)
     from transformers import AutoConfig  # isort: skip
@@ -84,7 +84,7 @@ def shape_of(source: str) -> ModelShape:
 
 
 def shape_from_config(config: Any) -> ModelShape:
-    """From a transformers configuration; parameters are counted on a model without storage."""
+    """The shape of a model with this transformers configuration; counts parameters on the meta device."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -93,7 +93,7 @@ def shape_from_config(config: Any) -> ModelShape:
 
 
 def shape_from_model(model: Any) -> ModelShape:
-    """From a transformers model that is not sharded yet; adapters inside it do not count."""
+    """The shape of a transformers model that is not sharded yet; its adapters do not count."""
     language = {id(p) for part in (model.model.language_model, model.lm_head) for p in part.parameters()}
     own = [p for name, p in model.named_parameters() if "lora_" not in name]  # a tied lm head comes once
     language_parameters = sum(p.numel() for p in own if id(p) in language)

@@ -1,0 +1,8 @@
+"""Supervision of decoder layers: correspondence heads on hidden states, and their loss.
+
+layer_capture.py  `LayerCapture` takes the hidden states out of a model's forward pass
+heads.py          `CorrespondenceHead`, and its initialisation from a layer's query projection
+precision.py      the precision of a head's matrix products
+streamed.py       `GeometricSupervision`: heads and loss, one layer at a time
+head_files.py     heads in a checkpoint
+"""

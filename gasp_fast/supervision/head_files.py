@@ -1,4 +1,4 @@
-"""Correspondence heads on disk: `heads.safetensors` of a checkpoint."""
+"""Read and write correspondence heads: `heads.safetensors` of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .heads import CorrespondenceHead, CorrespondenceHeads
 
 
 def write_heads(path: Path, tensors: Mapping[str, Tensor], compute: str) -> None:
-    """Heads as `by_layer.17.first.weight`, … (the state of `CorrespondenceHeads`), and their precision."""
-    content = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(content, {"compute": json.dumps(compute)}))
+    """Write the state of a `CorrespondenceHeads` (`by_layer.17.first.weight`, …) and the precision of its products."""
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(state, {"compute": json.dumps(compute)}))
 
 
 def read_heads(path: str | os.PathLike[str]) -> CorrespondenceHeads:
-    """The heads of a checkpoint (`checkpoint-N/heads.safetensors`), on the CPU."""
+    """Read the heads of a checkpoint (`checkpoint-N/heads.safetensors`) to the CPU."""
     path = Path(path)
     if not path.is_file():
         raise OSError(f"{path}: no such file; correspondence heads are saved in checkpoints of a training run")
-    with safe_open(path, "pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-        compute = json.loads((stored.metadata() or {}).get("compute", '"fp32"'))
-    heads = {}
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        compute = json.loads((file.metadata() or {}).get("compute", '"fp32"'))
+    by_layer = {}
     for layer in _layers_of(tensors):
         mid, hidden = tensors[f"by_layer.{layer}.first.weight"].shape
         out = tensors[f"by_layer.{layer}.second.weight"].shape[0]
-        heads[layer] = CorrespondenceHead(hidden, mid, out, compute)
-    found = CorrespondenceHeads(heads)
-    found.load_state_dict({name: tensor for name, tensor in tensors.items() if name.startswith("by_layer.")})
-    return found
+        by_layer[layer] = CorrespondenceHead(hidden, mid, out, compute)
+    heads = CorrespondenceHeads(by_layer)
+    heads.load_state_dict({name: tensor for name, tensor in tensors.items() if name.startswith("by_layer.")})
+    return heads
 
 
 def _layers_of(names: Iterable[str]) -> list[int]:

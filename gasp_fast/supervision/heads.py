@@ -1,30 +1,20 @@
-"""Correspondence heads: from a decoder layer's hidden states to the embeddings the loss compares.
+"""Correspondence heads: map hidden states of a decoder layer to the embeddings that the loss compares.
 
-Knows tensors and one projection matrix; must not know any model: a backbone hands over the W_Q of a layer.
-
-A head is Linear -> GELU -> Linear (paper, App. B). Its weights are always fp32; only the precision of its two matrix
-products is a choice:
-
-    "fp32"  IEEE single precision, also where the process allows tf32 elsewhere
-    "tf32"  fp32 storage, tensor-core products with 10-bit mantissas (same as "fp32" on a CPU)
-    "bf16"  inputs and weights rounded to bf16 for the product, embeddings come out in bf16
-
-The choice holds in the forward and in the backward pass, and an outer autocast does not override it.
+A head is Linear -> GELU -> Linear (paper, App. B). Its weights are always fp32; the precision of its two matrix
+products can be chosen (see `precision.py`), and an outer autocast does not override the choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-Compute = Literal["fp32", "tf32", "bf16"]
+from .precision import Compute, PrecisionLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,61 +25,7 @@ class HeadsConfig:
     init: Literal["svd", "random"] = "svd"  # svd: from the layer's own query projection
     mid_size: int | None = None  # None: half of the hidden size
     out_size: int | None = None  # None: the hidden size (svd: the outputs of the query projection)
-    compute: Compute = "tf32"  # of the products; weights are fp32
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """Run cuBLAS products of fp32 tensors as "ieee" or "tf32", whatever the process chose."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-class _SinglePrecisionLinear(torch.autograd.Function):
-    """`F.linear` on fp32 tensors whose three products all run at one stated precision.
-
-    The precision of cuBLAS is a process-wide switch, and autograd runs the backward products long after the forward
-    call returned; so the switch has to be set again there, and that is the only reason for this function to exist.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.precision = precision
-        with _matmul_precision(precision):
-            return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])  # [N, out]
-        with _matmul_precision(ctx.precision):
-            grad_x = grad @ weight if wants_x else None
-            grad_weight = rows.mT @ x.reshape(-1, x.shape[-1]) if wants_weight else None
-        return grad_x, grad_weight, rows.sum(0) if wants_bias else None, None
-
-
-class _HeadLinear(nn.Linear):
-    """A linear layer with fp32 weights and a stated precision of its products.
-
-    A module of its own (rather than a call with the parent's parameters) because ZeRO-3 gathers weights per module.
-    """
-
-    def __init__(self, in_features: int, out_features: int, compute: Compute) -> None:
-        super().__init__(in_features, out_features, dtype=torch.float32)
-        self.compute = compute
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.compute == "bf16":
-            return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())
-        precision = "ieee" if self.compute == "fp32" else "tf32"
-        return _SinglePrecisionLinear.apply(x.float(), self.weight.float(), self.bias.float(), precision)
+    compute: Compute = "tf32"  # precision of the products; weights are fp32
 
 
 class CorrespondenceHead(nn.Module):
@@ -110,8 +46,8 @@ class CorrespondenceHead(nn.Module):
         for name, size in (("hidden_size", hidden_size), ("mid_size", mid_size), ("out_size", out_size)):
             if size < 1:
                 raise ValueError(f"{name} = {size} must be at least 1")
-        self.first = _HeadLinear(hidden_size, mid_size, compute)
-        self.second = _HeadLinear(mid_size, out_size, compute)
+        self.first = PrecisionLinear(hidden_size, mid_size, compute)
+        self.second = PrecisionLinear(mid_size, out_size, compute)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden [..., hidden_size]` of any float dtype -> raw (not normalised) embeddings `[..., out_size]`."""
@@ -127,24 +63,24 @@ class CorrespondenceHead(nn.Module):
         out_size: int | None = None,
         compute: Compute = "fp32",
     ) -> CorrespondenceHead:
-        """A head that starts as the layer's own query projection, as far as rank `mid_size` reaches.
+        """Initialise a head as the best approximation of a query projection `W_Q` of rank `mid_size`.
 
         With `W_Q = U S V^T` and `r = mid_size`, the first layer is `S_r^1/2 V_r^T` and the second `U_r S_r^1/2`, so
         that without the GELU the head is the best rank-`r` approximation of `W_Q` (Eckart-Young). `W_Q` is
         `[outputs, hidden_size]`; it need not be square (grouped or narrow query heads).
 
-        Where the sizes do not meet the rank:
+        Special cases:
 
-        - The bias of a biased projection belongs after the product, so it becomes the bias of the second layer; the
-          first layer's is zero. Then `head(x) = W_r x + b`, again with the GELU taken out.
-        - `mid_size` above the rank: there is nothing left to copy. The surplus columns of the second layer are zero,
-          which keeps the product exact, and the surplus rows of the first keep their random initialisation, without
-          which neither would ever receive a gradient.
+        - A bias of the projection becomes the bias of the second layer; the first layer's bias is zero. Then
+          `head(x) = W_r x + b`, again without the GELU.
+        - `mid_size` above the rank of `W_Q`: the surplus columns of the second layer are zero, which keeps the product
+          exact. The surplus rows of the first layer keep their random initialisation; if both were zero, neither would
+          ever receive a gradient.
         - `out_size` below the outputs of `W_Q`: the embeddings are expressed in the leading `out_size` left singular
-          directions (`U^T` applied to output and bias). Cosine similarity does not see the rotation, so a head without
-          bias compares exactly like the best approximation of rank `min(mid_size, out_size)`.
-        - Any larger `out_size` is refused: the surplus coordinates would be zero for every token, and a similarity
-          gives no gradient to a coordinate that is zero everywhere.
+          directions (`U^T` applied to output and bias). Cosine similarity is invariant to the rotation, so a head
+          without bias gives exactly the similarities of the best approximation of rank `min(mid_size, out_size)`.
+        - Any larger `out_size` raises `ValueError`: the surplus coordinates would be zero for every token, and a
+          coordinate that is zero everywhere receives no gradient from a similarity.
 
         `mid_size` defaults to half of hidden_size, `out_size` to the outputs of `W_Q`.
         """
@@ -165,22 +101,22 @@ class CorrespondenceHead(nn.Module):
                 f"use {outputs}, or at most {min(outputs, hidden_size)}, or random weights: CorrespondenceHead(...)"
             )
         head = cls(hidden_size, mid_size, out_size, compute).to(weight.device)
-        # The factors are computed once, in float64: the head is then exact to the rounding of its fp32 weights.
+        # In float64, so that the head is exact up to the rounding of its fp32 weights.
         u, s, vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)  # [outputs, k], [k], [k, hidden]
-        offset = torch.zeros(outputs, device=u.device) if bias is None else bias.detach()
-        offset = offset.double()
+        out_bias = torch.zeros(outputs, device=u.device) if bias is None else bias.detach()
+        out_bias = out_bias.double()
         if out_size < outputs:
-            offset = u.mT[:out_size] @ offset
+            out_bias = u.mT[:out_size] @ out_bias
             u = torch.eye(out_size, len(s), dtype=u.dtype, device=u.device)  # the leading rows of U^T U
-        sound = int((s > s[0] * torch.finfo(torch.float32).eps).sum())  # the rank that fp32 weights can express
-        rank = min(head.first.out_features, sound)
+        numerical_rank = int((s > s[0] * torch.finfo(torch.float32).eps).sum())  # what fp32 weights can express
+        rank = min(head.first.out_features, numerical_rank)
         root = s[:rank].sqrt()
         with torch.no_grad():
             head.first.weight[:rank] = (root[:, None] * vt[:rank]).float()
             head.first.bias.zero_()
             head.second.weight.zero_()
             head.second.weight[:, :rank] = (u[:, :rank] * root).float()
-            head.second.bias.copy_(offset)
+            head.second.bias.copy_(out_bias)
         return head
 
 
@@ -201,7 +137,7 @@ class CorrespondenceHeads(nn.Module):
         out_size: int | None = None,
         compute: Compute = "fp32",
     ) -> CorrespondenceHeads:
-        """Heads for the given layers, each started from that layer's own (weight, bias) of W_Q."""
+        """Heads for the given layers, each initialised from that layer's own (weight, bias) of W_Q."""
         return cls(
             {
                 layer: CorrespondenceHead.from_query_projection(weight, bias, mid_size, out_size, compute)
@@ -213,9 +149,6 @@ class CorrespondenceHeads(nn.Module):
     def layers(self) -> list[int]:
         return [int(name) for name in self.by_layer]
 
-    def __len__(self) -> int:
-        return len(self.by_layer)
-
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """Embeddings `[..., out_size]` of one layer's hidden states `[..., hidden_size]`."""
         if str(layer) not in self.by_layer:
@@ -224,7 +157,7 @@ class CorrespondenceHeads(nn.Module):
 
 
 def parse_layers(spec: str, count: int) -> list[int]:
-    """Indices (from 0) of the layers that `spec` names among `count`: "all", "18-25", "7" or "1-4,25-28".
+    """Layer indices (from 0) of "all", "18-25", "7" or "1-4,25-28" in a model of `count` layers.
 
     The numbers of `spec` count from 1 and ranges include both ends, as in the paper, whose last range is 25-32 of 32.
     """

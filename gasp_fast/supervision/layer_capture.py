@@ -1,25 +1,23 @@
-"""Taking the decoder layers' hidden states out of a forward pass that somebody else runs.
-
-Knows modules, hooks and positions; must not know a model's layout: a backbone names the layers and the final norm.
+"""`LayerCapture`: take the hidden states of decoder layers out of a model's forward pass, with forward hooks.
 
 The state after layer `l` is read where it enters the next module (layer `l + 1`, or the final norm after the last
-layer), not where it leaves layer `l`. That makes the capture right under every kind of gradient checkpointing:
+layer), not where it leaves layer `l`. This makes the capture correct under every kind of gradient checkpointing:
 
-- What enters a module is the tensor of the outer graph even when the module's body runs under checkpointing. What
-  leaves it need not be: transformers up to 5.18 checkpoint a layer's whole `__call__`, so an output hook sees the
-  tensor of the inner pass, and under reentrant checkpointing that pass has no graph and no gradient would flow.
+- The tensor that enters a module belongs to the outer graph even when the module's body runs under checkpointing. The
+  tensor that leaves it may not: transformers up to 5.18 checkpoint a layer's whole `__call__`, so an output hook sees
+  the tensor of the inner pass, and under reentrant checkpointing that pass has no graph and no gradient would flow.
 - The recomputation during backward enters the same modules again, with detached copies. The first tensor of a
-  forward pass wins and later ones are ignored, so the number of times a hook fires does not matter.
-- The hooks do no arithmetic. An operation inside a checkpointed region is recorded and has to be repeated
-  identically; picking the visual tokens out therefore happens when they are asked for, outside.
+  forward pass is kept and later ones are ignored, so it does not matter how often a hook runs.
+- The hooks do no arithmetic. An operation inside a checkpointed region is recorded and must be repeated identically;
+  therefore the visual tokens are selected outside, when `tokens` is called.
 
-The state after the last layer is, by the same token, the one before the final norm. (transformers' own
+It follows that the state after the last layer is the one before the final norm. (transformers' own
 `hidden_states[-1]` is the one after it.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -28,28 +26,39 @@ from torch.utils.hooks import RemovableHandle
 
 
 class LayerCapture:
-    """Context in which one forward pass of a model leaves its hidden states behind.
+    """Context manager that keeps the hidden states of one forward pass.
 
     with LayerCapture(backbone.decoder_layers(model), backbone.final_norm(model), layers=[17, 18]) as capture:
         model(**inputs)
     visual = capture.tokens(17, positions)  # [N, D]
+
+    `layers` are indices from 0; None captures all decoder layers. With `on_state`, each state is passed to
+    `on_state(layer, state)` as soon as it is computed and is not kept. Use it only without a backward pass: the
+    recomputation of gradient checkpointing would call it again.
     """
 
-    def __init__(self, decoder_layers: Sequence[nn.Module], final_norm: nn.Module, layers: Iterable[int] | None = None):
+    def __init__(
+        self,
+        decoder_layers: Sequence[nn.Module],
+        final_norm: nn.Module,
+        layers: Iterable[int] | None = None,
+        on_state: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        self._on_state = on_state
         count = len(decoder_layers)
-        wanted = list(range(count)) if layers is None else sorted(set(layers))
-        for layer in wanted:
+        chosen = list(range(count)) if layers is None else sorted(set(layers))
+        for layer in chosen:
             if not 0 <= layer < count:
                 raise ValueError(f"layers contains {layer}, but the model has decoder layers 0 to {count - 1}")
         following = [*decoder_layers[1:], final_norm]
-        self._followers = {layer: following[layer] for layer in wanted}
+        self._next_modules = {layer: following[layer] for layer in chosen}
         self._states: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> LayerCapture:
         self.clear()
-        for layer, module in self._followers.items():
-            self._handles.append(module.register_forward_pre_hook(self._keeper(layer), with_kwargs=True))
+        for layer, module in self._next_modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
         return self
 
     def __exit__(
@@ -59,19 +68,23 @@ class LayerCapture:
             handle.remove()
         self._handles.clear()
 
-    def _keeper(self, layer: int) -> Any:
-        def keep_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._states.setdefault(layer, args[0] if args else kwargs["hidden_states"])
+    def _hook(self, layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state = args[0] if args else kwargs["hidden_states"]
+            if self._on_state is None:
+                self._states.setdefault(layer, state)  # the first one of a forward pass
+            else:
+                self._on_state(layer, state)
 
-        return keep_first
+        return hook
 
     @property
     def layers(self) -> list[int]:
-        return list(self._followers)
+        return list(self._next_modules)
 
     def hidden(self, layer: int) -> Tensor:
         """Output of a decoder layer, `[B, S, D]`, part of the graph of the forward pass."""
-        if layer not in self._followers:
+        if layer not in self._next_modules:
             raise ValueError(f"layer = {layer} is not captured; this capture holds layers {self.layers}")
         if layer not in self._states:
             raise ValueError(
@@ -84,5 +97,5 @@ class LayerCapture:
         return self.hidden(layer).flatten(0, 1).index_select(0, positions)
 
     def clear(self) -> None:
-        """Forget the states: before another forward pass in the same context, and to free their memory."""
+        """Drop the states: before another forward pass in the same context, or to free their memory."""
         self._states.clear()

@@ -1,1 +1,1 @@
-"""The training engine, one idea a file: `settings`, `data`, `modality`, `optim`, `guards`, `log`, `trainer`."""
+"""Training. `loop.py` is the place to begin: it shows what a step does, in order."""

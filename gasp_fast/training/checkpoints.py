@@ -1,87 +1,65 @@
-"""Checkpoints of a run: folders `checkpoint-N` that are whole or not there. Knows files and weights, runs nothing.
+"""Checkpoints of a run: folders `checkpoint-N` that are complete or absent.
 
     adapter_model.safetensors, adapter_config.json    adapters (train.mode lora)
     model.safetensors …, config.json, processor       all weights (train.mode full): loads with transformers alone
     heads.safetensors                                 correspondence heads, and the temperature if it learns
     optimizer.pt, scheduler.pt or global_stepN/       optimiser and schedule; the latter is DeepSpeed's
-    rng_state*.pth, trainer_state.json                random numbers of each process, and transformers' own counters
-    about.json                                        processes, ZeRO stage, mode, step; what the log has yet to tell
+    rng_state*.pth                                    random number generators of each process
+    about.json                                        step, score, processes, ZeRO stage, mode; sums not yet logged
 
-A checkpoint is written to `.checkpoint-N.partial` by all processes and renamed by the first.
+All processes write into `.checkpoint-N.partial`; the first one renames it when it is complete.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from accelerate.utils import load
 
 from gasp_fast.files import write_atomically
-from gasp_fast.run_folder import HEADS, finished
-from gasp_fast.supervision.head_files import write_heads
+from gasp_fast.run_folder import finished
 
-from .model import SupervisedModel
+from .distributed import Processes
 
 ABOUT = "about.json"
 
 
-def whole(parameter: nn.Parameter) -> Tensor:
-    """The full value of a parameter, on every process; ZeRO-3 keeps only a part on each. All must call."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
-
-
-def write_weights(model: SupervisedModel, folder: Path, first: bool) -> None:
-    """Trained weights, gathered one by one to the first process's CPU memory."""
-    lora = hasattr(model.model, "peft_config")
-    weights: dict[str, Tensor] = {}
-    heads: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            value = whole(parameter)
-            if first and name.startswith("supervision."):
-                heads[name.removeprefix("supervision.").replace(".head.", ".")] = value
-            elif first:
-                weights[name.removeprefix("model.")] = value.cpu()
-    if not first:
-        return
-    inner: Any = model.model
-    if lora:
-        inner.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-    else:
-        inner.save_pretrained(folder, state_dict=weights)
-        model.backbone.processor.save_pretrained(folder)
-    if heads:
-        supervision: Any = model.supervision
-        compute = next(iter(supervision.by_layer.values())).head.first.compute
-        write_heads(folder / HEADS, heads, compute)
+@contextmanager
+def complete_or_absent(folder: Path, processes: Processes) -> Iterator[Path]:
+    """A folder for all processes to write into, which becomes `folder` when they are done."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if processes.first:
+        sweep(folder.parent)
+        partial.mkdir(parents=True)
+    processes.barrier()
+    yield partial
+    processes.barrier()
+    if processes.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
 
-def read_weights(model: SupervisedModel, folder: Path) -> None:
-    """The trained weights of a checkpoint into a model that is not sharded."""
-    if hasattr(model.model, "peft_config"):
-        from peft import set_peft_model_state_dict
-        from peft.utils import load_peft_weights
-
-        set_peft_model_state_dict(model.model, load_peft_weights(str(folder), device="cpu"))
-    else:
-        inner: Any = model.model
-        stored = type(inner).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        inner.load_state_dict(stored.state_dict())
-    if model.supervision is not None:
-        tensors = load_file(folder / HEADS)
-        named = {re.sub(r"^(by_layer\.\d+)\.", r"\1.head.", name): value for name, value in tensors.items()}
-        model.supervision.load_state_dict(named)
+def to_resume(out: Path, resume: str) -> Path | None:
+    """The checkpoint that `run.resume` names; None to begin anew."""
+    if resume == "never":
+        if finished(out):
+            raise ValueError(f"run.out = {str(out)!r} holds checkpoints and run.resume = never; give another run.out")
+        return None
+    if resume == "auto":
+        return next(reversed(finished(out)), None)
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise OSError(f"run.resume = {resume!r}: no such folder; give a checkpoint-N folder, auto or never")
+    read_about(folder)
+    return folder
 
 
 def write_about(folder: Path, **facts: Any) -> None:
@@ -96,35 +74,57 @@ def read_about(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def partial_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
+# ---- which ones are kept --------------------------------------------------------------------------------------------
 
 
-def to_resume(out: Path, resume: str) -> Path | None:
-    """The checkpoint that `run.resume` speaks of."""
-    if resume == "never":
-        if finished(out):
-            raise ValueError(f"run.out = {str(out)!r} holds checkpoints and run.resume = never; give another run.out")
-        return None
-    if resume == "auto":
-        return next(reversed(finished(out)), None)
-    folder = Path(resume)
-    if not folder.is_dir():
-        raise OSError(f"run.resume = {resume!r}: no such folder; give a checkpoint-N folder, auto or never")
-    read_about(folder)
-    return folder
-
-
-def rotate(out: Path, keep: int, best: str | None) -> None:
+def rotate(out: Path, keep: int, keep_best: bool) -> None:
     """Remove all but the newest `keep` checkpoints and the best one. Renamed first: there is never half of one."""
-    for folder in finished(out)[:-keep]:
-        if best is None or folder.name != Path(best).name:
-            doomed = folder.with_name(f".{folder.name}.removed")
-            folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    folders = finished(out)
+    best = best_of(folders) if keep_best else None
+    for folder in folders[:-keep]:
+        if folder != best:
+            removed = folder.with_name(f".{folder.name}.removed")
+            folder.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def best_of(folders: list[Path]) -> Path | None:
+    """The checkpoint with the highest score, the oldest of several; None where none has a score."""
+    scores = {folder: read_about(folder)["score"] for folder in folders if (folder / ABOUT).is_file()}
+    scored = [folder for folder in scores if scores[folder] is not None]
+    return max(scored, key=lambda folder: scores[folder], default=None)
 
 
 def sweep(out: Path) -> None:
-    """Remove what a killed run left half written, or half removed."""
+    """Remove what a killed run left half written or half removed."""
     for leftover in (*out.glob(".checkpoint-*.partial"), *out.glob(".checkpoint-*.removed")):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+# ---- random number generators ---------------------------------------------------------------------------------------
+
+
+def write_random_state(folder: Path, processes: Processes) -> None:
+    """Python's, NumPy's and torch's generators of this process."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    if processes.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(processes.device)
+    torch.save(state, _random_state(folder, processes))
+
+
+def read_random_state(folder: Path, processes: Processes) -> None:
+    """Set the generators as they were. A process that the checkpoint does not know keeps its own."""
+    path = _random_state(folder, processes)
+    if not path.is_file():
+        return
+    state = load(path)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["cpu"])
+    if processes.device.type == "cuda":
+        cuda = state["cuda"]  # older checkpoints of several processes hold those of all GPUs
+        torch.cuda.set_rng_state(cuda[processes.device.index] if isinstance(cuda, list) else cuda, processes.device)
+
+
+def _random_state(folder: Path, processes: Processes) -> Path:
+    return folder / ("rng_state.pth" if processes.world_size == 1 else f"rng_state_{processes.rank}.pth")

@@ -1,4 +1,4 @@
-"""`TrainConfig`: a training run, as a recipe describes it. Each part stands beside the code that it configures.
+"""`TrainConfig`: the configuration of a training run. Each part is defined beside the code that it configures.
 
 The defaults are the paper's recipe for a 7B Qwen2.5-VL. Every field can be set in a YAML file or overridden on the
 command line by its path (`train.learning_rate=2e-4`).
@@ -19,18 +19,18 @@ from .stream import DataConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run lives and what it leaves behind."""
+    """Where the run writes, how often, and when it stops early."""
 
     out: str  # folder of the run: config.yaml, log.jsonl, training.png, checkpoint-N/
-    resume: str = "auto"  # auto: go on from the last checkpoint in `out`, if any; never; or a checkpoint folder
+    resume: str = "auto"  # auto: from the last checkpoint in `out`, if there is one; never; or a checkpoint folder
     log_every: int = 1  # steps; the last step is always logged
     save_every: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints to keep
-    keep_best: bool = True  # and the one with the best PCK (the least loss, without geometry) since the one before
+    keep_best: bool = True  # also keep the one with the best PCK (without heads: LM loss) since the one before it
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio
-    bad_steps: int = 3  # steps whose gradient is not finite that may be skipped before the run stops
-    min_free_gb: float = 5.0  # on the disk of `out`, to begin and to go on
-    progress: bool = True  # a bar on the terminal (lines, where there is none), and a table at the end
+    bad_steps: int = 3  # how many steps with a gradient that is not finite are skipped before the run stops
+    min_free_gb: float = 5.0  # free space on the disk of `out` without which the run stops
+    progress: bool = True  # a progress bar (lines, where the output is no terminal), and a table at the end
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -51,4 +51,4 @@ class TrainConfig:
     loss: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig
     run: RunConfig
-    deepspeed: str | None = None  # a DeepSpeed file: configs/deepspeed/zero2.json; None: none, or DDP under torchrun
+    deepspeed: str | None = None  # a DeepSpeed file such as configs/deepspeed/zero2.json; None: plain PyTorch or DDP

@@ -1,9 +1,9 @@
-"""Checks that refuse to waste a night on a cluster. Each failure is one line that names the cause and the cure.
+"""Checks that stop a run that cannot succeed. Each error is one line that names the cause and the cure.
 
-Before the first step: everything the run needs is there, and its folder is no other run's; adapters sit where they
-should and only there; the model will place the tokens of the very first batch correctly. After a few steps: what should
-learn has moved. At every step: a gradient that is not finite is named and its step skipped, a few times; then the run
-stops and leaves the batch.
+Before the first step: the disk has room, no other run writes into the folder, adapters are where they belong, and the
+model places the tokens of the first batch correctly. After a few steps: every weight that should learn has moved. At
+every step: a gradient that is not finite is reported and its step skipped, a few times; then the run stops and saves
+the batch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
+from torch import Tensor
 
 from gasp_fast.backbones import unwrap
+from gasp_fast.loss.matches import Matches
 
-from .checkpoints import whole
+from .checkpoints import read_about
 from .config import RunConfig, TrainConfig
 from .model import SupervisedModel
+from .weights import gathered
 
-LEARNING_STEPS = 5  # after these, with warm-up and all, every head and adapter must have moved
+LEARNING_STEPS = 5  # after these, even during warm-up, every head and adapter must have moved
 
 
 class GuardError(ValueError):
-    """A run that must not begin, or not go on."""
+    """A run must not begin, or not go on."""
 
 
 def check_disk(config: RunConfig) -> None:
@@ -38,23 +42,33 @@ def check_disk(config: RunConfig) -> None:
     free = shutil.disk_usage(out).free / 1e9
     if free < config.min_free_gb:
         raise GuardError(
-            f"run.out = {config.out!r} has {free:.1f} GB left, run.min_free_gb = {config.min_free_gb:g} are wanted; "
-            "make room or write elsewhere"
+            f"run.out = {config.out!r}: run.min_free_gb = {config.min_free_gb:g}, but only {free:.1f} GB are free; "
+            "free some space, lower it, or write elsewhere"
         )
+
+
+def check_trackers(config: RunConfig) -> None:
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in config.report_to:
+        if name not in available:
+            raise GuardError(
+                f"run.report_to names {name!r}, which is not installed; it can be tensorboard, wandb or trackio, "
+                "after pip install of the same name"
+            )
 
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """While this lasts no other run writes into `out`. The lock goes with the process, however that ends."""
+    """Lock `out`: no other run can write into it meanwhile. The lock ends with the process, however that ends."""
     folder = os.open(out, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise GuardError(
-                f"run.out = {str(out)!r} is where another run is writing; wait for it, stop it, or name another folder"
+                f"run.out = {str(out)!r}: another run is writing there; wait for it, stop it, or name another folder"
             ) from None
-        except OSError:  # some file systems of clusters know no locks
+        except OSError:  # some file systems of clusters have no locks
             pass
         yield
     finally:
@@ -62,31 +76,31 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def check_adapters(model: SupervisedModel) -> int:
-    """q, k, v and o of every decoder layer carry an adapter, nothing else does. Returns how many that is."""
+    """Check that q, k, v and o of every decoder layer have an adapter, and nothing else. Returns their number."""
     backbone, inner = model.backbone, unwrap(model.model)
     adapted = {name.split(".lora_A")[0] for name, _ in inner.named_parameters() if ".lora_A" in name}
     wrong = sorted(name for name in adapted if not re.fullmatch(backbone.lora_targets, name))
-    wanted = 4 * backbone.layer_count
-    if wrong or len(adapted) != wanted:
+    expected = 4 * backbone.layer_count
+    if wrong or len(adapted) != expected:
         also = f", among them {wrong[0]}" if wrong else ""
         raise GuardError(
-            f"adapters sit on {len(adapted)} modules{also}; {wanted} are expected (q, k, v, o of "
+            f"adapters sit on {len(adapted)} modules{also}; {expected} are expected (q, k, v, o of "
             f"{backbone.layer_count} decoder layers): lora_targets of {type(backbone).__name__} does not fit this model"
         )
     return len(adapted)
 
 
 def check_positions(model: SupervisedModel, batch: dict[str, Any]) -> None:
-    """The backbone's own guard (Qwen: three-dimensional positions) on the first batch."""
+    """Run the backbone's check of its inputs (for Qwen: three-dimensional positions) on a batch."""
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     model.backbone.check_inputs(model.model, inputs)
 
 
 class LearningGuard:
-    """What must move has moved: every adapter's B (which starts at zero), every head.
+    """Checks that every adapter's B (which starts at zero) and every head has moved after a few steps.
 
-    Compares sums of weights before the first step with those a few steps later; a gradient that is zero, or never
-    arrives, leaves them as they were. All processes take part: weights may have to be gathered.
+    It compares sums of weights with those before the first step: a gradient that is zero, or does not arrive, leaves
+    them unchanged. All processes take part, because ZeRO-3 gathers weights from all.
     """
 
     def __init__(self, model: SupervisedModel) -> None:
@@ -97,16 +111,22 @@ class LearningGuard:
         }
         self.highest = -1 if model.supervision is None else max(model.supervision.layers)
         self.before = self._sums()
+        self.saw_matches = False
+        self.answers: Tensor | int = 0  # labelled tokens so far, on the model's device
 
     def _sums(self) -> dict[str, float]:
-        return {
-            name: float(whole(parameter).double().abs().sum() + whole(parameter).double().square().sum())
-            for name, parameter in self.watched.items()
-        }
+        weights = ((name, gathered(parameter).double()) for name, parameter in self.watched.items())
+        return {name: float(weight.abs().sum() + weight.square().sum()) for name, weight in weights}
 
-    def check(self, steps: int, saw_matches: bool, saw_answers: bool) -> None:
-        now = self._sums()
-        reached = [name for name in now if self._is_reached(name, saw_matches, saw_answers)]
+    def add(self, outputs: dict[str, Tensor], matches: Matches) -> None:
+        """Note which losses a micro-batch had."""
+        self.saw_matches |= len(matches) > 0
+        self.answers = self.answers + outputs["answers"]
+
+    def check(self, steps: int, language: bool) -> None:
+        """Raise if a weight has not moved that a loss depends on. `language`: whether the LM loss counts."""
+        now, saw_answers = self._sums(), language and bool(self.answers)
+        reached = [name for name in now if self._is_reached(name, saw_answers)]
         still = [name for name in reached if now[name] == self.before[name]]
         if still:
             raise GuardError(
@@ -114,22 +134,22 @@ class LearningGuard:
                 f"{still[0]}: no gradient reaches them. Look at train.checkpointing, heads.layers and the loss weights"
             )
 
-    def _is_reached(self, name: str, saw_matches: bool, saw_answers: bool) -> bool:
-        """Whether a loss of the steps so far depends on it: heads on matches, adapters on what is above them."""
+    def _is_reached(self, name: str, saw_answers: bool) -> bool:
+        """Whether a loss so far depends on the weight: heads need matches, adapters a loss at their layer or above."""
         if name.startswith("supervision."):
-            return saw_matches
+            return self.saw_matches
         layer = re.search(r"layers\.(\d+)\.", name)
-        return saw_answers or (saw_matches and layer is not None and int(layer[1]) <= self.highest)
+        return saw_answers or (self.saw_matches and layer is not None and int(layer[1]) <= self.highest)
 
 
 class BadSteps:
-    """Counts steps whose gradient is not finite, and stops the run when there were too many."""
+    """Counts steps whose gradient is not finite, and stops the run after too many of them."""
 
     def __init__(self, config: RunConfig, rank: int) -> None:
         self.allowed, self.out, self.rank, self.seen = config.bad_steps, Path(config.out), rank, 0
 
     def skip(self, step: int, batches: Sequence[dict[str, Any]], sources: Sequence[str]) -> str:
-        """Say which step was skipped; beyond the allowed number, save this process's batches and stop."""
+        """The message for a skipped step; beyond the allowed number, save this process's batches and raise it."""
         self.seen += 1
         named = f"step {step}: the gradient is not finite ({', '.join(sources)} on process {self.rank})"
         if self.seen <= self.allowed:
@@ -141,11 +161,12 @@ class BadSteps:
         )
 
 
-def check_resume(config: TrainConfig, ranks: int, stage: int, about: dict[str, Any], folder: Path) -> None:
-    """An exact resume needs the processes and the ZeRO stage of the checkpoint: its optimiser is split among them."""
-    now = {"ranks": ranks, "zero_stage": stage, "mode": config.train.mode, "batch_size": config.train.batch_size}
+def check_resume(config: TrainConfig, world_size: int, stage: int, folder: Path) -> None:
+    """Check that the run is divided as the checkpoint was: ZeRO splits the optimiser among the processes."""
+    about = read_about(folder)
+    now = {"ranks": world_size, "zero_stage": stage, "mode": config.train.mode, "batch_size": config.train.batch_size}
     for name, value in now.items():
-        # Without ZeRO nothing is split, and any number of processes may go on.
+        # Without ZeRO nothing is split, and any number of processes can go on.
         if about[name] != value and not (name == "ranks" and stage == about["zero_stage"] == 0):
             raise GuardError(
                 f"{folder} was written with {name} = {about[name]}, this run has {value}; use the same to go on from "

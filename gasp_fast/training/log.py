@@ -1,6 +1,6 @@
-"""What a run tells: `log.jsonl`, a progress bar, and the numbers behind both.
+"""The log of a run: `log.jsonl`, the progress bar, and the sums that both are made from.
 
-Knows the outputs of a step and the clock; decides nothing. One object per logged step:
+One JSON object per logged step:
 
     step, loss, lm, corr, depth    means over the micro-batches of all processes since the last line; a term that no
                                    batch had, or that is not finite, is null
@@ -9,41 +9,46 @@ Knows the outputs of a step and the clock; decides nothing. One object per logge
     tokens_per_s, mfu              over all processes
     peak_memory                    bytes, the largest of all processes: of the GPU, or of the process without one
 
-Sums are kept on the device and fetched when a line is written: watching costs no wait in between.
+The sums stay on the device and are fetched when a line is written, so no other step waits for the GPU.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import rich.progress
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from gasp_fast.files import write_atomically
+from gasp_fast.planning.gpus import peak_flops
 from gasp_fast.run_folder import LOG
 
-from .throughput import peak_flops
+from .config import TrainConfig
+from .summary import summarise
 
-SECONDS_BETWEEN_LINES = 30.0  # on what is no terminal: a batch system's log
+SECONDS_BETWEEN_LINES = 30.0  # where the output is not a terminal, such as a batch system's log file
 
 
 class Meter:
-    """Sums over the micro-batches of this process since the last reading."""
+    """Sums over the micro-batches of this process since the last log line."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self.layers, self.device = layers, device
         self._clear()
 
     def _clear(self) -> None:
-        # loss, batches; lm, batches with answers; batches with matches; tokens, operations; corr, depth, pck [L] each
+        # [7 + 3 L]: loss, batches; lm, batches with answers; batches with matches; tokens, operations;
+        # then corr, depth and pck of each layer
         self.sums = torch.zeros(7 + 3 * self.layers, dtype=torch.float64, device=self.device)
         self.start = time.perf_counter()
 
@@ -55,23 +60,23 @@ class Meter:
         self.sums += torch.cat([torch.stack(head), known, *layers])
 
     def state(self) -> list[list[float]]:
-        """Of every process, what has been summed since the last line, and the seconds that took. All must call."""
+        """The sums of every process, and the seconds since the last line, `[processes][sums + 1]`. All must call."""
         own = torch.cat([self.sums, self.sums.new_tensor([time.perf_counter() - self.start])])
-        everybodys = [own]
+        gathered = [own]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-            dist.all_gather(everybodys, own)
-        return [one.tolist() for one in everybodys]
+            gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, own)
+        return [one.tolist() for one in gathered]
 
-    def restore(self, state: list[list[float]], rank: int, ranks: int) -> None:
-        """Go on from `state`; where other processes wrote it, the first one takes all of it."""
-        sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums and seconds]
+    def restore(self, state: list[list[float]], rank: int, world_size: int) -> None:
+        """Go on from `state`. If it was written by another number of processes, the first one takes all sums."""
+        sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums + 1]
         seconds = float(sums[0, -1])
-        own = sums[rank] if len(sums) == ranks else sums.sum(0) * (rank == 0)
+        own = sums[rank] if len(sums) == world_size else sums.sum(0) * (rank == 0)
         self.sums, self.start = own[:-1].to(self.device), time.perf_counter() - seconds
 
     def read(self) -> dict[str, Any]:
-        """The means over all processes, and a fresh start."""
+        """The means over all processes; the sums begin anew. All processes must call."""
         memory = torch.tensor(float(_peak_memory(self.device)), dtype=torch.float64, device=self.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.sums)
@@ -82,7 +87,7 @@ class Meter:
             [finite(total / matched) if matched else None for total in layers[at : at + self.layers]]
             for at in range(0, 3 * self.layers, self.layers)
         ] if self.layers else [[], [], []]  # fmt: skip
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
         record = {
             "loss": finite(loss / batches) if batches else None,
             "lm": finite(lm / answered) if answered else None,
@@ -92,16 +97,16 @@ class Meter:
             "depth_per_layer": per_layer[1],
             "pck_per_layer": per_layer[2],
             "tokens_per_s": tokens / seconds,
-            "mfu": operations / seconds / (ranks * peak_flops(self.device)),
+            "mfu": operations / seconds / (world_size * peak_flops(self.device)),
             "peak_memory": int(memory.item()),
         }
         self._clear()
         return record
 
 
-def finite(value: float) -> float | None:
-    """JSON has no word for what is not finite."""
-    return value if math.isfinite(value) else None
+def finite(value: float | None) -> float | None:
+    """`value`, or None where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _mean(values: list[Any]) -> float | None:
@@ -115,9 +120,50 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class RunLog:
-    """`log.jsonl` of a run. Lines of steps that a resumed run will do again are dropped first."""
+    """Where the first process reports a run: `log.jsonl`, the progress bar, the trackers of `run.report_to`.
 
-    def __init__(self, folder: Path, steps_done: int) -> None:
+    As a context manager it closes them; after a run that was not broken off it draws and prints the summary.
+    """
+
+    def __init__(
+        self, config: TrainConfig, steps: int, done: int, resume: Path | None, accelerator: Accelerator
+    ) -> None:
+        self.run, self.accelerator, self.first = config.run, accelerator, accelerator.is_main_process
+        accelerator.init_trackers("gasp_fast", flat(asdict(config)), {"wandb": {"name": config.run.out}})
+        if self.first:
+            self.file = LogFile(Path(config.run.out), done)
+            self.console = Console(stderr=True)
+            if config.run.progress:
+                begin = "from the beginning" if resume is None else f"resuming from {resume}"
+                self.console.print(f"{steps:,} steps into {config.run.out}, {begin}", highlight=False, soft_wrap=True)
+            self.bar = Progress(steps, done, config.run.progress, self.console)
+
+    def progress(self, step: int) -> None:
+        if self.first:
+            self.bar.update(step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.first:
+            self.file.write(record)
+            self.bar.update(record["step"], record)
+        self.accelerator.log(scalars(record), record["step"])
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self.first:
+            self.bar.stop()
+        if error is None:
+            self.accelerator.end_training()
+            if self.first:
+                summarise(Path(self.run.out), self.console, self.run.progress)
+
+
+class LogFile:
+    """Appends to `log.jsonl`. Lines of steps after `done`, which a resumed run does again, are dropped first."""
+
+    def __init__(self, folder: Path, done: int) -> None:
         self.path = folder / LOG
         kept = []
         if self.path.exists():
@@ -126,63 +172,80 @@ class RunLog:
                     record = json.loads(line)
                 except ValueError:  # the last line of a killed run may be half a line
                     continue
-                if record["step"] <= steps_done:
+                if record["step"] <= done:
                     kept.append(line)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(partial, self.path)
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-class Bar:
-    """Steps, the three losses, PCK, tokens per second, MFU: a line on a terminal that moves, or now and then a line."""
+class Progress:
+    """Progress on stderr: one line that is updated on a terminal, otherwise a new line every half minute."""
 
     def __init__(self, steps: int, done: int, shown: bool, console: Console) -> None:
         self.steps, self.console = steps, console
         self.in_lines = shown and not console.is_terminal
         self.last_line = -math.inf
-        self.progress = Progress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=24),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[told]}"),
+        self.bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[text]}"),
             console=console,
             disable=not shown or self.in_lines,
         )
-        self.task = self.progress.add_task("", total=steps, completed=done, told="")
-        self.progress.start()
+        self.task = self.bar.add_task("", total=steps, completed=done, text="")
+        self.bar.start()
 
     def update(self, step: int, record: dict[str, Any] | None = None) -> None:
-        self.progress.update(self.task, completed=step)
+        self.bar.update(self.task, completed=step)
         if record is not None:
-            self.progress.update(self.task, told=summary(record))
+            self.bar.update(self.task, text=in_words(record))
             now = time.monotonic()
             if self.in_lines and (now - self.last_line > SECONDS_BETWEEN_LINES or step == self.steps):
                 self.last_line = now
-                self.console.print(f"{step}/{self.steps} {summary(record)}", highlight=False, soft_wrap=True)
+                self.console.print(f"{step}/{self.steps} {in_words(record)}", highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        self.progress.stop()
+        self.bar.stop()
 
 
-def summary(record: dict[str, Any]) -> str:
-    """A record in a few words; PCK is that of the best layer."""
+def in_words(record: dict[str, Any]) -> str:
+    """The losses, the PCK of the best layer, and the speed, in one line."""
     pck = [value for value in record["pck_per_layer"] if value is not None]
     parts = [f"{name} {record[name]:.3f}" for name in ("lm", "corr", "depth") if record[name] is not None]
     parts += [f"pck {max(pck):.2f}"] if pck else []
     return " · ".join([*parts, f"{record['tokens_per_s']:,.0f} tok/s", f"mfu {record['mfu']:.0%}"])
 
 
+def score_of(record: dict[str, Any]) -> float | None:
+    """The number by which the best checkpoint is chosen: mean PCK of the layers; without heads, minus the LM loss."""
+    pck = [value for value in record["pck_per_layer"] if value is not None]
+    if pck:
+        return float(sum(pck) / len(pck))
+    return None if record["pck_per_layer"] or record["lm"] is None else -float(record["lm"])
+
+
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The record as TensorBoard and its like take it: one number a name, layers counted from 1."""
+    """The record as trackers take it: one number a name, as in `train/corr/layer_3`; layers are counted from 1."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
             kind = name.removesuffix("_per_layer")
-            flat |= {f"{kind}/layer_{n}": v for n, v in enumerate(value, 1) if v is not None}
+            flat |= {f"train/{kind}/layer_{n}": v for n, v in enumerate(value, 1) if v is not None}
         elif value is not None:
-            flat[name] = value
+            flat[f"train/{name}"] = value
     return flat
+
+
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A configuration as trackers take it: one value a dotted key."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{path}{name}.")
+        else:
+            values[path + name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return values

@@ -1,16 +1,16 @@
-"""Every rank runs the same modules in the same order at every step, whatever its batch holds.
+"""Every process runs the same modules in the same order at every step, whatever its batch holds.
 
-Under ZeRO-3 each module's weights are gathered from all ranks when it runs; under ZeRO-1/2 and DDP gradients are
-reduced in the order in which they appear. A rank that skips a module, because its batch has no picture, no answer or
-no track, leaves the others waiting for ever. So nothing is ever skipped:
+ZeRO-3 gathers the weights of each module from all processes when it runs; ZeRO-1/2 and DDP reduce gradients in the
+order in which they appear. If a process skipped a module, because its batch has no picture, no answer or no track, the
+others would wait for it for ever. So no module is ever skipped:
 
-    vision tower   a batch without any frame gets one more conversation, about a blank frame, whose words carry no label
-    lm head        runs on the hidden states of labelled tokens, be they none: an empty product has zero gradients
-    heads, loss    run on the rows of tracked tokens, be they none (`supervision.py`)
+    vision tower   a batch without frames gets one more conversation, about a blank frame, without labels
+    lm head        runs on the hidden states of labelled tokens, even of none: an empty product has zero gradients
+    heads, loss    run on the rows of tracked tokens, even of none
 
-All terms that a batch lacks are exactly zero, gradients included, and cost next to nothing. As a side effect the
-vocabulary's logits are only computed where there is a label: for 16 frames of 576 tokens that is the difference between
-a few megabytes and several gigabytes.
+Terms that a batch lacks are exactly zero, with zero gradients, and cost almost nothing. As a side effect, logits are
+only computed where there is a label: for 16 frames of 576 tokens each that is a few megabytes instead of several
+gigabytes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from gasp_fast.backbones import unwrap
 from gasp_fast.backbones.chat import IGNORE
 from gasp_fast.collator import Collator, Sample
 
-BLANK = 56  # pixels along each side of a blank frame: small, and a frame to every processor
+BLANK = 56  # pixels along each side of the blank frame: small, but large enough for every processor
 
 
 class SteadyCollator:
-    """A `Collator` whose batches always hold at least one frame. Pickles into loader workers."""
+    """A `Collator` whose batches always have at least one frame. Loader workers get it pickled."""
 
     def __init__(self, collate: Collator) -> None:
         self.collate = collate
@@ -42,14 +42,14 @@ class SteadyCollator:
 
 
 def language_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of the labelled tokens, and how many there are; 0 without any.
+    """Mean cross entropy of the labelled tokens (0 without any), and their number.
 
-    `hidden` [B, S, D] are the model's last states after the final norm, `labels` [B, S] with IGNORE where there is
-    none; token t is predicted from state t - 1.
+    `hidden` [B, S, D] are the model's last states after the final norm; `labels` [B, S] are IGNORE where a token has
+    none. Token t is predicted from state t - 1.
     """
     following = labels[:, 1:]
     labelled = following != IGNORE  # [B, S - 1]
-    # A mask on a GPU would make the host wait for the number of rows; there is one wait a step, and this is it.
+    # Indexing with a mask makes the host wait for a GPU to count its rows: the one wait of a forward pass.
     rows = hidden[:, :-1][labelled]  # [K, D]
     logits = unwrap(model).get_output_embeddings()(rows).float()  # [K, V]
     count = labelled.sum()
@@ -57,6 +57,6 @@ def language_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Ten
 
 
 def backbone_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The model without its lm head: last hidden states after the final norm, [B, S, D]."""
+    """The last hidden states after the final norm, [B, S, D]: the model without its lm head."""
     states: Tensor = unwrap(model).base_model(**inputs, use_cache=False)[0]
     return states

@@ -1,25 +1,22 @@
-"""The model that is trained: a vision-language model, adapters or not, and the supervision of its layers.
+"""The model that is trained: a vision-language model, with or without adapters, and the supervision of its layers.
 
-Knows how the parts are put together and what a step computes; must not know where batches come from, nor how weights
-are updated. Everything happens inside one `forward`, so that DDP and DeepSpeed see the whole step.
+The whole loss is computed inside one `forward`, so that DDP and DeepSpeed see all of it.
 
-Precision: whatever is trained (adapters, heads, or all) is stored in fp32, whatever is frozen in the model's `dtype`;
-products run in `dtype` under autocast, except in heads and loss, which choose for themselves. DeepSpeed is therefore
-never told about bf16: its own mixed precision would round the heads.
+Precision: trained weights (adapters, heads, or all) are stored in fp32, frozen ones in the model's `dtype`. Products
+run in `dtype` under autocast, except in heads and loss, which have their own settings. DeepSpeed's own mixed precision
+stays off: it would round the heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gasp_fast.backbones import Backbone, load_backbone
+from gasp_fast.backbones import Backbone
 from gasp_fast.backbones.adapters import add_adapters
-from gasp_fast.backbones.base_model import DTYPES, choose_attention, use_checkpointing, use_liger
+from gasp_fast.backbones.base_model import DTYPES, load_base_model, use_checkpointing
 from gasp_fast.loss.matches import Matches
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, HeadsConfig, parse_layers
 from gasp_fast.supervision.layer_capture import LayerCapture
@@ -30,7 +27,7 @@ from .modality import backbone_states, language_loss
 
 
 class SupervisedModel(nn.Module):
-    """One step's forward: language loss, and the geometric losses of the supervised layers."""
+    """A forward pass of training: the language loss and the geometric losses of the supervised layers."""
 
     def __init__(
         self,
@@ -45,7 +42,10 @@ class SupervisedModel(nn.Module):
         self.lm_weight, self.dtype = lm_weight, dtype
 
     def forward(self, visual_positions: Tensor, matches: Matches, labels: Tensor, **inputs: Tensor) -> dict[str, Any]:
-        """The `loss`, and what it is made of, without gradient; per layer [L] where there are heads."""
+        """The `loss` and, without gradient, its terms: `lm`; with heads also `corr`, `depth` and `pck`, [L] each.
+
+        `answers` is the number of labelled tokens.
+        """
         device = labels.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.supervision is None:
@@ -66,49 +66,23 @@ class SupervisedModel(nn.Module):
         }
 
 
-@dataclass(frozen=True)
-class Group:
-    """Parameters that are trained alike."""
-
-    name: str  # "adapters" | "model" | "heads"
-    parameters: list[tuple[str, nn.Parameter]]
-
-    @property
-    def count(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.parameters)  # ZeRO-3 leaves p itself empty
-
-
-def trained_groups(model: SupervisedModel) -> Iterator[Group]:
-    """What is trained, by kind; empty kinds are left out."""
-    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {"adapters": [], "model": [], "heads": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = "heads" if name.startswith("supervision.") else "adapters" if "lora_" in name else "model"
-            kinds[kind].append((name, parameter))
-    return (Group(name, found) for name, found in kinds.items() if found)
-
-
-# ---- putting it together --------------------------------------------------------------------------------------------
+# ---- building it ----------------------------------------------------------------------------------------------------
 
 
 def build_model(config: TrainConfig, device: torch.device) -> SupervisedModel:
-    """The model of a run, on the CPU, the same on every process. `device` is only borrowed for the heads' SVD."""
+    """The model of a run, on the CPU, the same on every process. `device` computes the SVD of the heads."""
     torch.manual_seed(config.train.seed)
-    backbone = load_backbone(config.model.source, config.model.frame_pixels)
-    model = backbone.load_model(dtype=stored_dtype(config), attention=choose_attention(config.model, device))
+    backbone, model = load_base_model(config.model, device, stored_dtype(config))
     return supervise(config, backbone, model, device)
 
 
 def stored_dtype(config: TrainConfig) -> torch.dtype:
-    """Of the base model: what is trained is fp32."""
+    """The dtype of the base model's weights: fp32 if they are trained."""
     return DTYPES[config.model.dtype] if config.train.mode == "lora" else torch.float32
 
 
 def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> SupervisedModel:
-    """A base model, wherever its weights came from, with heads, adapters and whatever else `config` asks for."""
-    backbone.quicken(model)
-    if config.model.liger:
-        use_liger(model)
+    """Add the heads, adapters and checkpointing of `config` to a base model."""
     heads = build_heads(config.heads, backbone, model, device) if config.loss.geometric else None
     if config.train.mode == "lora":
         model = add_adapters(backbone, model, config.lora)
@@ -120,7 +94,7 @@ def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device:
 
 
 def build_heads(config: HeadsConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> CorrespondenceHeads:
-    """Heads of the chosen layers. They are made before the model is sharded, so W_Q is whole on every process."""
+    """Heads of the chosen layers. Call it before the model is sharded, while every process has all of W_Q."""
     layers = parse_layers(config.layers, backbone.layer_count)
     if config.init == "random":
         size = backbone.hidden_size

@@ -1,4 +1,4 @@
-"""`ObjectiveConfig`: what a step minimises."""
+"""`ObjectiveConfig`: the loss that training minimises."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from gasp_fast.loss.config import LossConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(LossConfig):
-    """`lm_weight * lm + corr_weight * corr + depth_weight * depth`. Without the last two there are no heads."""
+    """`lm_weight * lm + corr_weight * corr + depth_weight * depth`. Without the last two weights there are no heads."""
 
     lm_weight: float = 1.0
-    learnable_temperature: bool = False
+    learnable_temperature: bool = False  # train the temperature, beginning at `temperature`
 
     def __post_init__(self) -> None:
         super().__post_init__()

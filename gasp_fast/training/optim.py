@@ -1,35 +1,32 @@
-"""The optimiser: AdamW over groups of parameters that learn at their own rates.
+"""The optimiser: AdamW over groups of parameters, each with its learning rate.
 
-Knows parameters and rates. The schedule (linear warm-up, then a cosine to zero) is transformers' own, and multiplies
-the rate of every group alike.
+The schedule (linear warm-up, then a cosine to zero; `state.py`) multiplies the rates of all groups alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-
-if TYPE_CHECKING:
-    from .model import Group
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimisationConfig:
-    """How it is trained."""
+    """How the model is trained."""
 
     mode: Literal["lora", "full"] = "lora"
-    epochs: float = 3.0  # walks through the scenes (through the questions, where there are no scenes)
+    epochs: float = 3.0  # passes through the scenes; without scenes, through the questions
     steps: int | None = None  # optimiser steps, instead of epochs
     batch_size: int = 32  # sequences of an optimiser step, over all processes
-    micro_batch_size: int = 1  # sequences that a process takes at once; the rest is accumulated
-    learning_rate: float = 1e-4  # at its peak
-    head_lr_scale: float = 4.0
-    warmup: float = 0.1  # share of all steps, before the cosine
+    micro_batch_size: int = 1  # sequences of a forward pass on each process; more of a step are accumulated
+    learning_rate: float = 1e-4  # peak
+    head_lr_scale: float = 4.0  # learning rate of the heads, relative to learning_rate
+    warmup: float = 0.1  # share of all steps; then the cosine begins
     weight_decay: float = 0.0
-    clip: float = 1.0  # norm of the gradient
+    clip: float = 1.0  # maximum norm of the gradient
     checkpointing: Literal["off", "non_reentrant", "reentrant"] = "non_reentrant"  # of activations
     seed: int = 0
 
@@ -46,14 +43,35 @@ class OptimisationConfig:
             raise ValueError(f"train.warmup = {self.warmup} is a share of all steps; give 0 <= warmup < 1")
 
 
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are trained alike."""
+
+    name: str  # "adapters" | "model" | "heads"
+    parameters: list[nn.Parameter]
+
+    @property
+    def count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+def trained_groups(model: nn.Module) -> Iterator[Group]:
+    """The trained parameters of a `SupervisedModel` that is not sharded yet; empty groups are left out."""
+    groups: dict[str, list[nn.Parameter]] = {"adapters": [], "model": [], "heads": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "heads" if name.startswith("supervision.") else "adapters" if "lora_" in name else "model"
+            groups[kind].append(parameter)
+    return (Group(name, parameters) for name, parameters in groups.items() if parameters)
+
+
 def make_optimizer(groups: Iterable[Group], config: OptimisationConfig) -> torch.optim.Optimizer:
-    """Heads learn `head_lr_scale` times as fast as the rest; vectors and scalars are never decayed."""
+    """AdamW. Heads learn `head_lr_scale` times as fast as the rest; vectors and scalars are not decayed."""
     settings: list[dict[str, Any]] = []
     for group in groups:
         scale = config.head_lr_scale if group.name == "heads" else 1.0
-        # ZeRO-3 has flattened the parameters by the time it asks; it keeps their shapes aside.
-        decayed = [p for _, p in group.parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
-        plain = [p for _, p in group.parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+        decayed = [parameter for parameter in group.parameters if parameter.dim() > 1]
+        plain = [parameter for parameter in group.parameters if parameter.dim() <= 1]
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
             if parameters:
                 settings.append({"params": parameters, "lr": scale * config.learning_rate, "weight_decay": decay})

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
-from gasp_fast.data.annotations.cache import AnnotationCache
+from gasp_fast.data.annotations.read import AnnotationCache
 from gasp_fast.data.questions.video_qa import VideoQA
 from gasp_fast.data.scenes.library import find_scenes, own_name, survey
 from gasp_fast.data.scenes.open import open_scene
@@ -17,12 +17,12 @@ from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
 
-MANY = 16  # unreadable sequences in a row: then it is not the sequences
-OPEN_FRAMES = 16384  # of the scenes kept open, so tens of megabytes of poses and paths
+TRIES = 16  # unreadable sequences in a row after which the fault must lie elsewhere
+OPEN_FRAMES = 16384  # of all scenes that stay open: tens of megabytes of poses and paths
 
 
 class Samples(Protocol):
-    """A source: so many samples an epoch, each made when it is asked for."""
+    """A source of samples: `len` of them in an epoch, each made on request."""
 
     def __len__(self) -> int: ...
 
@@ -35,23 +35,21 @@ class ScenesConfig:
 
     root: str = ""  # folder of scenes; empty: none
     weight: float = 1.0  # relative to the other sources
-    annotations: tuple[
-        str, ...
-    ] = ()  # folders made by `gasp-fast tracks`, of the same sequences; empty: track on the fly
+    annotations: tuple[str, ...] = ()  # folders of `gasp-fast tracks`, of the same sequences; empty: track on the fly
     grids: tuple[int, ...] = (8, 24)  # query points along a side, coarse and fine; for tracking on the fly
-    keep: float = 0.5  # share of the tracks that is kept; for tracking on the fly
+    keep: float = 0.5  # share of the tracks to keep; for tracking on the fly
     held_out: float = 0.0  # share of the scenes that is never trained on
     sequences: SequenceConfig = field(default_factory=SequenceConfig)  # for tracking on the fly
 
 
 class TrackedScenes:
-    """Sequences of scenes with their tracks, read from annotations or tracked when they are met."""
+    """Sequences of scenes with their tracks, which are read from annotations or computed on the fly."""
 
     def __init__(self, config: ScenesConfig) -> None:
         self.config = config
         self.root = Path(config.root)
         self.broken: dict[str, str] = {}  # scene -> why it could not be read
-        self._scenes: dict[str, Scene] = {}
+        self.open = OpenScenes(self.root)
         if config.annotations:
             self.caches = [AnnotationCache(folder) for folder in config.annotations]
             plan = self.caches[0].plan
@@ -65,17 +63,18 @@ class TrackedScenes:
         else:
             self.caches, self.epochs = [], 0
             entries = []
-            for found in survey(self.root, find_scenes(self.root)):
-                if isinstance(found, tuple):
-                    self.broken[found[0]] = found[1]
+            for entry in survey(self.root, find_scenes(self.root)):
+                if isinstance(entry, tuple):
+                    name, reason = entry
+                    self.broken[name] = reason
                 else:
-                    entries.append(found)
+                    entries.append(entry)
             if not entries:
                 name, reason = next(iter(self.broken.items()))
                 raise ValueError(f"data.scenes.root = {config.root!r} has no usable scene; {name}: {reason}")
             self.names = [entry.name for entry in entries]
             self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, self.names)
-        # By the folder's own name, as `gasp-fast tracks` and `evaluate` do it: wherever the library lies or begins.
+        # By the folder's own name, as in `gasp-fast tracks` and `evaluate`: it is the same wherever the library is.
         own_names = [own_name(self.root, name) for name in self.names]
         self._kept = [n for n, name in enumerate(own_names) if not is_held_out(name, config.held_out)]
         if not self._kept:
@@ -89,58 +88,69 @@ class TrackedScenes:
 
     def sample(self, epoch: int, index: int, position: int) -> Sample:
         """The sequence, or the next one whose scene can be read."""
-        for attempt in range(min(MANY, len(self))):
-            whole = self._whole((index + attempt) % len(self))
-            name = self.names[whole // self.sampler.config.per_scene]
+        for attempt in range(min(TRIES, len(self))):
+            sequence = self._sequence((index + attempt) % len(self))
+            name = self.names[sequence // self.sampler.config.per_scene]
             try:
-                return geometry_sample(self._scene(name), self._tracks(epoch, whole), position)
+                return geometry_sample(self.open[name], self._tracks(epoch, sequence), position)
             except OSError as error:
                 if name not in self.broken:
                     print(f"data.scenes: {name}: {error}", file=sys.stderr)
                 self.broken[name] = str(error)
         raise OSError(
-            f"data.scenes.root = {self.config.root!r}: no readable sequence in {MANY}; {name}: {self.broken[name]}"
+            f"data.scenes.root = {self.config.root!r}: no readable sequence in {TRIES}; {name}: {self.broken[name]}"
         )
 
-    def _whole(self, index: int) -> int:
-        """The number of a training sequence among those of all scenes."""
+    def _sequence(self, index: int) -> int:
+        """The number of a training sequence among those of all scenes, held out ones included."""
         kept, place = divmod(index, self.sampler.config.per_scene)
         return self._kept[kept] * self.sampler.config.per_scene + place
 
-    def _tracks(self, epoch: int, whole: int) -> list[Tracks]:
+    def _tracks(self, epoch: int, sequence: int) -> list[Tracks]:
         if self.caches:
-            at = (epoch % self.epochs) * len(self.sampler) + whole
+            at = (epoch % self.epochs) * len(self.sampler) + sequence
             return [cache[at].tracks for cache in self.caches]
-        sequence = self.sampler.draw(epoch, whole)
-        scene = self._scene(self.names[sequence.scene])
-        return [build_tracks(scene, sequence.frames, g, self.config.keep) for g in self.config.grids]
+        drawn = self.sampler.draw(epoch, sequence)
+        scene = self.open[self.names[drawn.scene]]
+        return [build_tracks(scene, drawn.frames, grid, self.config.keep) for grid in self.config.grids]
 
-    def _scene(self, name: str) -> Scene:
-        if name not in self._scenes:
+
+class OpenScenes:
+    """Scenes of a library by name. They stay open, with at most `frames` frames in all; the oldest closes first."""
+
+    def __init__(self, root: Path, frames: float = OPEN_FRAMES) -> None:
+        self.root, self.frames = root, frames
+        self.scenes: dict[str, Scene] = {}
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, name: str) -> Scene:
+        if name not in self.scenes:
             scene = open_scene(self.root / name)
-            while self._scenes and sum(map(len, self._scenes.values())) + len(scene) > OPEN_FRAMES:
-                self._scenes.pop(next(iter(self._scenes)))
-            self._scenes[name] = scene
-        return self._scenes[name]
+            while self.scenes and sum(map(len, self.scenes.values())) + len(scene) > self.frames:
+                self.scenes.pop(next(iter(self.scenes)))
+            self.scenes[name] = scene
+        return self.scenes[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scenes": {}}
+        return {**self.__dict__, "scenes": {}}  # loader processes open their own
 
 
 @dataclass(frozen=True, kw_only=True)
 class QAConfig:
-    """Questions and answers about videos, in LLaVA-Video's schema."""
+    """Questions and answers about videos, in the schema of LLaVA-Video."""
 
     root: str = ""  # folder of JSON lists; empty: none
     weight: float = 1.0
     configs: tuple[str, ...] = ()  # its sub-folders to read; empty: all
-    frames: int = 16  # of a video
+    frames: int = 16  # taken from each video
     longest_side: int | None = None  # shrink frames to this while decoding
-    timeout: float = 30.0  # seconds, for a video that does not decode
+    timeout: float = 30.0  # seconds to decode a video
 
 
 class VideoQuestions:
-    """Video questions as samples without tracks."""
+    """Questions about videos, as samples without tracks."""
 
     def __init__(self, config: QAConfig) -> None:
         self.config = config

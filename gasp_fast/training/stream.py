@@ -1,10 +1,10 @@
-"""The stream of training samples: which sample stands at which position, and which rank takes it at which step.
+"""The stream of training samples: which sample is at which position, and which process takes it at which step.
 
-Knows the data wing and the collator; no model is run here, no optimiser known. A sample is a function of its position
-in the stream, and a step's positions are a function of the step, so nothing has to be saved for an exact resume but
-the number of steps, and the same samples make up a step on one process and on thirty-two:
+A sample is a function of its position in the stream, and the positions of a step are a function of the step's number.
+So the number of steps is all that an exact resume needs to know of the data, and a step has the same samples on one
+process and on thirty-two:
 
-    position = step · batch_size + (micro_step · ranks + rank) · micro_batch_size + place
+    position = step · batch_size + (micro_batch · world_size + rank) · micro_batch_size + place
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ from .sources import QAConfig, Samples, ScenesConfig, TrackedScenes, VideoQuesti
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on: one stream that interleaves the sources by weight."""
+    """The training data: one stream that interleaves the sources by weight."""
 
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     qa: QAConfig = field(default_factory=QAConfig)
-    vqa: QAConfig = field(
-        default_factory=QAConfig
-    )  # a second source of questions: the baseline of tracks told in words
+    vqa: QAConfig = field(default_factory=QAConfig)  # more questions, such as those of the VQA baseline
     collator: CollatorConfig = field(default_factory=CollatorConfig)
     workers: int = 4  # loader processes of each training process; 0: load in the training process
-    seed: int = 0  # of the order
+    seed: int = 0  # of the order of samples
 
     def __post_init__(self) -> None:
         if not (self.scenes.root or self.qa.root or self.vqa.root):
@@ -69,12 +67,12 @@ class SampleStream(Dataset[Sample]):
         return self.sources[draw.source][0].sample(draw.epoch, draw.index, position)
 
     def describe(self, position: int) -> str:
-        """What stands at a position, in words for an error."""
+        """Name the sample at a position, for messages."""
         draw = self.mixture.draw(position)
         return f"{draw.source}[{draw.index}] of epoch {draw.epoch}"
 
     def samples(self, epochs: float) -> int:
-        """Positions in `epochs` walks through the first source: the scenes, where there are scenes."""
+        """Positions in `epochs` passes through the first source, which is the scenes if there are scenes."""
         name, source = next(iter(self.mixture.sources.items()))
         only = len(self.mixture.sources) == 1
         return max(1, round(epochs * (source.length if only else self.mixture.positions_of_epoch(name))))
@@ -82,60 +80,68 @@ class SampleStream(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Share:
-    """This process among all, and how an optimiser step is divided among them."""
+    """This process's share of an optimiser step."""
 
     rank: int
-    ranks: int
+    world_size: int
     batch_size: int  # of a step, over all processes
     micro_batch_size: int
 
     def __post_init__(self) -> None:
-        once = self.ranks * self.micro_batch_size
+        once = self.world_size * self.micro_batch_size
         if self.batch_size % once:
             raise ValueError(
-                f"train.batch_size = {self.batch_size} does not divide over {self.ranks} processes with "
+                f"train.batch_size = {self.batch_size} does not divide over {self.world_size} processes with "
                 f"train.micro_batch_size = {self.micro_batch_size}; use a multiple of {once}"
             )
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of this process in a step."""
-        return self.batch_size // (self.ranks * self.micro_batch_size)
+        return self.batch_size // (self.world_size * self.micro_batch_size)
 
     def positions(self, batch: int) -> list[int]:
-        """Of this process's `batch`-th micro-batch since the beginning of the run."""
+        """Positions of this process's micro-batch number `batch`, counted from the beginning of the run."""
         step, micro = divmod(batch, self.accumulation)
-        start = step * self.batch_size + (micro * self.ranks + self.rank) * self.micro_batch_size
+        start = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
         return list(range(start, start + self.micro_batch_size))
 
 
 class StreamBatches(Sampler[list[int]]):
-    """The micro-batches of one process over a whole run, as positions in the stream."""
+    """The micro-batches of one process from after step `done` to step `steps`, as positions in the stream."""
 
-    def __init__(self, share: Share, steps: int) -> None:
-        self.share, self.steps = share, steps
+    def __init__(self, share: Share, steps: int, done: int = 0) -> None:
+        self.share = share
+        self.batches = range(done * share.accumulation, steps * share.accumulation)
 
     def __len__(self) -> int:
-        return self.steps * self.share.accumulation
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (self.share.positions(batch) for batch in range(len(self)))
+        return map(self.share.positions, self.batches)
 
 
 def make_loader(
-    config: DataConfig, stream: SampleStream, backbone: Backbone, share: Share, steps: int, pin_memory: bool
+    config: DataConfig,
+    stream: SampleStream,
+    backbone: Backbone,
+    share: Share,
+    steps: int,
+    pin_memory: bool,
+    done: int = 0,
 ) -> DataLoader[Any]:
+    """Loads the micro-batches of this process, from after step `done` on."""
     return DataLoader(
         stream,
-        batch_sampler=StreamBatches(share, steps),
+        batch_sampler=StreamBatches(share, steps, done),
         collate_fn=SteadyCollator(Collator(backbone, config.collator)),
         num_workers=config.workers,
         pin_memory=pin_memory,
-        # Not forked: threads and GPU contexts of this process would not survive it.
+        # A fork would copy the threads and the GPU context of this process, which do not survive that.
         multiprocessing_context="forkserver" if config.workers else None,
     )
 
 
 def steps_of(train: OptimisationConfig, stream: SampleStream) -> int:
-    """Optimiser steps of the run."""
+    """Number of optimiser steps of the run."""
     return train.steps if train.steps is not None else max(1, stream.samples(train.epochs) // train.batch_size)

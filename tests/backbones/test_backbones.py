@@ -1,4 +1,4 @@
-"""What a backbone tells about its model is so, and what it is fed is what it takes."""
+"""A backbone describes its model correctly and encodes batches that the model accepts."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ def test_a_third_backbone_is_one_file(families):
     assert type(families["llava"].backbone).__module__ == "custom_backbone"
 
 
-def test_an_unsupported_type_is_refused_with_the_supported_ones(tmp_path):
+def test_an_unsupported_type_raises_an_error_that_names_the_supported_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"type 'bert'; supported types are .*llava_next_video, qwen2_5_vl"):
         load_backbone(tmp_path)
@@ -32,7 +32,7 @@ def test_an_unsupported_type_is_refused_with_the_supported_ones(tmp_path):
         load_backbone(tmp_path / "nothing-here")
 
 
-def test_two_backbones_cannot_claim_one_type():
+def test_two_backbones_cannot_register_one_type():
     class Other(Backbone):
         model_type = "qwen2_5_vl"
 
@@ -40,29 +40,29 @@ def test_two_backbones_cannot_claim_one_type():
         register(Other)
 
 
-def test_a_backbone_travels_to_loader_workers(shipped, talk, noise):
+def test_a_pickled_backbone_encodes_the_same(shipped, talk, noise):
     copy = pickle.loads(pickle.dumps(shipped.backbone))
     batch = [talk(noise(2))]
     for name, value in shipped.backbone.encode(batch).inputs.items():
         assert torch.equal(value, copy.encode(batch).inputs[name])
 
 
-def test_lora_hits_q_k_v_o_of_every_decoder_layer_and_nothing_else(shipped):
+def test_lora_adapts_q_k_v_o_of_every_decoder_layer_and_nothing_else(shipped):
     model = shipped.backbone.load_model(dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=shipped.backbone.lora_targets))
-    hit = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
-    assert len(hit) == 4 * shipped.backbone.layer_count
-    assert all("language_model.layers." in name for name in hit)
-    assert {name.rpartition(".")[2] for name in hit} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    names = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    assert len(names) == 4 * shipped.backbone.layer_count
+    assert all("language_model.layers." in name for name in names)
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def test_a_plain_suffix_would_hit_the_vision_tower_of_llava(llava_video):
+def test_a_pattern_without_the_module_path_would_adapt_the_vision_tower_of_llava(llava_video):
     model = llava_video.backbone.load_model(dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
     assert any("vision_tower" in name for name, module in adapted.named_modules() if hasattr(module, "lora_A"))
 
 
-def test_the_layout_is_found_inside_wrappers_and_adapters(shipped):
+def test_modules_are_found_inside_wrappers_and_adapters(shipped):
     class Wrapped(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
@@ -79,7 +79,7 @@ def test_the_layout_is_found_inside_wrappers_and_adapters(shipped):
     )
 
 
-def test_the_first_states_of_the_heads_are_the_queries_of_their_layer(shipped):
+def test_heads_initialised_at_full_rank_give_the_queries_of_their_layer(shipped):
     backbone = shipped.backbone
     projections = {layer: backbone.query_projection(shipped.model, layer) for layer in (0, 3)}
     full = CorrespondenceHeads.from_query_projections(projections, mid_size=backbone.hidden_size)
@@ -121,13 +121,13 @@ def test_a_tiny_model_is_the_same_every_time_and_leaves_the_callers_random_state
         assert torch.equal(value, theirs[name])
 
 
-def test_every_frame_keeps_a_grid_of_its_own_on_qwen(qwen, talk, noise):
+def test_every_frame_of_qwen_has_its_own_grid(qwen, talk, noise):
     frames = noise(1, 224, 224) + noise(1, 320, 180) + noise(1, 90, 200)
     encoded = qwen.backbone.encode([talk(frames)])
     assert [(grid.columns, grid.rows) for grid in encoded.grids[0]] == [(14, 14), (18, 10), (6, 12)]
 
 
-def test_frames_llava_cannot_take_are_refused_with_the_cure(llava_video, talk, noise):
+def test_frames_that_llava_cannot_take_raise_an_error_with_the_cure(llava_video, talk, noise):
     with pytest.raises(ValueError, match=r"2, 3 frames.*one number of frames"):
         llava_video.backbone.encode([talk(noise(2)), talk(noise(3))])
     with pytest.raises(ValueError, match=r"sizes 200x100, 224x224.*resize"):
@@ -136,7 +136,7 @@ def test_frames_llava_cannot_take_are_refused_with_the_cure(llava_video, talk, n
         llava_video.backbone.limit_frame_pixels(100)
 
 
-def test_fewer_pixels_a_frame_are_fewer_tokens(qwen, talk, noise):
+def test_fewer_pixels_per_frame_give_fewer_tokens(qwen, talk, noise):
     backbone = load_backbone(qwen.folder, frame_pixels=100 * 16 * 16)
     (positions,) = backbone.encode([talk(noise(2, 320, 180))]).positions
     assert 2 * 60 < len(positions) <= 2 * 100
@@ -144,12 +144,12 @@ def test_fewer_pixels_a_frame_are_fewer_tokens(qwen, talk, noise):
         backbone.limit_frame_pixels(100)
 
 
-def test_frames_that_are_not_rgb_bytes_are_refused(shipped, talk):
+def test_frames_that_are_not_rgb_bytes_raise_an_error(shipped, talk):
     with pytest.raises(ValueError, match=r"frame 0 of sequence 0 is float64 \[8, 8, 3\]"):
         shipped.backbone.encode([talk([np.zeros((8, 8, 3))])])
 
 
-def test_a_batch_longer_than_the_models_context_is_refused(shipped, talk, noise, monkeypatch):
+def test_a_batch_longer_than_the_models_context_raises_an_error(shipped, talk, noise, monkeypatch):
     monkeypatch.setattr(shipped.backbone.config.text_config, "max_position_embeddings", 100)
     with pytest.raises(ValueError, match="takes 100; use fewer frames"):
         shipped.backbone.encode([talk(noise(1))])
@@ -165,17 +165,17 @@ def pictured(qwen, talk, noise):
 
 
 def positions_used(qwen, inputs):
-    """The positions the language model really receives."""
-    seen = []
-    hook = lambda module, args, kwargs: seen.append(kwargs["position_ids"])  # noqa: E731
+    """The positions that the language model receives, and the logits."""
+    received = []
+    hook = lambda module, args, kwargs: received.append(kwargs["position_ids"])  # noqa: E731
     handle = qwen.model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         logits = qwen.model(**inputs).logits
     handle.remove()
-    return seen[0], logits
+    return received[0], logits
 
 
-def test_the_mrope_guard_passes_what_the_processor_makes(qwen, pictured):
+def test_the_mrope_check_accepts_the_processors_output(qwen, pictured):
     check_mrope(qwen.model, pictured)
     qwen.backbone.check_inputs(qwen.model, pictured)
     used, _ = positions_used(qwen, pictured)
@@ -185,11 +185,11 @@ def test_the_mrope_guard_passes_what_the_processor_makes(qwen, pictured):
         image_grid_thw=pictured["image_grid_thw"],
         attention_mask=pictured["attention_mask"],
     )
-    assert torch.equal(used[-3:], derived)  # what the guard judges is what the forward pass uses
+    assert torch.equal(used[-3:], derived)  # the check looks at the positions that the forward pass uses
 
 
 @pytest.mark.parametrize("name", ["mm_token_type_ids", "image_grid_thw"])
-def test_the_mrope_guard_fails_loudly_when_an_input_is_missing(qwen, pictured, name):
+def test_the_mrope_check_raises_when_an_input_is_missing(qwen, pictured, name):
     pictured.pop(name)
     with pytest.raises(ValueError, match=f"inputs lack {name}.*remove_unused_columns=False"):
         check_mrope(qwen.model, pictured)
@@ -201,7 +201,7 @@ def test_text_alone_needs_no_image_positions(qwen, talk):
     check_mrope(qwen.model, inputs)
 
 
-def test_without_token_types_the_model_itself_says_nothing_and_is_wrong(qwen, pictured):
+def test_without_token_types_the_model_raises_no_error_and_is_wrong(qwen, pictured):
     _, right = positions_used(qwen, pictured)
     pictured.pop("mm_token_type_ids")
     used, wrong = positions_used(qwen, pictured)
@@ -209,14 +209,14 @@ def test_without_token_types_the_model_itself_says_nothing_and_is_wrong(qwen, pi
     assert (right - wrong).abs().max() > 1e-4
 
 
-def test_the_mrope_guard_notices_token_types_of_another_batch(qwen, pictured):
+def test_the_mrope_check_raises_for_token_types_of_another_batch(qwen, pictured):
     pictured["mm_token_type_ids"] = pictured["mm_token_type_ids"].roll(1, dims=1)
     with pytest.raises(ValueError, match="mm_token_type_ids disagrees with input_ids"):
         check_mrope(qwen.model, pictured)
 
 
-def test_the_mrope_guard_notices_another_rule_of_positions(qwen, pictured, monkeypatch):
+def test_the_mrope_check_raises_for_another_rule_of_positions(qwen, pictured, monkeypatch):
     plain = torch.arange(pictured["input_ids"].shape[1]).expand(3, *pictured["input_ids"].shape)
     monkeypatch.setattr(qwen.model.model, "get_rope_index", lambda *a, **k: (plain, None))
-    with pytest.raises(ValueError, match=r"token \d+ of sequence 0 would sit at"):
+    with pytest.raises(ValueError, match=r"token \d+ of sequence 0 would get position"):
         check_mrope(qwen.model, pictured)

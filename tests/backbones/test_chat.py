@@ -1,4 +1,4 @@
-"""Only the assistant's words are supervised, whatever the template."""
+"""Only the assistant's answers have labels, for every chat template."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_labels_are_the_answers_and_their_end_and_nothing_else(family, noise):
     assert supervised(family.backbone, encoded, 1).strip() == f"There are 3 boxes.{end}"
 
 
-def test_a_label_is_the_id_at_its_own_place(family, noise):
+def test_a_label_is_the_id_of_its_own_token(family, noise):
     inputs = family.backbone.encode([Conversation(noise(1), TALK), Conversation(noise(1), TALK[:3])]).inputs
     chosen = inputs["labels"] != IGNORE
     assert torch.equal(inputs["labels"][chosen], inputs["input_ids"][chosen])
@@ -39,7 +39,7 @@ def test_a_label_is_the_id_at_its_own_place(family, noise):
 
 
 def test_a_conversation_without_an_answer_has_no_labels(family, noise):
-    inputs = family.backbone.encode([Conversation(noise(1), TALK[:2])], answer_next=True).inputs
+    inputs = family.backbone.encode([Conversation(noise(1), TALK[:2])], add_generation_prompt=True).inputs
     assert (inputs["labels"] == IGNORE).all()
     text = family.backbone.processor.tokenizer.decode(inputs["input_ids"][0])
     assert text.rstrip().lower().endswith(("assistant", "assistant:"))
@@ -51,13 +51,13 @@ def test_the_placeholders_of_a_data_set_do_not_count_as_frames(family, noise):
     assert len(encoded.positions[0]) == sum(grid.tokens for grid in encoded.grids[0])
 
 
-def test_text_that_imitates_a_frame_is_refused(qwen, noise):
+def test_text_that_contains_a_visual_placeholder_raises_an_error(qwen, noise):
     talk = [{"role": "user", "content": "what does <|image_pad|> mean?"}]
     with pytest.raises(ValueError, match=r"contains '<\|image_pad\|>'"):
         qwen.backbone.encode([Conversation(noise(1), talk)])
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(families, noise):
+def test_a_template_that_rewrites_earlier_turns_raises_an_error(families, noise):
     from copy import deepcopy
 
     backbone = deepcopy(families["qwen2_5_vl"].backbone)

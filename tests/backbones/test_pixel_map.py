@@ -1,4 +1,4 @@
-"""The pixel -> token map is the map that the real processor and the real model make."""
+"""The pixel -> token map agrees with the real processor and the real model."""
 
 import numpy as np
 import pytest
@@ -14,30 +14,30 @@ def paint(frame: np.ndarray, left: int, top: int, right: int, bottom: int) -> np
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_a_painted_square_excites_exactly_the_token_the_map_names(family, size, talk):
+def test_a_painted_square_changes_exactly_the_token_that_the_map_names(family, size, talk):
     width, height = size
     grid = family.backbone.frame_grid(width, height)
     draw = np.random.default_rng(width * height)
     blank = np.full((height, width, 3), 90, np.uint8)
-    frames, named = [blank], []
-    # The square and the reach of the resize filter around it must lie over one token (or all over none).
+    frames, expected = [blank], []
+    # The square and the support of the resize filter around it must lie within one token (or all outside the grid).
     reach = 2 + 2 * max(1, (grid.right - grid.left) / grid.columns / family.token_pixels)
     while len(frames) < 25:
         x, y = int(draw.integers(2, width - 2)), int(draw.integers(2, height - 2))
-        if len(frames) < 13:  # not left to chance alone: points near the centres of tokens
+        if len(frames) < 13:  # half of the points near the centres of tokens, so that enough of them have a token
             x, y = (grid.centres()[draw.integers(grid.tokens)] + draw.uniform(-1, 1, 2)).astype(int).tolist()
         around = [(x + 0.5 + dx, y + 0.5 + dy) for dx in (-reach, reach) for dy in (-reach, reach)]
         tokens = set(grid.locate(around).tolist())
         if len(tokens) == 1:
             frames.append(paint(blank, x - 1, y - 1, x + 2, y + 2))
-            named.append(tokens.pop())
+            expected.append(tokens.pop())
     encoded = family.backbone.encode([talk(frames)])
     pixels = family.pixels_by_token(encoded.inputs, grid.tokens)
     assert pixels.shape[:2] == (len(frames), grid.tokens)
-    excited = (pixels[1:] - pixels[:1]).abs().amax(-1) > 0  # [24, tokens]
-    for token, row in zip(named, excited, strict=True):
+    changed = (pixels[1:] - pixels[:1]).abs().amax(-1) > 0  # [24, tokens]
+    for token, row in zip(expected, changed, strict=True):
         assert row.nonzero()[:, 0].tolist() == ([] if token < 0 else [token])
-    assert sum(token >= 0 for token in named) >= 12
+    assert sum(token >= 0 for token in expected) >= 12
 
 
 @pytest.mark.parametrize("size", [(224, 224), (320, 180), (181, 317)], ids=lambda size: f"{size[0]}x{size[1]}")
@@ -59,14 +59,14 @@ def test_the_language_model_receives_a_square_at_the_position_of_its_token(famil
 
 
 def layer_zero_input(family, inputs):
-    """[B, S, D] as it enters the first decoder layer."""
-    kept = []
+    """The hidden states `[B, S, D]` that enter the first decoder layer."""
+    received = []
     layer = family.backbone.decoder_layers(family.model)[0]
-    handle = layer.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    handle = layer.register_forward_pre_hook(lambda module, args: received.append(args[0]))
     with torch.no_grad():
         family.model(**inputs)
     handle.remove()
-    return kept[0]
+    return received[0]
 
 
 def test_visual_positions_are_where_the_model_scatters_its_features(family, talk, noise):
@@ -101,7 +101,7 @@ def test_the_hub_sizes_of_qwen_give_34_by_19_tokens_for_a_dl3dv_frame(qwen):
     assert backbone.frame_grid(960, 540).tokens <= 200
 
 
-def test_llava_pads_what_is_smaller_than_its_crop(llava_video, talk):
+def test_frames_smaller_than_llavas_crop_are_padded(llava_video, talk):
     from copy import deepcopy
 
     backbone = deepcopy(llava_video.backbone)
@@ -111,8 +111,8 @@ def test_llava_pads_what_is_smaller_than_its_crop(llava_video, talk):
     frames = [blank] + [paint(blank, x - 1, 59, x + 2, 62) for x in (40, 100, 160)]
     encoded = backbone.encode([talk(frames)])
     pixels = llava_video.pixels_by_token(encoded.inputs, grid.tokens)
-    excited = (pixels[1:] - pixels[:1]).abs().sum(-1).argmax(-1)
-    assert excited.tolist() == grid.locate([(40.5, 60.5), (100.5, 60.5), (160.5, 60.5)]).tolist()
+    changed = (pixels[1:] - pixels[:1]).abs().sum(-1).argmax(-1)
+    assert changed.tolist() == grid.locate([(40.5, 60.5), (100.5, 60.5), (160.5, 60.5)]).tolist()
 
 
 def test_points_outside_the_grid_or_not_a_number_are_dropped(qwen):

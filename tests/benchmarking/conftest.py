@@ -1,1 +1,1 @@
-from support.workshop import *  # noqa: F403 (fixtures)
+from support.tiny_training import *  # noqa: F403 (fixtures)

@@ -1,4 +1,4 @@
-"""Tracks become the matches that the model's own pixels would show."""
+"""The collator maps tracks to the tokens that the model's processor assigns to the tracked pixels."""
 
 import pickle
 from itertools import pairwise, permutations
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gasp_fast
-from gasp_fast.collator import Collator, CollatorConfig, Sample, geometry_sample, thinned
+from gasp_fast.collator import Collator, CollatorConfig, Sample, geometry_sample, subsample_frames
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_scene
 from gasp_fast.data.tracks.build import Tracks
 from gasp_fast.supervision.heads import CorrespondenceHeads
@@ -19,7 +19,7 @@ REAL = Path(__file__).parents[2].parent / "shared" / "realdata"
 
 
 def tracks_at(uv, visible=None, depth=None) -> Tracks:
-    """Tracks with given places [T, F, 2]; visible everywhere and at depth 2 unless told otherwise."""
+    """Tracks at given positions [T, F, 2]; by default visible everywhere, at depth 2."""
     uv = np.asarray(uv, np.float64)
     visible = np.ones(uv.shape[:2], bool) if visible is None else np.asarray(visible, bool)
     depth = np.full(uv.shape[:2], 2.0) if depth is None else np.asarray(depth, np.float64)
@@ -47,8 +47,8 @@ def pairs_of(matches):
 
 
 @pytest.mark.parametrize("size", [(224, 224), (320, 180), (181, 317), (960, 540)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_a_match_joins_the_tokens_that_the_painted_point_excites(family, size):
-    """One track, painted into its frames where it is visible: the processor's own pixels say which tokens it hits."""
+def test_a_match_joins_the_tokens_whose_pixels_the_painted_point_changes(family, size):
+    """A track is painted into its frames where it is visible; the processor's pixel values show which tokens change."""
     width, height = size
     grid = family.backbone.frame_grid(width, height)
     draw = np.random.default_rng(width)
@@ -63,15 +63,15 @@ def test_a_match_joins_the_tokens_that_the_painted_point_excites(family, size):
         sample = Sample(frames=[*frames, blank], tracks=[tracks_at([[*places, (0, 0)]], [[*visible, 0]])])
         batch = Collator(family.backbone)([sample])
         pixels = family.pixels_by_token(batch, grid.tokens)
-        excited = (pixels[:4] - pixels[4:]).abs().sum(-1)  # [4, tokens]
-        # The corner may spill into its neighbours; the token it is in has most of it.
-        hit = [f * grid.tokens + int(row.argmax()) for f, row in enumerate(excited) if row.max() > 0]
+        change = (pixels[:4] - pixels[4:]).abs().sum(-1)  # [4, tokens]
+        # The square may extend into neighbouring tokens; the point's own token changes most.
+        changed = [f * grid.tokens + int(row.argmax()) for f, row in enumerate(change) if row.max() > 0]
         if visible[3] and grid.locate(places[3]) < 0:
-            hit = [token for token in hit if token < 3 * grid.tokens]
-        assert pairs_of(batch["matches"]) == sorted(permutations(hit, 2))
+            changed = [token for token in changed if token < 3 * grid.tokens]
+        assert pairs_of(batch["matches"]) == sorted(permutations(changed, 2))
 
 
-def test_matches_are_those_a_plain_loop_finds(family):
+def test_matches_equal_those_of_a_plain_loop(family):
     sample = random_sample(frames=4, tracks=30, width=300, height=200)
     batch = Collator(family.backbone)([sample])
     (tracks,), expected = sample.tracks, []
@@ -86,7 +86,7 @@ def test_matches_are_those_a_plain_loop_finds(family):
     assert sorted(found) == sorted(expected) and len(expected) > 20
 
 
-def test_positions_and_matches_speak_of_the_same_tokens(family):
+def test_positions_and_matches_number_the_same_tokens(family):
     samples = [random_sample(seed=1), random_sample(seed=2)]
     batch = Collator(family.backbone)(samples)
     matches, positions = batch["matches"], batch["visual_positions"]
@@ -178,12 +178,12 @@ def test_a_batch_without_tracks_has_no_tokens_and_no_matches(shipped):
     assert float(loss) == 0.0 and embeddings.grad.shape == embeddings.shape
 
 
-def test_sequences_of_unequal_length_are_thinned_for_llava(llava_video, qwen):
+def test_sequences_of_unequal_length_lose_frames_for_llava(llava_video, qwen):
     samples = [random_sample(frames=4), random_sample(frames=7, seed=1)]
     batch = Collator(llava_video.backbone)(samples)
     assert batch["pixel_values_videos"].shape[:2] == (2, 4)
     assert batch["matches"].sequence_offsets.tolist() == [0, 4, 8]
-    shorter = thinned(samples[1], 4)
+    shorter = subsample_frames(samples[1], 4)
     assert [int(f) for f in shorter.tracks[0].frames] == [0, 2, 4, 6]
     assert all(a is samples[1].frames[f] for a, f in zip(shorter.frames, (0, 2, 4, 6), strict=True))
     for name in ("uv", "visible", "depth"):
@@ -193,7 +193,7 @@ def test_sequences_of_unequal_length_are_thinned_for_llava(llava_video, qwen):
     assert Collator(qwen.backbone)(samples)["matches"].sequence_offsets.tolist() == [0, 4, 11]
 
 
-def test_the_collator_travels_to_loader_workers(shipped):
+def test_a_pickled_collator_gives_the_same_batch(shipped):
     collate = Collator(shipped.backbone, CollatorConfig(anchors="first"))
     copy = pickle.loads(pickle.dumps(collate))
     ours, theirs = collate([random_sample()]), copy([random_sample()])
@@ -219,21 +219,21 @@ def sequence(request, rendered):
 
 
 def test_on_a_scene_the_depth_of_a_match_is_found_in_its_token(shipped, sequence):
-    """Tracks, pixel map and pooling agree: a point's own depth is among the depths of the token it is matched to."""
+    """Tracks, pixel map and pooling agree: a point's depth lies within the range of depths of its target token."""
     scene, frames = sequence
     sample = geometry_sample(scene, [gasp_fast.build_tracks(scene, frames, grid=grid) for grid in (8, 24)])
     matches = Collator(shipped.backbone)([sample])["matches"]
-    ranges = [depth_range(shipped, *one) for one in zip(sample.frames, sample.depth, strict=True)]
+    ranges = [depth_range(shipped, *pair) for pair in zip(sample.frames, sample.depth, strict=True)]
     nearest, furthest = np.concatenate(ranges).T
-    found, there = matches.target_depth.numpy(), matches.target.numpy()
+    depth, target = matches.target_depth.numpy(), matches.target.numpy()
 
     def share_inside(token):
         # A visible point agrees to 5 % with a pixel beside it, which may lie in the neighbouring token.
-        return ((found >= 0.95 * nearest[token]) & (found <= 1.05 * furthest[token])).mean()
+        return ((depth >= 0.95 * nearest[token]) & (depth <= 1.05 * furthest[token])).mean()
 
     assert len(matches) > 200
-    assert share_inside(there) > 0.98
-    assert share_inside((there + 7) % matches.tokens) < 0.8
+    assert share_inside(target) > 0.98
+    assert share_inside((target + 7) % matches.tokens) < 0.8
     pooled, known = matches.patch_depth.numpy(), furthest > 0
     assert np.array_equal(pooled > 0, known)
     assert ((pooled >= nearest * (1 - 1e-6)) & (pooled <= furthest * (1 + 1e-6)))[known].all()
@@ -254,7 +254,7 @@ def depth_range(family, frame, depth):
 
 
 def test_gradients_flow_from_the_loss_through_the_heads_into_the_first_layer(shipped, rendered):
-    """Scene, tracks, collator, model, capture, heads, loss: the whole chain once."""
+    """From a scene through tracks, collator, model, capture and heads to the loss."""
     backbone, model = shipped.backbone, shipped.model
     tracks = gasp_fast.build_tracks(rendered, [0, 1, 2], grid=8)
     batch = Collator(backbone)([geometry_sample(rendered, [tracks])])
@@ -281,15 +281,15 @@ def test_gradients_flow_from_the_loss_through_the_heads_into_the_first_layer(shi
     [
         (lambda s: Sample(frames=s.frames[:3], tracks=s.tracks), "sample 0 has 3 frames and tracks through 4"),
         (lambda s: Sample(frames=s.frames, tracks=s.tracks, depth=s.depth[:2]), "4 frames and 2 depth maps"),
-        (lambda s: thinned(s, 1), "a match needs two"),
+        (lambda s: subsample_frames(s, 1), "a match needs two"),
     ],
 )
-def test_samples_that_do_not_fit_are_named(qwen, make, message):
+def test_inconsistent_samples_raise_an_error_with_their_index(qwen, make, message):
     with pytest.raises(ValueError, match=message):
         Collator(qwen.backbone)([make(random_sample())])
 
 
-def test_wrong_settings_are_named():
+def test_wrong_settings_raise_an_error_with_their_name():
     with pytest.raises(ValueError, match="anchors = 'some' is unknown; choose one of first, all, pairs"):
         CollatorConfig(anchors="some")
     with pytest.raises(ValueError, match="pairs = 0"):

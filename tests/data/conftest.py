@@ -1,4 +1,4 @@
-"""Fixtures of the data wing. `scene_*`: a small world with a closed-form answer to every question."""
+"""Fixtures for scenes. `scene_*`: a small world with exact geometry in closed form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAMERA = np.array([[300.0, 0.0, 181.5], [0.0, 310.0, 107.25], [0.0, 0.0, 1.0]])
 
 @dataclass
 class BoxWorld:
-    """A room with two boxes in it, looked at by a camera that moves sideways and turns. Metres, OpenCV axes."""
+    """A room with two boxes, seen by a camera that moves sideways and turns. Metres, OpenCV axes."""
 
     frames: int = 8
     camera: np.ndarray = field(default_factory=CAMERA.copy)
@@ -78,14 +78,14 @@ class BoxWorld:
         return (local @ self.camera.T)[:, :2] / local[:, 2:], local[:, 2]
 
     def visible(self, f: int, point: np.ndarray) -> np.ndarray:
-        """Whether nothing stands between the camera and the points, and they are 4 px inside the image."""
+        """Whether nothing lies between the camera and the points, and they are 4 px inside the image."""
         pixel, z = self.project(f, point)
         reached = self.distance(self.centre(f), point - self.centre(f))  # 1: the point itself
         inside = ((pixel >= 4) & (pixel <= np.array(self.size) - 4)).all(axis=1)
         return (z > 0) & inside & (reached > 1 - 1e-6)
 
     def write_rgbd(self, root: Path) -> Path:
-        """The layout `rgbd`, spelled out here by hand so that reading it is not judged by our own writer."""
+        """The layout `rgbd`, written without the package."""
         for folder in ("color", "depth", "pose"):
             (root / folder).mkdir(parents=True)
         for f in range(self.frames):
@@ -115,7 +115,7 @@ def scene_boxes(scene_boxes_folder: Path) -> Scene:
 
 @pytest.fixture(scope="session")
 def scene_recorded() -> Callable[[str], Scene]:
-    """A recorded scene by name. They lie beside a checkout where they may be used, never in it."""
+    """A recorded scene by name, if this machine has it."""
 
     def find(name: str) -> Scene:
         root = Path(__file__).resolve().parents[3] / "shared" / "realdata" / name

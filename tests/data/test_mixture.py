@@ -1,9 +1,8 @@
-"""The mixture's promises: exact shares, every sample once an epoch, exact resume, and a part for each rank."""
+"""The mixture has exact shares, draws every sample once an epoch, and resumes exactly at any position."""
 
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
 
 import pytest
 from hypothesis import given, settings
@@ -53,16 +52,7 @@ def test_resuming_at_any_position_goes_on_exactly() -> None:
     whole = [MIXTURE.draw(position) for position in range(2500)]
     for start in (0, 1, 999, 1000, 1723):
         fresh = Mixture({"geometry": Source(700, 0.6), "qa": Source(90, 0.4)}, seed=3)
-        assert list(islice(fresh.share(start=start), 50)) == whole[start : start + 50]
-
-
-def test_ranks_share_the_stream_without_overlap_and_may_change_in_number() -> None:
-    whole = [MIXTURE.draw(position) for position in range(360)]
-    first = [list(islice(MIXTURE.share(rank, 4), 30)) for rank in range(4)]
-    then = [list(islice(MIXTURE.share(rank, 3, start=120), 80)) for rank in range(3)]
-    merged = [draw for step in zip(*first, strict=True) for draw in step]
-    merged += [draw for step in zip(*then, strict=True) for draw in step]
-    assert merged == whole
+        assert [fresh.draw(position) for position in range(start, start + 50)] == whole[start : start + 50]
 
 
 def test_the_seed_changes_the_order() -> None:
@@ -100,7 +90,6 @@ def test_a_position_far_ahead_costs_no_more_than_the_first() -> None:
         (lambda: Mixture({"a": Source(3, -1)}), "a.weight = -1"),
         (lambda: Mixture({"a": Source(3, float("nan"))}), "a.weight = nan"),
         (lambda: Mixture({"a": Source(3, 1), "b": Source(3, 1e-5)}), "b.weight = 1e-05"),
-        (lambda: next(MIXTURE.share(rank=2, ranks=2)), "rank = 2"),
         (lambda: MIXTURE.positions_of_epoch("video"), "'video'"),
         (lambda: permuted(5, 5, ""), "index = 5"),
     ],

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from support.scene_formats import write_colmap, write_dl3dv
 
 from gasp_fast import train as training
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.cli import main as gasp_fast
-from gasp_fast.data.scenes.formats import format_named
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import rigid_inverse, without_depth
 from gasp_fast.data.synthetic.questions import write_qa
@@ -72,7 +72,7 @@ def as_downloaded(rendered: Path, root: Path) -> None:
     """A rendered scene as DL3DV ships it, without depth, and what COLMAP's stereo would have left in `dense/`."""
     scene = open_scene(rendered)
     root.mkdir(parents=True)
-    format_named("dl3dv").write(without_depth(scene), root)
+    write_dl3dv(without_depth(scene), root)
     draw = np.random.default_rng(0)
     points = {}
     for i, name in enumerate(scene.frame_names):
@@ -81,4 +81,4 @@ def as_downloaded(rendered: Path, root: Path) -> None:
         ray = np.column_stack([pixel, np.ones(100)]) @ np.linalg.inv(scene.intrinsics(i)).T
         to_world = rigid_inverse(scene.pose(i))
         points[name] = (ray * depth[:, None]) @ to_world[:3, :3].T + to_world[:3, 3]
-    format_named("colmap").write(scene, root / "dense", points)
+    write_colmap(scene, root / "dense", points)

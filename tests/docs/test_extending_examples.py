@@ -1,4 +1,4 @@
-"""The examples that docs/extending.md and docs/evaluating.md send a reader to: they run, and do what they say."""
+"""The examples of docs/extending.md and docs/evaluating.md run and do what the documents say."""
 
 import importlib
 import json
@@ -20,41 +20,41 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
-def beside_the_examples(monkeypatch, tmp_path):
-    """As a script finds itself: its folder importable. What an example registers is gone after the test."""
+def examples_importable(monkeypatch, tmp_path):
+    """The examples' folder is importable, as for a script. What an example registers is removed after the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(formats, "FORMATS", formats.FORMATS)
-    base.supported_models()  # all that ship are known before the table is copied
+    base.supported_models()  # imports all shipped backbones before the registry is copied
     monkeypatch.setattr(base, "BACKBONES", dict(base.BACKBONES))
 
 
 @pytest.fixture
-def told(monkeypatch, capsys):
-    """What `python examples/NAME.py WORDS` prints."""
+def output_of(monkeypatch, capsys):
+    """The output of `python examples/NAME.py ARGUMENTS`."""
 
-    def run(name: str, *words: str) -> str:
-        monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", *words])
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", *arguments])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
     return run
 
 
-def test_a_third_backbone_is_fed_and_supervised(told):
-    said = told("custom_backbone")
-    assert "Llava: 4 decoder layers, 128 wide" in said
-    assert f"{3 * 14 * 14} visual tokens in 3 frames" in said
-    assert int(re.search(r"(\d+) matches", said)[1]) > 100
-    assert 0 < float(re.search(r"W_Q: (\S+)", said)[1]) < math.inf
+def test_a_third_backbone_encodes_frames_and_is_supervised(output_of):
+    printed = output_of("custom_backbone")
+    assert "Llava: 4 decoder layers, 128 wide" in printed
+    assert f"{3 * 14 * 14} visual tokens in 3 frames" in printed
+    assert int(re.search(r"(\d+) matches", printed)[1]) > 100
+    assert 0 < float(re.search(r"W_Q: (\S+)", printed)[1]) < math.inf
 
 
-def test_a_layout_of_ones_own_is_opened_and_tracked(told):
-    said = told("custom_scene_format")
-    assert "recorder: 8 frames" in said and int(re.search(r"frame 7 sees (\d+)", said)[1]) > 5
+def test_a_custom_scene_format_is_opened_and_tracked(output_of):
+    printed = output_of("custom_scene_format")
+    assert "recorder: 8 frames" in printed and int(re.search(r"frame 7 sees (\d+)", printed)[1]) > 5
 
 
-def test_a_layout_of_ones_own_gives_the_tracks_of_the_scene_it_was_written_from(tmp_path, monkeypatch):
+def test_a_custom_scene_format_gives_the_tracks_of_the_scene_it_was_written_from(tmp_path, monkeypatch):
     known = formats.FORMATS
     example = importlib.import_module("custom_scene_format")
     [rendered] = render_scenes(tmp_path / "rendered", 1, config=SyntheticConfig(frames=6, width=96, height=96))
@@ -69,24 +69,24 @@ def test_a_layout_of_ones_own_gives_the_tracks_of_the_scene_it_was_written_from(
         open_scene(tmp_path / "recorded")
 
 
-def test_the_layout_takes_no_more_than_a_page():
+def test_the_custom_scene_format_takes_no_more_than_a_page():
     assert len((EXAMPLES / "custom_scene_format.py").read_text().splitlines()) <= 80
 
 
-def test_a_report_is_made_read_and_plotted(told, tmp_path):
-    said = told("read_report", "--out", "plots")
-    best, gain = re.search(r"PCK@2 ([\d.]+)", said)[1], re.search(r"guess \(([\d.]+)\): ([-+][\d.]+)", said)
+def test_a_report_is_made_read_and_plotted(output_of, tmp_path):
+    printed = output_of("read_report", "--out", "plots")
+    best, gain = re.search(r"PCK@2 ([\d.]+)", printed)[1], re.search(r"guess \(([\d.]+)\): ([-+][\d.]+)", printed)
     assert float(gain[2]) == pytest.approx(float(best) - float(gain[1]), abs=2e-3)
     assert (tmp_path / "plots" / "pck_by_gap.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_report_that_is_there_is_read_from_its_folder(told, tmp_path):
-    """With what may be undefined undefined: no point moved, gaps nobody asked about."""
+def test_an_existing_report_is_read_from_its_folder(output_of, tmp_path):
+    """With undefined values: no point moved, and gaps without any query point."""
     pck = {"per_layer": [0.25, 0.75], "peak": 0.75, "peak_layer": 4}
     temporal = {"layer": 4, "gaps": [1, 2, 3], "pck": [0.9, None, 0.5], "identity": [0.5, None, 0.1]}
     report = {"model": "m", "sequences": 3, "features": "qk", "layers": [2, 4], "pck": pck, "identity": 0.5}
     report |= {"pck_moved": {"per_layer": [0.1, None]}, "temporal": temporal, "by_features": {"qk": {"pck": pck}}}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    said = told("read_report", str(tmp_path), "--out", str(tmp_path))
-    assert "best layer 4 of 4: PCK@2 0.750, no point moved" in said
-    assert "(0.500): +0.250" in said
+    printed = output_of("read_report", str(tmp_path), "--out", str(tmp_path))
+    assert "best layer 4 of 4: PCK@2 0.750, no point moved" in printed
+    assert "(0.500): +0.250" in printed

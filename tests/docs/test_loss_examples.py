@@ -1,4 +1,4 @@
-"""The examples run as a reader would run them, against the real packages, and teach what they claim."""
+"""The training examples run as scripts against the real packages, train, and stay short."""
 
 import os
 import re
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TRAINERS = {"plain_loop": "transformers", "hf_trainer": "transformers", "trl_sft": "trl"}  # and what each needs
+TRAINERS = {"plain_loop": "transformers", "hf_trainer": "transformers", "trl_sft": "trl"}  # and what each imports
 
-# Runs an example as `__main__` and asks at its first step which parameters the geometric loss alone reaches.
-ASK = """
+# Runs an example as `__main__`. At its first step, prints the parameters that get a gradient from the geometric loss.
+REPORT_GRADIENTS = """
 import runpy, sys
 import torch, gasp_fast, toy
 plain_loss, plain_model, models = gasp_fast.gasp_loss, toy.tiny_model, []
@@ -46,12 +46,12 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 
 def added_lines(script: Path) -> list[str]:
-    """What stands between the marks, without blank lines."""
+    """The lines between the marks, without blank lines."""
     added, inside = [], False
     for line in script.read_text().splitlines():
         mark = re.fullmatch(r"\s*# --- gasp_fast: (begin|end)", line)
         if mark:
-            assert inside == (mark[1] == "end"), f"{script.name}: {line.strip()} without its other half"
+            assert inside == (mark[1] == "end"), f"{script.name}: {line.strip()} without its counterpart"
             inside = mark[1] == "begin"
         elif inside and line.strip():
             added.append(line)
@@ -74,7 +74,7 @@ def test_a_reader_adds_at_most_fifteen_lines(name):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_example_trains(name):
     pytest.importorskip(TRAINERS[name])
-    done = run("-c", ASK, str(EXAMPLES / f"{name}.py"))
+    done = run("-c", REPORT_GRADIENTS, str(EXAMPLES / f"{name}.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     reached = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("reached ")]
     for part in ("visual.patch_embed", "visual.merger", "language_model.layers.0.self_attn.q_proj", "gasp_heads.3"):
@@ -87,5 +87,5 @@ def test_the_example_trains(name):
     assert len(rows) >= 4
     first, last = rows[0], rows[-1]
     assert last["loss"] < 0.6 * first["loss"]
-    assert last["corr"] < first["corr"] - 0.5  # more than it wavers by from step to step
+    assert last["corr"] < first["corr"] - 0.5  # more than its variation from step to step
     assert last["PCK@2"] > first["PCK@2"] + 0.05

@@ -1,4 +1,4 @@
-"""Everything an evaluation reports, written out in loops over dense float64 similarities. Shares no code with it."""
+"""Predictions and statistics in loops over dense float64 similarities; shares no code with the package."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor
 from gasp_fast import Matches
 
 
-def answers(
+def predictions(
     queries: Tensor, keys: Tensor, matches: Matches, temperature: float, radius: float = 2.0
 ) -> tuple[list[int], list[float], list[bool]]:
-    """Best token, its probability and whether it is right, of every match in turn. `[N, D]` features."""
+    """Predicted token, its probability and whether it is correct, for each match. Features are `[N, D]`."""
     q, k = queries.double(), keys.double()
     q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
     offsets = matches.frame_offsets.tolist()
-    best, sure, right = [], [], []
+    best, confidence, correct = [], [], []
     for anchor, target in zip(matches.anchor.tolist(), matches.target.tolist(), strict=True):
         frame = next(f for f in range(len(offsets) - 1) if offsets[f] <= target < offsets[f + 1])
         logits = ((k[offsets[frame] : offsets[frame + 1]] @ q[anchor]) / temperature).tolist()
         top = max(logits)
         place = logits.index(top) + offsets[frame]
         best.append(place)
-        sure.append(1 / sum(math.exp(x - top) for x in logits))
+        confidence.append(1 / sum(math.exp(x - top) for x in logits))
         dx, dy = (int(matches.token_xy[place, c]) - int(matches.token_xy[target, c]) for c in (0, 1))
-        right.append(math.sqrt(dx * dx + dy * dy) <= radius)
-    return best, sure, right
+        correct.append(math.sqrt(dx * dx + dy * dy) <= radius)
+    return best, confidence, correct
 
 
 def pearson(x: list[float], y: list[bool]) -> float | None:

@@ -1,4 +1,4 @@
-"""Tiny models of both families, with grouped and with full attention, and scenes small enough to ask many questions."""
+"""Tiny models of both families, with grouped-query and full attention, and an evaluation set of small scenes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from gasp_fast.backbones import tiny
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
-from gasp_fast.evaluation.sampling import QuestionConfig, Questions
-from gasp_fast.evaluation.subject import Subject, open_subject
+from gasp_fast.evaluation.dataset import EvaluationSet, EvaluationSetConfig
+from gasp_fast.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
 
 torch.set_num_threads(1)
 SIZE = 112  # pixels of a frame: 7 x 7 tokens
@@ -29,13 +29,13 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def subjects(model_folders: dict[str, Path]) -> dict[str, Subject]:
-    return {name: open_subject(folder, initial_heads=True) for name, folder in model_folders.items()}
+def models(model_folders: dict[str, Path]) -> dict[str, EvaluatedModel]:
+    return {name: load_evaluated_model(folder, initial_heads=True) for name, folder in model_folders.items()}
 
 
 @pytest.fixture(params=list(MODELS))
-def subject(request: pytest.FixtureRequest, subjects: dict[str, Subject]) -> Subject:
-    return subjects[request.param]
+def model(request: pytest.FixtureRequest, models: dict[str, EvaluatedModel]) -> EvaluatedModel:
+    return models[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +47,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def questions(library: Path) -> Questions:
-    return Questions(library, QuestionConfig(sequences=5, frames=4, grid=5, max_gap=8))
+def dataset(library: Path) -> EvaluationSet:
+    return EvaluationSet(library, EvaluationSetConfig(sequences=5, frames=4, grid=5, max_gap=8))
 
 
 @pytest.fixture(scope="session")
 def recorded() -> Callable[[str], Path]:
-    """A recorded scene's folder by name. They lie beside a checkout where they may be used, never in it."""
+    """The folder of a recorded scene by name; recorded scenes are not part of the repository."""
 
     def find(name: str) -> Path:
         root = Path(__file__).resolve().parents[3] / "shared" / "realdata" / name

@@ -1,10 +1,11 @@
-"""Reports, comparisons and pictures: complete, self-contained, on one scale; errors are one line."""
+"""Reports, comparisons and pictures are complete and self-contained; errors are one line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from gasp_fast.cli import evaluate as evaluate_command
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.evaluation.report import read_report, write_comparison
 
-CONTRACT = {"model", "sequences", "frames", "grid", "features", "pck", "pck_moved", "identity", "rho", "temporal"}
+KEYS = {"model", "sequences", "frames", "grid", "features", "pck", "pck_moved", "identity", "rho", "temporal"}
 
 
 def run(command, *words: str) -> int:
@@ -40,9 +41,9 @@ def reports(model_folders, library, tmp_path_factory) -> list[Path]:
     ]
 
 
-def test_the_report_has_the_contract_s_fields(reports):
+def test_the_report_has_all_documented_keys(reports):
     report = json.loads((reports[0] / "report.json").read_text())
-    assert report.keys() >= CONTRACT
+    assert report.keys() >= KEYS
     assert report["pck"].keys() >= {"per_layer", "mean", "peak", "peak_layer"}
     assert report["temporal"].keys() >= {"gaps", "pck", "normalized"}
     assert (
@@ -55,7 +56,7 @@ def test_the_report_has_the_contract_s_fields(reports):
     assert isinstance(report["identity"], float) and report["features"] == "head" and report["heads"] == "initial"
 
 
-def test_the_page_holds_everything_inside(reports):
+def test_the_page_contains_its_pictures_and_needs_no_network(reports):
     page = (reports[0] / "index.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert len(sources) == 2 + 4 and all(source.startswith("data:image/png;base64,") for source in sources)
@@ -84,47 +85,59 @@ def test_reports_are_compared_in_one_figure_per_shared_kind(reports, tmp_path, c
     assert json.loads((tmp_path / "compare.json").read_text())["reports"].keys() == {"before", "after"}
 
 
-def test_compared_models_share_one_scale_and_differ_in_more_than_colour(reports, tmp_path, monkeypatch):
+def test_compared_models_share_axes_and_differ_by_colour_and_marker(reports, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     from gasp_fast.evaluation.figures import draw_figure
 
-    kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: kept.append(self))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
     first, second = map(read_report, reports)
     draw_figure({"a": first, "b": second}, "head", tmp_path / "x.png")
-    pck, rho, temporal = kept[0].axes
+    pck, rho, temporal = figures[0].axes
     lines = {line.get_label(): line for line in pck.lines}
     assert lines["a"].get_color() != lines["b"].get_color() and lines["a"].get_marker() != lines["b"].get_marker()
     assert lines["a"].get_ydata().tolist() == first["by_features"]["head"]["pck"]["per_layer"]
     assert pck.get_ylim() == (0, 1)
     assert any(list(line.get_ydata()) == [round(first["identity"], 6)] * 2 for line in pck.lines)
-    assert len(pck.collections) == 2  # a shade of deviation each
+    assert len(pck.collections) == 2  # a shaded deviation for each model
     assert temporal.get_ylim()[0] == 0 and rho.get_ylim()[1] == 1
 
 
-def test_two_reports_of_one_model_go_by_their_folders(reports):
-    parser = argparse.ArgumentParser()
-    compare_command.add_arguments(parser)
-    arguments = parser.parse_args([*map(str, reports), "--out", "x"])
-    assert compare_command._names(arguments, ["m", "m"]) == ["first", "second"]
-    assert compare_command._names(arguments, ["m", "n"]) == ["m", "n"]
-    arguments.names = "only-one"
+def compared_names(out: Path) -> list[str]:
+    return list(json.loads((out / "compare.json").read_text())["reports"])
+
+
+def test_reports_are_named_after_their_models(reports, tmp_path):
+    assert run(compare_command, *map(str, reports), "--out", str(tmp_path)) == 0
+    assert compared_names(tmp_path) == ["qwen-gqa", "qwen-mha"]
+
+
+def test_two_reports_of_one_model_are_named_after_their_folders(reports, tmp_path):
+    again = shutil.copytree(reports[0], tmp_path / "again")
+    assert run(compare_command, str(reports[0]), str(again / "report.json"), "--out", str(tmp_path / "out")) == 0
+    assert compared_names(tmp_path / "out") == ["first", "again"]
+
+
+def test_names_that_do_not_fit_the_reports_are_refused(reports, tmp_path):
+    words = [*map(str, reports), "--out", str(tmp_path)]
     with pytest.raises(ValueError, match="1 names for 2 reports"):
-        compare_command._names(arguments, ["m", "n"])
+        run(compare_command, *words, "--names", "only-one")
+    with pytest.raises(ValueError, match="two reports have the same name"):
+        run(compare_command, *words, "--names", "same,same")
 
 
-def test_a_comparison_of_different_questions_says_so(reports, tmp_path):
+def test_a_comparison_of_different_evaluation_sets_warns(reports, tmp_path):
     first, second = map(read_report, reports)
     second = {**second, "frames": 6}
     _, warnings = write_comparison({"a": first, "b": second}, tmp_path)
-    assert len(warnings) == 1 and "different questions (frames)" in warnings[0]
+    assert len(warnings) == 1 and "different frames" in warnings[0]
     only_qk = {**second, "by_features": {"hidden": second["by_features"]["qk"]}}
     with pytest.raises(ValueError, match="share no kind of features"):
         write_comparison({"a": first, "b": only_qk}, tmp_path)
 
 
-def test_what_is_no_report_is_refused(tmp_path):
+def test_a_folder_or_file_without_a_report_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"no report\.json here"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text("{}")
@@ -147,11 +160,9 @@ def test_a_folder_without_a_supported_model_is_a_one_line_error(library, tmp_pat
     assert one_line(missing.value) and one_line(unsupported.value)
 
 
-def test_scenes_shorter_than_asked_are_a_one_line_error(model_folders, library, tmp_path):
+def test_too_short_scenes_are_a_one_line_error(model_folders, library, tmp_path):
     words = ["--model", str(model_folders["qwen-gqa"]), "--out", str(tmp_path), "--scenes", str(library)]
-    with pytest.raises(
-        ValueError, match="longest scene has 16 frames, frames = 20 asked; lower --frames to 16"
-    ) as error:
+    with pytest.raises(ValueError, match="longest scene has 16 frames, but frames = 20; lower --frames to 16") as error:
         run(evaluate_command, *words, "--frames", "20")
     assert one_line(error.value)
     with pytest.raises(ValueError, match="max_gap = 5: 8 frames need gaps up to 7") as error:
@@ -164,7 +175,9 @@ def test_scenes_without_a_valid_track_are_a_one_line_error(model_folders, tmp_pa
     for path in (scene / "depth").glob("*.png"):  # no pixel has a known depth
         Image.fromarray(np.zeros((112, 112), np.uint16)).save(path)
     words = ["--scenes", str(tmp_path / "scenes"), "--out", str(tmp_path / "out"), "--frames", "4", "--sequences", "2"]
-    with pytest.raises(ValueError, match="in none of 2 sequences a point is seen twice; check the scenes") as error:
+    with pytest.raises(
+        ValueError, match="in none of 2 sequences a query point is visible in a second frame; check the scenes"
+    ) as error:
         run(evaluate_command, "--model", str(model_folders["qwen-gqa"]), *words)
     assert one_line(error.value)
 

@@ -1,4 +1,4 @@
-"""What an export promises: a plain model that answers as the trained one, all of it, and nothing else."""
+"""An export is a plain model with the logits of the trained one; it is complete or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def heads_of(backbone: Any, model: Any) -> CorrespondenceHeads:
 
 @pytest.fixture(scope="session")
 def lora_runs(families: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each shipped family as the trainer leaves it: adapters that do something, heads, a configuration."""
+    """A finished run of each model family: adapters that change the logits, heads, a configuration."""
     runs = {}
     for name in ("qwen2_5_vl", "llava_next_video"):
         backbone = families[name].backbone
@@ -55,15 +55,15 @@ def qwen_run(lora_runs: dict[str, Path]) -> Path:
     return lora_runs["qwen2_5_vl"]
 
 
-def answers(model: Any, backbone: Any) -> torch.Tensor:
+def logits(model: Any, backbone: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(**probe(backbone)).logits
 
 
-def adapter_answers(backbone: Any, checkpoint: Path) -> torch.Tensor:
+def adapter_logits(backbone: Any, checkpoint: Path) -> torch.Tensor:
     from peft import PeftModel
 
-    return answers(PeftModel.from_pretrained(backbone.load_model(torch.float32), str(checkpoint)), backbone)
+    return logits(PeftModel.from_pretrained(backbone.load_model(torch.float32), str(checkpoint)), backbone)
 
 
 def plain(folder: Path) -> Any:
@@ -75,12 +75,12 @@ def test_transformers_alone_gives_the_logits_of_the_newest_adapters(
 ) -> None:
     run = lora_runs[shipped.backbone.model_type]
     report = export(run, tmp_path / "plain")
-    trained = adapter_answers(shipped.backbone, run / "checkpoint-10")
-    ours = answers(plain(tmp_path / "plain"), shipped.backbone)
+    trained = adapter_logits(shipped.backbone, run / "checkpoint-10")
+    ours = logits(plain(tmp_path / "plain"), shipped.backbone)
     assert (ours - trained).abs().max() <= 1e-4
     assert report.checkpoint == "checkpoint-10" and report.mode == "lora" and report.dtype == "fp32"
     assert report.merge_difference <= 1e-4 and report.file_difference <= 1e-4
-    # The bound says something only where the adapters do far more than it.
+    # The tolerance is meaningful only if the effect of the adapters is far larger.
     assert report.trained_difference is not None and report.trained_difference > 1e-2
     assert json.loads((tmp_path / "plain" / REPORT).read_text())["merge_difference"] == report.merge_difference
 
@@ -93,7 +93,7 @@ def test_an_export_generates_with_its_own_processor(
     assert type(processor) is type(shipped.backbone.processor)
     backbone = load_backbone(tmp_path / "plain")
     question = [{"role": "user", "content": "What is shown?"}]
-    encoded = backbone.encode([Conversation(noise(2), question)], answer_next=True).inputs
+    encoded = backbone.encode([Conversation(noise(2), question)], add_generation_prompt=True).inputs
     encoded.pop("labels")
     made = plain(tmp_path / "plain").generate(**encoded, max_new_tokens=4, do_sample=False)
     assert made.shape[1] > encoded["input_ids"].shape[1]
@@ -113,11 +113,11 @@ def test_the_files_hold_the_tensors_of_the_base_model_and_no_others(
     assert not list(out.glob("adapter*")) and not list(out.glob("heads*")) and not list(out.glob("*.bin"))
 
 
-def test_an_older_checkpoint_can_be_asked_for(qwen: Any, qwen_run: Path, tmp_path: Path) -> None:
+def test_an_older_checkpoint_can_be_exported(qwen: Any, qwen_run: Path, tmp_path: Path) -> None:
     report = export(qwen_run / "checkpoint-5", tmp_path / "plain")
     assert report.checkpoint == "checkpoint-5"
-    trained = adapter_answers(qwen.backbone, qwen_run / "checkpoint-5")
-    assert (answers(plain(tmp_path / "plain"), qwen.backbone) - trained).abs().max() <= 1e-4
+    trained = adapter_logits(qwen.backbone, qwen_run / "checkpoint-5")
+    assert (logits(plain(tmp_path / "plain"), qwen.backbone) - trained).abs().max() <= 1e-4
 
 
 def test_bf16_files_are_rounded_only_after_merging(qwen: Any, qwen_run: Path, tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def full_run(qwen: Any, tmp_path: Path) -> Path:
 def test_a_full_run_exports_all_its_weights(qwen: Any, full_run: Path, tmp_path: Path) -> None:
     report = export(full_run, tmp_path / "plain")
     assert report.mode == "full" and report.trained_difference is None
-    ours = answers(plain(tmp_path / "plain"), qwen.backbone)
-    assert torch.equal(ours, answers(plain(full_run / "checkpoint-7"), qwen.backbone))
+    ours = logits(plain(tmp_path / "plain"), qwen.backbone)
+    assert torch.equal(ours, logits(plain(full_run / "checkpoint-7"), qwen.backbone))
     AutoProcessor.from_pretrained(str(tmp_path / "plain"))
 
 
@@ -159,7 +159,7 @@ def test_a_full_run_needs_no_base_model_once_it_has_saved_its_processor(
 
 
 @pytest.mark.parametrize("name", ["by_layer.0.first.weight", "model.layers.0.self_attn.q_proj.lora_A.weight"])
-def test_weights_that_are_no_part_of_a_plain_model_stop_the_export(full_run: Path, tmp_path: Path, name: str) -> None:
+def test_weights_of_heads_or_adapters_in_the_model_stop_the_export(full_run: Path, tmp_path: Path, name: str) -> None:
     file = full_run / "checkpoint-7" / "model.safetensors"
     save_file({**load_file(file), name: torch.zeros(2, 2)}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="unexpected"):
@@ -167,7 +167,7 @@ def test_weights_that_are_no_part_of_a_plain_model_stop_the_export(full_run: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_a_merge_that_changes_the_answers_exports_nothing(
+def test_a_merge_that_changes_the_logits_exports_nothing(
     qwen_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft.tuners.lora import Linear
@@ -178,24 +178,24 @@ def test_a_merge_that_changes_the_answers_exports_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_answer_otherwise_are_never_renamed_into_place(
+def test_files_with_other_logits_are_not_exported(
     qwen: Any, qwen_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = export_module._plain_model
+    load = export_module.load_plain_model
 
     def damaged(folder: Path) -> Any:
-        model = real(folder)
+        model = load(folder)
         with torch.no_grad():
             model.lm_head.weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr(export_module, "_plain_model", damaged)
+    monkeypatch.setattr(export_module, "load_plain_model", damaged)
     with pytest.raises(ValueError, match="exported files"):
         export(qwen_run, tmp_path / "plain")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_export_left_is_swept_by_the_next_one(qwen_run: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_export_are_removed_by_the_next_one(qwen_run: Path, tmp_path: Path) -> None:
     left = tmp_path / ".plain.123.partial"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
@@ -221,8 +221,8 @@ def test_the_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path: Path
         (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere"}')
         (folder / "adapter_model.safetensors").write_bytes(b"")
     (tmp_path / "checkpoint-best").mkdir()
-    found = find_checkpoint(tmp_path)
-    assert (found.folder.name, found.mode, found.base) == ("checkpoint-100", "lora", "somewhere")
+    checkpoint = find_checkpoint(tmp_path)
+    assert (checkpoint.folder.name, checkpoint.mode, checkpoint.base) == ("checkpoint-100", "lora", "somewhere")
     (tmp_path / "config.yaml").write_text("model: {source: elsewhere}")
     assert find_checkpoint(tmp_path).base == "elsewhere"
     assert find_checkpoint(tmp_path, base="given").base == "given"
@@ -234,8 +234,8 @@ def test_sharded_weights_are_a_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path).mode == "full"
 
 
-def test_a_missing_or_empty_source_is_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+def test_missing_and_empty_sources_have_different_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         find_checkpoint(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="neither"):
         find_checkpoint(tmp_path)

@@ -2,18 +2,20 @@
 
 import pytest
 import torch
+from support.agreement import judge, run
 from support.problems import random_problem, relative_error
 
 import gasp_fast
 from gasp_fast.kernels import products, rows_torch
 from gasp_fast.kernels.chunked import ChunkedEngine
+from gasp_fast.kernels.engines import ENGINES
 from gasp_fast.kernels.products import Products
 
 
 @pytest.fixture
 def amx(monkeypatch):
     """Take the bf16 path wherever MKL has the product: it emulates what the processor lacks."""
-    if products._mkl_function() is None:
+    if products.mkl_bf16_function() is None:
         pytest.skip("this torch carries no MKL")
     monkeypatch.setattr(products, "has_amx", lambda: True)
 
@@ -32,20 +34,16 @@ def test_bf16_similarities_are_not_rounded_to_bf16(amx):
 def test_the_loss_through_the_bf16_unit_agrees_with_float64(amx):
     problem = random_problem(0, [[30, 7, 1, 22], [18, 25, 9]], width=64, matches=200, planted=2.0)
     rounded = problem.embeddings.bfloat16()
-    results = []
-    for embeddings, backend in ((rounded.clone(), "cpp"), (rounded.double(), "torch")):
-        embeddings.requires_grad_()
-        out = gasp_fast.gasp_loss(embeddings, problem.matches, backend=backend)
-        out.loss.backward()
-        results.append((out.loss, embeddings.grad))
-    assert relative_error(results[0][0], results[1][0]) < 1e-4
-    assert relative_error(results[0][1], results[1][1]) < 1e-2
+    truth = judge(problem, rounded)
+    loss, embedding_gradient, _, _ = run(problem, rounded, "cpp")
+    assert relative_error(loss, truth.loss) < 1e-4
+    assert relative_error(embedding_gradient, truth.embedding_gradient) < 1e-2
 
 
 class HalfProducts(Products):
     """What a GPU does: 16-bit operands, float32 sums and results."""
 
-    def _product(self, a, b, out, accumulate):
+    def product(self, a, b, out, accumulate):
         assert a.dtype == b.dtype == torch.float16
         product = a.float() @ b.float()
         out.add_(product) if accumulate else out.copy_(product)
@@ -58,23 +56,19 @@ def test_float16_products_lose_no_small_gradient(monkeypatch, fp16_products):
         ways = HalfProducts(torch.float16, converts=False, wide_result=True)
         monkeypatch.setattr(Products, "of", staticmethod(lambda embeddings: ways))
     engine = ChunkedEngine(operations=rows_torch, workspace_bytes=20_000)
-    monkeypatch.setattr("gasp_fast.loss.operators.engine_for", lambda backend, entry: engine)
+    monkeypatch.setitem(ENGINES, "cpp", lambda embeddings: engine)
     problem = random_problem(0, [[30, 7, 1, 22], [18, 25, 9]], width=36, matches=300, scale=10.0)
     rounded = problem.embeddings.half()
     rounded[0] *= 8  # layers of different size
-    results = []
-    for embeddings, backend in ((rounded.clone(), "cpp"), (rounded.double(), "torch")):
-        embeddings.requires_grad_()
-        temperature = torch.tensor(0.07, requires_grad=True)
-        tau = temperature.to(torch.float64 if backend == "torch" else torch.float32)
-        # 2^-12: a loss scale that went the wrong way, or one of many terms; returned in float16, so scaled back here.
-        out = gasp_fast.gasp_loss(embeddings, problem.matches, tau, corr_weight=0.3 / 4096, depth_weight=1.0 / 4096,
-                                  reduction="sum", backend=backend)  # fmt: skip
-        (out.loss * 4096).backward()
-        results.append((embeddings.grad, temperature.grad))
+    truth = judge(problem, rounded, reduction="sum")
+    embeddings, temperature = rounded.clone().requires_grad_(), torch.tensor(0.07, requires_grad=True)
+    # 2^-12: a loss scale that went the wrong way, or one of many terms; returned in float16, so scaled back here.
+    out = gasp_fast.gasp_loss(embeddings, problem.matches, temperature, corr_weight=0.3 / 4096,
+                              depth_weight=1.0 / 4096, reduction="sum", backend="cpp")  # fmt: skip
+    (out.loss * 4096).backward()
     # In float16 the gradient is stored before it is scaled: what is left of it there is exact to one rounding.
-    assert relative_error(results[0][1], results[1][1]) < 2e-3
-    assert relative_error(results[0][0], results[1][0]) < 2e-2
+    assert relative_error(temperature.grad, truth.temperature_gradient) < 2e-3
+    assert relative_error(embeddings.grad, truth.embedding_gradient) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

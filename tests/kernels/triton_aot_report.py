@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gasp_fast.kernels import narrow, narrow_triton, rows_triton
-from gasp_fast.kernels.chunk import MatchRuns, MatchScales, MatchTerms, RowChunk
-from gasp_fast.kernels.plan import MatchPlan
-from gasp_fast.kernels.triton_launch import Tile
+from gasp_fast.kernels.chunk import MatchRuns, MatchTerms, RowChunk, TermWeights
+from gasp_fast.kernels.index import MatchIndex
+from gasp_fast.kernels.triton_launch import Kernel, Tile
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -34,14 +34,16 @@ TYPES = {
 ARCH = 90
 
 
-def compile_instead(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict, written: tuple[str, ...]) -> None:
-    arguments = arguments | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
-    signature, constants, attributes = {}, {}, {}
-    for at, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
+def compile_instead(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
+    parameters = kernel.function.params
+    constants |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+    named = dict(zip((parameter.name for parameter in parameters), arguments, strict=False)) | constants
+    signature, constexprs, attributes = {}, {}, {}
+    for at, parameter in enumerate(parameters):
+        value = named[parameter.name]
         specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and specialised):
-            signature[parameter.name], constants[(at,)] = "constexpr", value
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialised):
+            signature[parameter.name], constexprs[(at,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             attributes[(at,)] = [["tt.divisibility", 16]]  # what the allocator gives
@@ -51,10 +53,10 @@ def compile_instead(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: d
                 attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
-    report = {"kernel": kernel.__name__, "shared": compiled.metadata.shared}
+    report = {"kernel": kernel.function.__name__, "shared": compiled.metadata.shared}
     report |= {"warps": tile.warps, "rows": tile.rows, "columns": tile.columns, "stages": tile.stages}
     report |= resources(compiled.asm["ptx"], compiled.asm["cubin"])
     print(json.dumps(report), flush=True)
@@ -78,10 +80,10 @@ def resources(ptx: str, cubin: bytes) -> dict[str, int]:
     }
 
 
-def problem(frames: int, per_frame: int, matches: int) -> MatchPlan:
+def problem(frames: int, per_frame: int, matches: int) -> MatchIndex:
     generator = torch.Generator().manual_seed(0)
     tokens = frames * per_frame
-    return MatchPlan.build(
+    return MatchIndex.build(
         frame_offsets=torch.arange(frames + 1) * per_frame,
         sequence_offsets=torch.tensor([0, frames]),
         anchor=torch.randint(per_frame, (matches,), generator=generator),
@@ -94,37 +96,38 @@ def problem(frames: int, per_frame: int, matches: int) -> MatchPlan:
 
 
 def wide(dtype: torch.dtype, width: int) -> None:
-    plan = problem(frames=16, per_frame=144, matches=256)
-    rows, tokens = 64, len(plan.known)
+    index = problem(frames=16, per_frame=144, matches=256)
+    rows, tokens = 64, len(index.known)
     embeddings = torch.zeros(1, tokens, width, dtype=dtype)
-    own = plan.rows.row_token[:rows]
+    own = index.rows.row_token[:rows]
     scale = rows_triton.inverse_norms(embeddings)
     chunk = RowChunk(
         similarity=torch.zeros(1, rows, tokens), row_scale=scale[:, own], token_scale=scale,
-        temperature=torch.tensor(0.07), own_token=own, exclude_own=True, frame_offsets=plan.rows.frame_offsets,
-        values=plan.values, known=plan.known,
+        temperature=torch.tensor(0.07), own_token=own, exclude_own=True, frame_offsets=index.rows.frame_offsets,
+        values=index.values, known=index.known,
     )  # fmt: skip
-    runs = MatchRuns(plan.run_start, plan.rows.longest, plan.order, plan.target, plan.depth, plan.counts, 0)
-    scales = MatchScales(*(torch.ones(1, 1).expand(1, 256) for _ in range(2)))
+    runs = MatchRuns.of(index)
+    weights = TermWeights(*(torch.ones(1, 1).expand(1, 256) for _ in range(2)))
     terms = MatchTerms.empty(1, 256, torch.device("cpu"))
     for every_frame in (False, True):
         statistics = rows_triton.frame_statistics(chunk, runs, every_frame)
-        weights = scales if every_frame else None
-        upstream = rows_triton.match_terms(chunk, statistics, runs, weights, terms, every_frame, 1e-6)
+        negatives = "sequence" if every_frame else "frame"
+        wanted = weights if every_frame else None
+        upstream = rows_triton.loss_terms(chunk, statistics, runs, wanted, terms, negatives, 1e-6)
     x = torch.zeros(1, rows, tokens, dtype=dtype)
-    rows_triton.similarity_gradient(chunk, statistics, upstream, runs, scales, x)
+    rows_triton.similarity_gradient(chunk, statistics, upstream, runs, weights, x)
     rows_triton.frame_statistics(chunk, None, True)
     rows_triton.similarity_gradient(chunk, statistics, upstream, None, None, x)
     rows_triton.project_gradient(torch.zeros(1, tokens, width), embeddings, scale, torch.empty_like(embeddings))
 
 
 def streamed(dtype: torch.dtype, width: int) -> None:
-    plan = problem(frames=24, per_frame=576, matches=256)
-    embeddings = torch.zeros(2, len(plan.known), width, dtype=dtype)
-    scales = MatchScales(*(torch.ones(1, 1).expand(2, 256) for _ in range(2)))
+    index = problem(frames=24, per_frame=576, matches=256)
+    embeddings = torch.zeros(2, len(index.known), width, dtype=dtype)
+    weights = TermWeights(*(torch.ones(1, 1).expand(2, 256) for _ in range(2)))
     terms = MatchTerms.empty(2, 256, torch.device("cpu"))
-    rest = (True, 1e-6, torch.empty_like(embeddings), True)
-    narrow.match_terms(embeddings, plan, torch.tensor(0.07), scales, terms, *rest)
+    rest = ("sequence", 1e-6, torch.empty_like(embeddings), True)
+    narrow.terms_and_gradients(embeddings, index, torch.tensor(0.07), weights, terms, *rest)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Every backend against the dense reference in float64: the loss, each term, each metric and every gradient."""
+"""The CPU backends against the definition in float64: the loss, each term, each metric and every gradient."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.agreement import EXACT, NARROW, assert_agrees, natural_sizes, run
+from support.agreement import EXACT, NARROW, assert_agrees, cpp_workspace, judge, natural_sizes, run
 from support.problems import Problem, problems, random_problem, relative_error
 
 import gasp_fast
+from gasp_fast.kernels.engines import CPU_WORKSPACE
+from gasp_fast.loss.naive import naive_loss
 
+SMALL = 1500  # bytes of workspace: most problems take several chunks
 SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
 
 
@@ -35,21 +38,23 @@ SINGLE = Problem(
 
 
 @settings(max_examples=320, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(problems(), st.sampled_from(["mean", "sum", "none"]))
-@example(SINGLE, "none")
-def test_cpp_agrees_with_float64_in_float32(problem, reduction):
-    assert_agrees(problem, torch.float32, EXACT, "cpp", reduction=reduction)
+@given(problems(), st.sampled_from(["mean", "sum", "none"]), st.sampled_from([SMALL, CPU_WORKSPACE]))
+@example(SINGLE, "none", CPU_WORKSPACE)
+def test_cpp_agrees_with_float64_in_float32(problem, reduction, workspace):
+    with cpp_workspace(workspace):
+        assert_agrees(problem, torch.float32, EXACT, "cpp", reduction=reduction)
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems(), st.sampled_from([torch.bfloat16, torch.float16]))
-def test_cpp_agrees_with_float64_in_sixteen_bits(problem, dtype):
-    assert_agrees(problem, dtype, NARROW, "cpp")
+@given(problems(), st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([SMALL, CPU_WORKSPACE]))
+def test_cpp_agrees_with_float64_in_sixteen_bits(problem, dtype, workspace):
+    with cpp_workspace(workspace):
+        assert_agrees(problem, dtype, NARROW, "cpp")
 
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
-def test_reference_in_float32_agrees_with_itself_in_float64(problem):
+def test_dense_agrees_with_float64_in_float32(problem):
     assert_agrees(problem, torch.float32, EXACT, "torch")
 
 
@@ -59,10 +64,10 @@ def test_cold_temperatures_underflow_nowhere(negatives, temperature):
     """At 0.005 similarities span 400 units: a shared maximum would lose every token of known depth."""
     problem = random_problem(5, SEQUENCES, width=3, temperature=temperature, negatives=negatives, planted=9, holes=0.8)
     # Rounding of the embeddings themselves is magnified by 1 / tau; compare from the same float32 numbers.
-    truth = run(problem, problem.embeddings.float().double(), "torch")
+    truth = judge(problem, problem.embeddings.float())
     found = run(problem, problem.embeddings.float(), "cpp")
-    assert relative_error(found[0], truth[0]) < 1e-5
-    assert relative_error(found[1], truth[1]) < 1e-5 * (0.07 / temperature)
+    assert relative_error(found[0], truth.loss) < 1e-5
+    assert relative_error(found[1], truth.embedding_gradient) < 1e-5 * (0.07 / temperature)
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,19 +75,20 @@ def test_cold_temperatures_underflow_nowhere(negatives, temperature):
 def test_error_is_at_most_twice_that_of_dense_arithmetic_in_the_same_type(problem):
     for dtype in (torch.bfloat16, torch.float16):
         rounded = problem.embeddings.to(dtype)
-        truth = run(problem, rounded.double(), "torch")
+        truth = judge(problem, rounded)
         dense, ours = run(problem, rounded, "torch"), run(problem, rounded, "cpp")
-        # One rounding of the result itself is nobody's error.
+        # One rounding of the result itself is allowed to both.
         rounding, natural = torch.finfo(dtype).eps, natural_sizes(problem)
-        for name, d, o, t in zip(("loss", "dE"), dense, ours, truth, strict=False):
+        truths = {"loss": truth.loss, "dE": truth.embedding_gradient}
+        for (name, t), d, o in zip(truths.items(), dense, ours, strict=False):
             size = natural[name]
             assert relative_error(o, t, size) <= 2 * relative_error(d, t, size) + rounding, name
 
 
 @settings(max_examples=60, deadline=None)
 @given(problems(widths=(8, 17, 40)))  # in one dimension every cosine is a tie
-def test_metrics_are_those_of_the_reference(problem):
-    truth = run(problem, problem.embeddings.float().double(), "torch")[3].metrics
+def test_metrics_are_those_of_the_definition(problem):
+    truth = judge(problem, problem.embeddings.float())
     found = run(problem, problem.embeddings.float(), "cpp")[3].metrics
     assert torch.allclose(found.accuracy.double(), truth.accuracy.double(), atol=1e-6)
     assert torch.allclose(found.pck.double(), truth.pck.double(), atol=1e-6)
@@ -131,17 +137,20 @@ def test_a_list_of_layers_is_the_same_as_a_stack(backend):
     assert torch.allclose(stack.grad, torch.stack([layer.grad for layer in layers]), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["loss", "corr", "depth", "mixture"])
-def test_every_output_can_be_differentiated(name):
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2, -3, 1)])
+def test_every_output_can_be_differentiated(backend, weights):
+    """`loss`, `corr` and `depth` alone, and a mixture of them."""
     problem = random_problem(4, SEQUENCES, layers=2)
-    gradients = []
-    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "cpp")):
-        embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
-        out = gasp_fast.gasp_loss(embeddings, problem.matches, backend=backend)
-        scalar = 2 * out.loss - 3 * out.corr + out.depth if name == "mixture" else getattr(out, name)
-        scalar.backward()
-        gradients.append(embeddings.grad)
-    assert relative_error(gradients[1], gradients[0]) < EXACT
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
+    out = gasp_fast.gasp_loss(embeddings, problem.matches, backend=backend)
+    scalar = weights[0] * out.loss + weights[1] * out.corr + weights[2] * out.depth
+    scalar.backward()
+    truth = problem.embeddings.clone().requires_grad_()
+    for corr_weight, depth_weight, weight in zip((0.3, 1.0, 0.0), (1.0, 0.0, 1.0), weights, strict=True):
+        (weight * naive_loss(truth, problem.matches, 0.07, "sequence", corr_weight, depth_weight).loss).backward()
+    assert relative_error(embeddings.grad, truth.grad) < EXACT
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])

@@ -1,4 +1,4 @@
-"""Contract 1.4: right under DDP and ZeRO-1/2/3. Two real processes over gloo, on the CPU.
+"""The loss is right under DDP and ZeRO-1/2/3. Two real processes over gloo, on the CPU.
 
 Every step is plain SGD. AdamW divides by the gradient's own size and would forgive a gradient that is too large by
 the number of ranks; SGD shows it.

@@ -1,7 +1,8 @@
-"""The same promises on a GPU. Run there with `pytest -m gpu`; skipped elsewhere."""
+"""The promises of the loss on a GPU: run there with `pytest -m gpu`, skipped elsewhere."""
 
 import pytest
 import torch
+from support.agreement import judge
 from support.problems import Problem, random_problem, relative_error
 
 import gasp_fast
@@ -36,12 +37,14 @@ def step(problem: Problem, dtype: torch.dtype, backend: str, **options):
 def test_agrees_with_float64(dtype, tolerance, width, reduction, negatives):
     problem = random_problem(0, SEQUENCES, width=width, matches=900, planted=2.0)
     rounded = Problem(problem.embeddings.to(dtype).double(), problem.matches, 0.07, negatives)
-    truth = step(rounded, torch.float64, "torch", reduction=reduction, negatives=negatives)
-    found = step(rounded, dtype, "triton", reduction=reduction, negatives=negatives)
-    assert relative_error(found[0], truth[0]) <= tolerance
-    assert relative_error(found[1], truth[1]) <= tolerance
-    assert relative_error(found[2], truth[2]) <= 10 * tolerance
-    assert (found[3].accuracy - truth[3].accuracy).abs().max() < 0.01
+    truth = judge(rounded, reduction=reduction)
+    loss, embedding_gradient, temperature_gradient, metrics = step(
+        rounded, dtype, "triton", reduction=reduction, negatives=negatives
+    )
+    assert relative_error(loss.cpu(), truth.loss) <= tolerance
+    assert relative_error(embedding_gradient.cpu(), truth.embedding_gradient) <= tolerance
+    assert relative_error(temperature_gradient.cpu(), truth.temperature_gradient) <= 10 * tolerance
+    assert (metrics.accuracy.cpu() - truth.accuracy).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -53,9 +56,9 @@ def test_tf32_agrees_with_float64(width):
         found = step(problem, torch.float32, "triton")
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    truth = step(problem, torch.float64, "torch")
-    assert relative_error(found[0], truth[0]) <= 1e-3
-    assert relative_error(found[1], truth[1]) <= 1e-3
+    truth = judge(problem)
+    assert relative_error(found[0].cpu(), truth.loss) <= 1e-3
+    assert relative_error(found[1].cpu(), truth.embedding_gradient) <= 1e-3
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -63,10 +66,9 @@ def test_tf32_agrees_with_float64(width):
 def test_error_is_at_most_twice_that_of_dense_arithmetic(width, dtype):
     problem = random_problem(0, SEQUENCES, width=width, matches=900, planted=2.0)
     rounded = Problem(problem.embeddings.to(dtype).double(), problem.matches, 0.07, "sequence")
-    truth, dense, ours = (
-        step(rounded, d, b) for d, b in ((torch.float64, "torch"), (dtype, "torch"), (dtype, "triton"))
-    )
-    for d, o, t in zip(dense[:2], ours[:2], truth[:2], strict=True):
+    truth = judge(rounded)
+    dense, ours = (step(rounded, dtype, backend)[:2] for backend in ("torch", "triton"))
+    for d, o, t in zip(dense, ours, (truth.loss.to(DEVICE), truth.embedding_gradient.to(DEVICE)), strict=True):
         assert relative_error(o, t) <= 2 * relative_error(d, t) + torch.finfo(dtype).eps
 
 
@@ -114,10 +116,10 @@ def test_extra_memory_is_bounded(width):
     gasp_fast.gasp_loss(embeddings, matches).loss.backward()
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
-    anchors = matches.plan.rows.row_token.shape[0]
+    anchors = matches.index.rows.row_token.shape[0]
     gradients = embeddings.numel() * 2 + tokens * width * 4
     statistics = 2 * anchors * frames * 4 * 12
-    assert anchors * tokens * 2 > 8 * engines.GPU_WORKSPACE  # the dense matrix would not go unnoticed
+    assert anchors * tokens * 2 > 8 * engines.GPU_WORKSPACE  # a dense matrix would show
     assert extra - gradients - statistics <= 128 << 20
 
 

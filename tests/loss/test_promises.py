@@ -1,13 +1,13 @@
-"""Contract 1.4: what every fast backend promises beyond being right. Here on the CPU; `test_gpu.py` asks a GPU."""
+"""What every fast backend promises beyond being right, on the CPU; `test_gpu.py` has the same for a GPU."""
 
 import pytest
 import torch
+from support.agreement import cpp_workspace
 from support.problems import random_problem, relative_error
 from torch.utils.checkpoint import checkpoint
 
 import gasp_fast
 from gasp_fast.kernels import engines, rows_cpp
-from gasp_fast.kernels.chunked import ChunkedEngine
 
 SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,23 +28,9 @@ def test_two_runs_agree_to_the_last_bit(dtype, reduction):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_number_of_threads_does_not_change_a_bit_of_the_row_operations():
-    problem = random_problem(0, SEQUENCES, width=16, matches=200)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            rows_cpp._threads, original = (lambda count=count: count), rows_cpp._threads
-            results.append(step(problem))
-            rows_cpp._threads = original
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-
-
 @pytest.fixture
 def poisoned_memory():
-    """Every `torch.empty` is filled with NaN (or the largest integer): what nobody writes shows."""
+    """Every `torch.empty` is filled with NaN (or the largest integer): reading memory before writing it shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -65,12 +51,12 @@ def test_nothing_unwritten_is_read(poisoned_memory, dtype, matches):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace", [1, 5_000, 40_000])
-def test_any_chunking_gives_the_same_result(monkeypatch, dtype, workspace):
+def test_any_chunking_gives_the_same_result(dtype, workspace):
     problem = random_problem(0, SEQUENCES, width=24, matches=150)
     whole = step(problem, dtype)
-    small = ChunkedEngine(operations=rows_cpp, workspace_bytes=workspace)
-    monkeypatch.setattr("gasp_fast.loss.operators.engine_for", lambda backend, embeddings: small)
-    for a, b in zip(whole, step(problem, dtype), strict=True):
+    with cpp_workspace(workspace):
+        chunked = step(problem, dtype)
+    for a, b in zip(whole, chunked, strict=True):
         assert relative_error(b, a) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
@@ -88,14 +74,14 @@ def allocations(work):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_of_anchor_times_token_size(dtype):
-    """And the workspace does not grow with either: only statistics and gradients do."""
+    """The workspace grows with neither: only statistics and gradients do."""
     width, extra = 64, []
     for frames in (8, 16):  # twice the anchors and twice the tokens
         tokens = 1024 * frames
         problem = random_problem(0, [[1024] * frames], layers=2, width=width, matches=tokens)
-        anchors = problem.matches.plan.rows.row_token.shape[0]
+        anchors = problem.matches.index.rows.row_token.shape[0]
         embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
-        gasp_fast.gasp_loss(embeddings, problem.matches).loss.backward()  # whatever is only allocated once
+        gasp_fast.gasp_loss(embeddings, problem.matches).loss.backward()  # allocates what is allocated only once
         embeddings.grad = None
         largest, peak = allocations(lambda e=embeddings, m=problem.matches: gasp_fast.gasp_loss(e, m).loss.backward())
         assert largest < anchors * tokens  # bytes: not even one byte for each pair
@@ -126,7 +112,7 @@ def test_addresses_pass_two_to_the_thirty_one():
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_gradients_come_only_where_asked():
+def test_only_what_requires_grad_gets_a_gradient():
     problem = random_problem(0, SEQUENCES, layers=2)
     layers = [layer.float().clone() for layer in problem.embeddings]
     layers[1].requires_grad_()
@@ -189,11 +175,11 @@ def test_under_autocast_nothing_is_cast(monkeypatch, backend):
     plain = step(problem, backend=backend)
     inside = []
 
-    def spy(name, entry):
+    def spy(stack):
         inside.append(torch.is_autocast_enabled("cpu"))
-        return engines.engine_for(name, entry)
+        return engines.cpp_engine(stack)
 
-    monkeypatch.setattr("gasp_fast.loss.operators.engine_for", spy)
+    monkeypatch.setitem(engines.ENGINES, "cpp", spy)
     embeddings = problem.embeddings.float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = gasp_fast.gasp_loss(embeddings, problem.matches, backend=backend).loss
@@ -312,7 +298,7 @@ def test_a_zero_embedding_row_stays_finite(backend, dtype):
     alive = torch.ones(embeddings.shape[1], dtype=torch.bool)
     alive[[anchor, target]] = False
     assert out.loss.isfinite()
-    # The true gradient of a dead row is of the order of 1e12, which float16 cannot hold; nobody else may suffer.
+    # The true gradient of a zero row is of the order of 1e12, which float16 cannot hold; all others must be finite.
     assert embeddings.grad[:, alive if dtype == torch.float16 else slice(None)].isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""What a user installs: a light import, a wheel that works without the source tree, and no shadow on `kernels`."""
+"""The installed package: a light import, a wheel that works without the source tree, no conflict over `kernels`."""
 
 import json
 import os
@@ -42,7 +42,7 @@ print(json.dumps([took, sorted(heavy)]))
     assert out.returncode == 0, out.stderr
     took, heavy = json.loads(out.stdout.splitlines()[-1])
     assert took < 0.5
-    import torch  # what torch itself imports is not ours
+    import torch  # a CUDA build of torch imports triton itself
 
     assert heavy == [] or torch.cuda.is_available()
 
@@ -55,8 +55,8 @@ def test_the_public_names_are_there():
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_our_kernels_folder_never_shadows_hugging_faces_package(tmp_path, installed):
-    """From the repository's root, where `kernels/` lies in the working directory."""
-    if installed:  # a stand-in for the real package, as far back on the path as can be
+    """In the repository's root, where the working directory contains a folder `kernels/`."""
+    if installed:  # in place of the real package, last on the path
         package = tmp_path / "site" / "kernels"
         package.mkdir(parents=True)
         (package / "__init__.py").write_text("__version__ = '9.9.9'\ndef get_kernel(name): return name\n")
@@ -77,8 +77,8 @@ print("ours", gasp_fast.kernels.engines.__file__)
 """
     out = python(code, ROOT)
     assert out.returncode == 0, out.stderr
-    told = [line.split(" ", 1) for line in out.stdout.splitlines() if " " in line]
-    lines = {name: value for name, value in told if name in ("file", "available", "ours")}
+    pairs = [line.split(" ", 1) for line in out.stdout.splitlines() if " " in line]
+    lines = {name: value for name, value in pairs if name in ("file", "available", "ours")}
     if installed:
         assert lines["file"] == str(tmp_path / "site" / "kernels" / "__init__.py")
     else:
@@ -88,7 +88,7 @@ print("ours", gasp_fast.kernels.engines.__file__)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from the files that git knows, through an sdist, as a release would be."""
+    """Built from the files in git, through an sdist, as for a release."""
     work = tmp_path_factory.mktemp("build")
     source = work / "source"
     source.mkdir()

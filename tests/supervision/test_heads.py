@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gasp_fast.supervision import heads
+from gasp_fast.supervision import precision
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, parse_layers
 
 # outputs x hidden of W_Q: square, narrow query heads, wide query heads
@@ -132,14 +132,23 @@ def test_gradients_are_those_of_plain_linear_layers():
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("compute, precision", [("fp32", "ieee"), ("tf32", "tf32")])
-def test_the_stated_precision_holds_in_forward_and_backward_and_is_put_back(monkeypatch, compute, precision):
-    seen, original = [], heads._matmul_precision
-    monkeypatch.setattr(heads, "_matmul_precision", lambda wanted: seen.append(wanted) or original(wanted))
+@pytest.mark.parametrize("compute, cublas_precision", [("fp32", "ieee"), ("tf32", "tf32")])
+def test_the_chosen_precision_holds_in_forward_and_backward_and_is_restored(monkeypatch, compute, cublas_precision):
+    used, original = [], precision.matmul_precision
+    monkeypatch.setattr(precision, "matmul_precision", lambda name: used.append(name) or original(name))
     before = torch.backends.cuda.matmul.fp32_precision
     head = CorrespondenceHead(16, compute=compute)
     head(torch.randn(4, 16)).sum().backward()
-    assert seen == [precision] * 4  # two layers, there and back
+    assert used == [cublas_precision] * 4  # two layers, forward and backward
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_the_precision_is_the_processs_own_again_after_an_error():
+    before = torch.backends.cuda.matmul.fp32_precision
+    other = "tf32" if before != "tf32" else "ieee"
+    with pytest.raises(ZeroDivisionError), precision.matmul_precision(other):
+        assert torch.backends.cuda.matmul.fp32_precision == other
+        1 / 0  # noqa: B018
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
@@ -161,7 +170,7 @@ def test_each_layer_has_a_head_of_its_own():
     torch.manual_seed(0)
     projections = {layer: (torch.randn(16, 16), torch.randn(16)) for layer in (5, 2, 9)}
     several = CorrespondenceHeads.from_query_projections(projections)
-    assert several.layers == [2, 5, 9] and len(several) == 3
+    assert several.layers == [2, 5, 9]
     alone = CorrespondenceHead.from_query_projection(*projections[5])
     x = torch.randn(4, 16)
     assert torch.equal(several(5, x), alone(x))

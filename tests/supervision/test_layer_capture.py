@@ -1,4 +1,4 @@
-"""Captured hidden states are the model's own, with their gradients, under every kind of gradient checkpointing."""
+"""Captured hidden states are those of the model, with their gradients, under every kind of gradient checkpointing."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_captured_states_are_the_models_hidden_states_before_the_final_norm(fami
 
 @pytest.fixture
 def training(shipped):
-    """A model in training mode whose checkpointing is off again afterwards."""
+    """A model in training mode. Gradient checkpointing is switched off afterwards."""
     model = shipped.model.train()
     model.enable_input_require_grads()
     yield shipped
@@ -41,17 +41,17 @@ def step(family, encoded, layers):
     """States and gradients of a loss that reads every captured layer, with the backward inside the context."""
     family.model.zero_grad()
     positions = torch.cat(encoded.positions)
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     with capture_of(family, layers) as capture:
         loss = family.model(**encoded.inputs, use_cache=False).loss
-        seen = {layer: capture.tokens(layer, positions) for layer in layers}
+        states = {layer: capture.tokens(layer, positions) for layer in layers}
         for layer in layers:
-            loss = loss + (seen[layer] * torch.randn(seen[layer].shape, generator=draw)).mean()
+            loss = loss + (states[layer] * torch.randn(states[layer].shape, generator=rng)).mean()
         loss.backward()
-        again = {layer: capture.tokens(layer, positions) for layer in layers}
-    assert all(torch.equal(seen[layer], again[layer]) and again[layer].requires_grad for layer in layers)
+        after = {layer: capture.tokens(layer, positions) for layer in layers}
+    assert all(torch.equal(states[layer], after[layer]) and after[layer].requires_grad for layer in layers)
     grads = {name: p.grad.clone() for name, p in family.model.named_parameters() if p.grad is not None}
-    return {layer: value.detach() for layer, value in seen.items()}, grads
+    return {layer: state.detach() for layer, state in states.items()}, grads
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -114,12 +114,47 @@ def test_a_loss_on_one_layer_reaches_the_layers_below_it_and_no_others(training,
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.decoder_layers(model)[0].parameters())
 
 
-def test_no_hook_outlives_the_context(shipped, talk, noise):
-    backbone, model = shipped.backbone, shipped.model
-    watched = [*backbone.decoder_layers(model), backbone.final_norm(model)]
-    with capture_of(shipped):
-        assert sum(len(module._forward_pre_hooks) for module in watched) == backbone.layer_count
-    assert sum(len(module._forward_pre_hooks) for module in watched) == 0
+def test_nothing_is_captured_after_the_context_not_even_after_an_error(shipped, talk, noise):
+    inputs = shipped.backbone.encode([talk(noise(1, 64, 64))]).inputs
+    capture = capture_of(shipped)
+    with pytest.raises(ZeroDivisionError), capture:
+        1 / 0  # noqa: B018
+    with torch.no_grad():
+        shipped.model(**inputs)
+        with pytest.raises(ValueError, match="no hidden state yet"):
+            capture.hidden(0)
+        with capture:
+            shipped.model(**inputs)
+        kept = capture.hidden(0)
+        shipped.model(**shipped.backbone.encode([talk(noise(2, 64, 64))]).inputs)
+    assert capture.hidden(0) is kept
+
+
+def test_a_callback_receives_each_state_once_in_order_and_nothing_is_kept(shipped, talk, noise):
+    inputs = shipped.backbone.encode([talk(noise(1, 64, 64))]).inputs
+    layers, final_norm = shipped.backbone.decoder_layers(shipped.model), shipped.backbone.final_norm(shipped.model)
+    received = []
+    with torch.no_grad():
+        with LayerCapture(layers, final_norm, [0, 2, 3]) as capture:
+            shipped.model(**inputs)
+        with LayerCapture(layers, final_norm, [0, 2, 3], lambda *state: received.append(state)) as streaming:
+            shipped.model(**inputs)
+    assert [layer for layer, _ in received] == [0, 2, 3]
+    assert all(torch.equal(state, capture.hidden(layer)) for layer, state in received)
+    with pytest.raises(ValueError, match="no hidden state yet"):
+        streaming.hidden(0)
+
+
+def test_a_second_forward_pass_needs_a_cleared_capture(shipped, talk, noise):
+    first, second = (shipped.backbone.encode([talk(noise(n, 64, 64))]).inputs for n in (1, 2))
+    with capture_of(shipped, [0]) as capture, torch.no_grad():
+        shipped.model(**first)
+        kept = capture.hidden(0)
+        shipped.model(**second)
+        assert capture.hidden(0) is kept
+        capture.clear()
+        shipped.model(**second)
+        assert capture.hidden(0).shape[1] == second["input_ids"].shape[1] != kept.shape[1]
 
 
 def test_tokens_picks_flat_positions_in_order(shipped, talk, noise):

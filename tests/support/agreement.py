@@ -1,10 +1,20 @@
-"""One backend against the dense reference in float64: the same questions for every backend."""
+"""One backend against `naive_loss` in float64: the same checks for every backend."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
 import torch
+from torch import Tensor
 
 import gasp_fast
+from gasp_fast.kernels import rows_cpp
+from gasp_fast.kernels.chunked import ChunkedEngine
+from gasp_fast.kernels.engines import ENGINES
+from gasp_fast.loss.naive import NaiveLoss, naive_loss
 
 from .problems import Problem, relative_error
 
@@ -12,7 +22,7 @@ EXACT = 1e-5  # float32, IEEE
 NARROW = 1e-2  # bfloat16 and float16
 
 
-def run(problem: Problem, embeddings: torch.Tensor, backend: str, **options):
+def run(problem: Problem, embeddings: Tensor, backend: str, **options):
     """Loss, gradients of embeddings and temperature, and the output."""
     embeddings = embeddings.detach().clone().requires_grad_()
     wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
@@ -20,15 +30,52 @@ def run(problem: Problem, embeddings: torch.Tensor, backend: str, **options):
     out = gasp_fast.gasp_loss(
         embeddings, problem.matches, temperature, problem.negatives, return_metrics=True, backend=backend, **options
     )
-    loss = out.loss
-    if loss.dim():
-        loss = (loss * upstream(loss.numel(), loss.dtype).view(loss.shape)).sum()
-    loss.backward()
-    return loss.detach(), embeddings.grad, temperature.grad, out
+    weighted_sum(out.loss).backward()
+    return out.loss.detach(), embeddings.grad, temperature.grad, out
 
 
-def upstream(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """What the losses of reduction "none", one for each layer and match, are multiplied with."""
+@dataclass(frozen=True)
+class Truth:
+    """What `run` returns and its output holds, from `naive_loss`."""
+
+    loss: Tensor
+    embedding_gradient: Tensor
+    temperature_gradient: Tensor
+    corr_per_layer: Tensor
+    depth_per_layer: Tensor
+    accuracy: Tensor
+    pck: Tensor
+    confidence: Tensor
+
+
+def judge(problem: Problem, embeddings: Tensor | None = None, reduction: str = "mean", **options) -> Truth:
+    """The truth about these embeddings (those of the problem by default), in float64."""
+    embeddings = (problem.embeddings if embeddings is None else embeddings).detach().double().clone().requires_grad_()
+    temperature = torch.tensor(problem.temperature, dtype=torch.float64, requires_grad=True)
+    matches = problem.matches
+    out: NaiveLoss = naive_loss(embeddings, matches, temperature, problem.negatives, reduction=reduction, **options)
+    weighted_sum(out.loss).backward()
+    pairs, with_depth = (1, 1) if reduction == "sum" else (max(1, len(matches)), out.has_depth.sum().clamp(min=1))
+    share = 1 / max(1, len(matches))
+    offset = matches.token_xy[out.best] - matches.token_xy[matches.target]  # [L, M, 2]
+    return Truth(
+        loss=out.loss.detach(),
+        embedding_gradient=embeddings.grad,
+        temperature_gradient=temperature.grad,
+        corr_per_layer=out.corr.detach().sum(1) / pairs,
+        depth_per_layer=out.depth.detach().sum(1) / with_depth,
+        accuracy=(out.best == matches.target).sum(1) * share,
+        pck=(offset.square().sum(-1) <= 2**2).sum(1) * share,
+        confidence=out.confidence.detach().sum(1) * share,
+    )
+
+
+def weighted_sum(loss: Tensor) -> Tensor:
+    """The loss; under reduction "none" the sum of its terms [L, M], each with another weight."""
+    return (loss * upstream(loss.numel(), loss.dtype).view(loss.shape)).sum() if loss.dim() else loss
+
+
+def upstream(count: int, dtype: torch.dtype) -> Tensor:
     return torch.linspace(-1, 2, count, dtype=dtype)
 
 
@@ -45,13 +92,23 @@ def natural_sizes(problem: Problem, reduction: str = "mean") -> dict[str, float]
 
 def assert_agrees(problem: Problem, dtype: torch.dtype, tolerance: float, backend: str, **options) -> None:
     rounded = problem.embeddings.to(dtype)
-    truth = run(problem, rounded.double(), "torch", **options)
-    found = run(problem, rounded, backend, **options)
-    assert found[3].backend == backend
+    truth = judge(problem, rounded, **options)
+    loss, embedding_gradient, temperature_gradient, out = run(problem, rounded, backend, **options)
+    assert out.backend == backend
+    assert embedding_gradient.dtype == dtype
     natural = natural_sizes(problem, **options)
-    for name, ours, theirs in zip(natural, found, truth, strict=False):
-        assert relative_error(ours, theirs, natural[name]) <= tolerance, name
-    assert found[1].dtype == dtype
-    size = natural_sizes(problem)["loss"]  # means, whatever the reduction of the loss
-    for name in ("corr_per_layer", "depth_per_layer"):
-        assert relative_error(getattr(found[3], name), getattr(truth[3], name), size) <= tolerance, name
+    assert relative_error(loss, truth.loss, natural["loss"]) <= tolerance
+    assert relative_error(embedding_gradient, truth.embedding_gradient, natural["dE"]) <= tolerance
+    assert relative_error(temperature_gradient, truth.temperature_gradient, natural["dtau"]) <= tolerance
+    size = natural_sizes(problem)["loss"]  # that of a mean, also where the loss is a sum
+    assert relative_error(out.corr_per_layer, truth.corr_per_layer, size) <= tolerance
+    assert relative_error(out.depth_per_layer, truth.depth_per_layer, size) <= tolerance
+
+
+@contextmanager
+def cpp_workspace(workspace_bytes: int) -> Iterator[None]:
+    """The "cpp" backend with a workspace of this size: small ones make several chunks of a small problem."""
+    engine = ChunkedEngine(operations=rows_cpp, workspace_bytes=workspace_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENGINES, "cpp", lambda embeddings: engine)
+        yield

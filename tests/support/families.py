@@ -1,4 +1,4 @@
-"""Tiny models of the real classes with their real processors, made once a session."""
+"""Tiny models of the real classes with their real processors, created once a session."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FAMILIES = ("qwen2_5_vl", "llava_next_video", "llava")
 
 @dataclass(frozen=True)
 class Family:
-    """A backbone with a model to go with it, and two things only a test needs to know about the model."""
+    """A backbone with a model, and two facts about the model that only tests need."""
 
     backbone: Backbone
     model: Any
@@ -29,19 +29,19 @@ class Family:
         return 8 if self.backbone.model_type == "llava" else 16
 
     def visual_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the model's own vision side makes of the inputs, `[N, D]` in its own order."""
+        """The features that the model's vision side computes from the inputs, `[N, D]` in its own order."""
         inner = self.model.model
         if self.backbone.model_type == "qwen2_5_vl":
-            found = inner.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+            features = inner.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
         elif self.backbone.model_type == "llava_next_video":
-            found = inner.get_video_features(inputs["pixel_values_videos"], return_dict=True)
+            features = inner.get_video_features(inputs["pixel_values_videos"], return_dict=True)
         else:
-            found = inner.get_image_features(inputs["pixel_values"], return_dict=True)
-        return torch.cat([part.reshape(-1, part.shape[-1]) for part in found.pooler_output])
+            features = inner.get_image_features(inputs["pixel_values"], return_dict=True)
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in features.pooler_output])
 
     def pixels_by_token(self, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
-        """The processor's pixel values grouped by the token they end in, `[frames, tokens, values]`."""
-        if self.backbone.model_type == "qwen2_5_vl":  # patches of one merge block stand together
+        """The processor's pixel values grouped by token, `[frames, tokens, values]`."""
+        if self.backbone.model_type == "qwen2_5_vl":  # patches of one merge block are adjacent
             return inputs["pixel_values"].reshape(-1, tokens, 4 * inputs["pixel_values"].shape[-1])
         frames = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
         frames = frames.reshape(-1, *frames.shape[-3:])  # [F, 3, S, S]
@@ -51,7 +51,7 @@ class Family:
 
 
 def _third_backbone() -> Any:
-    """The example that shows how to add one: imported, it is registered."""
+    """The example of a new backbone. Importing it registers the backbone."""
     path = Path(__file__).parents[2] / "examples" / "custom_backbone.py"
     spec = importlib.util.spec_from_file_location("custom_backbone", path)
     assert spec is not None and spec.loader is not None
@@ -63,7 +63,7 @@ def _third_backbone() -> Any:
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     example = _third_backbone()
-    made = {}
+    by_name = {}
     for name in FAMILIES:
         folder = tmp_path_factory.mktemp("tiny") / name
         if name == example.Llava.model_type:
@@ -71,13 +71,13 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
         else:
             tiny.build_tiny(folder, tiny.TinyConfig(model_type=name))
         backbone = load_backbone(folder)
-        made[name] = Family(backbone, backbone.load_model(dtype=torch.float32).eval(), folder)
-    return made
+        by_name[name] = Family(backbone, backbone.load_model(dtype=torch.float32).eval(), folder)
+    return by_name
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
-    """Each supported family in turn, and a third one that lives in one file, examples/custom_backbone.py."""
+    """Each supported family, and a third one that examples/custom_backbone.py defines."""
     return families[request.param]
 
 

@@ -1,8 +1,7 @@
-"""Random problems for the loss, and the loss written out in loops, sharing nothing with the package."""
+"""Random problems for the loss, and the error that is allowed."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -106,50 +105,6 @@ def problems(
         planted=draw(st.sampled_from([0.0, 0.5, 3.0])),
         scale=draw(st.sampled_from([0.01, 1.0, 30.0])),
     )
-
-
-def loss_in_loops(problem: Problem, corr_weight: float = 0.3, depth_weight: float = 1.0, eps: float = 1e-6) -> dict:
-    """Contract 1.3, one match at a time, in Python floats."""
-    m = problem.matches
-    offsets = m.frame_offsets.tolist()
-    ends = m.sequence_offsets.tolist() if m.sequence_offsets is not None else [0, len(offsets) - 1]
-    corr_layers, depth_layers, corr_terms, depth_terms = [], [], [], []
-    for layer in problem.embeddings:
-        unit = [[x / max(math.sqrt(sum(y * y for y in e)), 1e-12) for x in e] for e in layer.tolist()]
-
-        def s(i: int, k: int, unit: list = unit) -> float:
-            return sum(a * b for a, b in zip(unit[i], unit[k], strict=True)) / problem.temperature
-
-        corrs, depths, counted = [], [], 0
-        for index, (i, t) in enumerate(zip(m.anchor.tolist(), m.target.tolist(), strict=True)):
-            b = next(f for f in range(len(offsets) - 1) if offsets[f] <= t < offsets[f + 1])
-            q = next(q for q in range(len(ends) - 1) if ends[q] <= b < ends[q + 1])
-            frame = range(offsets[b], offsets[b + 1])
-            whole = range(offsets[ends[q]], offsets[ends[q + 1]])
-            among = [k for k in whole if k != i] if problem.negatives == "sequence" else list(frame)
-            corrs.append(-s(i, t) + math.log(sum(math.exp(s(i, k)) for k in among)))
-            known = [k for k in frame if math.isfinite(m.patch_depth[k]) and m.patch_depth[k] > 0]
-            d = float(m.target_depth[index])
-            if not (bool(m.depth_valid[index]) and math.isfinite(d) and d > 0 and known):
-                depths.append(0.0)
-                continue
-            weights = [math.exp(s(i, k)) for k in known]
-            guess = sum(w * float(m.patch_depth[k]) for w, k in zip(weights, known, strict=True)) / sum(weights)
-            depths.append(abs(d - guess) / (d + guess + eps))
-            counted += 1
-        corr_terms.append(corrs)
-        depth_terms.append(depths)
-        corr_layers.append(sum(corrs) / max(1, len(corrs)))
-        depth_layers.append(sum(depths) / max(1, counted))
-    layers = len(problem.embeddings)
-    return {
-        "loss": sum(corr_weight * c + depth_weight * d for c, d in zip(corr_layers, depth_layers, strict=True))
-        / layers,
-        "corr_per_layer": corr_layers,
-        "depth_per_layer": depth_layers,
-        "corr": corr_terms,
-        "depth": depth_terms,
-    }
 
 
 def relative_error(found: Tensor, truth: Tensor, natural: float = 0.0) -> float:

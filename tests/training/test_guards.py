@@ -1,4 +1,4 @@
-"""A run that cannot come to anything says so in one line, before it costs a night."""
+"""A run that cannot succeed stops early, with one line that names the cause and the cure."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,9 @@ import torch
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.train import main, train
 from gasp_fast.training import guards
-from gasp_fast.training.model import SupervisedModel, build_model, trained_groups
-from gasp_fast.training.processes import read_deepspeed
+from gasp_fast.training.distributed import fill_deepspeed, read_deepspeed
+from gasp_fast.training.model import SupervisedModel, build_model
+from gasp_fast.training.optim import trained_groups
 from gasp_fast.training.sources import QAConfig
 from gasp_fast.training.stream import DataConfig, SampleStream, Share
 
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run_main(config, tmp_path, capsys):
-    """The command with overrides: its exit status and what it said on stderr."""
+    """Run the command with overrides. Returns its exit status and what it printed on stderr."""
 
     def run(*overrides):
         path = tmp_path / "config.yaml"
@@ -31,12 +32,12 @@ def run_main(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["model.source=nowhere/at-all"], "no readable config.json"),
         (["data.scenes.root=nowhere"], "nowhere: no such folder"),
         (["run.resume=nowhere/checkpoint-3"], "run.resume = 'nowhere/checkpoint-3': no such folder"),
-        (["run.min_free_gb=1e9"], "run.min_free_gb = 1e+09 are wanted"),
+        (["run.min_free_gb=1e9"], "run.min_free_gb = 1e+09, but only"),
         (["deepspeed=nowhere.json"], "deepspeed = 'nowhere.json' cannot be read"),
         (["heads.layers=3-9"], "layers = '3-9' does not fit a model of 4 layers"),
         (["model.attention=flash_attention_2"], "use model.attention=auto"),
@@ -44,37 +45,38 @@ def run_main(config, tmp_path, capsys):
         (["train.learning_rat=1"], "the nearest is train.learning_rate"),
         (["model.liger=true"], "pip install liger-kernel"),
         (["data.qa.root=nowhere"], "nowhere: no such folder"),
+        (["run.report_to=[notebook]"], "run.report_to names 'notebook', which is not installed"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_cure(run_main, overrides, said):
-    status, told = run_main(*overrides)
-    assert status != 0 and said in told.splitlines()[-1], told
+def test_bad_input_is_one_line_that_names_the_cure(run_main, overrides, message):
+    status, printed = run_main(*overrides)
+    assert status != 0 and message in printed.splitlines()[-1], printed
 
 
-def test_an_empty_data_root_is_named(run_main, tmp_path):
+def test_an_empty_data_root_is_refused(run_main, tmp_path):
     (tmp_path / "empty").mkdir()
-    status, told = run_main(f"data.scenes.root={tmp_path / 'empty'}")
-    assert status != 0 and "no scene here" in told
+    status, printed = run_main(f"data.scenes.root={tmp_path / 'empty'}")
+    assert status != 0 and "no scene here" in printed
 
 
-def test_a_model_of_an_unknown_type_is_named(run_main, tmp_path):
+def test_a_model_of_unknown_type_is_refused(run_main, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    status, told = run_main(f"model.source={tmp_path / 'model'}")
-    assert status != 0 and "'gpt2'" in told and "qwen2_5_vl" in told
+    status, printed = run_main(f"model.source={tmp_path / 'model'}")
+    assert status != 0 and "'gpt2'" in printed and "qwen2_5_vl" in printed
 
 
 def test_a_second_run_into_the_same_folder_is_refused(config, run_main, tmp_path):
     out = tmp_path / "taken"
     out.mkdir()
     with guards.alone_in(out):
-        status, told = run_main(f"run.out={out}")
-        assert status != 0 and "another run is writing" in told and not list(out.iterdir())
+        status, printed = run_main(f"run.out={out}")
+        assert status != 0 and "another run is writing" in printed and not list(out.iterdir())
     with guards.alone_in(out):
         pass
 
 
-def test_a_world_size_that_does_not_divide_is_named():
+def test_a_batch_size_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"batch_size = 32 does not divide over 3 processes .* multiple of 3"):
         Share(0, 3, 32, 1)
 
@@ -91,7 +93,16 @@ def test_a_deepspeed_file_that_would_round_the_heads_is_refused(tmp_path):
         read_deepspeed(str(path))
 
 
-def test_adapters_outside_the_language_model_are_found(config, family):
+def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused():
+    share, clip = Share(0, 2, 8, 1), 1.0
+    file = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}
+    filled = fill_deepspeed({**file, "gradient_accumulation_steps": 4}, share, clip, hidden_size=10)
+    assert filled["train_batch_size"] == 8 and filled["zero_optimization"]["reduce_bucket_size"] == 100
+    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu = 2, the recipe makes it 1"):
+        fill_deepspeed({**file, "train_micro_batch_size_per_gpu": 2}, share, clip, hidden_size=10)
+
+
+def test_adapters_outside_the_language_model_are_refused(config, family):
     model = build_model(config(family), CPU)
     assert guards.check_adapters(model) == 4 * model.backbone.layer_count
     from peft import LoraConfig, get_peft_model
@@ -115,32 +126,32 @@ def test_a_batch_without_its_token_types_is_refused(config):
 
 
 def test_weights_that_do_not_move_stop_the_run(config, monkeypatch):
-    """A gradient that never arrives at one layer's adapters: the run stops and names the first of them."""
+    """Where a gradient does not arrive at an adapter, the run stops and names it."""
     import gasp_fast.training.model as model_module
 
     built = model_module.build_model
 
-    def deaf(*args):
+    def without_one_gradient(*args):
         model = built(*args)
         for name, parameter in model.named_parameters():
             if "layers.2.self_attn.v_proj.lora_B" in name:
                 parameter.register_hook(torch.zeros_like)
         return model
 
-    monkeypatch.setattr("gasp_fast.train.build_model", deaf)
+    monkeypatch.setattr("gasp_fast.train.build_model", without_one_gradient)
     with pytest.raises(ValueError, match=r"1 of 24 watched weights .*layers\.2\.self_attn\.v_proj\.lora_B"):
         train(config(train={"steps": 6}))
 
 
-def test_layers_that_no_loss_reaches_need_not_move(config):
-    """Heads on layer 2 and no questions: the adapters above it have nothing to learn from, and that is no fault."""
+def test_weights_that_no_loss_reaches_need_not_move(config):
+    """With heads on layer 2 and no questions, no loss depends on the adapters above it."""
     settings = config(heads={"layers": "2"}, train={"steps": 6})
     train(settings)
     assert (Path(settings.run.out) / "checkpoint-6").is_dir()
 
 
 def poison(monkeypatch, steps):
-    """The loss of these steps (from 1) is not a number."""
+    """Make the loss of these steps (from 1) NaN."""
     real, seen = SupervisedModel.forward, []
 
     def forward(self, *args, **kwargs):
@@ -153,7 +164,7 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(SupervisedModel, "forward", forward)
 
 
-def test_a_step_without_a_finite_gradient_is_named_and_skipped(config, monkeypatch, capsys):
+def test_a_step_without_a_finite_gradient_is_reported_and_skipped(config, monkeypatch, capsys):
     poison(monkeypatch, {2})
     settings = config(train={"steps": 4})
     train(settings)
@@ -167,7 +178,7 @@ def test_a_step_without_a_finite_gradient_is_named_and_skipped(config, monkeypat
     assert all(torch.isfinite(tensor).all() for tensor in stored.values())
 
 
-def test_too_many_bad_steps_stop_the_run_and_leave_the_batch(config, monkeypatch):
+def test_too_many_bad_steps_stop_the_run_and_save_the_batch(config, monkeypatch):
     poison(monkeypatch, {2, 3})
     settings = config(train={"steps": 4}, run={"bad_steps": 1, "save_every": 2})
     with pytest.raises(ValueError, match=r"step 3: .* 2 such steps, run\.bad_steps = 1"):
@@ -175,17 +186,17 @@ def test_too_many_bad_steps_stop_the_run_and_leave_the_batch(config, monkeypatch
     batches = torch.load(Path(settings.run.out) / "bad-step-3-process-0.pt", weights_only=False)
     assert len(batches) == 2 and "input_ids" in batches[0] and len(batches[0]["matches"])
     monkeypatch.undo()
-    poison(monkeypatch, {1})  # the first step of the run that goes on, which does not count anew
+    poison(monkeypatch, {1})  # the first step of the resumed run, which counts on
     with pytest.raises(ValueError, match=r"step 3: .* 2 such steps, run\.bad_steps = 1"):
         train(settings)
 
 
-def test_resuming_with_another_number_of_steps_in_a_batch_is_refused(config, run_main):
+def test_resuming_with_another_batch_size_is_refused(config, run_main):
     train(config(train={"steps": 2}))
-    status, told = run_main("train.steps=2", "train.batch_size=4")
-    assert status != 0 and "batch_size = 2, this run has 4" in told
-    status, told = run_main("train.steps=2", "run.resume=never")
-    assert status != 0 and "give another run.out" in told
+    status, printed = run_main("train.steps=2", "train.batch_size=4")
+    assert status != 0 and "batch_size = 2, this run has 4" in printed
+    status, printed = run_main("train.steps=2", "run.resume=never")
+    assert status != 0 and "give another run.out" in printed
 
 
 def test_a_dry_run_reports_and_leaves_nothing(config, tmp_path, capsys):
@@ -193,11 +204,11 @@ def test_a_dry_run_reports_and_leaves_nothing(config, tmp_path, capsys):
     settings = config(mixed=True)
     path.write_text(to_yaml(settings))
     assert main([str(path), "--dry-run"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     model = build_model(settings, CPU)
     for group in trained_groups(model):
-        assert f"{group.count:,}" in told and group.name in told
-    assert "one step:" in told and "GB a process" in told and "sdpa attention" in told
+        assert f"{group.count:,}" in printed and group.name in printed
+    assert "one step:" in printed and "GB a process" in printed and "sdpa attention" in printed
     assert not list(Path(settings.run.out).iterdir())
 
 
@@ -205,7 +216,7 @@ def test_checkpoints_are_kept_to_the_newest_and_the_best(config, monkeypatch):
     from gasp_fast.training import checkpoints
 
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
-    monkeypatch.setattr("gasp_fast.training.trainer.score_of", lambda record: next(scores))
+    monkeypatch.setattr("gasp_fast.training.loop.score_of", lambda record: next(scores))
     settings = config(train={"steps": 5}, run={"save_every": 1, "keep": 2})
     train(settings)
     kept = [folder.name for folder in checkpoints.finished(Path(settings.run.out))]

@@ -1,4 +1,4 @@
-"""What stands at a position of the stream depends on the position alone."""
+"""The sample at a position of the stream depends on the position alone."""
 
 import pickle
 import shutil
@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gasp_fast.data.annotations.cache import AnnotationPlan, annotate
+from gasp_fast.data.annotations.plan import AnnotationPlan
+from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.scenes.library import find_scenes, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
-from gasp_fast.training import data as training_data
-from gasp_fast.training.sources import TrackedScenes
+from gasp_fast.training import sources
+from gasp_fast.training.sources import OpenScenes, TrackedScenes
 from gasp_fast.training.stream import SampleStream, Share, StreamBatches, steps_of
 
 SEQUENCES = SequenceConfig(min_frames=3, max_frames=3, window=4, per_scene=4)
@@ -24,7 +25,7 @@ def same(one, other):
     return frames and tracks and one.messages == other.messages
 
 
-def test_a_position_gives_the_same_sample_whenever_and_wherever_it_is_asked_for(config):
+def test_a_position_gives_the_same_sample_at_any_time_and_in_any_process(config):
     stream = SampleStream(config(mixed=True).data)
     again = pickle.loads(pickle.dumps(stream))
     for position in (17, 3, 17, 0):
@@ -38,43 +39,52 @@ def test_scenes_and_questions_alternate_by_weight(config):
     assert 2 <= sum(kinds) <= 11
 
 
-def annotated(workshop, out, grid):
-    entries = tuple(survey(workshop.scenes, find_scenes(workshop.scenes)))
+def annotated(assets, out, grid):
+    entries = tuple(survey(assets.scenes, find_scenes(assets.scenes)))
     plan = AnnotationPlan(scenes=entries, sequences=SEQUENCES, grid=grid, shard_size=5)
-    list(annotate(workshop.scenes, out, plan))
+    list(annotate(assets.scenes, out, plan))
     return str(out)
 
 
-def test_annotations_say_what_tracking_on_the_fly_says(config, workshop, tmp_path):
-    folders = tuple(annotated(workshop, tmp_path / str(grid), grid) for grid in (4, 8))
+def test_annotations_give_the_tracks_of_tracking_on_the_fly(config, assets, tmp_path):
+    folders = tuple(annotated(assets, tmp_path / str(grid), grid) for grid in (4, 8))
     ready = SampleStream(config(scenes={"annotations": folders}).data)
     on_the_fly = SampleStream(config(scenes={"grids": (4, 8)}).data)
     for position in range(6):
         assert len(ready[position].tracks) == 2 and same(ready[position], on_the_fly[position])
 
 
-def test_annotations_of_other_sequences_do_not_go_together(config, workshop, tmp_path):
-    first = annotated(workshop, tmp_path / "a", 4)
-    entries = tuple(survey(workshop.scenes, find_scenes(workshop.scenes)))
+def test_annotations_of_different_sequences_cannot_be_combined(config, assets, tmp_path):
+    first = annotated(assets, tmp_path / "a", 4)
+    entries = tuple(survey(assets.scenes, find_scenes(assets.scenes)))
     other = AnnotationPlan(scenes=entries, sequences=replace(SEQUENCES, seed=1), grid=8)
-    list(annotate(workshop.scenes, tmp_path / "b", other))
+    list(annotate(assets.scenes, tmp_path / "b", other))
     with pytest.raises(ValueError, match="annotates other sequences"):
         TrackedScenes(config(scenes={"annotations": (first, str(tmp_path / "b"))}).data.scenes)
 
 
-def test_held_out_scenes_are_never_drawn(config, workshop):
-    names = find_scenes(workshop.scenes)
+def recorded_scenes(monkeypatch):
+    """The names of the scenes that are opened from now on."""
+    opened = []
+    monkeypatch.setattr(sources, "open_scene", lambda path: opened.append(path.name) or open_scene(path))
+    return opened
+
+
+def test_held_out_scenes_are_never_drawn(config, assets, monkeypatch):
+    names = find_scenes(assets.scenes)
     share = next(n / 20 for n in range(20) if 0 < sum(is_held_out(name, n / 20) for name in names) < len(names))
     scenes = TrackedScenes(config(scenes={"held_out": share}).data.scenes)
-    drawn = {scenes._whole(index) // SEQUENCES.per_scene for index in range(len(scenes))}
-    assert {scenes.names[n] for n in drawn} == {name for name in names if not is_held_out(name, share)}
+    opened = recorded_scenes(monkeypatch)
+    for index in range(len(scenes)):
+        scenes.sample(0, index, 0)
+    assert set(opened) == {name for name in names if not is_held_out(name, share)}
     with pytest.raises(ValueError, match="leaves none of 4 scenes"):
         TrackedScenes(config(scenes={"held_out": 1.0}).data.scenes)
 
 
-def test_a_scene_that_breaks_is_passed_over_and_named(config, workshop, tmp_path, capsys):
+def test_a_broken_scene_is_skipped_and_named(config, assets, tmp_path, capsys):
     library = tmp_path / "library"
-    shutil.copytree(workshop.scenes, library)
+    shutil.copytree(assets.scenes, library)
     scenes = TrackedScenes(config(scenes={"root": str(library)}).data.scenes)
     for image in (library / "scene-1" / "color").iterdir():
         image.write_bytes(b"")
@@ -83,21 +93,19 @@ def test_a_scene_that_breaks_is_passed_over_and_named(config, workshop, tmp_path
 
 
 @pytest.mark.parametrize(("bound", "open_at_once"), [(10_000, 4), (2.5, 2), (0.5, 1)])  # in lengths of a scene
-def test_scenes_stay_open_up_to_a_number_of_frames(config, monkeypatch, bound, open_at_once):
-    opened = []
-    scenes = TrackedScenes(config().data.scenes)
-    length = len(open_scene(scenes.root / scenes.names[0]))
-    monkeypatch.setattr(training_data, "OPEN_FRAMES", bound * length)
-    monkeypatch.setattr(training_data, "open_scene", lambda path: opened.append(path.name) or open_scene(path))
-    for name in scenes.names * 2:
-        assert scenes._scene(name).root.name == name and len(scenes._scenes) <= open_at_once
-    assert len(scenes._scenes) == open_at_once
+def test_scenes_stay_open_up_to_a_number_of_frames(assets, monkeypatch, bound, open_at_once):
+    opened = recorded_scenes(monkeypatch)
+    names = find_scenes(assets.scenes)
+    scenes = OpenScenes(assets.scenes, frames=bound * len(open_scene(assets.scenes / names[0])))
+    for name in names * 2:
+        assert scenes[name].root.name == name and len(scenes) <= open_at_once
+    assert len(scenes) == open_at_once
     assert len(opened) == (4 if open_at_once == 4 else 8)
 
 
-def test_a_library_in_which_everything_breaks_is_an_error(config, workshop, tmp_path):
+def test_a_library_without_a_readable_scene_is_an_error(config, assets, tmp_path):
     library = tmp_path / "library"
-    shutil.copytree(workshop.scenes, library)
+    shutil.copytree(assets.scenes, library)
     scenes = TrackedScenes(config(scenes={"root": str(library)}).data.scenes)
     for image in library.rglob("color/*"):
         image.write_bytes(b"")
@@ -105,7 +113,7 @@ def test_a_library_in_which_everything_breaks_is_an_error(config, workshop, tmp_
         scenes.sample(0, 0, 0)
 
 
-def test_epochs_are_walks_through_the_scenes(config):
+def test_epochs_are_passes_through_the_scenes(config):
     settings = config(train={"steps": None, "epochs": 2.0, "batch_size": 4})
     stream = SampleStream(settings.data)
     assert steps_of(settings.train, stream) == 2 * 16 // 4
@@ -113,17 +121,22 @@ def test_epochs_are_walks_through_the_scenes(config):
     assert sorted(d.index for d in drawn[:16]) == sorted(d.index for d in drawn[16:]) == list(range(16))
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_every_division_of_a_step_sees_the_same_positions(ranks, micro):
-    shares = [Share(rank, ranks, 8, micro) for rank in range(ranks)]
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_a_step_has_the_same_positions_however_it_is_divided(world_size, micro):
+    shares = [Share(rank, world_size, 8, micro) for rank in range(world_size)]
     steps = [list(StreamBatches(share, 3)) for share in shares]
     for step in range(3):
-        once = 8 // (ranks * micro)
+        once = 8 // (world_size * micro)
         seen = [p for batches in steps for batch in batches[step * once : (step + 1) * once] for p in batch]
         assert sorted(seen) == list(range(8 * step, 8 * step + 8))
 
 
-def test_loader_processes_bring_the_same_batches(config):
+def test_a_resumed_run_loads_the_steps_that_are_left():
+    share = Share(1, 2, 8, 2)
+    assert list(StreamBatches(share, 5, done=3)) == list(StreamBatches(share, 5))[3 * share.accumulation :]
+
+
+def test_loader_processes_load_the_same_batches(config):
     from gasp_fast.backbones import load_backbone
     from gasp_fast.training.stream import make_loader
 

@@ -1,21 +1,9 @@
 """Streamed supervision is the plain loss on the plain heads, in less memory, under every kind of checkpointing."""
 
-import gc
-import resource
-import weakref
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import pytest
 import torch
 
-import gasp_fast.supervision.streamed as supervision_module
 from gasp_fast.collator import Collator
-from gasp_fast.loss.config import LossConfig
-from gasp_fast.loss.matches import Matches
-from gasp_fast.supervision.head_files import read_heads, write_heads
-from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads
-from gasp_fast.supervision.streamed import GeometricSupervision
 from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream
 
@@ -97,109 +85,17 @@ def test_a_batch_without_answers_has_a_language_loss_of_zero(config, family):
 
 
 def test_the_temperature_learns(config):
-    settings = config()
+    settings = config(loss={"learnable_temperature": True, "lm_weight": 0.0})
     model = build_model(settings, CPU).train()
-    heads = CorrespondenceHeads(
-        {n: layer.head for n, layer in zip((0, 1, 2, 3), model.supervision.by_layer.values(), strict=True)}
-    )
-    model.supervision = GeometricSupervision(heads, LossConfig(learnable_temperature=True))
-    model.lm_weight = 0.0
-    batch = batch_of(settings, model)
+    batch, log_temperature = batch_of(settings, model), model.supervision.log_temperature
 
     def loss_at(shift):
         with torch.no_grad():
-            model.supervision.log_temperature.add_(shift)
+            log_temperature.add_(shift)
             value = model(**batch)["loss"].item()
-            model.supervision.log_temperature.sub_(shift)
+            log_temperature.sub_(shift)
         return value
 
     model(**batch)["loss"].backward()
     slope = (loss_at(1e-2) - loss_at(-1e-2)) / 2e-2
-    assert model.supervision.log_temperature.grad.item() == pytest.approx(slope, rel=2e-2)
-
-
-class States:
-    """Hidden states that somebody captured."""
-
-    def __init__(self, states):
-        self.states = states
-
-    def hidden(self, layer):
-        return self.states[layer]
-
-
-def synthetic_problem(layers, tokens=2048, hidden=64, out=256):
-    torch.manual_seed(0)
-    heads = CorrespondenceHeads({n: CorrespondenceHead(hidden, 512, out) for n in range(layers)})
-    states = [torch.randn(1, tokens, hidden, requires_grad=True) for _ in range(layers)]
-    half = tokens // 2
-    matches = Matches(
-        frame_offsets=torch.tensor([0, half, tokens]),
-        anchor=torch.arange(64),
-        target=torch.arange(64) + half,
-        token_xy=torch.stack([torch.arange(tokens) % 32, torch.arange(tokens) % half // 32], 1),
-    )
-    return GeometricSupervision(heads), States(states), torch.arange(tokens), matches
-
-
-def test_at_most_one_layers_activations_are_alive(monkeypatch):
-    """Every head output is counted while it exists; a second one while the first still lives is one too many."""
-    alive, most = set(), []
-    real = supervision_module.gasp_loss
-
-    def watched(embeddings, *args, **kwargs):
-        key = id(embeddings)
-        alive.add(key)
-        weakref.finalize(embeddings, alive.discard, key)
-        most.append(len(alive))
-        return real(embeddings, *args, **kwargs)
-
-    monkeypatch.setattr(supervision_module, "gasp_loss", watched)
-    supervision, states, positions, matches = synthetic_problem(6)
-    out = supervision(states, positions, matches)
-    gc.collect()
-    assert most == [1] * 6 and not alive
-    out["loss"].backward()
-    assert most == [1] * 6  # nothing was computed again
-
-
-def _peaks():
-    """Peak memory of the process after a supervised step on 1, 4 and 16 layers, all gradients kept, in that order."""
-    peaks, kept = [], []
-    for layers in (1, 4, 16):
-        supervision, states, positions, matches = synthetic_problem(layers)
-        for tensor in (*supervision.parameters(), *states.states):
-            tensor.grad = torch.zeros_like(tensor)
-        kept.append((supervision, states))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        supervision(states, positions, matches)["loss"].backward()
-        peaks.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-    return peaks
-
-
-def test_peak_memory_is_flat_in_the_number_of_layers_apart_from_gradients():
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        _, few, many = pool.submit(_peaks).result()
-    activations = 2048 * (512 * 2 + 256) * 4  # of one layer: what would stay alive for each one
-    gradients = (64 * 512 + 512 + 512 * 256 + 256 + 2048 * 64) * 4  # of one layer's weights and rows
-    assert few + many < 16 * 2 * gradients + 3 * activations
-    assert 16 * 2 * gradients < 4 * activations  # so the bound means something: 16 layers' activations do not fit it
-
-
-def test_without_gradients_nothing_is_differentiated(monkeypatch):
-    supervision, states, positions, matches = synthetic_problem(2, tokens=128)
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("differentiated"))
-    with torch.no_grad():
-        out = supervision(states, positions, matches)
-    assert torch.isfinite(out["loss"]) and not out["loss"].requires_grad
-
-
-def test_heads_come_back_from_their_file(tmp_path):
-    heads = CorrespondenceHeads({3: CorrespondenceHead(16, 8, 4, "bf16"), 7: CorrespondenceHead(16, 5, 4, "bf16")})
-    write_heads(tmp_path / "heads.safetensors", heads.state_dict(), "bf16")
-    back = read_heads(tmp_path / "heads.safetensors")
-    assert back.layers == [3, 7] and back.by_layer["7"].first.compute == "bf16"
-    for name, tensor in heads.state_dict().items():
-        assert torch.equal(tensor, back.state_dict()[name])
-    with pytest.raises(OSError, match="no such file"):
-        read_heads(tmp_path / "nothing.safetensors")
+    assert log_temperature.grad.item() == pytest.approx(slope, rel=2e-2)

@@ -1,0 +1,1 @@
+"""Tracks of all training sequences, computed once and stored in shards."""

@@ -1,0 +1,1 @@
+"""Computes depth for scenes that have none, and averages depth over patches."""

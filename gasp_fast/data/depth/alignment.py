@@ -1,14 +1,12 @@
-"""Scale and shift: bringing a monocular depth map onto the sparse points of its frame, whatever some of them say.
+"""Fits the scale and shift of a monocular depth map to the sparse points of its frame, robustly.
 
-A monocular model knows depth (or inverse depth) up to a factor and an offset; COLMAP's points know the scene's scale,
-at a few hundred pixels, some of them wrong. With x the prediction and y the truth (z, or 1/z), find a, b that minimise
-the relative error |a x + b − y| / y, which to first order is the relative error of the depth in both spaces.
+A monocular model predicts depth (or inverse depth) up to a factor and an offset. COLMAP's points have the scene's
+scale, at a few hundred pixels, some of them wrong. With x the prediction and y the truth (z, or 1/z), find a, b that
+minimise the relative error |a x + b − y| / y, which to first order is the relative error of the depth in both spaces.
 
-1. Least median of squares: many pairs of points give a line each; the line with the smallest median error wins. It
-   stands up to nearly half of the points being wrong. The pairs come from a fixed seed: same points, same fit.
-2. Least squares over the points within three (robust) standard deviations of that line, repeated until it settles.
-
-Knows arrays only.
+1. Least median of squares: each of many pairs of points gives a line; the line with the smallest median error is
+   taken. Nearly half of the points may be wrong. The pairs come from a fixed seed, so the fit is reproducible.
+2. Least squares over the points within three (robust) standard deviations of that line, repeated until it converges.
 """
 
 from __future__ import annotations
@@ -24,20 +22,20 @@ SPACES: tuple[Space, ...] = ("depth", "inverse depth")
 PAIRS = 400
 ROUNDS = 10
 NORMAL = 1.4826  # from the median of |error| to the standard deviation of a normal error
-# What makes a frame unusable.
+# A frame outside these bounds is unusable.
 FEWEST_POINTS = 30
 LARGEST_ERROR = 0.10
 FEWEST_INLIERS = 0.5  # of the points, within LARGEST_ERROR
-# In front of a flat wall any prediction fits, squeezed to a constant: a fit must halve the error of the best constant,
-# unless it is this good anyway.
+# In front of a flat wall any prediction fits with a scale near 0. So a fit must halve the error of the best constant
+# depth, unless its error is below this.
 GOOD_ERROR = 0.02
-# Beyond the sparse points by this factor, a fitted depth is a guess.
+# A fitted depth beyond the range of the sparse points by more than this factor is unknown.
 REACH = 2.0
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """`z = scale * x + shift`, or `1 / z = scale * x + shift`, and how well it holds."""
+    """`z = scale * x + shift`, or `1 / z = scale * x + shift`, and its error."""
 
     space: Space
     scale: float
@@ -55,7 +53,7 @@ class Alignment:
         if self.points < FEWEST_POINTS:
             return f"{self.points} sparse points; {FEWEST_POINTS} are needed"
         if self.scale <= 0:
-            return "prediction and sparse points run against each other"
+            return "prediction and sparse points are negatively correlated"
         if self.error > LARGEST_ERROR or self.inliers < FEWEST_INLIERS:
             return f"median error {self.error:.3f}, {self.inliers:.0%} of the points within {LARGEST_ERROR:.0%}"
         if self.error > max(GOOD_ERROR, 0.5 * self.constant_error):
@@ -63,7 +61,7 @@ class Alignment:
         return None
 
     def apply(self, predicted: np.ndarray) -> np.ndarray:  # float32 [h, w]
-        """Depth in the scene's unit; 0 where the prediction runs out of the range that the points vouch for."""
+        """Depth in the scene's unit; 0 where it lies outside the range of the points by more than `REACH`."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             value = self.scale * predicted.astype(np.float64) + self.shift
             depth = value if self.space == "depth" else 1.0 / value
@@ -72,7 +70,7 @@ class Alignment:
 
 
 def align(predicted: np.ndarray, depth: np.ndarray, space: Space) -> Alignment:
-    """Fit predictions [n] to the depths [n] of the same pixels. Never raises on bad points: see `fault`."""
+    """Fits predictions [n] to the depths [n] of the same pixels. Bad points raise no error: see `fault`."""
     if predicted.shape != depth.shape or predicted.ndim != 1:
         raise ValueError(f"predicted has shape {predicted.shape} and depth {depth.shape}; both are [points]")
     good = np.isfinite(predicted) & np.isfinite(depth) & (depth > 0)
@@ -93,30 +91,32 @@ def align(predicted: np.ndarray, depth: np.ndarray, space: Space) -> Alignment:
 
 
 def _least_median(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Scale and shift of the line through two points with the smallest median relative error."""
     draw = np.random.default_rng(0)
     first, second = draw.integers(len(x), size=(2, PAIRS))
     apart = x[first] != x[second]
-    if not apart.any():  # nearly constant predictions: take the two ends
+    if not apart.any():  # nearly constant predictions: take the smallest and the largest
         first, second, apart = np.array([x.argmin()]), np.array([x.argmax()]), np.array([True])
     first, second = first[apart], second[apart]
     scales = (y[second] - y[first]) / (x[second] - x[first])
     shifts = y[first] - scales * x[first]
     errors = np.median(np.abs(scales[:, None] * x + shifts[:, None] - y) / y, axis=1)  # [pairs]
-    # A falling line is never the truth; it is taken only if there is no other.
+    # A falling line is always wrong; it is taken only if there is no rising one.
     best = int(np.lexsort((errors, scales <= 0))[0])
     return float(scales[best]), float(shifts[best])
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray, scale: float, shift: float) -> tuple[float, float]:
-    columns = np.stack([x, np.ones_like(x)], axis=1) / y[:, None]  # relative: every row is divided by its y
+    """Scale and shift refined by least squares over the points near the line, repeatedly."""
+    columns = np.stack([x, np.ones_like(x)], axis=1) / y[:, None]  # [n, 2], rows divided by y: relative errors
     for _ in range(ROUNDS):
         errors = np.abs(columns @ (scale, shift) - 1.0)
         near = errors <= max(3 * NORMAL * float(np.median(errors)), 1e-6)
         if near.sum() < 2 or np.ptp(x[near]) == 0:
             break
         (new_scale, new_shift), *_ = np.linalg.lstsq(columns[near], np.ones(int(near.sum())), rcond=None)
-        settled = np.isclose(new_scale, scale, rtol=1e-9) and np.isclose(new_shift, shift, rtol=1e-9, atol=1e-12)
+        converged = np.isclose(new_scale, scale, rtol=1e-9) and np.isclose(new_shift, shift, rtol=1e-9, atol=1e-12)
         scale, shift = float(new_scale), float(new_shift)
-        if settled:
+        if converged:
             break
     return scale, shift

@@ -1,6 +1,6 @@
-"""A monocular depth model of transformers, from a local folder, as a function from image to map.
+"""Runs a monocular depth model of transformers from a local folder.
 
-Any model that `AutoModelForDepthEstimation` loads (Depth Anything, DPT, ZoeDepth, Depth Pro). Nothing is downloaded.
+Any model that `AutoModelForDepthEstimation` loads: Depth Anything, DPT, ZoeDepth, Depth Pro. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class DepthModel:
-    """`DepthModel(folder)(image)` predicts depth or inverse depth, in whatever unit the model has."""
+    """`DepthModel(folder)(image)` predicts depth or inverse depth, in the model's unit."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         import torch

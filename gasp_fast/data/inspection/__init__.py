@@ -1,0 +1,1 @@
+"""Checks whether the geometry of a scene agrees with itself, and draws its tracks."""

@@ -1,9 +1,8 @@
-"""A picture that shows at a glance whether a scene's geometry is sound.
+"""Draws the tracks of a scene over its frames, so that a wrong geometry is visible at a glance.
 
-The query frame, then frames further and further on, each with the tracks drawn where the geometry says they are: a
-filled dot where a point is visible, a hollow one where it is hidden, coloured by the depth at which it was seen first.
-Sixteen well-spread points carry numbers, so that one can look whether "7" sits on the same thing everywhere. Below
-each frame lies its depth map, in the same colours.
+The first panel is the query frame; the others are later frames at growing distances. Each shows the points at their
+projections: filled if visible, hollow if hidden, coloured by their depth in the query frame. Sixteen well-spread points
+have numbers: in a sound scene a number marks the same thing in every frame. Below each frame is its depth map.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
 
 PANELS = 5
-# Which frames are shown: the query, and those at these distances from it (or spread evenly over a shorter scene).
+# Distances of the panels' frames from the query frame; in a shorter scene the frames are spread evenly.
 STEPS = (0, 1, 5, 10, 20)
 GRID = 12
 NUMBERED = 16
-COLOURS = "viridis"  # ordered in brightness, and safe for colour-blind eyes
+COLOURS = "viridis"  # monotonous in brightness, and safe for colour-blind readers
 
 
 def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> Path:
-    """Write the picture to `path` (PNG)."""
+    """Writes the picture to `path` (PNG)."""
     if not scene.has_depth:
-        raise ValueError(f"{scene.root}: no depth, no tracks to draw; make it with: gasp-fast depth {scene.root}")
+        raise ValueError(f"{scene.root}: no depth, so no tracks to draw; make it with: gasp-fast depth {scene.root}")
     frames = _chosen_frames(len(scene), first)
     tracks = build_tracks(scene, frames, grid=grid, keep=1.0)
 
@@ -38,19 +37,19 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
     maps = [scene.depth(i) for i in frames]
     known = np.concatenate([one[one > 0] for one in maps])
     low, high = np.percentile(known, [2, 98]) if known.size else (1.0, 2.0)
-    norm = LogNorm(low, max(high, low * 1.01))  # near things differ visibly, far ones need not
+    norm = LogNorm(low, max(high, low * 1.01))  # logarithmic: differences between near depths show
     numbers = _spread(tracks, NUMBERED)
 
     width, height = scene.image_size(frames[0])
-    figure, axes, bar_axis = _laid_out(Figure, len(frames), height / width)
+    figure, axes, bar_axis = _lay_out(Figure, len(frames), height / width)
     FigureCanvasAgg(figure)
     for f, index in enumerate(frames):
         top, bottom = axes[0, f], axes[1, f]
         wide, tall = scene.image_size(index)
-        top.imshow(_calmed(scene.image(index)), extent=(0, wide, tall, 0))
+        top.imshow(_faded(scene.image(index)), extent=(0, wide, tall, 0))
         _draw_points(top, tracks, f, numbers, norm)
         shown = tracks.visible[:, f].mean() if len(tracks) else 0.0
-        step = "query frame" if f == 0 else f"{index - frames[0]} further on, {shown:.0%} of points visible"
+        step = "query frame" if f == 0 else f"{index - frames[0]} frames later, {shown:.0%} of points visible"
         top.set_title(f"{scene.frame_names[index]}\n{step}", fontsize=10)
         masked = np.ma.masked_less_equal(maps[f], 0)
         mesh = bottom.imshow(masked, extent=(0, wide, tall, 0), cmap=COLOURS, norm=norm, interpolation="nearest")
@@ -58,16 +57,16 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
         for axis in (top, bottom):
             axis.set(xlim=(0, wide), ylim=(tall, 0), xticks=[], yticks=[])
     _draw_colour_bar(figure, mesh, bar_axis)
-    title = f"{scene.root.name}: filled = visible, hollow = hidden; the same number must sit on the same thing"
+    title = f"{scene.root.name}: filled = visible, hollow = hidden; a number must mark the same thing in every frame"
     if not len(tracks):
-        title = f"{scene.root.name}: NO point of the first frame is seen again: poses, intrinsics or depth are wrong"
+        title = f"{scene.root.name}: NO point of the query frame is visible again: poses, intrinsics or depth are wrong"
     figure.suptitle(title, fontsize=11, y=0.985)
     figure.savefig(path)
     return path
 
 
-def _laid_out(figure_class: Any, columns: int, tall: float) -> tuple[Any, Any, Any]:
-    """Two rows of panels and a colour bar, placed by hand in inches: exact, and twice as fast as a layout engine."""
+def _lay_out(figure_class: Any, columns: int, tall: float) -> tuple[Any, Any, Any]:
+    """Two rows of panels and a colour bar, placed in inches: exact, and twice as fast as a layout engine."""
     panel, gap, head, margin, bar = 3.6, 0.12, 0.85, 0.12, 0.75
     width = 2 * margin + columns * panel + (columns - 1) * gap + bar
     height = head + 2 * panel * tall + gap + margin
@@ -83,6 +82,7 @@ def _laid_out(figure_class: Any, columns: int, tall: float) -> tuple[Any, Any, A
 
 
 def _chosen_frames(count: int, first: int) -> list[int]:
+    """The query frame `first` and the frames of the other panels."""
     if not 0 <= first < count:
         raise ValueError(f"first = {first}; the scene has frames 0 to {count - 1}")
     steps = STEPS
@@ -91,14 +91,14 @@ def _chosen_frames(count: int, first: int) -> list[int]:
     return [first + step for step in steps]
 
 
-def _calmed(image: np.ndarray) -> np.ndarray:
-    """Paler and greyer, so that the dots stand out."""
+def _faded(image: np.ndarray) -> np.ndarray:
+    """The image paler and greyer, so that the points stand out."""
     grey = image.mean(axis=2, keepdims=True)
     return (0.35 * image + 0.35 * grey + 0.3 * 255).astype(np.uint8)
 
 
 def _spread(tracks: Tracks, count: int) -> np.ndarray:
-    """Indices of `count` tracks far from each other in the query frame: always the farthest one next."""
+    """Indices of `count` tracks far from each other in the query frame (farthest-point sampling)."""
     if not len(tracks):
         return np.zeros(0, int)
     chosen = [0]
@@ -106,11 +106,12 @@ def _spread(tracks: Tracks, count: int) -> np.ndarray:
     while len(chosen) < min(count, len(tracks)):
         chosen.append(int(distance.argmax()))
         distance = np.minimum(distance, np.linalg.norm(tracks.query - tracks.query[chosen[-1]], axis=1))
-    # Numbered from the top left, as one reads.
+    # Numbered from the top left, in reading order.
     return np.array(sorted(chosen, key=lambda k: (tracks.query[k, 1], tracks.query[k, 0])))
 
 
 def _draw_points(axis: Any, tracks: Tracks, f: int, numbers: np.ndarray, norm: Any) -> None:
+    """The points of frame `f`; the tracks in `numbers` with their number."""
     from matplotlib import colormaps
     from matplotlib.patheffects import withStroke
 
@@ -124,7 +125,7 @@ def _draw_points(axis: Any, tracks: Tracks, f: int, numbers: np.ndarray, norm: A
     for number, k in enumerate(numbers, start=1):
         if not seen[k]:
             continue
-        # Up and to the right of its dot, unless that would leave the panel.
+        # Above and to the right of its point, unless that is outside the panel.
         near_right, near_top = tracks.uv[k, f, 0] > 0.92 * size[0], tracks.uv[k, f, 1] < 0.1 * size[1]
         axis.annotate(
             str(number),

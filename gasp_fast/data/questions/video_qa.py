@@ -1,12 +1,12 @@
-"""Questions and answers about videos, in the schema of LLaVA-Video-178K. Knows files and text; no model, no tokens.
+"""Questions and answers about videos, in the schema of LLaVA-Video-178K.
 
-A root holds JSON lists of `{id, conversations: [{from, value}], data_source, video}`, either itself or in "config"
-folders (`0_30_s_academic_v0_1`, …); `video` is relative to the JSON's folder, or else to the root. The dataset has
-over a million records, so they are kept as one block of bytes and one array of offsets: small, quick to pickle, and
-shared between forked workers, where a list of dictionaries would be copied by its reference counts.
+A root holds JSON lists of `{id, conversations: [{from, value}], data_source, video}`, directly or in "config" folders
+(`0_30_s_academic_v0_1`, …); `video` is relative to the JSON's folder, or else to the root. The dataset has over a
+million records, so they are stored as one block of bytes and one array of offsets: small, quick to pickle, and shared
+between forked workers. (Reference counts would make every worker copy a list of dictionaries.)
 
-Collections this large contain broken files. A record that cannot be used is left out at loading; a video that cannot
-be read is left out when it is met, and the next record takes its place. Both are counted and named.
+Collections of this size contain damaged files. An invalid record is skipped at loading; a record whose video cannot be
+read is replaced by the next one when it is drawn. Both are counted and named.
 """
 
 from __future__ import annotations
@@ -20,24 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .video import Video, read_video
+from gasp_fast.data.video.read import Video, read_video
 
-LLAVA_VIDEO_178K = (
-    *(
-        f"{length}_{source}_v0_1"
-        for length in ("0_30_s", "30_60_s", "1_2_m", "2_3_m")
-        for source in ("academic", "youtube")
-    ),
-    *(f"0_30_s_{source}" for source in ("activitynet", "perceptiontest", "nextqa")),
-)
-MANY = 64  # broken videos in a row: then it is not the videos
+MOST_BROKEN = 64  # unreadable videos in a row; after that the folder is wrong, not the videos
+SPEAKERS = ("human", "gpt")  # by turns, the human first
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance; `speaker` is "human" or "gpt". The first human one holds `<image>` where the video belongs."""
+    """One utterance. The first one of the human contains `<image>` at the place of the video."""
 
-    speaker: str
+    speaker: str  # "human" | "gpt"
     text: str
 
 
@@ -52,7 +45,7 @@ class QARecord:
 
     @classmethod
     def from_json(cls, fields: Any) -> QARecord:
-        """Checks what training relies on; a record that lacks it is a `ValueError` in a few words."""
+        """Validates a record; an invalid one is a `ValueError` in a few words."""
         if not isinstance(fields, dict):
             raise ValueError("not an object")
         video, talk = fields.get("video"), fields.get("conversations")
@@ -64,18 +57,24 @@ class QARecord:
             raise ValueError("has no conversation")
         turns = []
         for place, turn in enumerate(talk):
-            speaker = ("human", "gpt")[place % 2]
+            speaker = SPEAKERS[place % 2]
             if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-                raise ValueError(f"turn {place} of the conversation is not {speaker}'s")
+                raise ValueError(f"turn {place} of the conversation is not from {speaker}")
             turns.append(Turn(speaker, turn["value"]))
         if not all(turn.text.strip() for turn in turns if turn.speaker == "gpt"):
             raise ValueError("has an empty answer")
         return cls(str(fields.get("id", "")), tuple(turns), str(fields.get("data_source", "")), video)
 
 
+def record_json(identity: str, texts: Sequence[str], data_source: str, video: str) -> dict[str, Any]:
+    """A record as the schema has it; `texts` are the questions and answers, by turns."""
+    talk = [{"from": SPEAKERS[place % 2], "value": text} for place, text in enumerate(texts)]
+    return {"id": identity, "conversations": talk, "data_source": data_source, "video": video}
+
+
 @dataclass(frozen=True)
 class QASample:
-    """A record with frames of its video. `index` differs from the one asked for when broken videos were passed over."""
+    """A record with frames of its video. `index` is not the requested one if unreadable videos were skipped."""
 
     index: int
     record: QARecord
@@ -84,11 +83,11 @@ class QASample:
 
 @dataclass
 class VideoQA:
-    """All records under a root, by number. `configs` names the folders to read; by default all that hold JSON lists."""
+    """All records under a root, by number. `configs` are the folders to read; by default all with JSON lists."""
 
     root: Path
     configs: Sequence[str] = ()
-    skipped: list[str] = field(default_factory=list)  # records left out at loading, with the reason
+    skipped: list[str] = field(default_factory=list)  # records skipped at loading, with the reason
     broken: dict[str, str] = field(default_factory=dict)  # videos that could not be read, with the reason
 
     def __post_init__(self) -> None:
@@ -118,14 +117,14 @@ class VideoQA:
         return QARecord.from_json(json.loads(self._text[self._offsets[index] : self._offsets[index + 1]].tobytes()))
 
     def video_path(self, index: int) -> Path:
-        """Where the video of a record lies, whether or not it is there."""
+        """The path of a record's video, which may not exist."""
         video = self.record(index).video
         beside = self._folders[self._folder_of[index]] / video
         return beside if beside.exists() else self.root / video
 
     def sample(self, index: int, frames: int = 16, timeout: float = 30.0, longest_side: int | None = None) -> QASample:
-        """Record `index` with evenly spread frames, or the next record after it whose video can be read."""
-        for attempt in range(min(MANY, len(self))):
+        """Record `index` with evenly spread frames, or the next record whose video can be read."""
+        for attempt in range(min(MOST_BROKEN, len(self))):
             place = (index + attempt) % len(self)
             record = self.record(place)
             if record.video in self.broken:
@@ -138,7 +137,7 @@ class VideoQA:
             return QASample(place, record, video)
         first = next(iter(self.broken.items()))
         raise OSError(
-            f"{self.root}: no readable video in {min(MANY, len(self))} records from {index} on ({first[1]}); "
+            f"{self.root}: no readable video in {min(MOST_BROKEN, len(self))} records from {index} on ({first[1]}); "
             "are the archives unpacked beside their JSON lists?"
         )
 
@@ -158,7 +157,7 @@ class VideoQA:
         return lists
 
     def _read_list(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The usable records of one file, reduced to the keys that are read."""
+        """The valid records of one file, reduced to the keys of the schema."""
         try:
             text = path.read_text(encoding="utf-8")
             records = (

@@ -1,0 +1,1 @@
+"""Scenes: photographs with cameras and depth, read from folders in several formats."""

@@ -1,7 +1,7 @@
-"""The folder `computed_depth/` that `gasp-fast depth` leaves in a scene which came without depth.
+"""The folder `computed_depth/` that `gasp-fast depth` writes into a scene without depth.
 
-One map per usable frame and an `index.json` that says how each was made and how well it fits; a frame that does not
-fit is listed as unusable and has no depth. The maps are drawn on the undistorted image, as the scene shows it.
+It holds one map per usable frame, and an `index.json` with the source and the error of each. A frame whose map does not
+fit is listed as unusable and has no depth. The maps belong to the undistorted image.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .depth_maps import DepthFile, one_line
+from gasp_fast.data.errors import one_line
+from gasp_fast.files import write_atomically
+
+from .depth_maps import DepthFile
 from .scene import Scene, inside
 
 FOLDER = "computed_depth"
@@ -20,7 +23,7 @@ VERSION = 1
 
 @dataclass
 class FrameFit:
-    """How the depth of one frame was won; `error` is the median of |fitted - sparse| / sparse at its points."""
+    """The map of one frame and its fit; `error` is the median of |depth - sparse| / sparse over its sparse points."""
 
     file: str | None  # None: unusable
     points: int = 0
@@ -30,11 +33,11 @@ class FrameFit:
 
 @dataclass
 class DepthIndex:
-    """What `index.json` holds."""
+    """The content of `index.json`."""
 
     source: str  # "mvs" | "model"
     model: str = ""
-    space: str = ""  # what was fitted: "depth" | "inverse depth"
+    space: str = ""  # of the fit: "depth" | "inverse depth"
     version: int = VERSION
     frames: dict[str, FrameFit] = field(default_factory=dict)
 
@@ -44,15 +47,14 @@ class DepthIndex:
 
 
 def write_index(root: Path, index: DepthIndex) -> Path:
-    """Write the index beside its maps, whole or not at all."""
+    """Write the index beside its maps, atomically."""
     path = root / FOLDER / INDEX
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(asdict(index), indent=1))
-    temporary.replace(path)
+    write_atomically(path, json.dumps(asdict(index), indent=1).encode())
     return path
 
 
 def read_index(path: Path) -> DepthIndex:
+    """The content of an `index.json`; a damaged one is a one-line `ValueError`."""
     try:
         stored = json.loads(path.read_text())
         version = stored["version"]
@@ -66,7 +68,7 @@ def read_index(path: Path) -> DepthIndex:
 
 
 def attach_computed_depth(scene: Scene) -> Scene:
-    """`scene` with the maps of its `computed_depth/`, or unchanged where there is no such folder."""
+    """`scene` with the maps of its `computed_depth/`; unchanged if it has no such folder."""
     folder = scene.root / FOLDER
     path = folder / INDEX
     if not path.is_file():

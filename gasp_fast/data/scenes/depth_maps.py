@@ -1,6 +1,6 @@
-"""One depth map, one file: `.npy`, 16-bit `.png` with a scale, `.exr`, COLMAP's `.geometric.bin` / `.photometric.bin`.
+"""Reads depth maps: `.npy`, 16-bit `.png` with a scale, `.exr`, COLMAP's `.geometric.bin` and `.photometric.bin`.
 
-Knows files and arrays. Whatever the format, a map leaves here as float32 `[h, w]`, finite, with 0 for unknown.
+Every format gives a float32 array `[h, w]`, finite, with 0 for unknown.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gasp_fast.data.errors import one_line
+
 # A corrupted header may claim any size; no depth camera or stereo pipeline makes maps beyond this.
 LARGEST_MAP = 1 << 26  # pixels
 SUFFIXES = (".npy", ".png", ".exr", ".bin")
@@ -18,12 +20,11 @@ SUFFIXES = (".npy", ".png", ".exr", ".bin")
 
 @dataclass(frozen=True)
 class DepthFile:
-    """Where the depth of a frame lies, and what one stored unit is worth."""
+    """The depth file of a frame."""
 
     path: Path
-    scale: float = 1.0
-    # Drawn on the pixels of the distorted image, not of the pinhole image that the scene shows.
-    distorted: bool = False
+    scale: float = 1.0  # the scene's units in one stored unit
+    distorted: bool = False  # pixels are those of the distorted photograph, not of the undistorted image
 
     def read(self) -> np.ndarray:  # float32 [h, w]
         return read_depth(self.path, self.scale)
@@ -36,7 +37,7 @@ def read_depth(path: Path, scale: float = 1.0) -> np.ndarray:
         raise ValueError(f"{path}: unknown depth format {path.suffix!r}; readable are {', '.join(SUFFIXES)}")
     try:
         stored = reader(path)
-    except Exception as error:  # the libraries raise everything from SyntaxError to MemoryError on damaged files
+    except Exception as error:  # on damaged files the libraries raise anything from SyntaxError to MemoryError
         raise OSError(f"{path}: cannot read depth: {one_line(error)}") from error
     if stored.ndim != 2 or 0 in stored.shape:
         raise OSError(f"{path}: a depth map has two axes, this file holds shape {stored.shape}")
@@ -48,47 +49,13 @@ def read_depth(path: Path, scale: float = 1.0) -> np.ndarray:
     return depth
 
 
-def write_depth(path: Path, depth: np.ndarray, scale: float = 1.0) -> None:
-    """Write `depth / scale` in the format of the suffix. A `.png` rounds to whole units and must stay below 65536.
-
-    `.npy` and `.exr` keep the dtype they are given if it is float16 or float32.
-    """
-    stored = depth if scale == 1.0 else depth / np.float32(scale)
-    suffix = path.suffix.lower()
-    if suffix == ".npy":
-        with open(path, "wb") as file:
-            np.save(file, stored)
-    elif suffix == ".png":
-        units = np.rint(stored)
-        if units.max(initial=0) > np.iinfo(np.uint16).max:
-            raise ValueError(
-                f"{path}: depth {depth.max():.6g} does not fit 16 bits at scale {scale:g}; use a larger scale"
-            )
-        Image.fromarray(units.astype(np.uint16)).save(path)
-    elif suffix == ".exr":
-        import OpenEXR  # only here and in _read_exr: the other formats must work without it
-
-        header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
-        OpenEXR.File(header, {"Z": np.ascontiguousarray(stored)}).write(str(path))
-    elif suffix == ".bin":
-        height, width = stored.shape
-        path.write_bytes(f"{width}&{height}&1&".encode() + stored.astype("<f4").tobytes())
-    else:
-        raise ValueError(f"{path}: unknown depth format {path.suffix!r}; writable are {', '.join(SUFFIXES)}")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of `error`, or its kind where it has none, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _checked_size(width: int, height: int) -> None:
     if not 0 < width * height <= LARGEST_MAP or width < 0:
         raise ValueError(f"implausible size {width} x {height}")
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    # Mapping compares the size that the header claims with the file's, before any memory is taken.
+    # Memory mapping compares the size in the header with that of the file before it allocates anything.
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
     if stored.dtype.kind not in "fiu":
         raise ValueError(f"holds {stored.dtype}, not numbers")
@@ -111,7 +78,7 @@ def _read_exr(path: Path) -> np.ndarray:
         _checked_size(*(int(n) for n in high.astype(np.int64) - low + 1))
     with OpenEXR.File(str(path), separate_channels=True, num_threads=0) as file:
         channels = file.channels()
-        # Depth tools write Z, V, Y or the red of three equal channels.
+        # Depth tools write Z, V or Y, or three equal channels.
         for name in ("Z", "V", "Y", "R", *sorted(channels)):
             if name in channels:
                 return np.array(channels[name].pixels)
@@ -119,7 +86,7 @@ def _read_exr(path: Path) -> np.ndarray:
 
 
 def _read_colmap(path: Path) -> np.ndarray:
-    """COLMAP's own: the text `width&height&channels&`, then float32, row by row for one channel."""
+    """COLMAP's format: the text `width&height&channels&`, then float32, row by row for one channel."""
     with open(path, "rb") as file:
         head = file.read(64)
         fields = head.split(b"&", 3)

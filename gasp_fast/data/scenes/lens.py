@@ -1,13 +1,13 @@
-"""Lens distortion, taken out: the OpenCV model `k1, k2, p1, p2` to the pinhole with the same intrinsics.
+"""Removes lens distortion: from the OpenCV model `k1, k2, p1, p2` to the pinhole camera with the same intrinsics.
 
-A pixel of the pinhole image looks along the ray (x, y, 1). The lens bends that ray to (x', y'):
+A pixel of the pinhole image sees the ray (x, y, 1). The lens bends that ray to (x', y'):
 
     r² = x² + y²,   g = 1 + k1 r² + k2 r⁴
     x' = x g + 2 p1 x y + p2 (r² + 2 x²)
     y' = y g + p1 (r² + 2 y²) + 2 p2 x y
 
-so undistorting needs this map forwards only: look up the photograph where the bent ray hits it. No inverse, no
-iteration. Knows arrays only.
+Undistorting needs only this forward map: each pixel takes the photograph's colour at the bent ray. No inverse, no
+iteration.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_DISTORTION: Distortion = (0.0, 0.0, 0.0, 0.0)
 
 
 def distort(x: np.ndarray, y: np.ndarray, distortion: Distortion) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rays (x, y, 1) go behind the lens."""
+    """Image-plane coordinates of the rays (x, y, 1) behind the lens."""
     k1, k2, p1, p2 = distortion
     squared = x * x + y * y
     gain = 1 + squared * (k1 + squared * k2)
@@ -32,10 +32,10 @@ def distort(x: np.ndarray, y: np.ndarray, distortion: Distortion) -> tuple[np.nd
 
 
 def undistort(pixels: np.ndarray, intrinsics: np.ndarray, distortion: Distortion, smooth: bool) -> np.ndarray:
-    """The pinhole image of the same size; what the photograph does not show is 0.
+    """The pinhole image of the same size; 0 where the photograph shows nothing.
 
-    `smooth` interpolates between the four nearest pixels (colour); otherwise the nearest one is taken (depth, where
-    a mean of two surfaces would be a place that does not exist).
+    `smooth` interpolates between the four nearest pixels (for colour). Otherwise the nearest pixel is taken (for
+    depth: the mean of two surfaces is a depth where nothing is).
     """
     u, v = _source_map(pixels.shape[1], pixels.shape[0], tuple(intrinsics.ravel()), distortion)  # [H, W] pixel indices
     height, width = pixels.shape[:2]
@@ -58,7 +58,7 @@ def undistort(pixels: np.ndarray, intrinsics: np.ndarray, distortion: Distortion
 def _source_map(
     width: int, height: int, matrix: tuple[float, ...], distortion: Distortion
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel of the pinhole image, the index of the photograph's pixel it sees: float32 [H, W], twice."""
+    """Column and row in the photograph, each float32 [H, W], of every pixel of the pinhole image."""
     fx, cx, fy, cy = matrix[0], matrix[2], matrix[4], matrix[5]
     x = (np.arange(width) + 0.5 - cx) / fx
     y = (np.arange(height) + 0.5 - cy) / fy

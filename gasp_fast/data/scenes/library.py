@@ -1,6 +1,6 @@
-"""A folder of scenes: which there are, how long each is, and a digest that changes when one changes.
+"""Finds the scenes under a folder, with their lengths and digests.
 
-Knows folders and `open_scene`; knows neither sequences nor tracks. Scenes are named by their path under the folder.
+A scene's name is its path under the folder.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .formats import is_scene, known_marks
 from .open import open_scene
 from .scene import Scene
 
-DEEPEST = 4  # how many folders below the library a scene may lie: DL3DV keeps its own in 1K/<hash>
+DEEPEST = 4  # folders between the library and a scene; DL3DV has 1K/<hash>
 
 
 @dataclass(frozen=True)
 class SceneEntry:
-    """One scene of a library as it was found."""
+    """One scene of a library, when it was found."""
 
-    name: str  # path under the library; "." when the library is itself a scene
+    name: str  # path under the library; "." if the library itself is a scene
     frames: int
     digest: str
 
@@ -31,8 +31,7 @@ class SceneEntry:
 def find_scenes(library: Path) -> list[str]:
     """Names of all scenes under `library`, sorted; `["."]` if it is a scene itself.
 
-    Folders may be nested, `DEEPEST` of them. Scenes inside a scene are not looked for, and hidden folders (unfinished
-    work) are passed over.
+    Searches `DEEPEST` levels of folders, but not inside scenes and not in hidden folders (unfinished work).
     """
     if not library.is_dir():
         raise FileNotFoundError(f"{library}: no such folder")
@@ -43,7 +42,7 @@ def find_scenes(library: Path) -> list[str]:
 
 
 def own_name(library: Path, name: str) -> str:
-    """The name of a scene's own folder, by which scenes are held out."""
+    """The name of the scene's own folder. The held-out split depends on it."""
     return library.resolve().name if name == "." else Path(name).name
 
 
@@ -57,7 +56,7 @@ def _scenes_under(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def digest_of(scene: Scene) -> str:
-    """Changes when frames are added, removed, renamed or given another pose; costs no decoding."""
+    """A hash of frame names and poses: it changes when a frame is added, removed, renamed or moved. Decodes nothing."""
     digest = blake2b(digest_size=8)
     for index, name in enumerate(scene.frame_names):
         digest.update(name.encode() + b"\0" + np.ascontiguousarray(scene.pose(index), np.float64).tobytes())
@@ -65,7 +64,7 @@ def digest_of(scene: Scene) -> str:
 
 
 def survey(library: Path, names: Iterable[str]) -> Iterator[SceneEntry | tuple[str, str]]:
-    """An entry for each scene, or its name and the reason why it cannot be used."""
+    """Yields an entry for each scene, or its name and the reason why it cannot be used."""
     for name in names:
         try:
             scene = open_scene(library / name)

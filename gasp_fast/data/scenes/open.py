@@ -1,4 +1,4 @@
-"""`open_scene`: a folder in any known format, as a `Scene`."""
+"""Opens a scene folder of any known format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .scene import Scene
 
 
 def open_scene(path: str | os.PathLike[str]) -> Scene:
-    """The scene in the folder `path`, its format detected. An unusable one is a one-line error naming the file."""
+    """The scene in the folder `path`; detects its format. An unusable scene is a one-line error that names the file."""
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")

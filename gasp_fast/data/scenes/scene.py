@@ -1,11 +1,11 @@
-"""A scene: photographs that know where they were taken from, and how far away each of their pixels lies.
+"""`Scene`: photographs with their cameras and depth maps.
 
-`open.py` reads one from a folder. A `Scene` is a table of `Frame`s; pixels are read when
-they are asked for. Conventions, the same everywhere in this project: OpenCV axes (x right, y down, z forward),
-world-to-camera poses, pixel centres at integer + 0.5, depth along z with 0 for unknown.
+A `Scene` is a table of `Frame`s; pixels are decoded on access. `open.py` reads a scene from a folder. Conventions, the
+same everywhere in this project: OpenCV axes (x right, y down, z forward), world-to-camera poses, pixel centres at
+integer + 0.5, depth along z with 0 for unknown.
 
-Lens distortion never leaves this room: a distorted photograph is shown as the pinhole photograph with the same
-intrinsics (`lens.py`). Knows files and arrays; knows no model.
+A `Scene` returns undistorted images only: a distorted photograph becomes the pinhole photograph with the same
+intrinsics (`lens.py`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .depth_maps import DepthFile, one_line
+from gasp_fast.data.errors import one_line
+
+from .depth_maps import DepthFile
 from .frame_cache import DECODED
 from .lens import NO_DISTORTION, Distortion, undistort
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LARGEST_IMAGE = 1 << 27  # pixels; a corrupted header may claim any size
-# How far R^T R may be from the identity: poses stored as text with six digits stay below 1e-4.
+# Largest difference of R R^T from the identity: poses stored as text with six digits stay below 1e-4.
 ROTATION_TOLERANCE = 1e-3
 _LAST_ROW, _IDENTITY = np.array([0.0, 0.0, 0.0, 1.0]), np.eye(3)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a folder says about one photograph; nothing of it has been decoded yet."""
+    """One photograph: its files and its camera, nothing decoded yet."""
 
     name: str
     image: Path
@@ -47,7 +49,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A frame that the folder names but that cannot be used."""
+    """A frame of the folder that cannot be used, and why."""
 
     name: str
     reason: str
@@ -55,7 +57,7 @@ class Skipped:
 
 @dataclass
 class Scene:
-    """Frames in order, read lazily. Any method may be called from any thread; a scene pickles into loader workers."""
+    """Frames in order, decoded lazily. Thread-safe; pickles into loader workers."""
 
     root: Path
     format: str
@@ -83,14 +85,14 @@ class Scene:
         return self._sizes[i]
 
     def image(self, i: int) -> np.ndarray:  # uint8 [H, W, 3]
-        """The photograph, undistorted; yours to change."""
+        """The undistorted photograph, as a copy that the caller may change."""
         i = self._index(i)
         frame = self.frames[i]
         key = ("image", *_stamp(frame.image), frame.distortion, frame.intrinsics.tobytes(), frame.camera_size)
         return DECODED.get(key, lambda: self._decode_image(i)).copy()
 
     def depth(self, i: int) -> np.ndarray:  # float32 [h, w]
-        """Depth along z, 0 where unknown, always finite; its grid may be coarser than the image's. Read-only."""
+        """Depth along z, finite, 0 where unknown. The map may be coarser than the image. Read-only."""
         i = self._index(i)
         frame = self.frames[i]
         if frame.depth is None:
@@ -102,7 +104,7 @@ class Scene:
         return DECODED.get(key, lambda: self._decode_depth(i))
 
     def intrinsics(self, i: int) -> np.ndarray:  # float64 [3, 3]
-        """The pinhole camera of the image as it is shown, in its pixels."""
+        """The pinhole camera of the undistorted image, in its pixels."""
         frame = self.frames[self._index(i)]
         if frame.camera_size is None:
             return frame.intrinsics.copy()
@@ -114,7 +116,7 @@ class Scene:
         return self.frames[self._index(i)].pose.copy()
 
     def read_ahead(self, frames: Sequence[int], images: bool = True, depth: bool = True, threads: int = 4) -> None:
-        """Decode several frames at once into the process's store; the decoders work outside the interpreter's lock."""
+        """Decodes several frames in parallel into the process's cache; the decoders release the interpreter's lock."""
         readers = [self.image] * images + [self.depth] * (depth and self.has_depth)
         with ThreadPoolExecutor(threads) as pool:
             for job in [pool.submit(read, i) for i in frames for read in readers]:
@@ -151,7 +153,7 @@ class Scene:
         return {**self.__dict__, "_sizes": {}}
 
 
-# ---- what every reader needs ----------------------------------------------------------------------------------------
+# ---- used by all readers --------------------------------------------------------------------------------------------
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -164,7 +166,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def inside(root: Path, path: Path) -> Path:
-    """`path` if it lies under `root` after every `..` and link is resolved; else an error that names it."""
+    """`path` if it lies under `root` with every `..` and link resolved; otherwise an error that names it."""
     real = os.path.join(_real_folder(path.parent), path.name)
     if path.name == ".." or os.path.islink(real):
         real = os.path.realpath(path)
@@ -182,9 +184,10 @@ def _real_folder(path: Path) -> str:
 def scene_of(
     root: Path, format: str, frames: Sequence[Frame], skipped: Sequence[Skipped] = (), sparse_model: Path | None = None
 ) -> Scene:
-    """The last step of every reader: paths stay under the root, bad cameras are skipped and counted, something is left.
+    """The last step of every reader: refuses paths outside the root, skips and counts frames with an invalid camera.
 
-    Trackers write NaN poses for frames in which they were lost, so one bad pose must not cost the scene.
+    Camera trackers write NaN poses for frames they lost, so one invalid pose must not cost the scene. No usable frame
+    at all is an error.
     """
     usable: list[Frame] = []
     lost = list(skipped)
@@ -204,7 +207,7 @@ def scene_of(
 
 
 def pose_fault(pose: np.ndarray) -> str | None:
-    """What keeps `pose` from being a rigid motion, or None."""
+    """Why `pose` is not a rigid motion, or None."""
     if pose.shape != (4, 4):
         return f"pose has shape {pose.shape}, not 4x4"
     if not np.isfinite(pose).all():
@@ -221,7 +224,7 @@ def pose_fault(pose: np.ndarray) -> str | None:
 
 
 def intrinsics_fault(matrix: np.ndarray) -> str | None:
-    """What keeps `matrix` from being a pinhole camera without skew, or None."""
+    """Why `matrix` is not a pinhole camera without skew, or None."""
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         return f"intrinsics are not a finite 3x3 matrix: {matrix.tolist()}"
     if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
@@ -234,16 +237,21 @@ def intrinsics_fault(matrix: np.ndarray) -> str | None:
 def rigid_inverse(pose: np.ndarray) -> np.ndarray:
     """Camera-to-world from world-to-camera, and back.
 
-    The plain inverse, not R^T: rotations stored with six digits are not quite orthogonal, and whoever inverts the
-    file's matrix should find our pose to the last digits.
+    The plain inverse, not R^T: rotations stored with six digits are not quite orthogonal, and the inverse of the file's
+    matrix should be our pose to the last digits.
     """
     inverse: np.ndarray = np.linalg.inv(pose)
     inverse[3] = (0.0, 0.0, 0.0, 1.0)
     return inverse
 
 
+def camera_centre(pose: np.ndarray) -> np.ndarray:  # float64 [3]
+    """The position of the camera with the world-to-camera `pose`, in world coordinates."""
+    return -pose[:3, :3].T @ pose[:3, 3]
+
+
 def without_depth(scene: Scene) -> Scene:
-    """The same scene, its depth forgotten."""
+    """The same scene without its depth maps."""
     return replace(scene, frames=tuple(replace(frame, depth=None) for frame in scene.frames))
 
 
@@ -252,7 +260,7 @@ def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:  # float6
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
-    """What identifies the content of a file: a rewritten file must not be served from the store."""
+    """Identifies the content of a file: a rewritten file must not be served from the cache."""
     status = path.stat()
     return str(path), status.st_mtime_ns, status.st_size
 

@@ -1,0 +1,1 @@
+"""Renders scenes with exact geometry, and writes questions about them."""

@@ -1,4 +1,4 @@
-"""Where the boxes of a synthetic room stand and how the camera walks among them. Knows no pixels and no files.
+"""Places the boxes of a synthetic room and draws the path of the camera.
 
 World axes: z up, metres, the room's floor at z = 0.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
 
-# Muted colours of nearly one luminance: told apart by eye, of little help to a matcher.
+# Muted colours of nearly equal luminance: different to the eye, of little help to a matcher.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (1.26, 0.91, 0.88),
     "yellow": (1.10, 1.02, 0.72),
@@ -41,9 +41,9 @@ class Box:
 
 
 def place_boxes(rng: np.random.Generator, room: Float, azimuth: float, count: int) -> tuple[Box, ...]:
-    """Twins on the line of sight of the middle of the walk, one near and one far; the others where there is room.
+    """Two identical boxes on the line of sight of the middle of the path, one near and one far; the others at random.
 
-    Returns nothing when the boxes do not fit; the caller draws again.
+    Empty if the boxes do not fit; the caller then draws again.
     """
     middle = room.mean(axis=0)[:2]
     towards_camera = np.array([np.cos(azimuth), np.sin(azimuth)])
@@ -78,10 +78,11 @@ def place_boxes(rng: np.random.Generator, room: Float, azimuth: float, count: in
     return tuple(boxes)
 
 
-def walk(rng: np.random.Generator, room: Float, azimuth: float, frames: int) -> Float:
-    """Camera-to-world poses `[F, 4, 4]`: an arc around the middle with swaying height, distance, gaze and roll.
+def camera_path(rng: np.random.Generator, room: Float, azimuth: float, frames: int) -> Float:
+    """Camera-to-world poses `[F, 4, 4]`: an arc around the middle with varying height, distance, direction and roll.
 
-    Sweeps and sways are per 32 frames, whatever the number of frames: a longer scene is a longer walk there and back.
+    The periods are in units of 32 frames, whatever the number of frames: in a longer scene the camera goes there and
+    back more often.
     """
     time = np.arange(frames) / 32
 
@@ -114,7 +115,7 @@ def walk(rng: np.random.Generator, room: Float, azimuth: float, frames: int) -> 
 
 
 def is_clear(eyes: Float, room: Float, boxes: Sequence[Box], margin: float = 0.35) -> bool:
-    """Whether the walk keeps its distance from walls and boxes."""
+    """Whether the camera positions keep `margin` metres from walls and boxes."""
     free = np.all((eyes > room[0] + margin) & (eyes < room[1] - margin))
     for box in boxes:
         local = np.abs((eyes - box.centre) @ box.rotation)

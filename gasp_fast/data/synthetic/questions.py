@@ -1,10 +1,10 @@
-"""Questions and answers about synthetic scenes, in the schema of LLaVA-Video-178K, with a real mp4 clip of each scene.
+"""Questions and answers about synthetic scenes, in the schema of LLaVA-Video-178K, with an mp4 clip of each scene.
 
-The language side of joint training without a download. Answers follow from the exact geometry in the scene's
-`meta.json` and poses, never from pixels. A question is asked only where a person would find the answer clear: boxes
-hardly seen are not counted or named, and distances, positions and turns must differ by a margin.
+They are the language side of joint training without a download. Answers follow from the exact geometry in the scene's
+`meta.json` and poses, not from pixels. A question is written only if its answer is clear to a person: boxes that are
+hardly visible are not counted or named, and distances, positions and turns must differ by a margin.
 
-A folder of these is one "config" as LLaVA-Video-178K has them: JSON lists beside the videos that they name.
+The output folder is one "config" in the layout of LLaVA-Video-178K: JSON lists beside their videos.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gasp_fast.data.questions.clips import write_clip
+from gasp_fast.data.questions.video_qa import record_json
+from gasp_fast.data.video.write import write_clip
 from gasp_fast.files import write_atomically
+
+from .layout import COLOURS
 
 Float = NDArray[np.float64]
 
 SOURCE = "gasp_synthetic"
-SEEN = 0.01  # share of the image's pixels that a box needs to be spoken of
-UNSEEN = 0.002  # and below which it does not count as present; between the two nothing is asked
+SEEN = 0.01  # a box with at least this share of the image's pixels counts as visible
+UNSEEN = 0.002  # below this share it counts as absent; between the two there is no question about it
 CHOOSE = "Please provide your answer by stating the letter followed by the full option."
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question; with `options`, the answer is one of them."""
+class SceneQuestion:
+    """One question; if it has `options`, the answer is one of them."""
 
     kind: str
     text: str
@@ -43,15 +46,15 @@ class Question:
 
 @dataclass(frozen=True)
 class SceneFacts:
-    """What the geometry of a scene says, before it is put into words."""
+    """The geometry of a scene from which questions are made."""
 
     name: str
     seed: int
     colours: list[str]  # of each box
     pixels: Float  # [B, F], share of the image
     distance: Float  # [B, F], from the camera to the nearest point of the box
-    column: Float  # [B, F], where the centre of the box appears, 0 left to 1 right
-    heading: Float  # [F], the camera's azimuth in degrees, unwrapped; growing when it turns left
+    column: Float  # [B, F], of the box's centre in the image, 0 left to 1 right
+    heading: Float  # [F], the camera's azimuth in degrees, unwrapped; it grows when the camera turns left
 
     @classmethod
     def of(cls, meta: dict[str, Any], camera_to_world: Float, intrinsics: Float) -> SceneFacts:
@@ -75,7 +78,7 @@ class SceneFacts:
         )
 
     def unique(self, frame: int) -> list[int]:
-        """Boxes that their colour names without doubt and that are well seen in `frame`."""
+        """Visible boxes of `frame` whose colour no other box has."""
         return [
             number
             for number, colour in enumerate(self.colours)
@@ -84,41 +87,41 @@ class SceneFacts:
 
     @property
     def clear(self) -> bool:
-        """Whether every box is either well seen somewhere or nowhere."""
+        """Whether every box is either visible in some frame or absent from all."""
         most = self.pixels.max(axis=1)
         return bool(np.all((most >= SEEN) | (most < UNSEEN)))
 
 
-# ---- the kinds of questions: each returns one, or None where the answer would not be clear --------------------------
+# ---- the kinds of questions: each function returns one, or None if the answer is not clear --------------------------
 
 
-def _count(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
+def _count(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     if not facts.clear:
         return None
     number = int(np.sum(facts.pixels.max(axis=1) >= SEEN))
     options = sorted({number, *(max(1, number + int(step)) for step in rng.permutation([-2, -1, 1, 2, 3])[:3])})
-    return Question("count", "How many boxes can be seen in the video?", f"{number}", tuple(map(str, options)))
+    return SceneQuestion("count", "How many boxes can be seen in the video?", f"{number}", tuple(map(str, options)))
 
 
-def _count_colour(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
+def _count_colour(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     if not facts.clear:
         return None
     colour = str(rng.choice(sorted(set(facts.colours))))
     own = [number for number, other in enumerate(facts.colours) if other == colour]
     number = int(np.sum(facts.pixels[own].max(axis=1) >= SEEN))
-    return Question("count_colour", f"How many {colour} boxes can be seen in the video?", f"{number}")
+    return SceneQuestion("count_colour", f"How many {colour} boxes can be seen in the video?", f"{number}")
 
 
-def _present(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
+def _present(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     if not facts.clear:
         return None
     seen = {c for c, pixels in zip(facts.colours, facts.pixels, strict=True) if pixels.max() >= SEEN}
-    absent = {"red", "yellow", "green", "blue", "purple"} - seen
+    absent = COLOURS.keys() - seen
     if not absent or not seen:
         return None
     yes = bool(rng.integers(2))
     colour = str(rng.choice(sorted(seen if yes else absent)))
-    return Question("present", f"Is there a {colour} box in the room?", "Yes" if yes else "No", ("Yes", "No"))
+    return SceneQuestion("present", f"Is there a {colour} box in the room?", "Yes" if yes else "No", ("Yes", "No"))
 
 
 def _two_boxes(facts: SceneFacts, rng: np.random.Generator) -> tuple[int, int] | None:
@@ -126,7 +129,7 @@ def _two_boxes(facts: SceneFacts, rng: np.random.Generator) -> tuple[int, int] |
     return None if len(boxes) < 2 else tuple(int(n) for n in rng.permutation(boxes)[:2])  # type: ignore[return-value]
 
 
-def _nearer(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
+def _nearer(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     if (pair := _two_boxes(facts, rng)) is None:
         return None
     near, far = sorted(pair, key=lambda number: facts.distance[number, 0])
@@ -135,10 +138,10 @@ def _nearer(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
     first, second = (facts.colours[number] for number in pair)
     text = f"In the first frame, which box is nearer to the camera, the {first} one or the {second} one?"
     options = (f"The {first} box", f"The {second} box")
-    return Question("nearer", text, f"The {facts.colours[near]} box", options)
+    return SceneQuestion("nearer", text, f"The {facts.colours[near]} box", options)
 
 
-def _beside(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
+def _beside(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     if (pair := _two_boxes(facts, rng)) is None:
         return None
     first, second = pair
@@ -149,19 +152,21 @@ def _beside(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
         f"In the first frame, is the {facts.colours[first]} box to the left or to the right of the "
         f"{facts.colours[second]} box?"
     )
-    return Question("beside", text, "To the left" if apart < 0 else "To the right", ("To the left", "To the right"))
+    return SceneQuestion(
+        "beside", text, "To the left" if apart < 0 else "To the right", ("To the left", "To the right")
+    )
 
 
-def _turn(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
+def _turn(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     turned = facts.heading[-1] - facts.heading[0]
     swing = facts.heading.max() - facts.heading.min()
     if abs(turned) < 15 or swing > 1.3 * abs(turned):
         return None
     text = "From the first frame to the last, does the camera turn to the left or to the right?"
-    return Question("turn", text, "To the left" if turned > 0 else "To the right", ("To the left", "To the right"))
+    return SceneQuestion("turn", text, "To the left" if turned > 0 else "To the right", ("To the left", "To the right"))
 
 
-def _approach(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
+def _approach(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     both = [number for number in facts.unique(0) if facts.pixels[number, -1] >= SEEN]
     if not both:
         return None
@@ -170,20 +175,20 @@ def _approach(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
     if 0.8 < ratio < 1.25:
         return None
     text = f"Does the camera end nearer to the {facts.colours[box]} box than it began?"
-    return Question("approach", text, "Yes" if ratio < 1 else "No", ("Yes", "No"))
+    return SceneQuestion("approach", text, "Yes" if ratio < 1 else "No", ("Yes", "No"))
 
 
-def _twins(facts: SceneFacts, rng: np.random.Generator) -> Question | None:
+def _twins(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     seen = facts.pixels[:2].min(axis=0).max() >= SEEN
     if not seen or facts.colours.count(facts.colours[0]) != 2:
         return None
     options = tuple(sorted(set(facts.colours)))
-    return Question(
+    return SceneQuestion(
         "twins", "Two boxes in the room look exactly alike. What colour are they?", facts.colours[0], options
     )
 
 
-KINDS: dict[str, Callable[[SceneFacts, np.random.Generator], Question | None]] = {
+KINDS: dict[str, Callable[[SceneFacts, np.random.Generator], SceneQuestion | None]] = {
     "count": _count,
     "count_colour": _count_colour,
     "present": _present,
@@ -198,26 +203,21 @@ KINDS: dict[str, Callable[[SceneFacts, np.random.Generator], Question | None]] =
 # ---- records --------------------------------------------------------------------------------------------------------
 
 
-def questions_about(facts: SceneFacts) -> list[Question]:
-    """One question of each kind that has a clear answer, in an order that belongs to the scene."""
+def questions_about(facts: SceneFacts) -> list[SceneQuestion]:
+    """One question of each kind that has a clear answer, in an order drawn with the scene's seed."""
     rng = np.random.default_rng([facts.seed, 3])
-    found = [question for kind in KINDS.values() if (question := kind(facts, rng)) is not None]
-    return [found[place] for place in rng.permutation(len(found))]
+    questions = [question for kind in KINDS.values() if (question := kind(facts, rng)) is not None]
+    return [questions[place] for place in rng.permutation(len(questions))]
 
 
-def as_record(identity: str, question: Question, video: str, choice: bool) -> dict[str, Any]:
+def question_record(identity: str, question: SceneQuestion, video: str, choice: bool) -> dict[str, Any]:
     """The question in the LLaVA-Video schema, open-ended or as a choice between its options."""
     text, answer = question.text, f"{question.answer}."
     if choice and len(question.options) > 1:
         lettered = [f"{'ABCDEF'[place]}. {option}." for place, option in enumerate(question.options)]
         text = "\n".join([text, *lettered, CHOOSE])
         answer = lettered[question.options.index(question.answer)]
-    return {
-        "id": identity,
-        "conversations": [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": answer}],
-        "data_source": SOURCE,
-        "video": video,
-    }
+    return record_json(identity, (f"<image>\n{text}", answer), SOURCE, video)
 
 
 def read_facts(scene: Path) -> SceneFacts:
@@ -230,7 +230,7 @@ def read_facts(scene: Path) -> SceneFacts:
 
 
 def write_qa(scenes: Sequence[Path], out: Path, workers: int = 2) -> Iterator[Path]:
-    """Writes `NAME.mp4` for each rendered scene, yielding it, and then `qa.json` with all questions."""
+    """Writes and yields `NAME.mp4` for each rendered scene, then writes `qa.json` with all questions."""
     out.mkdir(parents=True, exist_ok=True)
 
     def one(scene: Path) -> list[dict[str, Any]]:
@@ -239,13 +239,13 @@ def write_qa(scenes: Sequence[Path], out: Path, workers: int = 2) -> Iterator[Pa
         write_clip(out / video, frames, fps=4)
         rng = np.random.default_rng([facts.seed, 4])
         return [
-            as_record(f"{scene.name}-{question.kind}", question, video, choice=bool(rng.integers(2)))
+            question_record(f"{scene.name}-{question.kind}", question, video, choice=bool(rng.integers(2)))
             for question in questions_about(facts)
         ]
 
     records = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for scene, found in zip(scenes, pool.map(one, scenes), strict=True):
-            records += found
+        for scene, of_scene in zip(scenes, pool.map(one, scenes), strict=True):
+            records += of_scene
             yield out / f"{scene.name}.mp4"
     write_atomically(out / "qa.json", (json.dumps(records, indent=1) + "\n").encode())

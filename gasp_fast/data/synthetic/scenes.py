@@ -1,15 +1,12 @@
-"""Synthetic scenes: a textured room with boxes, a moving camera, exact depth and poses, written as `rgbd` folders.
+"""Renders synthetic scenes with exact depth and poses: a textured room with boxes and a moving camera.
 
-Knows arrays and files; no model, no tracks. A scene is a pure function of its seed and configuration, and so is every
-byte that is written.
+A scene is written as an `rgbd` folder. It is a pure function of its seed and configuration, to the last byte.
 
-The scenes are built to be neither trivial nor cryptic. All surfaces are near-grey with one mean brightness, and every
-frame has its own exposure and white balance, so brightness does not tell where a patch lies. The camera walks around
-the boxes with real yaw, pitch and roll, so the "same position" guess fails. Two boxes, one near and one far, are
-identical down to the texture: only depth tells them apart, the case the depth loss exists for.
+The scenes are neither trivial nor impossible to match. All surfaces are near-grey with the same mean brightness, and
+every frame has its own exposure and white balance, so brightness does not reveal the position of a patch. The camera
+moves around the boxes with yaw, pitch and roll, so the "same position" guess fails. Two boxes, one near and one far,
+are identical down to the texture: only depth distinguishes them, which is what the depth loss is for.
 
-`SyntheticScene.trace` casts rays in plain NumPy, independent of the C++ renderer, and `exact_tracks` derives from it
-where a point really goes and whether anything hides it: the truth the depth-map recipe is judged by.
 World axes: z up, metres, the room's floor at z = 0. Camera axes: OpenCV.
 """
 
@@ -17,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -28,34 +25,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .layout import COLOURS, Box, is_clear, place_boxes, walk
-from .textures import PATTERNS, SIZE, Grey, make_texture, mip_levels
+from gasp_fast.data.compiled import render_extension
 
-try:
-    from gasp_fast import _render
-except ImportError as error:
-    raise OSError(
-        "gasp_fast._render, the renderer, is not built here; gasp-fast doctor says how to build it"
-    ) from error
+from .layout import COLOURS, Box, camera_path, is_clear, place_boxes
+from .textures import PATTERNS, SIZE, Grey, make_texture, mip_levels
 
 Float = NDArray[np.float64]
 
-VERSION = 2  # raised whenever the same seed gives other bytes, so that old folders are rendered anew
-TEXTURE_METRES = 12.0  # before it repeats: walls are shorter, so that no two places of a room look the same
+VERSION = 2  # raise it whenever the same seed gives other bytes, so that old folders are rendered again
+TEXTURE_METRES = 12.0  # period of a texture: longer than a wall, so that no two places of a room look the same
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """What a scene looks like; the same configuration and seed give the same bytes."""
+    """Parameters of a scene; the same configuration and seed give the same bytes."""
 
     frames: int = 32
     width: int = 224
     height: int = 224
     field_of_view: float = 65.0  # horizontal, degrees
-    min_boxes: int = 3  # of which two are twins
+    min_boxes: int = 3  # two of them are identical
     max_boxes: int = 6
     samples: int = 2  # colour rays along each side of a pixel
-    exposure_jitter: float = 0.12  # deviation of the logarithm of each frame's gain
+    exposure_jitter: float = 0.12  # standard deviation of the logarithm of each frame's gain
     white_balance_jitter: float = 0.04
     sensor_noise: float = 0.012
 
@@ -63,7 +55,7 @@ class SyntheticConfig:
         if self.frames < 2:
             raise ValueError(f"frames = {self.frames}: a scene needs at least 2 frames")
         if min(self.width, self.height) < 16:
-            raise ValueError(f"width x height = {self.width} x {self.height}: ask for at least 16 x 16 pixels")
+            raise ValueError(f"width x height = {self.width} x {self.height}: at least 16 x 16 pixels")
         if not 20 <= self.field_of_view <= 120:
             raise ValueError(f"field_of_view = {self.field_of_view}: give degrees between 20 and 120")
         if not 2 <= self.min_boxes <= self.max_boxes <= 8:
@@ -72,25 +64,17 @@ class SyntheticConfig:
             )
 
 
-class Frame(NamedTuple):
-    """One rendered view."""
+class RenderedView(NamedTuple):
+    """One rendered frame."""
 
     image: NDArray[np.uint8]  # [H, W, 3]
     depth: NDArray[np.float32]  # [H, W], metres along the optical axis
-    surface: NDArray[np.int32]  # [H, W], 0..5 room faces, 6 + 6 b + face for box b
-
-
-class ExactTracks(NamedTuple):
-    """Where surface points really go; the layout of `build_tracks`."""
-
-    uv: Float  # [T, F, 2]
-    visible: NDArray[np.bool_]  # [T, F]
-    depth: Float  # [T, F]
+    surface: NDArray[np.int32]  # [H, W], 0..5: faces of the room, 6 + 6 b + face: box b
 
 
 @dataclass(frozen=True)
 class SyntheticScene:
-    """The full description of a scene, from which every image and every truth follows."""
+    """The full description of a scene: images, depth and poses follow from it."""
 
     name: str
     seed: int
@@ -98,7 +82,7 @@ class SyntheticScene:
     room: Float  # [2, 3], low and high corner
     lamp: Float  # [3]
     boxes: tuple[Box, ...]
-    patterns: tuple[str, ...]  # of the textures: walls, floor, ceiling, then those that boxes name
+    patterns: tuple[str, ...]  # of the textures: walls, floor, ceiling, then those of the boxes
     camera_to_world: Float = field(repr=False)  # [F, 4, 4]
 
     def __len__(self) -> int:
@@ -120,7 +104,7 @@ class SyntheticScene:
 
     @cached_property
     def textures(self) -> Grey:
-        """`[n, S, S]`; made when first asked for."""
+        """`[n, S, S]`, made on first use."""
         rng = np.random.default_rng([self.seed, 2])
         return np.stack([make_texture(rng, pattern) for pattern in self.patterns])
 
@@ -128,12 +112,12 @@ class SyntheticScene:
     def _mips(self) -> Grey:
         return mip_levels(self.textures)
 
-    def render(self, index: int) -> Frame:
+    def render(self, index: int) -> RenderedView:
         """The view of frame `index`, with that frame's exposure, white balance and sensor noise."""
         config, k = self.config, self.intrinsics
         texture, tint = self._materials
         boxes = np.array([[*b.centre, *b.half, *b.rotation.ravel()] for b in self.boxes]).reshape(-1, 15)
-        colour, depth, surface = _render.render(
+        colour, depth, surface = render_extension().render(
             room=self.room,
             lamp=self.lamp,
             boxes=boxes,
@@ -153,86 +137,24 @@ class SyntheticScene:
         gain = np.exp(rng.normal(0, config.exposure_jitter) + rng.normal(0, config.white_balance_jitter, 3))
         colour *= gain.astype(np.float32)
         colour += config.sensor_noise * rng.standard_normal(colour.shape, dtype=np.float32)
-        return Frame((np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8), depth, surface)
-
-    def trace(self, origins: Float, directions: Float) -> tuple[Float, NDArray[np.int64]]:
-        """First surface along each of `[N]` rays: distance in units of the direction, and surface number.
-
-        The slab test of the renderer once more, as array arithmetic: it shares no code with the C++.
-        """
-        with np.errstate(divide="ignore", invalid="ignore"):
-            exits = np.where(
-                directions == 0, np.inf, (np.where(directions > 0, self.room[1], self.room[0]) - origins) / directions
-            )  # [N, 3]
-            axis = exits.argmin(axis=1)
-            rows = np.arange(len(axis))
-            distance, surface = exits[rows, axis], 2 * axis + (directions[rows, axis] > 0)
-            for number, box in enumerate(self.boxes):
-                origin, direction = (origins - box.centre) @ box.rotation, directions @ box.rotation
-                to_low, to_high = (-np.array(box.half) - origin) / direction, (np.array(box.half) - origin) / direction
-                entry_per_axis = np.minimum(to_low, to_high)  # [N, 3]
-                entry_axis = entry_per_axis.argmax(axis=1)
-                entry, leave = entry_per_axis[rows, entry_axis], np.maximum(to_low, to_high).min(axis=1)
-                hit = (entry <= leave) & (entry > 1e-6) & (entry < distance)
-                distance = np.where(hit, entry, distance)
-                face = 2 * entry_axis + (direction[rows, entry_axis] < 0)
-                surface = np.where(hit, 6 + 6 * number + face, surface)
-        return distance, surface
-
-    def rays(self, index: int, uv: Float) -> tuple[Float, Float]:
-        """Origins and directions `[N, 3]` of the rays through `[N, 2]` pixels; distances along them are depths."""
-        camera = np.concatenate([uv, np.ones((len(uv), 1))], axis=1) @ np.linalg.inv(self.intrinsics).T
-        pose = self.camera_to_world[index]
-        return np.broadcast_to(pose[:3, 3], camera.shape), camera @ pose[:3, :3].T
-
-    def exact_tracks(
-        self, frames: Sequence[int], query: Float, border: float = 4.0, tolerance: float = 0.0
-    ) -> ExactTracks:
-        """The truth for `[T, 2]` query pixels of `frames[0]`: where their surface points lie in every other frame.
-
-        A point is visible where it projects at least `border` pixels inside the image and nothing stands between it
-        and the camera: the ray to the point is cast anew, no depth map is asked. `tolerance` forgives what stands
-        in front by less than that share of the distance, as the recipe with its 5 % does.
-        """
-        origins, directions = self.rays(frames[0], query)
-        points = origins + self.trace(origins, directions)[0][:, None] * directions  # [T, 3]
-        inside = np.array([self.config.width, self.config.height]) - border
-        uv = np.empty((len(query), len(frames), 2))
-        depth = np.empty((len(query), len(frames)))
-        visible = np.ones((len(query), len(frames)), bool)
-        for place, frame in enumerate(frames):
-            pose = self.camera_to_world[frame]
-            local = (points - pose[:3, 3]) @ pose[:3, :3]
-            depth[:, place] = local[:, 2]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                uv[:, place] = (local @ self.intrinsics.T)[:, :2] / local[:, 2:]
-            if place == 0:
-                continue
-            reach, _ = self.trace(np.broadcast_to(pose[:3, 3], points.shape), points - pose[:3, 3])
-            in_view = (local[:, 2] > 0) & np.all((uv[:, place] >= border) & (uv[:, place] <= inside), axis=1)
-            visible[:, place] = in_view & (reach > 1 - max(tolerance, 1e-6))
-        return ExactTracks(uv, visible, depth)
+        return RenderedView((np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8), depth, surface)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Making a scene
-
-
-def make_scene(seed: int, config: SyntheticConfig | None = None, name: str | None = None) -> SyntheticScene:
-    """The scene of a seed: a room, boxes around its middle, and a walk around them."""
+def make_scene(seed: int, config: SyntheticConfig | None = None) -> SyntheticScene:
+    """The scene of a seed: a room, boxes around its middle, and a camera path around them."""
     config = config or SyntheticConfig()
     rng = np.random.default_rng([seed, 0])
     width, depth, height = rng.uniform(7.0, 9.5), rng.uniform(7.0, 9.5), rng.uniform(2.7, 3.3)
     room = np.array([[0, 0, 0], [width, depth, height]])
     lamp = np.array([width * rng.uniform(0.35, 0.65), depth * rng.uniform(0.35, 0.65), height - 0.15])
     azimuth = rng.uniform(0, 2 * np.pi)
-    while True:  # a walk that would run into a box is drawn again, with other boxes
+    while True:  # a path that runs into a box is drawn again, with other boxes
         boxes = place_boxes(rng, room, azimuth, int(rng.integers(config.min_boxes, config.max_boxes + 1)))
-        poses = walk(rng, room, azimuth, config.frames)
+        poses = camera_path(rng, room, azimuth, config.frames)
         if boxes and is_clear(poses[:, :3, 3], room, boxes):
             break
     return SyntheticScene(
-        name=name or f"scene-{seed:06d}",
+        name=f"scene-{seed:06d}",
         seed=seed,
         config=config,
         room=room,
@@ -243,26 +165,20 @@ def make_scene(seed: int, config: SyntheticConfig | None = None, name: str | Non
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def write_scene(scene: SyntheticScene, folder: Path) -> None:
-    """Writes the `rgbd` folder under a temporary name and renames it: a killed run leaves no half scene."""
+    """Writes the `rgbd` folder under a temporary name and renames it: a killed run leaves no incomplete scene."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for part in ("color", "depth", "pose"):
         (partial / part).mkdir(parents=True)
-    seen = np.zeros((len(scene), len(scene.boxes)), int)
+    seen = np.zeros((len(scene), len(scene.boxes)), int)  # [F, B], pixels of each box
     for index in range(len(scene)):
-        frame, key = scene.render(index), f"{index:06d}"
-        Image.fromarray(frame.image).save(partial / "color" / f"{key}.jpg", quality=95)
-        millimetres = np.clip(np.rint(frame.depth * 1000), 0, 65535).astype(np.uint16)
+        view, key = scene.render(index), f"{index:06d}"
+        Image.fromarray(view.image).save(partial / "color" / f"{key}.jpg", quality=95)
+        millimetres = np.clip(np.rint(view.depth * 1000), 0, 65535).astype(np.uint16)
         Image.fromarray(millimetres).save(partial / "depth" / f"{key}.png", compress_level=1)
         np.savetxt(partial / "pose" / f"{key}.txt", scene.camera_to_world[index], fmt="%.17g")
-        seen[index] = np.bincount(np.maximum(frame.surface.ravel() // 6 - 1, -1) + 1, minlength=len(scene.boxes) + 1)[
-            1:
-        ]
+        seen[index] = np.bincount(view.surface.ravel() // 6, minlength=len(scene.boxes) + 1)[1:]
     np.savetxt(partial / "intrinsics.txt", scene.intrinsics, fmt="%.17g")
     (partial / "meta.json").write_text(json.dumps(_meta(scene, seen), indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -292,12 +208,12 @@ def _meta(scene: SyntheticScene, seen: NDArray[np.int_]) -> dict[str, object]:
 def render_scenes(
     out: Path, scenes: int, seed: int = 0, config: SyntheticConfig | None = None, workers: int = 2
 ) -> Iterator[Path]:
-    """Writes `scenes` scenes as folders of `out` and yields each as it is done, in order.
+    """Writes `scenes` scenes as folders of `out` and yields them in order.
 
-    A folder that is already complete (same version, seed and configuration) is kept: a killed run goes on where it was.
+    A complete folder of the same version, seed and configuration is kept, so a killed run continues.
     """
     if scenes < 1:
-        raise ValueError(f"scenes = {scenes}: ask for at least one scene")
+        raise ValueError(f"scenes = {scenes}: at least 1")
     config = config or SyntheticConfig()
     out.mkdir(parents=True, exist_ok=True)
 
@@ -307,7 +223,7 @@ def render_scenes(
             write_scene(make_scene(scene_seed, config), folder)
         return folder
 
-    # Rays are cast and images compressed outside the interpreter's lock: threads are enough.
+    # Ray casting and image compression release the interpreter's lock, so threads suffice.
     with ThreadPoolExecutor(max(1, workers)) as pool:
         yield from pool.map(one, range(seed, seed + scenes))
 
@@ -317,5 +233,5 @@ def _is_complete(folder: Path, seed: int, config: SyntheticConfig) -> bool:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):
         return False
-    wanted = {"version": VERSION, "seed": seed, "config": asdict(config)}
-    return all(meta.get(key) == value for key, value in wanted.items())
+    expected = {"version": VERSION, "seed": seed, "config": asdict(config)}
+    return all(meta.get(key) == value for key, value in expected.items())

@@ -1,8 +1,7 @@
-"""Grey textures for the synthetic scenes: arrays in, arrays out; knows nothing of rooms, boxes or cameras.
+"""Grey textures for the synthetic scenes.
 
-All textures share one mean and one contrast, so that brightness alone tells a model nothing about where a patch lies.
-Each is a man-made pattern whose cells have random shades (every few centimetres look different) plus 1/f noise, and
-wraps around at its borders.
+All textures have the same mean and contrast, so that brightness alone does not reveal the position of a patch. Each is
+periodic: a regular pattern whose cells have random shades (every few centimetres look different) plus 1/f noise.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def _blotches(rng: np.random.Generator) -> Grey:
 
 
 def _spots(rng: np.random.Generator) -> Grey:
-    """Discs of random shade and size on a plain ground."""
+    """Discs of random shade and size on a plain background."""
     field = np.zeros((SIZE, SIZE), np.float32)
     for _ in range(90):
         x, y, radius = (int(n) for n in rng.integers([0, 0, 8], [SIZE, SIZE, 27]))
@@ -89,7 +88,7 @@ def make_texture(rng: np.random.Generator, pattern: str) -> Grey:
 
 
 def mip_levels(textures: Grey) -> Grey:
-    """Every halving of `[n, S, S]` textures down to one texel, flattened one after the other."""
+    """The mip levels of `[n, S, S]` textures, down to one texel, flattened one after the other."""
     levels = [textures]
     while (side := levels[-1].shape[1]) > 1:
         levels.append(levels[-1].reshape(-1, side // 2, 2, side // 2, 2).mean(axis=(2, 4), dtype=np.float32))

@@ -1,7 +1,7 @@
-"""The track recipe in NumPy: what the words of `tracks.py` mean, one line each. `csrc/tracks.cpp` must give its bits.
+"""The track recipe of `build.py` in NumPy; `csrc/tracks.cpp` must give the same bits.
 
-Every operation below is a single IEEE double operation per point, in a fixed order, so a compiled loop that keeps
-the order and does not fuse multiply and add has no room to differ.
+Every operation below is one IEEE double operation per point, in a fixed order. A compiled loop that keeps this order
+and does not fuse multiply and add gives the same bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def track(
     y0 = (query[:, 1] - camera[0, 3]) / camera[0, 1] * z0
 
     count = len(depth)
-    u = np.empty((count, len(query)))  # [F, Q]: frame by frame, so that each row is written in one sweep
+    u = np.empty((count, len(query)))  # [F, Q]: a frame's values lie together in memory
     v = np.empty_like(u)
     z = np.empty_like(u)
     visible = np.zeros(u.shape, bool)
@@ -52,7 +52,7 @@ def track(
 
 
 def _known(query: np.ndarray, depth: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The queries with known depth, and that depth: the map at the pixel that contains each."""
+    """The queries with known depth, and that depth: the map at the pixel that contains the query."""
     height, width = depth.shape
     column = np.minimum(np.floor(query[:, 0] * (width / size[0])).astype(np.int64), width - 1)
     row = np.minimum(np.floor(query[:, 1] * (height / size[1])).astype(np.int64), height - 1)
@@ -63,11 +63,11 @@ def _known(query: np.ndarray, depth: np.ndarray, size: np.ndarray) -> tuple[np.n
 def _agrees(
     u: np.ndarray, v: np.ndarray, z: np.ndarray, depth: np.ndarray, size: np.ndarray, agreement: float
 ) -> np.ndarray:
-    """Whether one of the four depth pixels around (u, v) says z. Pixel centres are at integer + 0.5."""
+    """Whether z agrees with one of the four depth pixels around (u, v). Pixel centres are at integer + 0.5."""
     height, width = depth.shape
     left = np.floor(u * (width / size[0]) - 0.5).astype(np.int64)
     top = np.floor(v * (height / size[1]) - 0.5).astype(np.int64)
-    # A coarser map may end within the border; then the outermost pixel stands for the missing one.
+    # A coarser map may end within the border; its outermost pixel then replaces the missing one.
     columns = (np.maximum(left, 0), np.minimum(left + 1, width - 1))
     rows = (np.maximum(top, 0), np.minimum(top + 1, height - 1))
     agrees = np.zeros(u.shape, bool)
@@ -79,7 +79,7 @@ def _agrees(
 
 
 def _most_visible(visible: np.ndarray, keep: float) -> np.ndarray:
-    """Indices of the kept tracks of `visible` [F, Q]: of those seen twice, the share seen most, ties by index."""
+    """Kept tracks of `visible` [F, Q], as indices: of those visible twice or more the most visible; ties by index."""
     seen = visible.sum(axis=0)
     candidates = np.flatnonzero(seen >= 2)
     order = candidates[np.argsort(-seen[candidates].astype(np.int32), kind="stable")]

@@ -1,12 +1,12 @@
-"""Which frames form a training sequence, and which scenes are kept for testing. Knows names and counts, opens nothing.
+"""Draws the frames of training sequences, and splits scenes into training and held-out.
 
 A sequence is an anchor frame `t_a`, drawn uniformly from its scene, and `F − 1` others drawn uniformly and without
 repetition from `[t_a − 48, t_a + 48]`, with `F` uniform in 8..24. The anchor comes first, because tracks start there;
-the others follow in the order of time.
+the others follow in temporal order.
 
-The sampler has no state. A sequence is a function of (seed, epoch, index), so a run resumes exactly from one number,
-workers and ranks need not talk, and 1.75 million sequences are planned without being stored. Indices run scene by
-scene, so that neighbours share decoded frames; whoever wants them shuffled permutes the indices (`mixture.py`).
+The sampler has no state: a sequence is a function of (seed, epoch, index). So a run resumes exactly from one number,
+workers and ranks need no communication, and 1.75 million sequences are planned without being stored. Indices run scene
+by scene, so that neighbouring sequences share decoded frames; `mixture.py` shuffles the indices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
-    """How sequences are drawn."""
+    """Parameters of the sequence sampler."""
 
     min_frames: int = 8
     max_frames: int = 24
@@ -38,7 +38,7 @@ class SequenceConfig:
         if 2 * self.window + 1 < self.max_frames:
             raise ValueError(f"window = {self.window}: too narrow for max_frames = {self.max_frames}; widen it")
         if self.per_scene < 1:
-            raise ValueError(f"per_scene = {self.per_scene}: ask for at least one sequence a scene")
+            raise ValueError(f"per_scene = {self.per_scene}: at least 1 sequence a scene")
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class FrameSequence:
 
 @dataclass(frozen=True)
 class EpochStatistics:
-    """What an epoch holds; `shortened` sequences got fewer frames than drawn, since their scene is short."""
+    """Counts of an epoch. A `shortened` sequence has fewer frames than drawn, because its scene is short."""
 
     sequences: int
     frames: int
     shortened: int
     frames_per_sequence: dict[int, int]  # F -> sequences
     mean_gap: float  # frames between the anchor and another
-    coverage: float  # share of all frames that are seen at least once
+    coverage: float  # share of all frames that occur in a sequence
 
     def __str__(self) -> str:
         mean = self.frames / self.sequences
@@ -70,13 +70,13 @@ class EpochStatistics:
 
 
 class SequenceSampler:
-    """Sequence `index` of `epoch`, for scenes of the given lengths."""
+    """Draws the sequences of an epoch for scenes of the given lengths."""
 
     def __init__(self, lengths: Sequence[int], config: SequenceConfig | None = None, names: Sequence[str] = ()) -> None:
         self.config = config or SequenceConfig()
         self.lengths = np.asarray(lengths, np.int32)
         if not len(self.lengths):
-            raise ValueError("lengths is empty: there is no scene to draw from")
+            raise ValueError("lengths is empty: give at least one scene")
         short = np.flatnonzero(self.lengths < self.config.min_frames)
         if len(short):
             which = names[short[0]] if names else f"lengths[{short[0]}]"
@@ -89,35 +89,36 @@ class SequenceSampler:
         return len(self.lengths) * self.config.per_scene
 
     def draw(self, epoch: int, index: int) -> FrameSequence:
+        """Sequence `index` of `epoch`."""
         return self._draw(epoch, index)[0]
 
     def _draw(self, epoch: int, index: int) -> tuple[FrameSequence, int]:
-        """The sequence, and the number of frames it was meant to have."""
+        """The sequence, and the number of frames drawn for it; a short scene gives fewer."""
         if not 0 <= index < len(self):
             raise IndexError(f"index = {index}: the epoch has {len(self)} sequences")
         config = self.config
         scene = index // config.per_scene
         length = int(self.lengths[scene])
-        # Python promises that `random()` of a seeded generator stays the same in every version; nothing else is used.
+        # Only `random()`: Python guarantees that a seeded generator gives the same values in every version.
         uniform = random.Random(f"sequence/{config.seed}/{epoch}/{index}").random
         anchor = int(uniform() * length)
-        wanted = config.min_frames + int(uniform() * (config.max_frames - config.min_frames + 1))
+        count_drawn = config.min_frames + int(uniform() * (config.max_frames - config.min_frames + 1))
         nearby = range(max(0, anchor - config.window), min(length, anchor + config.window + 1))
-        others = sorted((frame for frame in nearby if frame != anchor), key=lambda _: uniform())[: wanted - 1]
-        return FrameSequence(scene, (anchor, *sorted(others))), wanted
+        others = sorted((frame for frame in nearby if frame != anchor), key=lambda _: uniform())[: count_drawn - 1]
+        return FrameSequence(scene, (anchor, *sorted(others))), count_drawn
 
     def statistics(self, epoch: int, at_most: int | None = None) -> EpochStatistics:
-        """Draws the epoch once, at about 0.1 ms a sequence; or `at_most` sequences, spread evenly over it."""
+        """Draws the whole epoch, at about 0.1 ms a sequence, or `at_most` sequences spread evenly over it."""
         sizes: Counter[int] = Counter()
         shortened = gaps = frames = 0
         starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         seen = np.zeros(starts[-1], bool)
         count = len(self) if at_most is None else min(at_most, len(self))
         for index in (number * len(self) // count for number in range(count)):
-            sequence, wanted = self._draw(epoch, index)
+            sequence, count_drawn = self._draw(epoch, index)
             anchor, *others = sequence.frames
             sizes[len(sequence.frames)] += 1
-            shortened += len(sequence.frames) < wanted
+            shortened += len(sequence.frames) < count_drawn
             frames += len(sequence.frames)
             gaps += sum(abs(other - anchor) for other in others)
             seen[starts[sequence.scene] + np.array(sequence.frames)] = True
@@ -134,10 +135,10 @@ class SequenceSampler:
 def is_held_out(name: str, share: float) -> bool:
     """Whether the scene called `name` belongs to the held-out `share`.
 
-    A property of the name alone: adding scenes, moving the folder or reading it in another order moves no scene from
-    one side to the other.
+    It depends on the name alone: adding scenes, moving the folder or reading it in another order moves no scene from
+    one split to the other.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share = {share}: give the part of the scenes to hold out, from 0 to 1")
+        raise ValueError(f"share = {share}: give the share of the scenes to hold out, from 0 to 1")
     digest = blake2b(f"held-out/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2**64

@@ -1,4 +1,4 @@
-"""The fairness baseline's promises: the same sequences and tracks, true answers that cannot be guessed, one schema."""
+"""The fairness baseline has the same sequences and tracks, true answers that cannot be guessed, and one schema."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.exact_scene import exact_tracks
 
 from gasp_fast.cli import make_vqa as command
-from gasp_fast.data.annotations.cache import AnnotationCache, AnnotationPlan, annotate
-from gasp_fast.data.questions.from_tracks import APART, DEEPER, KINDS, TrackTable, VQAConfig, ask, draw_marks, make_vqa
-from gasp_fast.data.questions.video import read_video
+from gasp_fast.data.annotations.plan import AnnotationPlan
+from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.write import annotate
+from gasp_fast.data.questions.from_tracks import (
+    KINDS,
+    LEAST_DEPTH_RATIO,
+    LEAST_DISTANCE,
+    TrackTable,
+    VQAConfig,
+    draw_marks,
+    draw_questions,
+    make_vqa,
+)
 from gasp_fast.data.questions.video_qa import VideoQA
 from gasp_fast.data.scenes.library import SceneEntry, find_scenes, survey
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, render_scenes
 from gasp_fast.data.tracks.build import Tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig
+from gasp_fast.data.video.read import read_video
 
 CONFIG = SyntheticConfig(frames=12, width=96, height=72, samples=1)
 
@@ -42,7 +54,7 @@ def cache(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Annotation
 
 
 @pytest.fixture(scope="module")
-def told(library: Path, cache: AnnotationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vqa_folder(library: Path, cache: AnnotationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("vqa")
     assert list(make_vqa(library, cache.folder, out)) == [0, 1, 2]
     return out
@@ -50,7 +62,7 @@ def told(library: Path, cache: AnnotationCache, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def table() -> TrackTable:
-    """Random but lawful tracks: 40 points in 10 images of 640 x 400."""
+    """Random tracks: 40 points in 10 images of 640 x 400."""
     draw = np.random.default_rng(0)
     uv = draw.uniform([0, 0], [640, 400], (40, 10, 2))
     visible = draw.random((40, 10)) < 0.6
@@ -59,7 +71,7 @@ def table() -> TrackTable:
     return TrackTable.of(tracks, np.full((10, 2), (640, 400)))
 
 
-def asked(table: TrackTable, kind: str, times: int) -> list:
+def questions_of(table: TrackTable, kind: str, times: int) -> list:
     turns = [KINDS[kind](table, np.random.default_rng(seed)) for seed in range(times)]
     return [turn for turn in turns if turn is not None]
 
@@ -69,18 +81,20 @@ def places(text: str) -> list[tuple[int, ...]]:
 
 
 def image_of(question: str) -> int:
-    """The image (from 0) that a question asks about: the last one it names."""
+    """The image (from 0) of a question: the last one in its text."""
     return int(re.findall(r"image (\d+)", question)[-1]) - 1
 
 
 def track_at(table: TrackTable, place: tuple[int, ...]) -> int:
-    found = np.flatnonzero((table.place[:, 0] == place).all(axis=1))
+    found = np.flatnonzero((table.position[:, 0] == place).all(axis=1))
     assert len(found) == 1
     return int(found[0])
 
 
-def test_as_many_records_as_sequences_with_the_same_frames(library: Path, cache: AnnotationCache, told: Path) -> None:
-    data = VideoQA(told)
+def test_as_many_records_as_sequences_with_the_same_frames(
+    library: Path, cache: AnnotationCache, vqa_folder: Path
+) -> None:
+    data = VideoQA(vqa_folder)
     assert len(data) == len(cache) == 20
     for index in range(len(data)):
         sample = data.sample(index, frames=64)
@@ -95,8 +109,8 @@ def test_as_many_records_as_sequences_with_the_same_frames(library: Path, cache:
     assert np.abs(last - scene.render(int(cache[unmarked[0]].tracks.frames[-1])).image).mean() < 12
 
 
-def test_records_follow_the_schema(told: Path) -> None:
-    for path in sorted(told.glob("*.json")):
+def test_records_follow_the_schema(vqa_folder: Path) -> None:
+    for path in sorted(vqa_folder.glob("*.json")):
         for record in json.loads(path.read_text()):
             assert set(record) == {"id", "conversations", "data_source", "video"}
             talk = record["conversations"]
@@ -105,9 +119,9 @@ def test_records_follow_the_schema(told: Path) -> None:
             assert sum("<image>" in turn["value"] for turn in talk) == 1
 
 
-def test_a_told_position_is_where_the_scene_has_it(cache: AnnotationCache, told: Path) -> None:
-    """From the text alone, through the renderer's exact truth: no table in between."""
-    data, checked = VideoQA(told), 0
+def test_a_position_in_an_answer_is_where_the_scene_has_it(cache: AnnotationCache, vqa_folder: Path) -> None:
+    """Compares the text with the exact geometry of the scene, without the track table."""
+    data, checked = VideoQA(vqa_folder), 0
     size = np.array([CONFIG.width, CONFIG.height])
     for index in range(len(data)):
         annotation, turns = cache[index], data.record(index).turns
@@ -117,8 +131,8 @@ def test_a_told_position_is_where_the_scene_has_it(cache: AnnotationCache, told:
                 query = np.array(places(question.text)[-1]) / 1000 * size
                 near = np.linalg.norm(annotation.tracks.query - query, axis=1)
                 assert near.min() < 0.1
-                exact = scene.exact_tracks(
-                    annotation.tracks.frames.tolist(), annotation.tracks.query[near.argmin()][None]
+                exact = exact_tracks(
+                    scene, annotation.tracks.frames.tolist(), annotation.tracks.query[near.argmin()][None]
                 )
                 error = np.array(places(answer.text)[0]) / 1000 * size - exact.uv[0, image_of(question.text)]
                 assert np.abs(error).max() < 1.5  # half a pixel of depth grid on small images, and rounding
@@ -127,14 +141,14 @@ def test_a_told_position_is_where_the_scene_has_it(cache: AnnotationCache, told:
 
 
 def test_point_answers_are_the_tracks(table: TrackTable) -> None:
-    for turn in asked(table, "point", 100):
+    for turn in questions_of(table, "point", 100):
         track, image = track_at(table, places(turn.question)[0]), image_of(turn.question)
         assert table.visible[track, image]
-        assert places(turn.answer) == [tuple(table.place[track, image])]
+        assert places(turn.answer) == [tuple(table.position[track, image])]
 
 
 def test_visibility_answers_are_the_tracks_and_balanced(table: TrackTable) -> None:
-    turns = asked(table, "visible", 300)
+    turns = questions_of(table, "visible", 300)
     for turn in turns:
         track, image = track_at(table, places(turn.question)[0]), image_of(turn.question)
         assert (turn.answer == "Yes") == table.visible[track, image]
@@ -142,43 +156,43 @@ def test_visibility_answers_are_the_tracks_and_balanced(table: TrackTable) -> No
 
 
 def test_the_nearer_point_is_nearer_by_a_margin_in_the_named_image(table: TrackTable) -> None:
-    turns = asked(table, "nearer", 300)
+    turns = questions_of(table, "nearer", 300)
     for turn in turns:
         image = image_of(turn.question)
         first, second = (table.depth[track_at(table, place), image] for place in places(turn.question))
         assert turn.answer == ("A" if first < second else "B")
-        assert max(first, second) / min(first, second) > DEEPER
+        assert max(first, second) / min(first, second) > LEAST_DEPTH_RATIO
     assert 0.35 < np.mean([turn.answer == "A" for turn in turns]) < 0.65
 
 
 def test_the_chosen_letter_marks_the_right_place_and_no_other_is_near(table: TrackTable) -> None:
-    turns = asked(table, "choose", 300)
+    turns = questions_of(table, "choose", 300)
     for turn in turns:
         image = image_of(turn.question)
         assert set(turn.marks) == {0, image}
         track = track_at(table, tuple(turn.marks[0]["REF"]))
         marks = turn.marks[image]
         assert list(marks) == ["A", "B", "C", "D"]
-        np.testing.assert_array_equal(marks[turn.answer], table.place[track, image])
+        np.testing.assert_array_equal(marks[turn.answer], table.position[track, image])
         for letter, place in marks.items():
             others = [np.hypot(*(place - other)) for name, other in marks.items() if name != letter]
-            assert min(others) >= APART
+            assert min(others) >= LEAST_DISTANCE
     counts = Counter(turn.answer for turn in turns)
     assert min(counts.values()) > 50
 
 
 def test_kinds_alternate_and_marks_are_drawn_once(table: TrackTable) -> None:
     for seed in range(50):
-        turns = ask(table, np.random.default_rng(seed), 6)
+        turns = draw_questions(table, np.random.default_rng(seed), 6)
         kinds = Counter(turn.kind for turn in turns)
         assert len(turns) == 6 and kinds["choose"] == 1 and set(kinds) == set(KINDS)
         assert len({turn.question for turn in turns}) == 6
 
 
-def test_one_lonely_track_still_gives_something_to_ask() -> None:
+def test_a_single_track_still_gives_questions() -> None:
     uv = np.array([[[10.0, 10.0], [20.0, 20.0]]])
     tracks = Tracks(np.arange(2), uv[:, 0], uv, np.ones((1, 2), bool), np.ones((1, 2)))
-    turns = ask(TrackTable.of(tracks, np.full((2, 2), 100)), np.random.default_rng(0), 4)
+    turns = draw_questions(TrackTable.of(tracks, np.full((2, 2), 100)), np.random.default_rng(0), 4)
     assert {turn.kind for turn in turns} == {"point", "choose", "visible"}
 
 
@@ -186,10 +200,10 @@ def test_coordinates_are_per_mille_of_each_axis() -> None:
     uv = np.array([[[320.0, 100.0], [640.0, -7.0]]])
     tracks = Tracks(np.arange(2), uv[:, 0], uv, np.ones((1, 2), bool), np.ones((1, 2)))
     table = TrackTable.of(tracks, np.array([[640, 400], [1280, 400]]))
-    np.testing.assert_array_equal(table.place, [[[500, 250], [500, 0]]])
+    np.testing.assert_array_equal(table.position, [[[500, 250], [500, 0]]])
 
 
-def test_marks_change_the_image_only_around_them() -> None:
+def test_marks_change_the_image_only_near_them() -> None:
     image = np.full((200, 300, 3), 128, np.uint8)
     marked = draw_marks(image, {"A": np.array([500, 250]), "B": np.array([100, 900])})
     y, x = np.nonzero((marked != image).any(axis=2))
@@ -198,20 +212,22 @@ def test_marks_change_the_image_only_around_them() -> None:
     assert (image == 128).all()
 
 
-def test_bytes_do_not_depend_on_interruptions_or_processes(library: Path, cache: AnnotationCache, told: Path, tmp_path):
+def test_bytes_do_not_depend_on_interruptions_or_processes(
+    library: Path, cache: AnnotationCache, vqa_folder: Path, tmp_path
+):
     interrupted = make_vqa(library, cache.folder, tmp_path)
     next(interrupted)
     interrupted.close()
     assert sorted(path.name for path in tmp_path.glob("records-*")) == ["records-00000.json"]
     assert sorted(make_vqa(library, cache.folder, tmp_path, workers=2)) == [0, 1, 2]
-    files = sorted(path.relative_to(told) for path in told.rglob("*") if path.is_file())
+    files = sorted(path.relative_to(vqa_folder) for path in vqa_folder.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert all((told / path).read_bytes() == (tmp_path / path).read_bytes() for path in files)
+    assert all((vqa_folder / path).read_bytes() == (tmp_path / path).read_bytes() for path in files)
 
 
-def test_other_settings_do_not_mix_into_one_folder(library: Path, cache: AnnotationCache, told: Path) -> None:
+def test_other_settings_do_not_mix_into_one_folder(library: Path, cache: AnnotationCache, vqa_folder: Path) -> None:
     with pytest.raises(ValueError, match="other settings"):
-        next(make_vqa(library, cache.folder, told, VQAConfig(turns=2)))
+        next(make_vqa(library, cache.folder, vqa_folder, VQAConfig(turns=2)))
 
 
 def test_the_command_shrinks_clips_and_names_what_it_omits(cache: AnnotationCache, tmp_path: Path, capsys) -> None:
@@ -231,11 +247,11 @@ def test_the_command_shrinks_clips_and_names_what_it_omits(cache: AnnotationCach
 
 
 def test_frames_of_a_clip_are_untouched_where_nothing_is_marked(
-    library: Path, told: Path, cache: AnnotationCache
+    library: Path, vqa_folder: Path, cache: AnnotationCache
 ) -> None:
-    records = {r["id"]: r for path in told.glob("*.json") for r in json.loads(path.read_text())}
+    records = {r["id"]: r for path in vqa_folder.glob("*.json") for r in json.loads(path.read_text())}
     record = records["00000000"]
-    frames = read_video(told / record["video"], 64).frames.astype(int)
+    frames = read_video(vqa_folder / record["video"], 64).frames.astype(int)
     talk = str(record["conversations"])
     named = {0, int(re.findall(r"in image (\d+) is the same point", talk)[0]) - 1} if "REF" in talk else set()
     for place, frame in enumerate(cache[0].tracks.frames):

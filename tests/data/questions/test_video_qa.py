@@ -1,4 +1,4 @@
-"""The promises of video QA: LLaVA-Video-178K's layout is read, and nothing broken stops a run or goes unnamed."""
+"""LLaVA-Video-178K's layout is read, and a damaged file neither stops a run nor goes unnamed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gasp_fast.data.questions.clips import write_clip
-from gasp_fast.data.questions.video_qa import LLAVA_VIDEO_178K, QARecord, VideoQA
+from gasp_fast.data.questions.video_qa import QARecord, VideoQA, record_json
+from gasp_fast.data.video.write import write_clip
+
+CONFIGS = ("0_30_s_academic_v0_1", "0_30_s_youtube_v0_1")
 
 
 def record(identity: str, video: str = "source/good.mp4", **changes: Any) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def clip(path: Path, grey: int) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two configs as on the hub; in the second, one video is cut off, one empty, one missing and one no video."""
-    first, second = tmp_path / LLAVA_VIDEO_178K[0], tmp_path / LLAVA_VIDEO_178K[1]
+    first, second = tmp_path / CONFIGS[0], tmp_path / CONFIGS[1]
     clip(first / "source" / "good.mp4", 50)
     clip(second / "source" / "good.mp4", 120)
     clip(tmp_path / "shared" / "both.mp4", 200)
@@ -55,12 +57,12 @@ def test_all_configs_are_read_in_a_fixed_order(root: Path) -> None:
 
 
 def test_configs_can_be_chosen(root: Path) -> None:
-    assert len(VideoQA(root, configs=[LLAVA_VIDEO_178K[0]])) == 3
+    assert len(VideoQA(root, configs=[CONFIGS[0]])) == 3
     with pytest.raises(OSError, match="no config 'nowhere'"):
         VideoQA(root, configs=["nowhere"])
 
 
-def test_a_video_is_looked_for_beside_its_list_and_then_under_the_root(root: Path) -> None:
+def test_a_video_is_searched_beside_its_list_and_then_under_the_root(root: Path) -> None:
     data = VideoQA(root)
     greys = {data.record(i).id: data.sample(i, frames=4).video.frames[0].mean() for i in (0, 1, 7)}
     assert greys == {"c": pytest.approx(200, abs=3), "a": pytest.approx(50, abs=3), "good": pytest.approx(120, abs=3)}
@@ -73,7 +75,7 @@ def test_frames_spread_over_the_clip(root: Path) -> None:
     assert np.diff(grey).min() > 1 and np.ptp(grey) > 8
 
 
-def test_broken_videos_are_passed_over_counted_and_named(root: Path) -> None:
+def test_broken_videos_are_skipped_counted_and_named(root: Path) -> None:
     data = VideoQA(root)
     sample = data.sample(3, frames=4)
     assert (sample.index, sample.record.id) == (7, "good")
@@ -82,10 +84,10 @@ def test_broken_videos_are_passed_over_counted_and_named(root: Path) -> None:
     assert data.sample(4, frames=4).record.id == "good"
 
 
-def test_passing_over_goes_round_and_gives_up_when_nothing_can_be_read(root: Path) -> None:
-    (root / LLAVA_VIDEO_178K[1] / "source" / "good.mp4").unlink()
+def test_skipping_wraps_around_and_is_an_error_if_no_video_can_be_read(root: Path) -> None:
+    (root / CONFIGS[1] / "source" / "good.mp4").unlink()
     assert VideoQA(root).sample(5, frames=2).record.id == "c"
-    only = VideoQA(root, configs=[LLAVA_VIDEO_178K[1]])
+    only = VideoQA(root, configs=[CONFIGS[1]])
     with pytest.raises(OSError, match=r"no readable video in 5 records.*archives"):
         only.sample(0)
 
@@ -114,7 +116,7 @@ def test_a_broken_video_is_not_tried_twice(root: Path, monkeypatch: pytest.Monke
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}, "empty answer"),
     ],
 )
-def test_a_bad_record_is_left_out_and_named(tmp_path: Path, changes: dict, reason: str) -> None:
+def test_an_invalid_record_is_skipped_and_named(tmp_path: Path, changes: dict, reason: str) -> None:
     (tmp_path / "qa.json").write_text(json.dumps([record("a"), record("b", **changes), "text"]))
     data = VideoQA(tmp_path)
     assert [data.record(i).id for i in range(len(data))] == ["a"]
@@ -123,7 +125,7 @@ def test_a_bad_record_is_left_out_and_named(tmp_path: Path, changes: dict, reaso
     assert data.skipped[1] == "qa.json[2]: not an object"
 
 
-def test_numbers_as_identities_and_unknown_keys_are_fine() -> None:
+def test_numbers_as_identities_and_unknown_keys_are_accepted() -> None:
     read = QARecord.from_json(record("a", id=17, more=[1, 2]))
     assert read.id == "17"
 
@@ -151,3 +153,10 @@ def test_many_records_stay_small_and_pickle_as_they_are(tmp_path: Path) -> None:
     assert len(pickle.dumps(data)) < 1.05 * (tmp_path / "qa.json").stat().st_size
     twin = pickle.loads(pickle.dumps(data))
     assert twin.record(19_999) == data.record(19_999) == QARecord.from_json(records[-1])
+
+
+def test_a_written_record_is_read_back() -> None:
+    written = record_json("a", ("<image>\nWhat is it?", "A box."), "here", "a.mp4")
+    read = QARecord.from_json(json.loads(json.dumps(written)))
+    assert (read.id, read.data_source, read.video) == ("a", "here", "a.mp4")
+    assert [(turn.speaker, turn.text) for turn in read.turns] == [("human", "<image>\nWhat is it?"), ("gpt", "A box.")]

@@ -30,14 +30,14 @@ def test_a_scene_is_a_library_of_itself(scene_boxes_folder: Path) -> None:
     assert isinstance(next(survey(scene_boxes_folder, ["."])), SceneEntry)
 
 
-def test_nothing_is_looked_for_inside_a_scene_or_in_hidden_folders(scene_boxes_folder: Path, tmp_path: Path) -> None:
+def test_scenes_inside_a_scene_or_in_hidden_folders_are_not_found(scene_boxes_folder: Path, tmp_path: Path) -> None:
     place(scene_boxes_folder, tmp_path / "outer")
     place(scene_boxes_folder, tmp_path / "outer" / "inner")
     place(scene_boxes_folder, tmp_path / ".scene-3.partial")
     assert find_scenes(tmp_path) == ["outer"]
 
 
-def test_the_search_ends_at_a_stated_depth(scene_boxes_folder: Path, tmp_path: Path) -> None:
+def test_the_search_has_a_limited_depth(scene_boxes_folder: Path, tmp_path: Path) -> None:
     levels = "/".join("abcdefg"[:DEEPEST])
     place(scene_boxes_folder, tmp_path / "near" / levels)
     assert find_scenes(tmp_path / "near") == [levels]
@@ -45,7 +45,7 @@ def test_the_search_ends_at_a_stated_depth(scene_boxes_folder: Path, tmp_path: P
         find_scenes(tmp_path)
 
 
-def test_a_folder_without_scenes_is_told_what_was_looked_for(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_scenes_names_the_files_of_each_format(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"no scene here.*intrinsics\.txt.*transforms\.json") as caught:
         find_scenes(tmp_path)
     assert "\n" not in str(caught.value)
@@ -53,7 +53,7 @@ def test_a_folder_without_scenes_is_told_what_was_looked_for(tmp_path: Path) -> 
         find_scenes(tmp_path / "nowhere")
 
 
-def test_the_digest_sees_frames_their_names_and_their_poses(scene_boxes) -> None:
+def test_the_digest_depends_on_frames_their_names_and_their_poses(scene_boxes) -> None:
     frames = scene_boxes.frames
     moved = replace(frames[0], pose=frames[0].pose + np.eye(4, k=3) * 1e-9)
     others = [frames[1:], (replace(frames[0], name="x"), *frames[1:]), (moved, *frames[1:]), frames[::-1]]

@@ -1,4 +1,4 @@
-"""The questions' promises: true, clear, balanced, in the right schema, and the same bytes every time."""
+"""The questions are true, clear, balanced, in the right schema, and the same bytes every time."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.exact_scene import rays, trace
 
 from gasp_fast.cli import render as command
-from gasp_fast.data.questions.clips import write_clip
-from gasp_fast.data.questions.video import read_video
 from gasp_fast.data.scenes.library import find_scenes
 from gasp_fast.data.synthetic.questions import (
     CHOOSE,
     KINDS,
-    Question,
     SceneFacts,
-    as_record,
+    SceneQuestion,
+    question_record,
     questions_about,
     read_facts,
     write_qa,
 )
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, SyntheticScene, make_scene, render_scenes
+from gasp_fast.data.video.read import read_video
 
 CONFIG = SyntheticConfig(width=64, height=64, samples=1)
 
@@ -35,7 +35,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def asked(rendered: list[Path]) -> list[tuple[SyntheticScene, SceneFacts, dict[str, Question]]]:
+def questions_of_scenes(rendered: list[Path]) -> list[tuple[SyntheticScene, SceneFacts, dict[str, SceneQuestion]]]:
     found = []
     for seed, folder in enumerate(rendered):
         facts = read_facts(folder)
@@ -44,10 +44,10 @@ def asked(rendered: list[Path]) -> list[tuple[SyntheticScene, SceneFacts, dict[s
 
 
 def seen_boxes(scene: SyntheticScene, frame: int) -> dict[int, tuple[float, float]]:
-    """Distance to the nearest visible point of each box and its mean column, by ray casting: the long way round."""
+    """Distance to the nearest visible point of each box and its mean column, by ray casting."""
     y, x = np.mgrid[: scene.config.height, : scene.config.width] + 0.5
-    origins, directions = scene.rays(frame, np.stack([x.ravel(), y.ravel()], axis=-1))
-    distance, surface = scene.trace(origins, directions)
+    origins, directions = rays(scene, frame, np.stack([x.ravel(), y.ravel()], axis=-1))
+    distance, surface = trace(scene, origins, directions)
     metres, box = distance * np.linalg.norm(directions, axis=1), surface // 6 - 1
     return {
         b: (metres[box == b].min(), x.ravel()[box == b].mean()) for b in range(len(scene.boxes)) if np.any(box == b)
@@ -60,9 +60,9 @@ def named(scene: SyntheticScene, text: str) -> list[int]:
     return [number for _, number in sorted(places)]
 
 
-def test_the_nearer_box_is_nearer_to_every_ray(asked) -> None:
+def test_the_nearer_box_is_nearer_to_every_ray(questions_of_scenes) -> None:
     checked = 0
-    for scene, _, questions in asked:
+    for scene, _, questions in questions_of_scenes:
         if "nearer" in questions:
             depths = {box: depth for box, (depth, _) in seen_boxes(scene, 0).items()}
             pair = named(scene, questions["nearer"].text)
@@ -71,9 +71,9 @@ def test_the_nearer_box_is_nearer_to_every_ray(asked) -> None:
     assert checked >= 4
 
 
-def test_counts_are_the_boxes_that_rays_hit(asked) -> None:
+def test_counts_are_the_boxes_that_rays_hit(questions_of_scenes) -> None:
     checked = 0
-    for scene, _, questions in asked:
+    for scene, _, questions in questions_of_scenes:
         if "count" in questions:
             hit = set().union(*(seen_boxes(scene, frame) for frame in range(0, 32, 3)))
             assert int(questions["count"].answer) == len(hit)
@@ -81,23 +81,23 @@ def test_counts_are_the_boxes_that_rays_hit(asked) -> None:
     assert checked >= 8
 
 
-def test_the_turn_is_where_the_middle_of_the_view_goes(asked) -> None:
+def test_the_turn_follows_from_the_motion_of_the_view(questions_of_scenes) -> None:
     """Turning left, what was straight ahead moves to the right in the image."""
     checked = 0
-    for scene, _, questions in asked:
+    for scene, _, questions in questions_of_scenes:
         if "turn" in questions:
             turned = 0.0
             for before, after in zip(scene.camera_to_world[:-1], scene.camera_to_world[1:], strict=True):
                 ahead = (after[:3, :3].T @ before[:3, 2])[[0, 2]]  # the old viewing direction in the new camera
-                turned += np.degrees(np.arctan2(*ahead))  # growing: it moved to the right
+                turned += np.degrees(np.arctan2(*ahead))  # positive: it moved to the right
             assert questions["turn"].answer == ("To the left" if turned > 0 else "To the right")
             checked += 1
     assert checked >= 8
 
 
-def test_left_and_right_are_those_of_the_image(asked) -> None:
+def test_left_and_right_are_those_of_the_image(questions_of_scenes) -> None:
     checked = 0
-    for scene, _, questions in asked:
+    for scene, _, questions in questions_of_scenes:
         if "beside" in questions:
             seen = seen_boxes(scene, 0)
             first, second = (seen[box][1] for box in named(scene, questions["beside"].text))
@@ -106,9 +106,9 @@ def test_left_and_right_are_those_of_the_image(asked) -> None:
     assert checked >= 4
 
 
-def test_every_kind_is_asked_and_no_answer_can_be_guessed(asked) -> None:
+def test_every_kind_occurs_and_no_answer_can_be_guessed(questions_of_scenes) -> None:
     answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for _, _, questions in asked:
+    for _, _, questions in questions_of_scenes:
         for kind, question in questions.items():
             answers[kind][question.answer] += 1
             assert not question.options or question.answer in question.options
@@ -119,11 +119,11 @@ def test_every_kind_is_asked_and_no_answer_can_be_guessed(asked) -> None:
 
 
 def test_a_choice_names_its_letter() -> None:
-    question = Question("turn", "Which way?", "To the right", ("To the left", "To the right"))
-    choice = as_record("x", question, "x.mp4", choice=True)["conversations"]
+    question = SceneQuestion("turn", "Which way?", "To the right", ("To the left", "To the right"))
+    choice = question_record("x", question, "x.mp4", choice=True)["conversations"]
     assert choice[0]["value"] == f"<image>\nWhich way?\nA. To the left.\nB. To the right.\n{CHOOSE}"
     assert choice[1]["value"] == "B. To the right."
-    free = as_record("x", question, "x.mp4", choice=False)["conversations"]
+    free = question_record("x", question, "x.mp4", choice=False)["conversations"]
     assert [turn["value"] for turn in free] == ["<image>\nWhich way?", "To the right."]
 
 
@@ -164,16 +164,3 @@ def test_a_folder_that_is_no_synthetic_scene_is_named(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text("{}")
     with pytest.raises(ValueError, match="not a synthetic scene"):
         read_facts(tmp_path)
-
-
-def test_an_empty_clip_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one frame"):
-        write_clip(tmp_path / "a.mp4", [])
-    with pytest.raises(ValueError):
-        write_clip(tmp_path / "a.mp4", [*[np.zeros((32, 32, 3), np.uint8)] * 90, np.zeros((32, 32), np.uint8)])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_clip_with_odd_sides_loses_its_last_row_and_column(tmp_path: Path) -> None:
-    write_clip(tmp_path / "a.mp4", [np.full((33, 51, 3), 90, np.uint8)] * 2)
-    assert read_video(tmp_path / "a.mp4", 2).frames.shape == (2, 32, 50, 3)

@@ -1,4 +1,4 @@
-"""The renderer's promises: its geometry is exact, its bytes repeat, and its scenes are hard in the intended way."""
+"""The renderer's geometry is exact, its bytes repeat, and its scenes are as hard as intended."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.exact_scene import exact_tracks, rays, trace
 
 from gasp_fast.data.synthetic.scenes import (
     COLOURS,
@@ -51,14 +52,14 @@ def test_rendered_depth_is_what_an_independent_ray_caster_finds(seed: int) -> No
     scene = make_scene(seed)
     for index in (0, 17):
         frame = scene.render(index)
-        depth, surface = scene.trace(*scene.rays(index, pixel_centres(scene)))
+        depth, surface = trace(scene, *rays(scene, index, pixel_centres(scene)))
         np.testing.assert_allclose(frame.depth.ravel(), depth, rtol=1e-6)
         assert np.mean(frame.surface.ravel() != surface) < 1e-4  # a ray may graze the seam of two faces
 
 
 def test_every_hit_point_lies_on_the_surface_it_names(scene: SyntheticScene) -> None:
-    origins, directions = scene.rays(5, pixel_centres(scene))
-    distance, surface = scene.trace(origins, directions)
+    origins, directions = rays(scene, 5, pixel_centres(scene))
+    distance, surface = trace(scene, origins, directions)
     points = origins + distance[:, None] * directions
     for number, box in enumerate(scene.boxes):
         own = surface // 6 == number + 1
@@ -71,7 +72,7 @@ def test_every_hit_point_lies_on_the_surface_it_names(scene: SyntheticScene) -> 
     np.testing.assert_allclose(side[np.arange(len(face)), face // 2], scene.room[face % 2, face // 2], atol=1e-9)
 
 
-def test_poses_are_rigid_right_handed_and_stay_clear_of_everything() -> None:
+def test_poses_are_rigid_and_right_handed_and_keep_a_distance_from_everything() -> None:
     for seed in range(20):
         scene = make_scene(seed)
         rotation, eyes = scene.camera_to_world[:, :3, :3], scene.camera_to_world[:, :3, 3]
@@ -85,32 +86,32 @@ def test_poses_are_rigid_right_handed_and_stay_clear_of_everything() -> None:
 def test_an_exact_track_lands_on_the_same_surface_with_the_same_depth(scene: SyntheticScene) -> None:
     frames = [4, 9, 20]
     query = grid(32, scene)
-    tracks = scene.exact_tracks(frames, query)
-    first = scene.trace(*scene.rays(frames[0], query))[1]
+    tracks = exact_tracks(scene, frames, query)
+    first = trace(scene, *rays(scene, frames[0], query))[1]
     np.testing.assert_allclose(tracks.uv[:, 0], query, atol=1e-9)
     assert tracks.visible[:, 0].all()
     for place in (1, 2):
         seen = tracks.visible[:, place]
         assert 0.05 < seen.mean() < 0.98
-        depth, surface = scene.trace(*scene.rays(frames[place], tracks.uv[seen, place]))
+        depth, surface = trace(scene, *rays(scene, frames[place], tracks.uv[seen, place]))
         np.testing.assert_allclose(depth, tracks.depth[seen, place], rtol=1e-6)
         assert np.mean(surface == first[seen]) > 0.999
 
 
-def test_a_hidden_point_is_nearer_surface_first(scene: SyntheticScene) -> None:
+def test_a_hidden_point_has_a_nearer_surface_in_front(scene: SyntheticScene) -> None:
     """In-view points that are not visible must really have something in front of them."""
     frames, query = [0, 16], grid(64, scene)
-    tracks = scene.exact_tracks(frames, query)
+    tracks = exact_tracks(scene, frames, query)
     uv = tracks.uv[:, 1]
     size = np.array([scene.config.width, scene.config.height])
     inside = (tracks.depth[:, 1] > 0) & np.all((uv >= 4) & (uv <= size - 4), axis=1)
     hidden = inside & ~tracks.visible[:, 1]
     assert hidden.sum() > 20
-    depth, _ = scene.trace(*scene.rays(frames[1], uv[hidden]))
+    depth, _ = trace(scene, *rays(scene, frames[1], uv[hidden]))
     assert (depth < tracks.depth[hidden, 1]).all()
 
 
-def test_two_boxes_are_identical_and_stand_at_different_depths() -> None:
+def test_two_boxes_are_identical_and_at_different_depths() -> None:
     for seed in range(20):
         scene = make_scene(seed)
         near, far = scene.boxes[:2]
@@ -137,7 +138,7 @@ def test_the_same_position_guess_fails_on_most_points() -> None:
         rng = np.random.default_rng(seed)
         anchor = int(rng.integers(len(scene)))
         others = rng.permutation([i for i in range(len(scene)) if i != anchor])[:11]
-        tracks = scene.exact_tracks([anchor, *others], grid(8, scene))
+        tracks = exact_tracks(scene, [anchor, *others], grid(8, scene))
         seen = tracks.visible.copy()
         seen[:, 0] = False
         keep = np.argsort(-seen.sum(axis=1), kind="stable")[:32]
@@ -147,7 +148,7 @@ def test_the_same_position_guess_fails_on_most_points() -> None:
     assert np.mean(rates) <= 0.39
 
 
-def test_brightness_and_colour_tell_little(scene: SyntheticScene) -> None:
+def test_brightness_and_colour_reveal_little(scene: SyntheticScene) -> None:
     assert np.ptp([np.dot(colour, (0.299, 0.587, 0.114)) for colour in COLOURS.values()]) < 0.06
     plain = replace(scene, config=replace(scene.config, exposure_jitter=0.0, white_balance_jitter=0.0))
     means = np.array([[s.render(i).image.mean(axis=(0, 1)) for i in range(0, 32, 4)] for s in (scene, plain)])
@@ -165,7 +166,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_threads(tmp_path: Path)
     assert len({folder_hash(path) for path in one}) == 3
 
 
-def test_a_killed_run_leaves_no_half_scene_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_leaves_no_incomplete_scene_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = folder_hash(next(render_scenes(tmp_path / "whole", 1, config=SMALL)))
     calls = 0
     save = Image.Image.save
@@ -186,7 +187,7 @@ def test_a_killed_run_leaves_no_half_scene_and_goes_on(tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
 
 
-def test_a_scene_of_another_version_is_rendered_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scene_of_another_version_is_rendered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = next(render_scenes(tmp_path, 1, config=SMALL))
     stamp = (folder / "meta.json").stat().st_mtime_ns
     monkeypatch.setattr("gasp_fast.data.synthetic.scenes.VERSION", 0)

@@ -1,4 +1,4 @@
-"""The sampler's promises: the distribution of the paper, no state, and a split that never moves a scene."""
+"""The sampler has the paper's distribution and no state, and the held-out split never moves a scene."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_frame_counts_and_offsets_are_uniform() -> None:
     counts = np.array([Counter(map(len, sequences))[f] for f in range(8, 25)])
     expected = len(LONG) / 17
     assert ((counts - expected) ** 2 / expected).sum() < 39.3  # chi-square, 16 degrees of freedom, p = 0.001
-    inner = [s for s in sequences if 48 <= s[0] < 352]  # nowhere clipped by the ends of the scene
+    inner = [s for s in sequences if 48 <= s[0] < 352]  # window not clipped by the ends of the scene
     offsets = Counter(frame - s[0] for s in inner for frame in s[1:])
     assert set(offsets) == set(range(-48, 49)) - {0}
     counts = np.array(list(offsets.values()))
@@ -65,12 +65,13 @@ def test_every_scene_is_drawn_equally_often() -> None:
     assert [sampler.draw(0, index).scene for index in range(len(sampler))] == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_a_short_scene_gives_all_it_has_and_is_counted() -> None:
+def test_a_short_scene_gives_all_its_frames_and_is_counted() -> None:
     sampler = SequenceSampler([10], SequenceConfig(per_scene=200))
     assert max(len(sampler.draw(0, index).frames) for index in range(200)) == 10
     statistics = sampler.statistics(0)
-    wanted_more = sum(sampler._draw(0, index)[1] > 10 for index in range(200))
-    assert statistics.shortened == wanted_more > 100
+    # The number of frames is drawn without regard to the scene's length: a long scene gives all of them.
+    long = SequenceSampler([400], sampler.config)
+    assert statistics.shortened == sum(len(long.draw(0, index).frames) > 10 for index in range(200)) > 100
 
 
 def test_epoch_statistics_count_what_is_drawn() -> None:
@@ -97,7 +98,7 @@ def test_planning_two_million_sequences_stores_nothing_per_sequence() -> None:
 
 
 def test_the_split_depends_on_the_name_alone() -> None:
-    """The very scenes: an upgrade that moved one from testing to training would spoil every comparison."""
+    """These exact scenes: a version that moves one from testing to training would invalidate every comparison."""
     names = [f"{n:064x}" for n in range(4000)]
     held_out = {name for name in names if is_held_out(name, 0.05)}
     assert 0.04 < len(held_out) / len(names) < 0.06

@@ -1,8 +1,7 @@
-"""Promises of the Triton kernels: kept on a GPU, or by Triton's interpreter on a CPU.
+"""Promises of the Triton kernels: run on a GPU, or by Triton's interpreter on a CPU.
 
-The interpreter must be chosen before Triton is first imported and would then hold for the whole process. So in an
-ordinary run without a GPU this folder collects nothing, and `../test_triton_interpreted.py` runs it in a process of
-its own.
+The interpreter must be chosen before Triton is first imported and then holds for the whole process. So in an ordinary
+run without a GPU this folder collects nothing, and `../test_triton_interpreted.py` runs it in a process of its own.
 """
 
 import os
@@ -17,3 +16,15 @@ collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test
 @pytest.fixture
 def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills new memory with NaN, so that an element which a kernel does not write is seen."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        memory = empty(*args, **kwargs)
+        return memory.fill_(float("nan") if memory.is_floating_point() else -(2**40))
+
+    monkeypatch.setattr(torch, "empty", poisoned)

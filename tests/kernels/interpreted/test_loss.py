@@ -1,6 +1,6 @@
-"""`gasp_loss(backend="triton")` from end to end: the battery that every backend has to pass, on small shapes.
+"""`gasp_loss(backend="triton")` from end to end: the tests that every backend has to pass, on small shapes.
 
-The interpreter runs the wide strategy (IEEE float32 goes that way at any width); `test_narrow.py` runs the other.
+These run the wide strategy (which takes IEEE float32 at any width); `test_narrow.py` runs the other.
 """
 
 import pytest

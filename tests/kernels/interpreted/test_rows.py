@@ -1,4 +1,4 @@
-"""The fused row operations against `rows_torch`, on drawn problems with every irregularity that is legal."""
+"""The fused row operations against `rows_torch`, on drawn problems with every irregularity that is allowed."""
 
 from dataclasses import dataclass, replace
 
@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gasp_fast.kernels import rows_torch, rows_triton
-from gasp_fast.kernels.chunk import FrameUpstream, MatchRuns, MatchScales, MatchTerms, RowChunk
+from gasp_fast.kernels.chunk import FrameUpstream, MatchRuns, MatchTerms, RowChunk, TermWeights
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 drawn = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -20,7 +21,7 @@ drawn = settings(
 class Problem:
     chunk: RowChunk
     runs: MatchRuns
-    scales: MatchScales
+    weights: TermWeights
     matches: int
 
 
@@ -38,7 +39,7 @@ def problems(draw: st.DrawFn) -> Problem:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    similarity = normal(groups, rows, tokens + 3)[..., :tokens]  # a view with a stride of its own
+    similarity = normal(groups, rows, tokens + 3)[..., :tokens]  # a view whose rows are longer
     if draw(st.booleans()):
         similarity[..., tokens // 2 :] = similarity[..., : tokens - tokens // 2].clone()  # equals: the first is best
     known = torch.rand(tokens, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
@@ -89,61 +90,56 @@ def _with_matches(chunk: RowChunk, generator: torch.Generator, busiest: int) -> 
                     seen[own - begin] = False
                 for at in runs.run(row, frame):
                     runs.counts[at] &= bool(seen.any())
-    scales = MatchScales(
+    weights = TermWeights(
         corr=torch.rand(groups, 1, generator=generator).expand(groups, matches),
         depth=torch.rand(groups, matches, generator=generator),
     )
-    return Problem(chunk, runs, scales, matches)
+    return Problem(chunk, runs, weights, matches)
 
 
 def close(ours: Tensor, truth: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is seen."""
-    fresh = torch.empty
-
-    def poisoned(*args, **kwargs):
-        memory = fresh(*args, **kwargs)
-        return memory.fill_(float("nan") if memory.is_floating_point() else -(2**40))
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 @given(problem=problems(), by_run=st.booleans(), every_frame=st.booleans())
 @drawn
-def test_frame_statistics(problem: Problem, by_run: bool, every_frame: bool) -> None:
+def test_frame_statistics_are_those_of_pytorch(problem: Problem, by_run: bool, every_frame: bool) -> None:
     runs = problem.runs if by_run else None
     truth = rows_torch.frame_statistics(problem.chunk, runs, every_frame)
     ours = rows_triton.frame_statistics(problem.chunk, runs, every_frame)
-    for name in ("lse", "known_lse", "expected", "peak", "best"):
+    for name in truth._fields:
         close(getattr(ours, name), getattr(truth, name))
 
 
-@given(problem=problems(), sequence_negatives=st.booleans(), with_scales=st.booleans(), given_positive=st.booleans())
+@given(
+    problem=problems(),
+    negatives=st.sampled_from(["sequence", "frame"]),
+    with_weights=st.booleans(),
+    from_positive=st.booleans(),
+)
 @drawn
-def test_match_terms(problem: Problem, sequence_negatives: bool, with_scales: bool, given_positive: bool) -> None:
+def test_loss_terms_are_those_of_pytorch(
+    problem: Problem, negatives: str, with_weights: bool, from_positive: bool
+) -> None:
     chunk, runs = problem.chunk, problem.runs
     if chunk.values is None:
         return
-    statistics = rows_torch.frame_statistics(chunk, runs, sequence_negatives)
+    statistics = rows_torch.frame_statistics(chunk, runs, every_frame=negatives == "sequence")
     groups = chunk.similarity.shape[0]
     ours, truth = (MatchTerms.empty(groups, problem.matches, torch.device("cpu")) for _ in range(2))
-    scales = problem.scales if with_scales else None
-    rest = (statistics, runs, scales)
-    expected = rows_torch.match_terms(chunk, *rest, truth, sequence_negatives, 1e-6)
-    if given_positive:
+    weights = problem.weights if with_weights else None
+    rest = (statistics, runs, weights)
+    expected = rows_torch.loss_terms(chunk, *rest, truth, negatives, 1e-6)
+    if from_positive:
         positive = torch.zeros(groups, problem.matches)
         for row in range(chunk.similarity.shape[1]):
             for at in range(int(runs.start[row * runs.longest]), int(runs.start[(row + 1) * runs.longest])):
                 column = int(runs.target[at]) - runs.first_token
                 scale = chunk.row_scale[:, row] * chunk.token_scale[:, column] / chunk.temperature
                 positive[:, at] = chunk.similarity[:, row, column] * scale
-        upstream = rows_triton.match_terms_from(positive, *rest, ours, sequence_negatives, 1e-6)
+        upstream = rows_triton.loss_terms_from(positive, *rest, ours, negatives, 1e-6)
     else:
-        upstream = rows_triton.match_terms(chunk, *rest, ours, sequence_negatives, 1e-6)
+        upstream = rows_triton.loss_terms(chunk, *rest, ours, negatives, 1e-6)
     for name in ("corr", "depth", "best", "confidence"):
         torch.testing.assert_close(getattr(ours, name), getattr(truth, name), rtol=1e-5, atol=2e-5, equal_nan=True)
     assert (upstream is None) == (expected is None)
@@ -154,8 +150,8 @@ def test_match_terms(problem: Problem, sequence_negatives: bool, with_scales: bo
 
 @given(problem=problems(), by_run=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 @drawn
-def test_similarity_gradient(problem: Problem, by_run: bool, dtype: torch.dtype) -> None:
-    chunk, runs, scales = problem.chunk, problem.runs if by_run else None, problem.scales if by_run else None
+def test_the_similarity_gradient_is_that_of_pytorch(problem: Problem, by_run: bool, dtype: torch.dtype) -> None:
+    chunk, runs, weights = problem.chunk, problem.runs if by_run else None, problem.weights if by_run else None
     statistics = rows_torch.frame_statistics(chunk, None, True)
     generator = torch.Generator().manual_seed(0)
     upstream = FrameUpstream(
@@ -165,10 +161,10 @@ def test_similarity_gradient(problem: Problem, by_run: bool, dtype: torch.dtype)
         ),
     )
     truth = torch.empty(chunk.similarity.shape)
-    rows_torch.similarity_gradient(chunk, statistics, upstream, runs, scales, truth)
+    rows_torch.similarity_gradient(chunk, statistics, upstream, runs, weights, truth)
     in_place = replace(chunk, similarity=chunk.similarity.clone())
     ours = in_place.similarity if dtype == torch.float32 else torch.empty(truth.shape, dtype=dtype)
-    rows_triton.similarity_gradient(in_place, statistics, upstream, runs, scales, ours)
+    rows_triton.similarity_gradient(in_place, statistics, upstream, runs, weights, ours)
     tolerance = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(ours.float(), truth, rtol=tolerance, atol=tolerance * float(truth.abs().max()))
 
@@ -194,7 +190,7 @@ def test_a_gradient_beyond_the_range_of_fp16_is_saturated() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 9, 40), (5, 300)])
-def test_norms_and_tangents(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_norms_and_projected_gradients_are_those_of_pytorch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.randn(shape, generator=generator).mT.contiguous().mT.to(dtype)  # columns lie together
     embeddings[..., 0, :] = 0
@@ -211,7 +207,7 @@ def test_norms_and_tangents(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert gradient.isfinite().all()
 
 
-def test_a_tiny_row_has_no_direction() -> None:
+def test_a_vanishing_embedding_keeps_its_whole_gradient() -> None:
     embeddings = torch.full((1, 1, 16), 1e-16)
     inverse = rows_triton.inverse_norms(embeddings)
     gradient = torch.randn(1, 1, 16)
@@ -220,7 +216,7 @@ def test_a_tiny_row_has_no_direction() -> None:
     assert inverse.item() == pytest.approx(1e12) and torch.equal(out, gradient)
 
 
-def test_a_row_that_stands_alone_asks_for_nothing() -> None:
+def test_a_row_without_other_tokens_has_zero_upstream_gradients() -> None:
     chunk = RowChunk(
         similarity=torch.ones(1, 1, 1),
         row_scale=torch.ones(1, 1),
@@ -235,7 +231,7 @@ def test_a_row_that_stands_alone_asks_for_nothing() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     runs = MatchRuns(torch.tensor([0, 0]), 1, nothing, nothing, torch.zeros(0), nothing.bool(), 0)
     statistics = rows_triton.frame_statistics(chunk, runs, True)
-    scales, terms = MatchScales(torch.zeros(1, 0), torch.zeros(1, 0)), MatchTerms.empty(1, 0, torch.device("cpu"))
-    upstream = rows_triton.match_terms(chunk, statistics, runs, scales, terms, True, 1e-6)
+    weights, terms = TermWeights(torch.zeros(1, 0), torch.zeros(1, 0)), MatchTerms.empty(1, 0, torch.device("cpu"))
+    upstream = rows_triton.loss_terms(chunk, statistics, runs, weights, terms, "sequence", 1e-6)
     assert upstream is not None
     assert upstream.lse.tolist() == [[[0.0]]] and upstream.expected.tolist() == [[[[0.0]]]]

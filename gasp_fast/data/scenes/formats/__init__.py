@@ -1,9 +1,9 @@
-"""The folder formats a scene may come in.
+"""The folder formats of scenes.
 
-A format is a module with `NAME`, `MARKS` (its files, in words), `detect(root)`, `read(root)`, `write(scene, root)`.
+A format is a module with `NAME`, `MARKS` (its files, in words), `detect(root)` and `read(root)`.
 
-Detection looks for the files that only that format has; the table is in the order of trying, most particular first
-(a DL3DV folder also contains a COLMAP model). A new format is one more module and one more line here.
+`detect` looks for files that only this format has. The table is in the order of trying, most specific first: a DL3DV
+folder also contains a COLMAP model. A new format is one more module and one more entry here.
 """
 
 from __future__ import annotations
@@ -25,16 +25,9 @@ def find_format(root: Path) -> ModuleType:
 
 
 def known_marks() -> str:
-    """What each format is recognised by, in words."""
+    """The files by which each format is recognised, in words."""
     return "; ".join(f"{module.NAME}: {module.MARKS}" for module in FORMATS)
 
 
 def is_scene(root: Path) -> bool:
     return root.is_dir() and any(module.detect(root) for module in FORMATS)
-
-
-def format_named(name: str) -> ModuleType:
-    for module in FORMATS:
-        if name == module.NAME:
-            return module
-    raise ValueError(f"format {name!r} is unknown; known are {', '.join(module.NAME for module in FORMATS)}")

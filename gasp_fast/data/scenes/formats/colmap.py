@@ -1,22 +1,18 @@
-"""`colmap`: a sparse model, its photographs, and, where COLMAP's multi-view stereo has run, a depth map for each.
+"""`colmap`: a sparse model, its photographs, and the depth maps of COLMAP's multi-view stereo if it has run.
 
 Two layouts: a project (`sparse/0`, `images/`) and the dense workspace that `colmap image_undistorter` makes (`sparse`,
-`images/`, `stereo/depth_maps/NAME.geometric.bin`). A workspace inside a project (`dense/` or `dense/0/`) is preferred,
-since only it has depth, and only with the undistorted photographs that it was computed on.
+`images/`, `stereo/depth_maps/NAME.geometric.bin`). A workspace inside a project (`dense/` or `dense/0/`) is preferred:
+only it has depth, computed on its own undistorted photographs.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from gasp_fast.data.scenes.depth_maps import DepthFile, write_depth
-from gasp_fast.data.scenes.lens import NO_DISTORTION
+from gasp_fast.data.scenes.depth_maps import DepthFile
 from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, inside, scene_of
 
-from .colmap_model import ModelImage, has_model, read_model, write_model
+from .colmap_model import has_model, read_model
 
 NAME = "colmap"
 MARKS = "a model (cameras, images, points3D as .bin or .txt) in sparse/ or sparse/0/"
@@ -31,7 +27,7 @@ def detect(root: Path) -> bool:
 
 
 def find_model(root: Path) -> tuple[Path, Path] | None:
-    """(workspace, model folder) below `root`: one with stereo depth if there is one."""
+    """(workspace, model folder) below `root`; a workspace with stereo depth comes first."""
     found = [
         (root / workspace, root / workspace / model)
         for workspace in WORKSPACES
@@ -64,22 +60,6 @@ def read(root: Path) -> Scene:
         depth_file = DepthFile(depth) if depth.is_file() else None
         frames.append(Frame(key, path, image.intrinsics, image.pose, image.size, depth_file, image.distortion))
     return scene_of(root, NAME, frames, skipped, sparse_model=model)
-
-
-def write(scene: Scene, root: Path, points: dict[str, np.ndarray] | None = None) -> None:
-    """Write `scene` as a dense workspace; `points` are world positions [n, 3] that each frame, by name, observes."""
-    (root / "images").mkdir(parents=True, exist_ok=True)
-    (root / DEPTH_FOLDER).mkdir(parents=True, exist_ok=True)
-    images = []
-    for i, key in enumerate(scene.frame_names):
-        name = f"{key}.png"
-        Image.fromarray(scene.image(i)).save(root / "images" / name)
-        if scene.frames[i].depth is not None:
-            write_depth(root / DEPTH_FOLDER / f"{name}.geometric.bin", scene.depth(i))
-        seen = (points or {}).get(key)
-        camera = (scene.image_size(i), scene.intrinsics(i), NO_DISTORTION)
-        images.append(ModelImage(name, *camera, scene.pose(i), seen))
-    write_model(root / "sparse", images)
 
 
 def _image_folder(root: Path, workspace: Path) -> Path:

@@ -1,8 +1,7 @@
-"""A COLMAP sparse model, read through pycolmap into plain arrays.
+"""Reads a COLMAP sparse model through pycolmap into plain arrays.
 
-pycolmap trusts its input: a damaged count in a binary model makes it read for ever or ask for all memory. So the
-files are walked first, record by record; only a model whose records fill its files exactly is handed over.
-Knows COLMAP; knows nothing of scenes.
+pycolmap does not check its input: with a damaged count in a binary model it reads without end or allocates all memory.
+So the files are checked first, record by record, and pycolmap reads only a model whose records fill its files exactly.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from gasp_fast.data.scenes.depth_maps import one_line
+from gasp_fast.data.errors import one_line
 from gasp_fast.data.scenes.lens import NO_DISTORTION, Distortion
+from gasp_fast.data.scenes.scene import pinhole
 
-# How each camera model orders fx, fy, cx, cy and k1, k2, p1, p2 in its parameters; None is 0.
+# Where each camera model has fx, fy, cx, cy and k1, k2, p1, p2 among its parameters; None: 0.
 _CAMERA_MODELS: dict[str, tuple[tuple[int, int, int, int], tuple[int | None, ...]]] = {
     "SIMPLE_PINHOLE": ((0, 0, 1, 2), (None, None, None, None)),
     "PINHOLE": ((0, 1, 2, 3), (None, None, None, None)),
@@ -50,10 +50,10 @@ def read_model(folder: Path, with_points: bool = False) -> list[ModelImage]:
     import pycolmap
 
     if (folder / "cameras.bin").is_file():
-        for stem, walk in _WALKS.items():
+        for stem, after_record in _AFTER_RECORD.items():
             path = folder / f"{stem}.bin"
             if path.is_file():
-                _check_records(path, walk)
+                _check_records(path, after_record)
     try:
         model = pycolmap.Reconstruction(str(folder))
         return sorted(_images(model, folder, with_points), key=lambda image: image.name)
@@ -64,7 +64,7 @@ def read_model(folder: Path, with_points: bool = False) -> list[ModelImage]:
 
 
 class UnsupportedCameraError(ValueError):
-    """A camera that is no pinhole with k1, k2, p1, p2."""
+    """The camera model is not a pinhole with the distortion k1, k2, p1, p2."""
 
 
 def _images(model: Any, folder: Path, with_points: bool) -> list[ModelImage]:
@@ -78,52 +78,22 @@ def _images(model: Any, folder: Path, with_points: bool) -> list[ModelImage]:
                 f"{folder}: camera model {camera.model_name} of {image.name} is not read; undistort the photographs "
                 "first: colmap image_undistorter"
             )
-        pinhole, lens = _CAMERA_MODELS[camera.model_name]
-        fx, fy, cx, cy = (float(camera.params[k]) for k in pinhole)
+        focal_and_centre, lens = _CAMERA_MODELS[camera.model_name]
+        fx, fy, cx, cy = (float(camera.params[k]) for k in focal_and_centre)
         k1, k2, p1, p2 = (0.0 if k is None else float(camera.params[k]) for k in lens)
         pose = np.vstack([image.cam_from_world().matrix(), [0.0, 0.0, 0.0, 1.0]])
         points = None
         if with_points:
             seen = [point.point3D_id for point in image.points2D if point.has_point3D()]
             points = np.array([model.points3D[k].xyz for k in seen]).reshape(-1, 3)
-        intrinsics = np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
-        lens_or_none = (k1, k2, p1, p2) if any((k1, k2, p1, p2)) else NO_DISTORTION
+        distortion = (k1, k2, p1, p2) if any((k1, k2, p1, p2)) else NO_DISTORTION
         size = (int(camera.width), int(camera.height))
-        images.append(ModelImage(image.name, size, intrinsics, lens_or_none, pose, points))
+        images.append(ModelImage(image.name, size, pinhole(fx, fy, cx, cy), distortion, pose, points))
     return images
 
 
-def write_model(folder: Path, images: list[ModelImage]) -> None:
-    """Write undistorted `images` as a binary model; the world positions in `points` become its 3D points."""
-    import pycolmap
-
-    model = pycolmap.Reconstruction()
-    for k, image in enumerate(images, start=1):
-        matrix = image.intrinsics
-        camera = pycolmap.Camera(
-            model="PINHOLE",
-            width=image.size[0],
-            height=image.size[1],
-            params=[matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]],
-            camera_id=k,
-        )
-        model.add_camera_with_trivial_rig(camera)
-        entry = pycolmap.Image(name=image.name, camera_id=k, image_id=k)
-        points = np.zeros((0, 3)) if image.points is None else image.points
-        in_camera = points @ image.pose[:3, :3].T + image.pose[:3, 3]
-        pixels = (in_camera @ matrix.T)[:, :2] / in_camera[:, 2:]
-        entry.points2D = pycolmap.Point2DList([pycolmap.Point2D(pixel) for pixel in pixels])
-        model.add_image_with_trivial_frame(entry, pycolmap.Rigid3d(image.pose[:3]))
-        for i, point in enumerate(points):
-            track = pycolmap.Track()
-            track.add_element(k, i)
-            model.add_point3D(point, track, np.zeros(3, np.uint8))
-    folder.mkdir(parents=True, exist_ok=True)
-    model.write_binary(str(folder))
-
-
-# ---- walking the binary files ---------------------------------------------------------------------------------------
-# A walk takes the bytes and the place of one record and gives the place of the next. struct.error means that the
+# ---- checking the binary files --------------------------------------------------------------------------------------
+# Each function takes the file and the offset of one record, and returns the offset of the next. struct.error: the
 # record runs over the end of the file.
 
 _COUNT = struct.Struct("<Q")
@@ -132,7 +102,7 @@ _PARAMETERS = {0: 3, 1: 4, 2: 4, 3: 5, 4: 8, 5: 8, 6: 12, 7: 5, 8: 4, 9: 5, 10: 
 
 def _after_camera(data: bytes, at: int) -> int:
     _, model, _, _ = struct.unpack_from("<IiQQ", data, at)
-    if model not in _PARAMETERS:  # a kind this table does not know: its length cannot be told
+    if model not in _PARAMETERS:  # the length of its record is unknown
         raise ValueError(f"camera model number {model} is not read; undistort first: colmap image_undistorter")
     return at + 24 + 8 * _PARAMETERS[model]
 
@@ -164,7 +134,7 @@ def _after_frame(data: bytes, at: int) -> int:
     return int(at + 68 + 16 * members)
 
 
-_WALKS: dict[str, Callable[[bytes, int], int]] = {
+_AFTER_RECORD: dict[str, Callable[[bytes, int], int]] = {
     "cameras": _after_camera,
     "images": _after_image,
     "points3D": _after_point,
@@ -173,14 +143,14 @@ _WALKS: dict[str, Callable[[bytes, int], int]] = {
 }
 
 
-def _check_records(path: Path, walk: Callable[[bytes, int], int]) -> None:
-    """Raise unless the file is its record count followed by exactly that many records."""
+def _check_records(path: Path, after_record: Callable[[bytes, int], int]) -> None:
+    """Raises unless the file is a record count followed by exactly that many records."""
     data = path.read_bytes()
     try:
         (count,) = _COUNT.unpack_from(data, 0)
         at = _COUNT.size
         for _ in range(count):
-            at = walk(data, at)
+            at = after_record(data, at)
             if at > len(data):
                 raise ValueError("a record runs over the end")
     except (struct.error, ValueError) as error:

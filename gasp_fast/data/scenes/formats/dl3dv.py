@@ -1,9 +1,9 @@
-"""`dl3dv`: `transforms.json` as Nerfstudio writes it, photographs in `images_4/` or the like, no depth of its own.
+"""`dl3dv`: `transforms.json` as Nerfstudio writes it, photographs in `images_4/` or a similar folder, no depth.
 
-Camera-to-world in Blender axes (x right, y up, z backwards): the camera's y and z are turned over. The intrinsics hold
-for the `w`, `h` of the JSON; the photographs that are there are usually a quarter of that. Lens distortion
-`k1, k2, p1, p2` is taken out by the scene; other lenses are refused. Depth comes from Nerfstudio's `depth_file_path`
-where the JSON has it, else from `gasp-fast depth`.
+Poses are camera-to-world in Blender axes (x right, y up, z backwards), so the camera's y and z change sign. The
+intrinsics are for the `w`, `h` of the JSON; the photographs are usually a quarter of that size. `Scene` removes the
+lens distortion `k1, k2, p1, p2`; other lenses are refused. Depth comes from Nerfstudio's `depth_file_path` if the JSON
+has it, otherwise from `gasp-fast depth`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from gasp_fast.data.scenes.depth_maps import DepthFile, one_line, write_depth
+from gasp_fast.data.errors import one_line
+from gasp_fast.data.scenes.depth_maps import DepthFile
 from gasp_fast.data.scenes.scene import (
     IMAGE_SUFFIXES,
     Frame,
@@ -32,9 +32,9 @@ from . import colmap
 
 NAME = "dl3dv"
 JSON_NAME = "transforms.json"
-JSON_FOLDERS = (".", "nerfstudio", "colmap")  # the benchmark set keeps all of it one folder down
+JSON_FOLDERS = (".", "nerfstudio", "colmap")  # the benchmark set has all files one folder further down
 MARKS = "transforms.json here, in nerfstudio/ or in colmap/"
-# 960 x 540 first: what the recipe trains on, and a sixteenth of the pixels to decode.
+# 960 x 540 first: the resolution of the recipe, with a sixteenth of the pixels to decode.
 IMAGE_FOLDERS = ("images_4", "images_8", "images_2", "images")
 BLENDER_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 PLAIN_CAMERAS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "SIMPLE_RADIAL")
@@ -64,7 +64,7 @@ def read(root: Path) -> Scene:
             raise ValueError(f"{path}: frames[{k}] has no file_path")
         _refuse_other_lenses(path, entry)
         stated = Path(entry["file_path"])
-        inside(root, path.parent / stated)  # an absolute path or one that climbs is refused, not skipped
+        inside(root, path.parent / stated)  # a path that leaves the scene is refused, not skipped
         key = str(_below_image_folder(stated).with_suffix(""))
         image = _find_image(root, path.parent, stated, listings)
         if image is None:
@@ -73,7 +73,7 @@ def read(root: Path) -> Scene:
         values = {**meta, **entry}
         fx, fy, cx, cy, width, height = (_number(path, values, name) for name in ("fl_x", "fl_y", "cx", "cy", "w", "h"))
         if min(width, height) < 1:
-            raise ValueError(f"{path}: size {width:g} x {height:g} of frames[{k}] is no image")
+            raise ValueError(f"{path}: frames[{k}] has size {width:g} x {height:g}; an image has at least 1 x 1 pixels")
         k1, k2, p1, p2 = (_number(path, values, name, 0.0) for name in ("k1", "k2", "p1", "p2"))
         frames.append(
             Frame(
@@ -88,29 +88,6 @@ def read(root: Path) -> Scene:
         )
     sparse = colmap.find_model(root) or colmap.find_model(path.parent)
     return scene_of(root, NAME, frames, skipped, sparse_model=sparse and sparse[1])
-
-
-def write(scene: Scene, root: Path) -> None:
-    """Write `scene` in this format, undistorted, depth beside it as float32 `.npy`."""
-    (root / "images_4").mkdir(parents=True, exist_ok=True)
-    (root / "depths").mkdir(parents=True, exist_ok=True)
-    entries = []
-    for i, name in enumerate(scene.frame_names):
-        matrix = scene.intrinsics(i)
-        width, height = scene.image_size(i)
-        camera_to_world = rigid_inverse(scene.pose(i)) @ BLENDER_FROM_OPENCV
-        entry: dict[str, Any] = {
-            "file_path": f"images/{name}.png",
-            "transform_matrix": camera_to_world.tolist(),
-            **{"fl_x": matrix[0, 0], "fl_y": matrix[1, 1], "cx": matrix[0, 2], "cy": matrix[1, 2]},
-            **{"w": width, "h": height},
-        }
-        Image.fromarray(scene.image(i)).save(root / "images_4" / f"{name}.png")
-        if scene.frames[i].depth is not None:
-            entry["depth_file_path"] = f"depths/{name}.npy"
-            write_depth(root / entry["depth_file_path"], scene.depth(i))
-        entries.append(entry)
-    (root / JSON_NAME).write_text(json.dumps({"camera_model": "PINHOLE", "frames": entries}, indent=1))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -139,9 +116,9 @@ def _number(path: Path, values: dict[str, Any], name: str, default: float | None
 
 
 def _find_image(root: Path, base: Path, stated: Path, listings: dict[Path, dict[str, Path]]) -> Path | None:
-    """The photograph that `stated` means, in whichever resolution is there; the suffix may differ.
+    """The photograph for the path `stated` in the JSON, in the first resolution found; its suffix may differ.
 
-    DL3DV's JSON says images/x.png; on disk are images_4/x.png, beside the JSON or under colmap/, or both moved up.
+    DL3DV's JSON has images/x.png. On disk is images_4/x.png, beside the JSON, under colmap/, or under the scene's root.
     """
     tail = _below_image_folder(stated)
     for folder in dict.fromkeys((base, base / "colmap", root, root / "colmap")):
@@ -170,7 +147,7 @@ def _depth_file(root: Path, path: Path, values: dict[str, Any]) -> DepthFile | N
 
 
 def _world_to_camera(transform: object) -> np.ndarray:
-    """Faulty matrices pass through as they are, for scene_of to name the fault."""
+    """Invalid matrices are returned as they are; `scene_of` names the fault."""
     try:
         camera_to_world = np.array(transform, dtype=np.float64)
     except (TypeError, ValueError):

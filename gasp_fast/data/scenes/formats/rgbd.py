@@ -1,7 +1,7 @@
 """`rgbd`: `color/KEY.jpg`, `depth/KEY.png`, `pose/KEY.txt` (4x4 camera-to-world), `intrinsics.txt`, `meta.json`.
 
 The layout of ScanNet exports and of most RGB-D recorders. OpenCV axes; one camera for all frames, for the size of the
-colour images; depth in 16 bits, in units of 1 / `depth_scale` of `meta.json` (1000 where it says nothing: millimetres).
+colour images; depth in 16 bits, in units of 1 / `depth_scale` of `meta.json` (by default 1000: millimetres).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from gasp_fast.data.scenes.depth_maps import DepthFile, one_line, write_depth
+from gasp_fast.data.errors import one_line
+from gasp_fast.data.scenes.depth_maps import DepthFile
 from gasp_fast.data.scenes.scene import (
     IMAGE_SUFFIXES,
     Frame,
@@ -55,7 +55,7 @@ def read(root: Path) -> Scene:
         if camera_to_world.shape != (4, 4):
             raise ValueError(f"{pose_file}: a pose is a 4x4 matrix, this file holds {camera_to_world.shape}")
         depth = depths.get(image.stem)
-        # PNG counts in units; the float formats hold the scene's own.
+        # PNG stores depth in units of 1 / depth_scale, the float formats in the scene's own unit.
         depth_file = DepthFile(depth, scale if depth.suffix.lower() == ".png" else 1.0) if depth else None
         frames.append(Frame(image.stem, image, intrinsics, _world_to_camera(camera_to_world), camera_size, depth_file))
     orphans = set(depths) - {image.stem for image in images}
@@ -63,25 +63,8 @@ def read(root: Path) -> Scene:
     return scene_of(root, NAME, frames, skipped)
 
 
-def write(scene: Scene, root: Path, units_per_metre: float = 1000.0) -> None:
-    """Write `scene` in this format. Depth is rounded to 16-bit units; the images must share one camera."""
-    shared = scene.intrinsics(0)
-    for folder in ("color", "depth", "pose"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(scene.frame_names):
-        if not np.array_equal(scene.intrinsics(i), shared):
-            raise ValueError(f"{scene.root}: frame {name} has a camera of its own; format rgbd has one for all")
-        Image.fromarray(scene.image(i)).save(root / "color" / f"{name}.png")
-        np.savetxt(root / "pose" / f"{name}.txt", rigid_inverse(scene.pose(i)), fmt="%.17g")
-        if scene.has_depth:
-            write_depth(root / "depth" / f"{name}.png", scene.depth(i), 1.0 / units_per_metre)
-    np.savetxt(root / "intrinsics.txt", shared, fmt="%.17g")
-    meta = {"name": root.name, "depth_scale": units_per_metre, "frames": len(scene)}
-    (root / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
 def _world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
-    # A pose that is no rigid motion stays as it is, for scene_of to name its fault.
+    # An invalid pose is returned as it is; `scene_of` names the fault.
     return camera_to_world if pose_fault(camera_to_world) else rigid_inverse(camera_to_world)
 
 

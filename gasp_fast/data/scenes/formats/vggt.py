@@ -1,7 +1,7 @@
 """`vggt`: `images/`, `depths/*.exr`, `image_names.json`, `cam_from_worlds.npy`, `intrinsics.npy`.
 
-The layout of the scenes that VGGT's authors publish: three lists of one length, in one order. World-to-camera, OpenCV
-axes, `[N, 3, 4]` or `[N, 4, 4]`; intrinsics for the stored images.
+The layout in which VGGT's authors publish scenes: three lists of equal length, in the same order. World-to-camera,
+OpenCV axes, `[N, 3, 4]` or `[N, 4, 4]`; intrinsics for the stored images.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from gasp_fast.data.scenes.depth_maps import DepthFile, one_line, write_depth
+from gasp_fast.data.errors import one_line
+from gasp_fast.data.scenes.depth_maps import DepthFile
 from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, inside, scene_of
 
 NAME = "vggt"
@@ -45,20 +45,8 @@ def read(root: Path) -> Scene:
     return scene_of(root, NAME, frames, skipped)
 
 
-def write(scene: Scene, root: Path) -> None:
-    """Write `scene` in this format; depth stays float32."""
-    for folder in ("images", "depths"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(scene.frame_names):
-        Image.fromarray(scene.image(i)).save(root / "images" / f"{name}.png")
-        if scene.frames[i].depth is not None:
-            write_depth(root / "depths" / f"{name}.exr", scene.depth(i))
-    (root / "image_names.json").write_text(json.dumps([f"{name}.png" for name in scene.frame_names]))
-    np.save(root / "cam_from_worlds.npy", np.stack([scene.pose(i)[:3] for i in range(len(scene))]))
-    np.save(root / "intrinsics.npy", np.stack([scene.intrinsics(i) for i in range(len(scene))]))
-
-
 def _names(path: Path) -> list[str]:
+    """The file names in `image_names.json`."""
     try:
         names = json.loads(path.read_text())
     except ValueError as error:
@@ -76,8 +64,8 @@ def _array(path: Path, count: int, shapes: tuple[tuple[int, int], ...]) -> np.nd
     except Exception as error:
         raise OSError(f"{path}: cannot read array: {one_line(error)}") from error
     if array.ndim != 3 or array.shape[1:] not in shapes:
-        wanted = " or ".join(f"[N, {rows}, {columns}]" for rows, columns in shapes)
-        raise ValueError(f"{path}: has shape {list(array.shape)}, not {wanted}")
+        expected = " or ".join(f"[N, {rows}, {columns}]" for rows, columns in shapes)
+        raise ValueError(f"{path}: has shape {list(array.shape)}, not {expected}")
     if len(array) != count:
         raise ValueError(f"{path}: has {len(array)} entries for {count} names in image_names.json")
     return array

@@ -1,0 +1,113 @@
+"""Reads annotations: the tracks of each sequence, by number.
+
+A shard is opened when one of its sequences is read, and memory-mapped: only the bytes of that sequence are read. Memory
+does not grow with the number of annotations, and a sequence takes no memory until it is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from gasp_fast.data.tracks.build import Tracks
+
+from .plan import PLAN_FILE, AnnotationPlan
+from .shard import checksum, read_header, shard_path
+
+OPEN_SHARDS = 16
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The tracks of one sequence; no tracks at all if its scene could not be read."""
+
+    scene: str
+    tracks: Tracks
+
+
+class AnnotationCache:
+    """The annotations in a folder, by number; pickles into loader workers."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        try:
+            self.plan = AnnotationPlan.from_json((self.folder / PLAN_FILE).read_text())
+        except FileNotFoundError:
+            raise OSError(f"{self.folder}: no annotations here; make them with gasp-fast tracks") from None
+        except ValueError as error:
+            raise ValueError(f"{self.folder / PLAN_FILE}: {error}") from error
+        self._shards: OrderedDict[int, Any] = OrderedDict()  # open, the least recently used first
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Annotation:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {self.folder}, which has {len(self)}")
+        number, place = divmod(index, self.plan.shard_size)
+        shard = self._shard(number)
+
+        def rows(name: str, offsets: str) -> NDArray[Any]:
+            start, end = (int(n) for n in shard.get_slice(offsets)[place : place + 2])
+            table = shard.get_slice(name)
+            if start == end:  # safetensors refuses an empty slice at the end of a tensor
+                return np.empty((0, *table.get_shape()[1:]), np.float32)
+            values: NDArray[Any] = table[start:end]
+            return values
+
+        frames = rows("frames", "frame_offsets")
+        shape = (-1, len(frames))
+        tracks = Tracks(
+            frames=frames.astype(np.int64),
+            query=rows("query", "track_offsets"),
+            uv=rows("uv", "cell_offsets").reshape(*shape, 2),
+            visible=rows("visible", "cell_offsets").astype(bool).reshape(shape),
+            depth=rows("depth", "cell_offsets").reshape(shape),
+        )
+        return Annotation(self.plan.scenes[int(shard.get_slice("scene")[place : place + 1][0])].name, tracks)
+
+    def _shard(self, number: int) -> Any:
+        if number in self._shards:
+            self._shards.move_to_end(number)
+            return self._shards[number]
+        path = shard_path(self.folder, number)
+        if not path.exists():
+            raise OSError(f"{path}: shard {number} of {self.plan.shards} is missing; finish with gasp-fast tracks")
+        try:
+            shard = safe_open(path, "numpy")
+        except Exception as error:
+            raise OSError(f"{path}: damaged ({error}); delete it and run gasp-fast tracks again") from error
+        if read_header(shard).get("plan") != self.plan.digest:
+            raise ValueError(f"{path}: belongs to another plan; delete it and run gasp-fast tracks again")
+        self._shards[number] = shard
+        while len(self._shards) > OPEN_SHARDS:
+            self._shards.popitem(last=False)
+        return shard
+
+    def failed(self) -> dict[int, str]:
+        """The sequences without tracks, because their scene could not be read, and the reasons."""
+        reasons: dict[int, str] = {}
+        for number in range(self.plan.shards):
+            reasons |= {int(index): reason for index, reason in read_header(self._shard(number))["failed"].items()}
+        return reasons
+
+    def verify(self) -> Iterator[tuple[int, bool]]:
+        """Yields each shard's number and whether its arrays match the checksum."""
+        for number in range(self.plan.shards):
+            try:
+                shard = self._shard(number)
+                arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+                yield number, read_header(shard)["checksum"] == checksum(arrays)
+            except (OSError, ValueError):
+                yield number, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": OrderedDict()}

@@ -1,0 +1,127 @@
+"""Loads the model under evaluation, with its correspondence heads if it has them.
+
+Accepts the folder of a saved model, a hub name, a folder with a LoRA adapter (merged into its base model), or a
+training run (its last checkpoint).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gasp_fast.backbones import Backbone, load_backbone
+from gasp_fast.run_folder import EXPORT, HEADS, finished
+from gasp_fast.supervision.head_files import read_heads
+from gasp_fast.supervision.heads import CorrespondenceHeads
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model in evaluation mode, on its device, without gradients."""
+
+    name: str
+    backbone: Backbone
+    model: nn.Module
+    heads: CorrespondenceHeads | None
+    heads_origin: str | None  # "trained", "initial" (made from W_Q at loading), or None
+    fingerprint: str  # changes with the weight files
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_evaluated_model(
+    source: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    frame_pixels: int | None = None,
+    initial_heads: bool = False,
+) -> EvaluatedModel:
+    """Loads a model; `initial_heads` gives one without heads those that training would start from."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    folder = _weights_folder(Path(source))
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        backbone, model = _load_adapted(folder, dtype, frame_pixels)
+    else:
+        backbone = load_backbone(source if folder is None else folder, frame_pixels)
+        model = backbone.load_model(dtype=dtype)
+    backbone.replace_slow_modules(model)
+    model = model.eval().requires_grad_(False).to(device)
+    heads = read_heads(folder / HEADS) if folder is not None and (folder / HEADS).is_file() else None
+    origin = None if heads is None else "trained"
+    if heads is None and initial_heads:
+        projections = {layer: backbone.query_projection(model, layer) for layer in range(backbone.layer_count)}
+        heads, origin = CorrespondenceHeads.from_query_projections(projections), "initial"
+    if heads is not None:
+        _check_heads_fit(heads, backbone, str(source))
+        heads = heads.eval().requires_grad_(False).to(device)
+    return EvaluatedModel(_name_of(str(source)), backbone, model, heads, origin, _fingerprint(folder or Path(source)))
+
+
+def _weights_folder(source: Path) -> Path | None:
+    """The folder with weights: `source` itself, or the last checkpoint of a run; None for a hub name."""
+    if not source.is_dir():
+        return None
+    if _has_weights(source):
+        return source
+    checkpoints = [path for path in finished(source) if _has_weights(path)]
+    if checkpoints:
+        return checkpoints[-1]
+    if _has_weights(source / EXPORT):
+        return source / EXPORT
+    raise OSError(f"model = {str(source)!r} holds no model, adapter or run; pass a saved model's folder, or a hub name")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def _load_adapted(folder: Path, dtype: torch.dtype, frame_pixels: int | None) -> tuple[Backbone, nn.Module]:
+    """The base model that an adapter names, with the adapter merged into it."""
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder}/adapter_config.json names no base_model_name_or_path; merge it: gasp-fast export")
+    backbone = load_backbone(base, frame_pixels)
+    adapted: Any = PeftModel.from_pretrained(backbone.load_model(dtype=dtype), str(folder))
+    return backbone, adapted.merge_and_unload()
+
+
+def _check_heads_fit(heads: CorrespondenceHeads, backbone: Backbone, source: str) -> None:
+    first: Any = heads.by_layer[str(heads.layers[0])]
+    width = first.first.in_features
+    if width != backbone.hidden_size or max(heads.layers) >= backbone.layer_count:
+        raise ValueError(
+            f"the heads of {source} are for layers {heads.layers[0]} to {heads.layers[-1]} of width {width}; the model "
+            f"has {backbone.layer_count} layers of width {backbone.hidden_size}: they belong to another model"
+        )
+
+
+def _name_of(source: str) -> str:
+    """A hub name, or the folder's name, with its parent's for `export`, `model` and `checkpoint-N`."""
+    path = Path(source)
+    if not path.is_dir():
+        return source
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if re.fullmatch(r"checkpoint-\d+|export|model", path.name) else path.name
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of the names, sizes and times of the weight files; that of nothing for a hub name."""
+    digest = blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

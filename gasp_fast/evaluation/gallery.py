@@ -1,0 +1,136 @@
+"""Chooses representative sequences of an evaluation and draws their predictions.
+
+Sequences are ranked by PCK at the best layer and taken at even ranks (for three: one of each third), each from
+another scene where there are enough scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gasp_fast.backbones import Backbone
+
+from .dataset import EvaluationSet, EvaluationSetConfig
+from .evaluate import Evaluation, EvaluationConfig
+from .evaluated_model import EvaluatedModel
+from .figures import KIND_NAMES
+from .pictures import DrawnSequence, draw_heat_map, draw_predictions
+from .predict import heat_maps
+from .predictions import Predictions, read_predictions
+from .report import Picture, read_report
+
+
+def draw_gallery(
+    evaluated: EvaluatedModel,
+    dataset: EvaluationSet,
+    config: EvaluationConfig,
+    evaluation: Evaluation,
+    folder: Path,
+    count: int,
+) -> list[Picture]:
+    """Draws correspondences and a heat map of `count` sequences into `folder`; returns captions and files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind, layers = next(iter(evaluation.layers.items()))
+    number = evaluation.report["pck"]["peak_layer"]
+    row = layers.index(number - 1)
+    pictures: list[Picture] = []
+    for index in representative_sequences(dataset, evaluation.predictions, kind, row, count):
+        title = f"{evaluated.name}, layer {number}, {KIND_NAMES[kind]}: {dataset.scene(index).root.resolve().name}"
+        sequence = _drawn_sequence(evaluated.backbone, dataset, index, evaluation.predictions[index], kind, row)
+        caption = _caption(dataset, index)
+        path = draw_predictions({"predicted": sequence}, title, folder / f"correspondences-{index:05d}.png")
+        pictures.append((caption, path))
+        query = most_visible_point(sequence)
+        maps = heat_maps(evaluated, dataset.sample(index), kind, number - 1, query, config.rope, config.temperature)
+        path = draw_heat_map(sequence, maps, query, title, folder / f"heat-{index:05d}.png")
+        pictures.append((f"{caption}: one query point", path))
+    return pictures
+
+
+def draw_comparison(
+    outs: Mapping[str, Path], scenes: Path, backbone: Backbone, folder: Path, count: int
+) -> list[Picture]:
+    """Draws the predictions of several evaluations of the same sequences, each at its best layer.
+
+    `outs` are output folders of `gasp-fast evaluate` by the model's name; the last one determines the sequences.
+    `backbone` is that of any of the models.
+    """
+    reports = {name: read_report(out) for name, out in outs.items()}
+    last = next(reversed(reports))
+    kind = reports[last]["features"]
+    dataset = EvaluationSet(scenes, _dataset_config(reports[last]))
+    predictions = {name: read_predictions(out, kind, len(dataset)) for name, out in outs.items()}
+    rows = {
+        name: report["by_features"][kind]["layers"].index(report["by_features"][kind]["pck"]["peak_layer"])
+        for name, report in reports.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for index in representative_sequences(dataset, predictions[last], kind, rows[last], count):
+        sequences = {
+            name: _drawn_sequence(backbone, dataset, index, predictions[name][index], kind, rows[name])
+            for name in reports
+        }
+        title = f"{KIND_NAMES[kind].capitalize()}, {dataset.scene_entry(index).name}"
+        path = draw_predictions(sequences, title, folder / f"answers-{index:05d}.png")
+        pictures.append((f"Predictions of each model. {_caption(dataset, index)}", path))
+    return pictures
+
+
+def _dataset_config(report: Mapping[str, Any]) -> EvaluationSetConfig:
+    """The evaluation set that a report was made on."""
+    return EvaluationSetConfig(
+        sequences=report["sequences"] + report["sequences_without_tracks"],
+        frames=report["frames"],
+        grid=report["grid"],
+        **{name: report["settings"][name] for name in ("max_gap", "keep", "held_out", "seed")},
+    )
+
+
+def _caption(dataset: EvaluationSet, index: int) -> str:
+    return f"Scene {dataset.scene_entry(index).name}, frames {', '.join(map(str, dataset.frames(index)))}"
+
+
+def _drawn_sequence(
+    backbone: Backbone, dataset: EvaluationSet, index: int, predictions: Predictions, kind: str, row: int
+) -> DrawnSequence:
+    frames = [dataset.scene(index).image(frame) for frame in dataset.frames(index)]
+    return DrawnSequence(
+        frames=frames,
+        numbers=dataset.frames(index),
+        grids=[backbone.frame_grid(frame.shape[1], frame.shape[0]) for frame in frames],
+        anchor=predictions.anchor,
+        target=predictions.target,
+        best=predictions.best[kind][row],
+        correct=predictions.correct[kind][row],
+    )
+
+
+def representative_sequences(
+    dataset: EvaluationSet, predictions: Sequence[Predictions], kind: str, row: int, count: int
+) -> list[int]:
+    """Indices of sequences at even ranks of PCK, among those with at least the median number of correspondences."""
+    tracked = [index for index, one in enumerate(predictions) if len(one)]
+    median = np.median([len(predictions[index]) for index in tracked])
+    candidates = [index for index in tracked if len(predictions[index]) >= median]
+    ranked = sorted(candidates, key=lambda index: (predictions[index].correct[kind][row].mean(), index))
+    chosen: list[int] = []
+    for rank in (int((k + 0.5) / count * len(ranked)) for k in range(count)):
+        # The nearest rank from a scene that is not chosen yet; if there is none, the nearest that is not chosen.
+        nearest = sorted((i for i in ranked if i not in chosen), key=lambda i: abs(ranked.index(i) - rank))
+        scenes = {dataset.scene_entry(i).name for i in chosen}
+        other_scenes = [i for i in nearest if dataset.scene_entry(i).name not in scenes]
+        chosen += (other_scenes or nearest)[:1]
+    return chosen
+
+
+def most_visible_point(sequence: DrawnSequence) -> int:
+    """Token of the query point that is visible in most of the drawn frames; of several, the one that moves most."""
+    displacement = sequence.displacement()
+    shown = np.isin(sequence.frame_of(sequence.target), sequence.shown_frames())
+    visible = {query: len(set(sequence.target[shown & (sequence.anchor == query)].tolist())) for query in displacement}
+    return max(displacement, key=lambda query: (visible[query], displacement[query], -query))

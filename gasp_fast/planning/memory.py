@@ -1,0 +1,100 @@
+"""Memory of a GPU in training: weights, gradients, optimiser states, saved activations, and the working set on top.
+
+Whatever is trained is fp32: 4 bytes of weight, 4 of gradient, 8 of AdamW's moments, 4 more of DeepSpeed's own copy, and
+2 of the bf16 copy that autocast keeps. ZeRO divides states from stage 1, gradients from stage 2, weights in stage 3.
+"""
+
+from __future__ import annotations
+
+from .assumptions import Assumptions
+from .shapes import PATCHES
+from .training_setup import SequenceSize, TrainingSetup
+
+GATHERED = 1e9  # parameters that ZeRO-3 holds gathered at once, at most
+
+
+def state_bytes(setup: TrainingSetup, gpus: int) -> dict[str, float]:
+    """Bytes of weights, gradients and optimiser states on each GPU."""
+    count, sharding, element = setup.parameters, setup.sharding, setup.element_bytes
+    trained = count.trained
+
+    def divided(bytes_: float, from_stage: int) -> float:
+        return bytes_ / gpus if sharding.stage >= from_stage else bytes_
+
+    on_gpu = 0.0 if sharding.weights_on_cpu else 1.0
+    gathered = min(GATHERED, count.frozen + trained) * element if sharding.stage == 3 else 0.0
+    autocast = 2 * (count.model + count.adapters) if element == 2 else 0
+    gradients_on_cpu = sharding.optimiser_on_cpu and sharding.stage >= 2
+    states = divided((12 if sharding.deepspeed else 8) * trained, 1)
+    return {
+        "frozen weights": on_gpu * divided(element * count.frozen, 3),
+        "trained weights": on_gpu * divided(4.0 * trained, 3) + autocast,
+        "gathered weights": gathered,
+        "gradients": 0.0 if gradients_on_cpu else divided(4.0 * trained, 2),
+        "optimiser": 0.0 if sharding.optimiser_on_cpu else states,
+    }
+
+
+def memory_by_purpose(
+    setup: TrainingSetup, longest: SequenceSize, gpus: int, assumptions: Assumptions
+) -> dict[str, float]:
+    """Bytes on each GPU at the peak of a step of the longest sequences."""
+    batch = setup.micro_batch_size
+    saved, at_work = _decoder_bytes(setup, batch * longest.tokens)
+    vision_saved, vision_at_work = _vision_bytes(setup, batch * longest.visual)
+    heads_kept, heads_at_work = _head_bytes(setup, batch * longest.tracked)
+    logits = batch * assumptions.labelled * setup.shape.vocabulary * 12.0
+    memory = state_bytes(setup, gpus) | {
+        "saved activations": saved + vision_saved,
+        "kept by heads": heads_kept,
+        "working set": max(at_work, heads_at_work, logits, vision_at_work),
+    }
+    memory["fragmentation"] = assumptions.fragmentation * sum(memory.values())
+    memory["reserve"] = assumptions.reserve
+    return memory
+
+
+def activation_bytes(setup: TrainingSetup) -> float:
+    """Bytes that one decoder layer saves for backward, for each token; counted from what autograd saves.
+
+    Norms save their input in fp32. Each adapter keeps its own bf16 copy of its input, the products between frozen
+    weights none; where weights are trained the residual stream is fp32, and every product keeps its input.
+    """
+    shape, element = setup.shape, setup.element_bytes
+    d, ff, q, kv = shape.hidden, shape.intermediate, shape.query_width, shape.key_width
+    statistics = 4 * shape.query_heads + 8
+    if setup.adapter_rank is None:
+        return 16 * d + element * (5 * d + 4 * ff + 2 * q + 2 * kv) + statistics
+    return 8 * d + element * (3 * d + 3 * ff + 3 * q + 2 * kv + 4 * setup.adapter_rank) + statistics
+
+
+def _decoder_bytes(setup: TrainingSetup, tokens: int) -> tuple[float, float]:
+    """Saved by the decoder layers, and the working set of one layer."""
+    of_layer, layers = tokens * activation_bytes(setup), setup.shape.layers
+    if setup.checkpointing:  # saves the layers' inputs; holds one layer's activations again, and their gradients
+        return float(tokens * _residual_bytes(setup) * setup.shape.hidden * layers), 1.5 * of_layer
+    return of_layer * layers, 0.5 * of_layer
+
+
+def _residual_bytes(setup: TrainingSetup) -> int:
+    """Bytes of one number of the residual stream."""
+    return 4 if setup.full else setup.element_bytes
+
+
+def _vision_bytes(setup: TrainingSetup, visual: int) -> tuple[float, float]:
+    """Saved by the vision tower, and its largest working set. A frozen tower saves nothing."""
+    shape, patches = setup.shape, PATCHES * visual
+    block = setup.element_bytes * (8.0 * shape.vision_hidden + 4.0 * shape.vision_intermediate)
+    if not setup.full:
+        return 0.0, patches * block
+    if not setup.checkpointing:
+        return patches * 2 * block * shape.vision_layers, patches * block
+    return patches * 4.0 * shape.vision_hidden * shape.vision_layers, patches * 3 * block
+
+
+def _head_bytes(setup: TrainingSetup, tracked: int) -> tuple[float, float]:
+    """Kept until backward (the gradients that were computed in forward), and the working set of one layer."""
+    hidden, (middle, out) = setup.shape.hidden, setup.head_sizes
+    kept = setup.supervised_layers * tracked * hidden * _residual_bytes(setup) + 4.0 * setup.parameters.heads
+    at_work = tracked * (12.0 * hidden + 16.0 * middle + 8.0 * out) + (128 << 20)
+    return kept, at_work if setup.supervised_layers else 0.0

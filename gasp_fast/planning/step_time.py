@@ -1,0 +1,101 @@
+"""Time of an optimiser step, by part.
+
+A part takes its FLOPs over the peak of their precision times an efficiency, one part after the other. What is no
+product takes its traffic over the memory's bandwidth: each saved activation is written once and read once going
+forward, twice that going backward. The loss's products take the embeddings' type, and fp32 embeddings mean IEEE fp32,
+not tf32.
+
+GPUs wait for each other, and sequences are of unequal length: of many GPUs one nearly always draws the longest.
+`waiting` is the expected excess of the slowest over the mean. From ZeRO-2 on GPUs meet at every micro-batch, otherwise
+once a step, and the excess of a sum of draws grows like the square root of their number.
+"""
+
+from __future__ import annotations
+
+from .assumptions import Assumptions
+from .flops import flops_by_part
+from .gpus import GPU
+from .memory import activation_bytes
+from .training_setup import SequenceMix, SequenceSize, TrainingSetup
+
+OVERHEADS = ("waiting", "communication", "optimiser", "idle")  # parts of a step that belong to no sequence
+NODE = 8  # GPUs of a node
+
+
+def step_seconds(
+    setup: TrainingSetup, mix: SequenceMix, gpus: int, gpu: GPU, assumptions: Assumptions
+) -> dict[str, float]:
+    """Seconds of an optimiser step by part: of the mean sequence, and `OVERHEADS`."""
+    sizes = [(share, sequence_seconds(setup, size, gpu, assumptions)) for share, size in mix]
+    mean = {part: sum(share * seconds[part] for share, seconds in sizes) for part in sizes[0][1]}
+    slowest = expected_slowest([(share, sum(seconds.values())) for share, seconds in sizes], gpus)
+
+    accumulation, batch = setup.accumulation(gpus), setup.micro_batch_size
+    step = {part: accumulation * batch * value for part, value in mean.items()}
+    computing = sum(step.values())
+    meetings = accumulation if setup.sharding.stage >= 2 else accumulation**0.5
+    step["waiting"] = (slowest - sum(mean.values())) * meetings * batch**0.5
+    step["communication"] = _communication_seconds(setup, gpus, gpu, assumptions)
+    step["optimiser"] = optimiser_seconds(setup, gpus, gpu, assumptions)
+    step["idle"] = assumptions.idle * (computing + step["optimiser"])
+    return step
+
+
+def sequence_seconds(
+    setup: TrainingSetup, sequence: SequenceSize, gpu: GPU, assumptions: Assumptions
+) -> dict[str, float]:
+    """Seconds of one GPU on one sequence, by part."""
+    peaks = {"bf16": gpu.bf16, "tf32": gpu.tf32, "fp32": gpu.fp32}
+    base = peaks[setup.precision]
+    rates = {
+        "decoder": base * assumptions.decoder,
+        "attention": base * assumptions.attention,
+        "adapters": base * assumptions.adapters,
+        "vision": base * assumptions.vision,
+        "lm head": base * assumptions.decoder,
+        "heads": peaks[setup.head_precision] * assumptions.heads,
+        "geometric loss": (gpu.bf16 if setup.head_precision == "bf16" else gpu.fp32) * assumptions.loss,
+    }
+    seconds = {part: flops.total / rates[part] for part, flops in flops_by_part(setup, sequence).items()}
+    passes = 4 if setup.checkpointing else 3  # forward, twice that backward, forward again
+    traffic = 2.0 * passes * sequence.tokens * activation_bytes(setup) * setup.shape.layers
+    seconds["norms, activations"] = traffic / (gpu.bandwidth * assumptions.bandwidth)
+    return seconds
+
+
+def expected_slowest(times: list[tuple[float, float]], ranks: int) -> float:
+    """The largest of `ranks` independent draws from (probability, seconds), in expectation."""
+    expected = below = 0.0
+    for probability, duration in sorted(times, key=lambda one: one[1]):
+        upto = below + probability
+        expected += duration * (min(upto, 1.0) ** ranks - below**ranks)
+        below = upto
+    return expected
+
+
+def communication_bytes(setup: TrainingSetup, accumulation: int) -> float:
+    """Bytes that each GPU sends in an optimiser step, but for a factor (gpus - 1) / gpus."""
+    count, stage = setup.parameters, setup.sharding.stage
+    trained = 4.0 * count.trained
+    if stage < 2:
+        return 2 * trained  # gradients once, then weights
+    if stage == 2:
+        return (accumulation + 1) * trained  # gradients of every micro-batch
+    gathers = 3 if setup.checkpointing else 2
+    return accumulation * (trained + gathers * (trained + setup.element_bytes * count.frozen))
+
+
+def _communication_seconds(setup: TrainingSetup, gpus: int, gpu: GPU, assumptions: Assumptions) -> float:
+    if gpus == 1:
+        return 0.0
+    speed = gpu.link if gpus <= NODE else min(gpu.link, gpu.network)  # a ring through all is as fast as its slowest hop
+    sent = communication_bytes(setup, setup.accumulation(gpus)) * (gpus - 1) / gpus
+    return assumptions.exposed * sent / (speed * assumptions.link)
+
+
+def optimiser_seconds(setup: TrainingSetup, gpus: int, gpu: GPU, assumptions: Assumptions) -> float:
+    """AdamW reads weight, gradient and two moments and writes three of them: 28 bytes, and 8 more to clip."""
+    trained, sharding = setup.parameters.trained, setup.sharding
+    own = trained / gpus if sharding.stage >= 1 else trained
+    bandwidth = assumptions.cpu_bandwidth if sharding.optimiser_on_cpu else gpu.bandwidth * assumptions.optimiser
+    return 36.0 * own / bandwidth

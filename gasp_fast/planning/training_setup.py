@@ -1,0 +1,115 @@
+"""What is trained, how, and on sequences of which size. Every estimate in this folder is a function of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .shapes import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What ZeRO divides among GPUs, and what it moves to the CPU."""
+
+    stage: int = 0
+    deepspeed: bool = False
+    optimiser_on_cpu: bool = False
+    weights_on_cpu: bool = False
+
+    @staticmethod
+    def of(deepspeed: dict[str, Any] | None) -> Sharding:
+        """From a DeepSpeed configuration; None is plain PyTorch."""
+        if deepspeed is None:
+            return Sharding()
+        zero = deepspeed.get("zero_optimization", {})
+        return Sharding(
+            stage=int(zero.get("stage", 0)),
+            deepspeed=True,
+            optimiser_on_cpu=zero.get("offload_optimizer", {}).get("device") == "cpu",
+            weights_on_cpu=zero.get("offload_param", {}).get("device") == "cpu",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Parameters by kind; all but the frozen ones are trained."""
+
+    frozen: int
+    model: int
+    adapters: int
+    heads: int
+
+    @property
+    def trained(self) -> int:
+        return self.model + self.adapters + self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """What is trained, and how."""
+
+    shape: ModelShape
+    adapter_rank: int | None  # None: the model's own weights are trained, without adapters
+    supervised_layers: int  # each has a head; 0 without the geometric loss
+    head_sizes: tuple[int, int]  # outputs of a head's two linear layers
+    head_precision: Literal["fp32", "tf32", "bf16"]  # of the products in heads
+    precision: Literal["fp32", "bf16"]  # of the model's products, and of frozen weights
+    checkpointing: bool  # of activations
+    batch_size: int  # sequences of an optimiser step, over all GPUs
+    micro_batch_size: int  # sequences that a GPU takes at once
+    sharding: Sharding = Sharding()
+
+    @property
+    def full(self) -> bool:
+        return self.adapter_rank is None
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def adapter_weights(self) -> int:
+        """Of one decoder layer."""
+        return 0 if self.adapter_rank is None else self.shape.adapter_weights(self.adapter_rank)
+
+    @property
+    def head_weights(self) -> int:
+        """Of the two matrices of one head."""
+        middle, out = self.head_sizes
+        return middle * (self.shape.hidden + out)
+
+    @property
+    def parameters(self) -> ParameterCounts:
+        base = self.shape.language_parameters + self.shape.vision_parameters
+        return ParameterCounts(
+            frozen=0 if self.full else base,
+            model=base if self.full else 0,
+            adapters=self.adapter_weights * self.shape.layers,
+            heads=self.supervised_layers * (self.head_weights + sum(self.head_sizes)),
+        )
+
+    def accumulation(self, gpus: int) -> int:
+        """Micro-batches of each GPU in an optimiser step."""
+        at_once = gpus * self.micro_batch_size
+        if gpus < 1 or self.batch_size % at_once:
+            raise ValueError(
+                f"train.batch_size = {self.batch_size} does not divide over gpus = {gpus} with "
+                f"train.micro_batch_size = {self.micro_batch_size}; use a multiple of {at_once}"
+            )
+        return self.batch_size // at_once
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSize:
+    """How much of everything one sequence has."""
+
+    frames: int
+    tokens: int  # S, text and visual
+    visual: int  # N, visual tokens
+    tracked: int  # N again, or 0 without tracks
+    anchors: int  # A, visual tokens that are anchors of matches
+    labelled: int  # tokens that the language loss counts
+
+
+SequenceMix = list[tuple[float, SequenceSize]]  # the sizes that a run draws, each with its probability

@@ -1,0 +1,200 @@
+"""Rank, process group, DeepSpeed configuration and accelerate's `Accelerator`.
+
+The same command line runs alone, under torchrun and under the deepspeed launcher; all three describe themselves in the
+environment. Without a GPU, processes talk through gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+
+from gasp_fast.processes import end_with_parent
+
+from .config import TrainConfig
+from .stream import Share
+
+TIMEOUT = timedelta(minutes=20)  # of a collective: long enough to load a model, short enough not to lose a night
+
+LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # variables that torchrun and deepspeed set
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_processes(deepspeed: bool = False) -> Processes:
+    """Join the other processes of the run, if there are any. DeepSpeed needs a process group even for one process."""
+    if not LAUNCHERS.isdisjoint(os.environ):
+        end_with_parent()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports, would warn otherwise
+    backend = "nccl" if gpu else "gloo"
+    if deepspeed:
+        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+    if (deepspeed or world_size > 1) and not dist.is_initialized():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    if deepspeed:
+        _start_deepspeed(backend)
+    return Processes(rank, world_size, device)
+
+
+def _start_deepspeed(backend: str) -> None:
+    import deepspeed
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Gloo(CPU_Accelerator):
+        """DeepSpeed's CPU, without its shared-memory collectives.
+
+        DeepSpeed would compile those behind a lock file. A killed run leaves the file behind, and every later run would
+        wait for it for ever. gloo does the same work without.
+        """
+
+        def create_op_builder(self, op_name: str) -> Any:
+            return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    if backend == "gloo":
+        set_accelerator(Gloo())
+    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT)
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Switch off the libraries' progress bars and notices: between those of 32 processes an error would be lost."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for module in ("transformers", "peft", "accelerate", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+
+
+# ---- DeepSpeed ------------------------------------------------------------------------------------------------------
+
+
+def read_deepspeed(path: str | None) -> dict[str, Any] | None:
+    """The DeepSpeed configuration at `path`, checked, and adapted to a machine without GPUs."""
+    if path is None:
+        return None
+    try:
+        tree: dict[str, Any] = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise OSError(f"deepspeed = {path!r} cannot be read ({error.strerror}); configs/deepspeed has some") from None
+    except ValueError as error:
+        raise ValueError(f"deepspeed = {path!r} is not JSON: {error}") from None
+    for kind in ("bf16", "fp16"):
+        if tree.get(kind, {}).get("enabled") is True:
+            raise ValueError(
+                f"deepspeed = {path!r} enables {kind}, which would round heads and adapters too; remove it there: "
+                "model.dtype says what the model computes in"
+            )
+    zero = tree.setdefault("zero_optimization", {"stage": 0})
+    if not torch.cuda.is_available():
+        zero["overlap_comm"] = False  # there are no streams to overlap on
+        for part in ("offload_optimizer", "offload_param"):
+            if part in zero:
+                zero[part]["pin_memory"] = False
+    return tree
+
+
+def zero_stage(deepspeed: dict[str, Any] | None) -> int:
+    return 0 if deepspeed is None else int(deepspeed["zero_optimization"].get("stage", 0))
+
+
+def fill_deepspeed(deepspeed: dict[str, Any], share: Share, clip: float, hidden_size: int) -> dict[str, Any]:
+    """`deepspeed` with the run's values in place of every "auto". Raises where the file contradicts the recipe."""
+    of_run = {
+        "train_batch_size": share.batch_size,
+        "train_micro_batch_size_per_gpu": share.micro_batch_size,
+        "gradient_accumulation_steps": share.accumulation,
+        "gradient_clipping": clip,
+    }
+    for name, value in of_run.items():
+        if deepspeed.get(name, "auto") not in ("auto", value):
+            raise ValueError(
+                f'the deepspeed file has {name} = {deepspeed[name]}, the recipe makes it {value}; write "auto" there'
+            )
+    bucket_sizes = {  # in elements; the same rules as in transformers
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    zero = deepspeed["zero_optimization"]
+    return {
+        **deepspeed,
+        **{name: value for name, value in of_run.items() if deepspeed.get(name) == "auto"},
+        "zero_optimization": {**zero, **{name: v for name, v in bucket_sizes.items() if zero.get(name) == "auto"}},
+    }
+
+
+# ---- accelerate -----------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(
+    config: TrainConfig, processes: Processes, share: Share, deepspeed: dict[str, Any] | None
+) -> Accelerator:
+    """Accelerate's view of the run. `deepspeed` has no "auto" left.
+
+    accelerate keeps its state for the life of a process, so DeepSpeed can be used by the first run of a process only.
+    """
+    try:
+        PartialState(cpu=processes.device.type == "cpu")
+        accelerator = Accelerator(
+            mixed_precision="no",  # `SupervisedModel` chooses its precision itself
+            gradient_accumulation_steps=share.accumulation,
+            deepspeed_plugin=None if deepspeed is None else DeepSpeedPlugin(hf_ds_config=deepspeed),
+            log_with=list(config.run.report_to) or None,
+            project_dir=config.run.out,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    # Every trained weight takes part in every step (`modality.py`), except for those that a model
+                    # itself never uses, of which a fully trained one may have some.
+                    find_unused_parameters=config.train.mode == "full",
+                    broadcast_buffers=False,
+                )
+            ],
+        )
+    except NotImplementedError:
+        accelerator = None
+    if accelerator is None or (accelerator.distributed_type == DistributedType.DEEPSPEED) != (deepspeed is not None):
+        raise ValueError(
+            f"deepspeed = {config.deepspeed!r}: this Python process has trained with another launcher or another "
+            "DeepSpeed file before; start a new process for each"
+        )
+    return accelerator

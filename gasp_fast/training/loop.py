@@ -1,0 +1,173 @@
+"""The training loop: next batches, forward, backward, clip, step, schedule, check, log, save.
+
+accelerate runs it on one process, under DDP and under DeepSpeed. A run resumes exactly: a step's samples are a function
+of the step's number (`stream.py`), and a checkpoint holds everything else that a step depends on.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+
+from . import checkpoints, guards
+from .config import TrainConfig
+from .distributed import Processes, zero_stage
+from .log import Meter, RunLog, finite, score_of
+from .model import SupervisedModel
+from .state import TrainState
+from .stream import SampleStream, Share, make_loader
+from .workload import BatchFlops
+
+Batch = dict[str, Any]
+
+
+class TrainingLoop:
+    """Trains a `SupervisedModel` on a `SampleStream`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: SupervisedModel,
+        stream: SampleStream,
+        share: Share,
+        steps: int,
+        processes: Processes,
+        deepspeed: dict[str, Any] | None = None,
+    ) -> None:
+        set_seed(config.train.seed)
+        self.config, self.model, self.stream, self.share, self.steps = config, model, stream, share, steps
+        self.processes, self.zero_stage, self.out = processes, zero_stage(deepspeed), Path(config.run.out)
+        self.batch_flops = BatchFlops(config, model)  # before the model is sharded
+        self.state = TrainState(config, model, share, steps, processes, deepspeed)
+        self.meter = Meter(0 if model.supervision is None else len(model.supervision.layers), processes.device)
+        self.bad_steps = guards.BadSteps(config.run, processes.rank)
+        self.learning: guards.LearningGuard | None = None  # during the first steps
+        self.scores: list[float] = []  # of the log lines since the last checkpoint
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, resume: Path | None = None) -> None:
+        """Train to the last step, from the beginning or from a checkpoint."""
+        done, run = self.begin(resume), self.config.run
+        with RunLog(self.config, self.steps, done, resume, self.state.accelerator) as log:
+            for step, micro_batches in self.batches(done, resume):
+                learning_rate, grad_norm = self.train_step(step, micro_batches)
+                self.check_learning(step)
+                log.progress(step)
+                if step == 1 or step % run.log_every == 0 or step == self.steps:
+                    log.write(self.record(step, learning_rate, grad_norm))
+                if step % run.save_every == 0 or step == self.steps:
+                    self.save(step)
+
+    def batches(self, done: int, resume: Path | None = None) -> Iterator[tuple[int, list[Batch]]]:
+        """Each step after `done`, with this process's micro-batches of it."""
+        pin = self.processes.device.type == "cuda"
+        loader = make_loader(self.config.data, self.stream, self.model.backbone, self.share, self.steps, pin, done)
+        micro_batches = iter(loader)
+        for step in range(done + 1, self.steps + 1):
+            of_step = [next(micro_batches) for _ in range(self.share.accumulation)]
+            if step == done + 1:
+                guards.check_positions(self.model, of_step[0])
+                if resume is not None:  # only now, because the loader draws a random number when it begins
+                    pass
+            yield step, of_step
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:
+        """One optimiser step. Returns its learning rate, and the norm of its gradient before clipping."""
+        for batch in micro_batches:
+            self.forward_backward(batch)
+        return self.update(step, micro_batches)
+
+    def forward_backward(self, batch: Batch) -> None:
+        """Add the gradient of one micro-batch. Processes exchange gradients with the last micro-batch of a step."""
+        state, flops = self.state, self.batch_flops(batch)
+        batch = {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
+        with state.accelerator.accumulate(state.engine):
+            outputs = state.engine(**batch)
+            self.meter.add(outputs, len(batch["matches"]), batch["input_ids"].numel(), flops)
+            if self.learning is not None:
+                self.learning.add(outputs, batch["matches"])
+            state.accelerator.backward(outputs["loss"])  # at the last one, DeepSpeed also clips and steps in here
+
+    def update(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:
+        """Clip the gradient, step the optimiser and the schedule. A gradient that is not finite changes no weight."""
+        state = self.state
+        norm = state.accelerator.clip_grad_norm_(state.engine.parameters(), self.config.train.clip)
+        norm = None if norm is None else float(norm)  # over all processes, so that all of them skip the same steps
+        if norm is not None and not math.isfinite(norm):
+            state.engine.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
+            self.report_bad_step(step, micro_batches)
+        state.optimizer.step()
+        learning_rate = float(state.schedule.get_last_lr()[0])
+        if not state.accelerator.optimizer_step_was_skipped:
+            state.schedule.step()
+        state.optimizer.zero_grad()
+        return learning_rate, norm
+
+    # ---- around it --------------------------------------------------------------------------------------------------
+
+    def begin(self, resume: Path | None = None) -> int:
+        """Load the checkpoint, if there is one. Returns the number of steps that are done."""
+        if resume is None:
+            self.learning = guards.LearningGuard(self.model)
+            return 0
+        self.state.load(resume)
+        about = checkpoints.read_about(resume)
+        self.bad_steps.seen = about["bad_steps"]
+        self.meter.restore(about["unlogged"], self.processes.rank, self.processes.world_size)
+        return int(about["step"])
+
+    def try_step(self) -> dict[str, Any]:
+        """Take the first step and return what would be logged. Writes no file."""
+        self.begin()
+        step, micro_batches = next(self.batches(0))
+        return self.record(step, *self.train_step(step, micro_batches))
+
+    def record(self, step: int, learning_rate: float, grad_norm: float | None) -> dict[str, Any]:
+        """The log line of a step. All processes must call."""
+        record = {"step": step, **self.meter.read(), "lr": learning_rate, "grad_norm": finite(grad_norm)}
+        score = score_of(record)
+        self.scores += [] if score is None else [score]
+        return record
+
+    def check_learning(self, step: int) -> None:
+        if self.learning is not None and step == guards.LEARNING_STEPS:
+            self.learning.check(step, self.config.loss.lm_weight > 0)
+            self.learning = None
+
+    def report_bad_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        first = (step - 1) * self.share.accumulation
+        numbers = range(first, first + self.share.accumulation)
+        sources = [self.stream.describe(position) for n in numbers for position in self.share.positions(n)]
+        message = self.bad_steps.skip(step, micro_batches, sources)
+        print(f"gasp_fast.train: {message}", file=sys.stderr, flush=True)
+
+    def save(self, step: int) -> None:
+        """Write `checkpoint-STEP`, then remove those that are no longer needed."""
+        processes, run = self.processes, self.config.run
+        if processes.first:
+            guards.check_disk(run)
+        with checkpoints.complete_or_absent(self.out / f"checkpoint-{step}", processes) as folder:
+            self.state.save(folder)
+            unlogged = self.meter.state()
+            if processes.first:
+                checkpoints.write_about(
+                    folder,
+                    step=step,
+                    ranks=processes.world_size,
+                    zero_stage=self.zero_stage,
+                    mode=self.config.train.mode,
+                    batch_size=self.config.train.batch_size,
+                    score=sum(self.scores) / len(self.scores) if self.scores else None,
+                    bad_steps=self.bad_steps.seen,
+                    unlogged=unlogged,
+                )
+        self.scores = []
+        if processes.first:
+            checkpoints.rotate(self.out, run.keep, run.keep_best)
+        processes.barrier()

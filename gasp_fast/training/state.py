@@ -1,0 +1,83 @@
+"""What a training step changes: the distributed model, its optimiser, its schedule; and how they are saved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from . import checkpoints
+from .config import TrainConfig
+from .distributed import Processes, fill_deepspeed, make_accelerator
+from .model import SupervisedModel
+from .optim import make_optimizer, trained_groups
+from .stream import Share
+from .weights import read_weights, write_weights
+
+
+class TrainState:
+    """A model made ready to train on one process, under DDP or under DeepSpeed.
+
+    `model` is ours; `engine` is what a step calls: the model itself, or DDP's or DeepSpeed's wrapper of it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: SupervisedModel,
+        share: Share,
+        steps: int,
+        processes: Processes,
+        deepspeed: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.model, self.processes, self.deepspeed = config, model, processes, deepspeed
+        if deepspeed is None:
+            model.to(processes.device)
+        else:
+            self.deepspeed = fill_deepspeed(deepspeed, share, config.train.clip, model.backbone.hidden_size)
+            gather_heads_together(model)
+        self.accelerator = make_accelerator(config, processes, share, self.deepspeed)
+        optimizer = make_optimizer(trained_groups(model), config.train)
+        self.engine, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.engine.train()
+        # The schedule is not prepared: accelerate would step it once for each process.
+        warmup = math.ceil(config.train.warmup * steps)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, steps)
+
+    def save(self, folder: Path) -> None:
+        """Write everything but the step's number into `folder`. All processes must call."""
+        processes, lora = self.processes, self.config.train.mode == "lora"
+        write_weights(self.model, folder, processes.first)
+        if self.deepspeed is not None:
+            self.engine.save_checkpoint(str(folder), exclude_frozen_parameters=lora)  # those are the base model's
+        elif processes.first:
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        if processes.first:
+            torch.save(self.schedule.state_dict(), folder / "scheduler.pt")
+        checkpoints.write_random_state(folder, processes)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, except for the random number generators: the loader draws from them first."""
+        processes, lora = self.processes, self.config.train.mode == "lora"
+        if self.deepspeed is not None:
+            self.engine.load_checkpoint(str(folder), load_module_strict=not lora)
+        else:
+            read_weights(self.model, folder)
+            # One process reads into CPU memory, which is larger; on a node, every process would fill it once more.
+            place = processes.device if processes.world_size > 1 else "cpu"
+            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", place, weights_only=True))
+        self.schedule.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+
+def gather_heads_together(model: nn.Module) -> None:
+    """Under ZeRO-3, gather the weights of a supervised layer at once and keep them until its backward has run."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    from gasp_fast.supervision.streamed import SupervisedLayer
+
+    if any(isinstance(module, SupervisedLayer) for module in model.modules()):
+        set_z3_leaf_modules(model, [SupervisedLayer])

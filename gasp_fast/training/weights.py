@@ -1,0 +1,69 @@
+"""Trained weights on disk: adapters or the whole model as Hugging Face stores them, and `heads.safetensors`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gasp_fast.run_folder import HEADS
+from gasp_fast.supervision.head_files import write_heads
+
+from .model import SupervisedModel
+
+
+def gathered(parameter: nn.Parameter) -> Tensor:
+    """The full value of a parameter. ZeRO-3 keeps a part on each process, so all processes must call."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def write_weights(model: SupervisedModel, folder: Path, first: bool) -> None:
+    """Gather the trained weights one by one into the CPU memory of the first process, which writes them."""
+    lora = hasattr(model.model, "peft_config")
+    weights: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = gathered(parameter)
+            if first and name.startswith("supervision."):
+                heads[name.removeprefix("supervision.").replace(".head.", ".")] = value
+            elif first:
+                weights[name.removeprefix("model.")] = value.cpu()
+    if not first:
+        return
+    inner: Any = model.model
+    if lora:
+        inner.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    else:
+        inner.save_pretrained(folder, state_dict=weights)
+        model.backbone.processor.save_pretrained(folder)
+    if heads:
+        supervision: Any = model.supervision
+        compute = next(iter(supervision.by_layer.values())).head.first.compute
+        write_heads(folder / HEADS, heads, compute)
+
+
+def read_weights(model: SupervisedModel, folder: Path) -> None:
+    """Load the trained weights of a checkpoint into a model that is not sharded."""
+    if hasattr(model.model, "peft_config"):
+        from peft import set_peft_model_state_dict
+        from peft.utils import load_peft_weights
+
+        set_peft_model_state_dict(model.model, load_peft_weights(str(folder), device="cpu"))
+    else:
+        inner: Any = model.model
+        stored = type(inner).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        inner.load_state_dict(stored.state_dict())
+    if model.supervision is not None:
+        tensors = load_file(folder / HEADS)
+        named = {re.sub(r"^(by_layer\.\d+)\.", r"\1.head.", name): value for name, value in tensors.items()}
+        model.supervision.load_state_dict(named)

@@ -1,0 +1,182 @@
+"""What a `TrainConfig` computes, in the terms of `gasp_fast.planning`: for the plan of a run and the MFU in its log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gasp_fast.backbones import unwrap
+from gasp_fast.backbones.chat import IGNORE
+from gasp_fast.data.annotations.plan import PLAN_FILE
+from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.loss.matches import Matches
+from gasp_fast.planning.assumptions import Assumptions
+from gasp_fast.planning.flops import model_flops
+from gasp_fast.planning.gpus import GPU
+from gasp_fast.planning.plan import PAPER_SEQUENCES, Plan, make_plan
+from gasp_fast.planning.shapes import PATCHES, ModelShape, shape_from_model
+from gasp_fast.planning.training_setup import SequenceMix, SequenceSize, Sharding, TrainingSetup
+from gasp_fast.supervision.heads import parse_layers
+
+from .config import TrainConfig
+from .distributed import read_deepspeed
+
+if TYPE_CHECKING:
+    from .model import SupervisedModel
+
+
+def training_setup(config: TrainConfig, shape: ModelShape) -> TrainingSetup:
+    """What `config` trains on a model of this shape, and how."""
+    heads = config.heads
+    out = heads.out_size or (shape.query_width if heads.init == "svd" else shape.hidden)
+    return TrainingSetup(
+        shape=shape,
+        adapter_rank=config.lora.rank if config.train.mode == "lora" else None,
+        supervised_layers=len(parse_layers(heads.layers, shape.layers)) if config.loss.geometric else 0,
+        head_sizes=(heads.mid_size or shape.hidden // 2, out),
+        head_precision=heads.compute,
+        precision=config.model.dtype,
+        checkpointing=config.train.checkpointing != "off",
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        sharding=Sharding.of(read_deepspeed(config.deepspeed)),
+    )
+
+
+# ---- the plan of a run ----------------------------------------------------------------------------------------------
+
+
+def plan_run(
+    config: TrainConfig,
+    shape: ModelShape,
+    gpus: int,
+    gpu: GPU,
+    assumptions: Assumptions | None = None,
+    frame_tokens: int | None = None,
+    sequences: int | None = None,
+) -> Plan:
+    """The plan of a run. `frame_tokens` and `sequences` (of an epoch of the first source) override the recipe's."""
+    assumptions = Assumptions() if assumptions is None else assumptions
+    mix = sequence_mix(config, frame_tokens or frame_tokens_of(config, shape, assumptions), assumptions)
+    steps = steps_of_run(config, sequences or annotated_sequences(config) or PAPER_SEQUENCES)
+    return make_plan(training_setup(config, shape), mix, steps, gpus, gpu, assumptions)
+
+
+def sequence_mix(config: TrainConfig, frame_tokens: int, assumptions: Assumptions) -> SequenceMix:
+    """The sequences that a run draws: one size for each number of frames, and one for each source of questions."""
+    data, drawn = config.data, config.data.scenes.sequences
+    mix: SequenceMix = []
+    total = sum(source.weight for source in (data.scenes, data.qa, data.vqa) if source.root)
+    if data.scenes.root and data.scenes.weight:
+        counts = range(drawn.min_frames, drawn.max_frames + 1)
+        for frames in counts:
+            visual = frames * frame_tokens
+            size = SequenceSize(
+                frames=frames,
+                tokens=visual + assumptions.prompt_tokens,
+                visual=visual,
+                tracked=visual if config.loss.geometric else 0,
+                anchors=_anchors(config, frames, frame_tokens, assumptions) if config.loss.geometric else 0,
+                labelled=0,
+            )
+            mix.append((data.scenes.weight / total / len(counts), size))
+    for questions in (data.qa, data.vqa):
+        if questions.root and questions.weight:
+            visual = questions.frames * frame_tokens
+            size = SequenceSize(
+                frames=questions.frames,
+                tokens=visual + assumptions.qa_tokens,
+                visual=visual,
+                tracked=0,
+                anchors=0,
+                labelled=assumptions.labelled,
+            )
+            mix.append((questions.weight / total, size))
+    return mix
+
+
+def _anchors(config: TrainConfig, frames: int, frame_tokens: int, assumptions: Assumptions) -> int:
+    """Unique anchor tokens of a sequence: no more than there are points, and no more than there are tokens."""
+    tracks = sum(round(config.data.scenes.keep * grid * grid) for grid in config.data.scenes.grids)
+    per_frame = min(tracks, frame_tokens)
+    if config.data.collator.anchors == "first":
+        return per_frame
+    return min(frames * frame_tokens, round(per_frame * frames * assumptions.visible))
+
+
+def frame_tokens_of(config: TrainConfig, shape: ModelShape, assumptions: Assumptions) -> int:
+    """Visual tokens of a frame."""
+    if shape.frame_tokens is not None:
+        return shape.frame_tokens
+    width, height = assumptions.source_frame
+    pixels = min(config.model.frame_pixels or width * height, width * height)
+    return max(1, pixels // (PATCHES * shape.patch**2))
+
+
+def steps_of_run(config: TrainConfig, sequences: int) -> int:
+    """Optimiser steps of the run, where an epoch of the first source has `sequences` sequences."""
+    if config.train.steps is not None:
+        return config.train.steps
+    data = config.data
+    sources = [source for source in (data.scenes, data.qa, data.vqa) if source.root and source.weight]
+    positions = sequences * sum(source.weight for source in sources) / sources[0].weight
+    return max(1, int(config.train.epochs * positions) // config.train.batch_size)
+
+
+def annotated_sequences(config: TrainConfig) -> int | None:
+    """Sequences of an epoch of the scenes, if their annotations are on this machine."""
+    if config.data.scenes.root and config.data.scenes.annotations:
+        folder = Path(config.data.scenes.annotations[0])
+        if (folder / PLAN_FILE).is_file():
+            return len(AnnotationCache(folder).plan.sampler)
+    return None
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+class BatchFlops:
+    """Model FLOPs of a forward and backward pass over a collator's batch. Made before the model is sharded."""
+
+    def __init__(self, config: TrainConfig, model: SupervisedModel) -> None:
+        self.setup = training_setup(config, shape_from_model(unwrap(model.model)))
+        self.visual_token_id = model.backbone.visual_token_id
+
+    def __call__(self, batch: dict[str, Any]) -> float:
+        return model_flops(self.setup, self.sizes(batch))
+
+    def sizes(self, batch: dict[str, Any]) -> list[SequenceSize]:
+        """The sizes of the sequences of a batch on the CPU, padding included.
+
+        Where frames have no fixed number of tokens, the text between them separates them. Sequences with tracks come
+        first here, whatever their row in the batch: sums over the batch are right.
+        """
+        visual = batch["input_ids"] == self.visual_token_id  # [B, S]
+        tokens = visual.sum(1).tolist()
+        fixed = self.setup.shape.frame_tokens
+        frames = [n // fixed for n in tokens] if fixed else (visual & ~visual.roll(1, dims=1)).sum(1).tolist()
+        labelled = (batch["labels"] != IGNORE).sum(1).tolist()
+        tracked = [*_tracked(batch["matches"])]
+        tracked += [(0, 0)] * (len(tokens) - len(tracked))
+        return [
+            SequenceSize(
+                frames=frames[row],
+                tokens=visual.shape[1],
+                visual=tokens[row],
+                tracked=tracked[row][0],
+                anchors=tracked[row][1],
+                labelled=labelled[row],
+            )
+            for row in range(len(tokens))
+        ]
+
+
+def _tracked(matches: Matches) -> Iterator[tuple[int, int]]:
+    """Tokens and unique anchors of each sequence with tracks."""
+    offsets = matches.frame_offsets
+    ends = offsets[[0, -1]] if matches.sequence_offsets is None else offsets[matches.sequence_offsets]  # [B + 1]
+    anchors = torch.searchsorted(torch.unique(matches.anchor), ends)
+    yield from zip(ends.diff().tolist(), anchors.diff().tolist(), strict=True)

@@ -1,0 +1,187 @@
+"""Rows and matches in the order in which the kernels read them.
+
+Built once per batch, where the batch is made (usually in a data worker), and moved to the device as it is. Each anchor
+becomes one row of a similarity matrix, in ascending order, so the rows of a sequence are neighbours. Matches are sorted
+by (row, frame, target): the matches of one row in one frame are one contiguous run, and every sum over matches has one
+fixed order.
+
+Numbers that decide about shapes and launches stay on the CPU (`spans`, `frame_ends`), so no launch waits for the
+device. Nothing is checked here; `gasp_fast.Matches` checks the indices first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_CPU_FIELDS = ("spans", "frame_ends")  # read by the host, so never moved
+
+IndexT = TypeVar("IndexT", bound="_Movable")
+
+
+class _Movable:
+    """Moves every tensor of an index but those that the host reads."""
+
+    def to(self: IndexT, device: torch.device | str, non_blocking: bool = False) -> IndexT:
+        return self.map_tensors(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: IndexT) -> IndexT:
+        return self.map_tensors(Tensor.pin_memory)
+
+    def map_tensors(self: IndexT, change: Callable[[Tensor], Tensor]) -> IndexT:
+        changed: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if isinstance(value, _Movable):
+                changed[name] = value.map_tensors(change)
+            else:
+                changed[name] = value if name in _CPU_FIELDS else change(value)
+        return type(self)(**changed)
+
+
+@dataclass(frozen=True)
+class SequenceSpan:
+    """The half-open ranges of tokens, frames and rows that one sequence covers in the batch."""
+
+    tokens: tuple[int, int]
+    frames: tuple[int, int]
+    rows: tuple[int, int]
+
+    @property
+    def token_count(self) -> int:
+        return self.tokens[1] - self.tokens[0]
+
+    @property
+    def frame_count(self) -> int:
+        return self.frames[1] - self.frames[0]
+
+    @property
+    def row_count(self) -> int:
+        return self.rows[1] - self.rows[0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowIndex(_Movable):
+    """Which tokens are rows, and which frames each is compared with."""
+
+    row_token: Tensor  # int64 [A], ascending, no repeats
+    frame_offsets: Tensor  # int64 [F + 1]
+    spans: Tensor  # int64 [B, 3] on the CPU: end of each sequence in tokens, frames, rows
+    frame_ends: Tensor  # int64 [F] on the CPU
+
+    @staticmethod
+    def build(row_token: Tensor, frame_offsets: Tensor, sequence_offsets: Tensor) -> RowIndex:
+        sequence_tokens = frame_offsets[sequence_offsets[1:]]
+        sequence_rows = torch.searchsorted(row_token, sequence_tokens)
+        return RowIndex(
+            row_token=row_token,
+            frame_offsets=frame_offsets,
+            spans=torch.stack([sequence_tokens, sequence_offsets[1:], sequence_rows], dim=1).cpu(),
+            frame_ends=frame_offsets[1:].cpu(),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in a fixed order: the form in which an index crosses an operator's signature."""
+        return [getattr(self, name) for name in _ROW_FIELDS]
+
+    @staticmethod
+    def from_tensors(tensors: list[Tensor]) -> RowIndex:
+        return RowIndex(**dict(zip(_ROW_FIELDS, tensors, strict=True)))
+
+    @property
+    def longest(self) -> int:
+        """P, the frames of the longest sequence."""
+        return max(span.frame_count for span in self.sequences())
+
+    def sequences(self) -> Iterator[SequenceSpan]:
+        token = frame = row = 0
+        for next_token, next_frame, next_row in self.spans.tolist():
+            yield SequenceSpan((token, next_token), (frame, next_frame), (row, next_row))
+            token, frame, row = next_token, next_frame, next_row
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MatchIndex(_Movable):
+    """Rows, and the sorted matches of each."""
+
+    rows: RowIndex
+    run_start: Tensor  # int64 [A * P + 1], matches of row a in its p-th frame: [run_start[aP+p], run_start[aP+p+1])
+    order: Tensor  # int64 [M], sorted position -> match
+    row: Tensor  # int64 [M], sorted: its row
+    target: Tensor  # int64 [M], sorted: its target token
+    depth: Tensor  # float32 [M], sorted: its target depth, 0 where it has no depth term
+    counts: Tensor  # bool [M], sorted: has a depth term
+    by_target: Tensor  # int64 [M], sorted positions in the order of their target tokens
+    depth_count: Tensor  # float32 [], matches that have a depth term, at least 1
+    values: Tensor  # float32 [N, 1], patch depth, 0 where unknown
+    known: Tensor  # bool [N]
+
+    @staticmethod
+    def build(
+        frame_offsets: Tensor,
+        sequence_offsets: Tensor,
+        anchor: Tensor,
+        target: Tensor,
+        target_depth: Tensor | None,
+        countable: Tensor,  # bool [M], matches whose own depth is fit for the depth term
+        patch_depth: Tensor | None,
+        known: Tensor,  # bool [N]
+    ) -> MatchIndex:
+        target_frame = torch.searchsorted(frame_offsets[1:].contiguous(), target, right=True)
+        sequence = torch.searchsorted(sequence_offsets[1:].contiguous(), target_frame, right=True)
+        row_token, row = torch.unique(anchor, return_inverse=True)
+        rows = RowIndex.build(row_token, frame_offsets, sequence_offsets)
+        cell = row * rows.longest + target_frame - sequence_offsets[sequence]
+        order = _argsort(row, target)
+        runs = torch.bincount(cell, minlength=len(row_token) * rows.longest)
+        counts = countable & _frames_with(known, frame_offsets)[target_frame]
+        return MatchIndex(
+            rows=rows,
+            run_start=torch.cat([runs.new_zeros(1), runs.cumsum(0)]),
+            order=order,
+            row=row[order],
+            target=target[order],
+            depth=_zero_unless(counts, target_depth)[order],
+            counts=counts[order],
+            by_target=torch.argsort(target[order], stable=True),
+            depth_count=counts.sum().clamp(min=1).float(),
+            values=_zero_unless(known, patch_depth)[:, None],
+            known=known,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in a fixed order, those of `rows` first."""
+        return self.rows.tensors() + [getattr(self, name) for name in _MATCH_FIELDS]
+
+    @staticmethod
+    def from_tensors(tensors: list[Tensor]) -> MatchIndex:
+        split = len(tensors) - len(_MATCH_FIELDS)
+        rows = RowIndex.from_tensors(tensors[:split])
+        return MatchIndex(rows=rows, **dict(zip(_MATCH_FIELDS, tensors[split:], strict=True)))
+
+
+_ROW_FIELDS = [f.name for f in fields(RowIndex)]
+_MATCH_FIELDS = [f.name for f in fields(MatchIndex) if f.name != "rows"]
+
+
+def _argsort(major: Tensor, minor: Tensor) -> Tensor:
+    """Stable order by (major, minor)."""
+    order = torch.argsort(minor, stable=True)
+    return order[torch.argsort(major[order], stable=True)]
+
+
+def _frames_with(known: Tensor, frame_offsets: Tensor) -> Tensor:
+    """Bool [F]: frames with at least one known token."""
+    seen = torch.cat([torch.zeros(1, dtype=torch.long, device=known.device), known.long().cumsum(0)])
+    return seen[frame_offsets[1:]] > seen[frame_offsets[:-1]]
+
+
+def _zero_unless(mask: Tensor, depth: Tensor | None) -> Tensor:
+    """`depth` in float32 where `mask` is set, else 0."""
+    if depth is None:
+        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return torch.where(mask, depth, 0).float()

@@ -1,0 +1,52 @@
+"""A plan determines all annotations, is small, and is never mixed with another."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gasp_fast.data.annotations.plan import AnnotationPlan, store_plan
+from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.shard import shard_path
+from gasp_fast.data.annotations.write import annotate
+from gasp_fast.data.scenes.library import SceneEntry
+from gasp_fast.data.tracks.sequences import SequenceConfig
+
+
+def test_a_plan_survives_its_json(plan: AnnotationPlan) -> None:
+    assert AnnotationPlan.from_json(plan.to_json()) == plan
+
+
+def test_planning_two_million_sequences_is_quick_and_small() -> None:
+    entries = tuple(SceneEntry(f"1K/{n:064x}", 350, f"{n:016x}") for n in range(10_000))
+    start = time.perf_counter()
+    plan = AnnotationPlan(scenes=entries, sequences=SequenceConfig(per_scene=175))
+    assert len(plan) == 1_750_000 and plan.shards == 1709
+    assert len(plan.to_json()) / len(plan) < 1.2  # bytes of plan per sequence
+    plan.sampler.draw(0, 1_749_999)
+    assert time.perf_counter() - start < 2
+    assert plan.expected_bytes < 15e9
+
+
+def test_the_expected_size_is_an_upper_bound_and_not_a_loose_one(cache: AnnotationCache) -> None:
+    size = sum(shard_path(cache.folder, n).stat().st_size for n in range(cache.plan.shards))
+    assert 0.5 * cache.plan.expected_bytes < size - 1100 * cache.plan.shards < cache.plan.expected_bytes
+
+
+def test_another_plan_is_refused_and_the_difference_named(library: Path, plan: AnnotationPlan, cache: AnnotationCache):
+    with pytest.raises(ValueError, match="grid: 8 there, 24 now"):
+        next(annotate(library, cache.folder, replace(plan, grid=24)))
+    with pytest.raises(ValueError, match="scenes: 3 there, 2 now"):
+        next(annotate(library, cache.folder, replace(plan, scenes=plan.scenes[:2])))
+
+
+def test_another_version_is_refused(plan: AnnotationPlan, tmp_path: Path) -> None:
+    store_plan(tmp_path, plan)
+    fields = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**fields, "version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        AnnotationCache(tmp_path)

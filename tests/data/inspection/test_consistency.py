@@ -1,0 +1,165 @@
+"""Sound scenes pass, and a wrong convention is named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from support.scene_formats import write_scene_as
+
+from gasp_fast.cli import scenes as command
+from gasp_fast.data.inspection.consistency import check_scene
+from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.scene import Scene, rigid_inverse
+
+RECORDED = ("hololens_dvmvs_a", "apc_shelf_glue")
+FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
+
+
+def mistaken(scene: Scene, pose=lambda p: p, scale: float = 1.0) -> Scene:
+    """The scene as it would be read with a wrong convention of its poses or its depth scale."""
+    return replace(
+        scene,
+        frames=tuple(
+            replace(frame, pose=pose(frame.pose), depth=replace(frame.depth, scale=frame.depth.scale * scale))
+            for frame in scene.frames
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def scene_long(scene_world, tmp_path_factory) -> Scene:
+    """The exact world over 24 frames, so that all three gaps exist."""
+    world = replace(scene_world, frames=24, camera=scene_world.camera / 2 + np.diag([0, 0, 0.5]), size=(180, 108))
+    return open_scene(world.write_rgbd(tmp_path_factory.mktemp("long") / "long"))
+
+
+@pytest.fixture(params=["exact", *RECORDED])
+def scene_any(request, scene_long, scene_recorded):
+    return scene_long if request.param == "exact" else scene_recorded(request.param)
+
+
+def test_sound_scenes_have_no_findings(scene_any):
+    report = check_scene(scene_any)
+    assert report.sound and not report.findings
+    assert [gap.gap for gap in report.gaps] == [1, 5, 20]
+    assert report.gaps[0].share > 0.95 and report.gaps[1].share > 0.9
+
+
+def test_recorded_scenes_agree_as_far_as_they_are_known_to(scene_real):
+    """Figures from the description of the recordings."""
+    known = {"hololens_dvmvs_a": (0.995, 0.970, 0.913), "apc_shelf_glue": (None, 0.952, 0.803)}[scene_real.root.name]
+    for gap, share in zip(check_scene(scene_real).gaps, known, strict=True):
+        assert share is None or abs(gap.share - share) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("pose", "words"),
+    [
+        (rigid_inverse, "world-to-camera and camera-to-world are mistaken"),
+        (lambda p: FLIP @ p, "camera axes are flipped"),
+        (lambda p: rigid_inverse(FLIP @ p), "poses are inverted and camera axes are flipped"),
+    ],
+    ids=["inverted", "blender", "both"],
+)
+def test_a_wrong_pose_convention_is_named(scene_any, pose, words):
+    report = check_scene(mistaken(scene_any, pose))
+    assert not report.sound
+    assert len(report.findings) == 1 and words in report.findings[0]
+
+
+@pytest.mark.parametrize(("scale", "cure"), [(1000.0, "0.001"), (0.001, "1000"), (0.2, "5")])
+def test_a_wrong_depth_scale_is_named_with_its_correction(scene_any, scale, cure):
+    report = check_scene(mistaken(scene_any, scale=scale))
+    assert len(report.findings) == 1
+    assert f"multiplied by {cure}, depth agrees" in report.findings[0]
+
+
+def test_two_mistakes_at_once_are_both_named(scene_any):
+    findings = check_scene(mistaken(scene_any, rigid_inverse, 1000.0)).findings
+    assert len(findings) == 2
+    assert "inverted" in findings[0] and "multiplied by 0.001" in findings[1]
+
+
+def test_inaccurate_poses_are_not_explained_by_a_convention(scene_long):
+    draw = np.random.default_rng(0)
+
+    def shaken(pose):
+        angle = draw.normal(scale=0.15)
+        turn = np.eye(4)
+        turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        turn[:3, 3] = draw.normal(scale=0.5, size=3)
+        return turn @ pose
+
+    findings = check_scene(mistaken(scene_long, shaken)).findings
+    assert len(findings) == 1 and "no other convention" in findings[0]
+
+
+def test_a_scene_without_known_depth_is_a_finding(scene_long):
+    report = check_scene(mistaken(scene_long, scale=1e-60))
+    assert report.findings == ["none of the compared frames has a pixel of known depth"]
+
+
+def run(*words) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_the_command_prints_and_writes_its_findings(scene_long, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run(scene_long.root, "--json", tmp_path / "r.json") == 0
+    output = capsys.readouterr().out
+    for word in ("long", "rgbd", "24", "180×108", "sound"):
+        assert word in output
+    written = json.loads((tmp_path / "r.json").read_text())["scenes"][0]
+    assert written["frames"] == 24 and [gap["gap"] for gap in written["gaps"]] == [1, 5, 20]
+    assert written["gaps"][0]["baseline"] == pytest.approx(np.linalg.norm([0.08, 0.02, 0.05]), rel=1e-6)
+    assert written["path_length"] == pytest.approx(23 * np.linalg.norm([0.08, 0.02, 0.05]), rel=1e-6)
+
+
+def test_the_command_names_inverted_poses(scene_long, capsys, tmp_path):
+    root = tmp_path / "s"
+    root.mkdir()
+    write_scene_as("rgbd", mistaken(scene_long, rigid_inverse), root)
+    assert run(root) == 1
+    assert "camera-to-world are mistaken" in " ".join(capsys.readouterr().out.split())
+
+
+def test_all_scenes_of_a_folder_are_checked_and_damaged_ones_do_not_stop_it(scene_long, scene_boxes, capsys, tmp_path):
+    for name, kind in (("1K/a", "vggt"), ("1K/b", "colmap"), ("c", "dl3dv")):
+        (tmp_path / name).mkdir(parents=True)
+        write_scene_as(kind, scene_boxes, tmp_path / name)
+    (tmp_path / "1K/a/intrinsics.npy").write_bytes(b"")
+    assert run(tmp_path, "--jobs", 1) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "unreadable" in output and "intrinsics.npy" in output
+    assert "colmap" in output and "dl3dv" in output and output.count("sound") == 2
+
+
+def test_scenes_checked_in_parallel_are_reported_in_order(scene_long, scene_boxes, capsys, tmp_path):
+    """The first one takes longest; the second is damaged and fails alone."""
+    for name, scene in (("a", scene_long), ("b", scene_boxes), ("c", scene_boxes), ("d", scene_boxes)):
+        (tmp_path / name).mkdir()
+        write_scene_as("vggt", scene, tmp_path / name)
+    (tmp_path / "b/intrinsics.npy").write_bytes(b"")
+    assert run(tmp_path, "--jobs", 2, "--json", tmp_path / "r.json", "--picture", tmp_path / "pictures") == 1
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [report["root"] for report in written["scenes"]] == [str(tmp_path / name) for name in "acd"]
+    assert list(written["unreadable"]) == [str(tmp_path / "b")]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [f"{n}-tracks.png" for n in "acd"]
+    alone = asdict(check_scene(open_scene(tmp_path / "c")))
+    assert written["scenes"][1] == json.loads(json.dumps(alone))
+    with pytest.raises(ValueError, match="--jobs 0"):
+        run(tmp_path, "--jobs", 0)
+
+
+def test_no_scene_anywhere_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="no scene here"):
+        run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        run(tmp_path / "nowhere")

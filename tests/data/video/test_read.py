@@ -1,0 +1,200 @@
+"""The right frames of a video, and one line for anything that is not a video."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gasp_fast.data.video.read import VideoTimeoutError, read_video
+from gasp_fast.data.video.write import write_clip
+
+av = pytest.importorskip("av")
+
+
+FRAMES, FPS = 40, 10
+
+
+@pytest.fixture(scope="session", params=["mp4", "mov", "webm", "avi"])
+def clip(request, tmp_path_factory) -> Path:
+    """The grey of each frame gives its number."""
+    path = tmp_path_factory.mktemp("video") / f"clip.{request.param}"
+    codec = {"mp4": "libx264", "mov": "mpeg4", "webm": "libvpx", "avi": "mjpeg"}[request.param]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=FPS)
+        stream.width, stream.height = 64, 48
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for k in range(FRAMES):
+            image = np.full((48, 64, 3), 20 + 5 * k, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(video) -> np.ndarray:
+    return (video.frames.mean(axis=(1, 2, 3)) - 20) / 5
+
+
+def test_frames_are_spread_evenly_and_have_their_times(clip):
+    for wanted in (1, 2, 5, 8, 16):
+        video = read_video(clip, wanted)
+        assert video.frames.shape == (wanted, 48, 64, 3) and video.frames.dtype == np.uint8
+        np.testing.assert_allclose(numbers(video), video.times * FPS, atol=1.0)
+        if wanted > 1:
+            assert video.times[0] == 0 and video.times[-1] >= 0.8 * FRAMES / FPS
+            steps = np.diff(video.times)
+            assert steps.min() > 0 and steps.max() < 2.1 * steps.min() + 1e-9
+    assert video.fps == pytest.approx(FPS) and video.duration == pytest.approx(FRAMES / FPS, abs=0.15)
+
+
+def test_a_short_clip_gives_all_its_frames(clip):
+    assert np.allclose(numbers(read_video(clip, 100)), np.arange(FRAMES), atol=1.0)
+
+
+def test_frames_can_be_shrunk_while_decoding(clip):
+    assert read_video(clip, 3, longest_side=32).frames.shape == (3, 24, 32, 3)
+
+
+def test_a_clip_that_takes_too_long_is_an_error(clip):
+    with pytest.raises(VideoTimeoutError, match="not decoded after 0 s"):
+        read_video(clip, 4, timeout=0.0)
+
+
+def test_the_deadline_holds_while_frames_are_decoded(clip, monkeypatch):
+    clock = iter(range(0, 1_000_000, 20))  # each reading of the clock is twenty seconds later
+    monkeypatch.setattr("gasp_fast.data.video.read.time.monotonic", lambda: next(clock))
+    with pytest.raises(VideoTimeoutError, match="not decoded after 30 s"):
+        read_video(clip, 4, timeout=30.0)
+
+
+def test_a_decoder_that_hangs_inside_one_frame_is_abandoned(clip):
+    """Checks between frames do not help there. The caller continues, also with the next file."""
+    released, entered = threading.Event(), threading.Event()
+
+    class Hanging(int):
+        """A longest side that never answers how it compares with a frame's."""
+
+        def __lt__(self, other):
+            entered.set()
+            released.wait(60)
+            raise ValueError("released")
+
+    began = time.monotonic()
+    with pytest.raises(VideoTimeoutError, match=r"not decoded after 0\.5 s"):
+        read_video(clip, 4, timeout=0.5, longest_side=Hanging(32))
+    assert entered.is_set() and time.monotonic() - began < 10
+    assert len(read_video(clip, 4).frames) == 4
+    released.set()
+
+
+HANGING = """
+import sys, threading
+from pathlib import Path
+from gasp_fast.data.video.read import VideoTimeoutError, read_video
+class Hanging(int):
+    def __lt__(self, other):
+        threading.Event().wait()
+try:
+    read_video(Path(sys.argv[1]), 4, timeout=0.1, longest_side=Hanging(32))
+except VideoTimeoutError:
+    print("late")
+"""
+
+
+def test_a_process_with_a_hanging_decoder_still_ends(tmp_path):
+    write_clip(tmp_path / "a.mp4", [np.zeros((32, 32, 3), np.uint8)] * 4)
+    command = [sys.executable, "-c", HANGING, str(tmp_path / "a.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout.strip()) == (0, "late")
+
+
+def test_frames_too_large_to_decode_in_time_are_refused(clip, monkeypatch):
+    monkeypatch.setattr("gasp_fast.data.video.read.LARGEST_FRAME", 64 * 48 - 1)
+    with pytest.raises(OSError, match="implausible size 64 x 48"):
+        read_video(clip, 4)
+
+
+def test_the_decoder_itself_refuses_frames_that_are_too_large(tmp_path, monkeypatch):
+    """A header may state a smaller size than the frames have: here the second half of a stream is larger."""
+    parts = []
+    for side in (64, 256):
+        write_clip(tmp_path / "part.mp4", [np.full((side, side, 3), 90, np.uint8)] * 4)
+        raw = tmp_path / "part.h264"
+        with av.open(str(tmp_path / "part.mp4")) as source, av.open(str(raw), "w", format="h264") as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        parts.append(raw.read_bytes())
+    path = tmp_path / "grows.h264"
+    path.write_bytes(b"".join(parts))
+    with pytest.raises(OSError, match="frames change their size"):
+        read_video(path, 8)
+    monkeypatch.setattr("gasp_fast.data.video.read.LARGEST_FRAME", 100 * 100)
+    with pytest.raises(OSError, match="Invalid data"):
+        read_video(path, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 500, b"no video at all\n" * 50, b"RIFF\x10\0\0\0AVI LIST"])
+def test_files_that_are_no_video_are_one_line(tmp_path, content):
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"bad\.mp4: cannot read video") as caught:
+        read_video(path, 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.mp4: no such file"):
+        read_video(tmp_path / "gone.mp4", 4)
+
+
+def test_playlists_that_point_elsewhere_are_refused(clip, tmp_path):
+    (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nfile://{clip}\n#EXT-X-ENDLIST\n")
+    shutil.copy(clip, tmp_path / "beside")
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile beside\n")
+    for name in ("list.mp4", "concat.mp4"):
+        with pytest.raises(OSError, match="cannot read video"):
+            read_video(tmp_path / name, 4)
+
+
+FUZZ = """
+import random, sys
+from pathlib import Path
+from gasp_fast.data.video.read import read_video
+source, work = Path(sys.argv[1]), Path(sys.argv[2])
+draw, original = random.Random(source.name), source.read_bytes()
+for case in range(int(sys.argv[3])):
+    data = bytearray(original)
+    if case % 2:
+        del data[draw.randrange(len(data)):]
+    else:
+        for _ in range(draw.randrange(1, 30)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+    work.write_bytes(data)
+    try:
+        assert read_video(work, 4, timeout=5).frames.ndim == 4
+    except OSError as error:
+        assert "\\n" not in str(error) and str(work) in str(error), error
+"""
+
+
+def test_damaged_clips_never_crash_or_hang(clip, tmp_path):
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", FUZZ, str(clip), str(tmp_path / f"x{clip.suffix}"), "40"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert time.monotonic() - began < 100

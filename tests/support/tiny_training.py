@@ -1,0 +1,120 @@
+"""Tiny models of the real classes, a few rendered scenes, questions about them, and configurations of small runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gasp_fast.backbones.adapters import AdapterConfig
+from gasp_fast.backbones.base_model import ModelConfig
+from gasp_fast.backbones.tiny import TinyConfig, build_tiny
+from gasp_fast.data.synthetic.questions import write_qa
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_scene
+from gasp_fast.data.tracks.sequences import SequenceConfig
+from gasp_fast.loss.function import gasp_loss
+from gasp_fast.supervision.heads import HeadsConfig
+from gasp_fast.training.config import RunConfig, TrainConfig
+from gasp_fast.training.objective import ObjectiveConfig
+from gasp_fast.training.optim import OptimisationConfig
+from gasp_fast.training.sources import QAConfig, ScenesConfig
+from gasp_fast.training.stream import DataConfig
+
+torch.set_num_threads(1)
+FAMILIES = ("qwen2_5_vl", "llava_next_video")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What a small run reads."""
+
+    models: dict[str, Path]
+    scenes: Path
+    questions: Path
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    root = tmp_path_factory.mktemp("assets")
+    models = {}
+    for name in FAMILIES:
+        tiny = TinyConfig(model_type=name, hidden_size=64, frame_size=112, vision_hidden_size=32, query_heads=2)
+        models[name] = build_tiny(root / name, tiny)
+    look = SyntheticConfig(frames=10, width=96, height=80, samples=1)
+    folders = []
+    for seed in range(4):
+        folders.append(root / "scenes" / f"scene-{seed}")
+        folders[-1].parent.mkdir(exist_ok=True)
+        write_scene(make_scene(seed, look), folders[-1])
+    list(write_qa(folders, root / "questions", workers=1))
+    return Assets(models, root / "scenes", root / "questions")
+
+
+@pytest.fixture
+def config(assets: Assets, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Makes configurations of small runs on scenes; `mixed` adds questions. Keyword arguments replace fields."""
+
+    def make(family: str = "qwen2_5_vl", mixed: bool = False, **parts: dict[str, Any]) -> TrainConfig:
+        unknown = parts.keys() - {"model", "train", "lora", "loss", "heads", "scenes", "qa", "run"}
+        assert not unknown, unknown
+
+        def part(kind: Any, name: str, **fields: Any) -> Any:
+            return kind(**{**fields, **parts.get(name, {})})
+
+        return TrainConfig(
+            model=part(ModelConfig, "model", source=str(assets.models[family]), dtype="fp32"),
+            train=part(OptimisationConfig, "train", steps=3, batch_size=2, learning_rate=1e-3, checkpointing="off"),
+            lora=part(AdapterConfig, "lora", rank=4),
+            loss=part(ObjectiveConfig, "loss"),
+            heads=part(HeadsConfig, "heads", compute="fp32"),
+            data=DataConfig(
+                scenes=part(
+                    ScenesConfig,
+                    "scenes",
+                    root=str(assets.scenes),
+                    grids=(8,),
+                    sequences=SequenceConfig(min_frames=3, max_frames=3, window=4, per_scene=4),
+                ),
+                qa=part(QAConfig, "qa", root=str(assets.questions) if mixed else "", frames=2),
+                workers=0,
+            ),
+            run=part(RunConfig, "run", out=str(tmp_path / "run"), progress=False, save_every=100),
+        )
+
+    return make
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def plain_step(model, batch, weights=(0.3, 1.0)):
+    """The geometric loss of a batch, written plainly: all hidden states, all heads at once, autograd for everything."""
+    matches, positions = batch["matches"], batch["visual_positions"]
+    inputs = {name: value for name, value in batch.items() if name not in ("matches", "visual_positions", "labels")}
+    inner = model.model
+    layers = model.backbone.decoder_layers(inner)
+    states = []
+    handles = [
+        layer.register_forward_hook(lambda m, a, out: states.append(out if torch.is_tensor(out) else out[0]))
+        for layer in layers
+    ]
+    inner(**inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    rows = [states[n].flatten(0, 1)[positions] for n in model.supervision.layers]
+    embeddings = [
+        model.supervision.by_layer[str(n)].head(row) for n, row in zip(model.supervision.layers, rows, strict=True)
+    ]
+    return gasp_loss(
+        torch.stack(embeddings), matches, corr_weight=weights[0], depth_weight=weights[1], return_metrics=True,
+        backend="torch",
+    )  # fmt: skip
+
+
+@pytest.fixture(name="plain_step")
+def plain_step_fixture() -> Any:
+    return plain_step

@@ -1,0 +1,222 @@
+"""A run takes the steps of a plain PyTorch loop, on one process and on two, and resumes exactly after a kill."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from gasp_fast.backbones.base import load_backbone
+from gasp_fast.collator import Collator
+from gasp_fast.config.loader import to_yaml
+from gasp_fast.supervision.head_files import read_heads
+from gasp_fast.train import train
+from gasp_fast.training.model import build_model
+from gasp_fast.training.stream import SampleStream
+
+REPOSITORY = Path(__file__).parents[2]
+CLOCK = ("tokens_per_s", "mfu", "peak_memory")
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def without_clock(records):
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
+
+
+def plain_loop(config, plain_step):
+    """Loss and gradient norm of each step, by a plain loop that shares no code with the training loop."""
+    model = build_model(config, torch.device("cpu")).train()
+    heads = [p for name, p in model.named_parameters() if name.startswith("supervision.")]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("supervision.")]
+    rate, steps = config.train.learning_rate, config.train.steps
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": heads}], lr=rate, weight_decay=0.0)
+    stream, collate = SampleStream(config.data), Collator(load_backbone(config.model.source))
+    warm = math.ceil(config.train.warmup * steps)
+    expected = []
+    for step in range(steps):
+        ramp = step / max(1, warm) if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        for group, scale in zip(optimizer.param_groups, (1.0, config.train.head_lr_scale), strict=True):
+            group["lr"] = rate * scale * ramp
+        losses = []
+        for place in range(config.train.batch_size):
+            batch = collate([stream[step * config.train.batch_size + place]])
+            loss = plain_step(model, batch).loss
+            labels = batch["labels"]
+            if (labels != -100).any():
+                inputs = {k: v for k, v in batch.items() if k not in ("matches", "visual_positions", "labels")}
+                logits = model.model(**inputs, use_cache=False).logits
+                loss = loss + cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            (loss / config.train.batch_size).backward()
+            losses.append(loss.item())
+        for parameter in (*others, *heads):
+            # A step in which a weight took no part here still updates its moments: it mostly took part on another rank.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append((sum(losses) / len(losses), norm.item()))
+    return expected
+
+
+def assert_same_steps(out, expected):
+    records = log_of(out)
+    assert [record["step"] for record in records] == list(range(1, len(expected) + 1))
+    for record, (loss, norm) in zip(records, expected, strict=True):
+        assert record["loss"] == pytest.approx(loss, rel=2e-5), (out, record["step"])
+        assert record["grad_norm"] == pytest.approx(norm, rel=2e-3), (out, record["step"])
+
+
+def launch(processes, *arguments, **options):
+    """Start a Python program; for several processes by torchrun."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = command if processes > 1 else [sys.executable]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], env=environment, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def write_config(config, path):
+    path.write_text(to_yaml(config))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_one_process_takes_the_steps_of_a_plain_loop(config, family, plain_step, mode):
+    settings = config(family, mixed=True, train={"mode": mode, "steps": 4})
+    expected = plain_loop(settings, plain_step)
+    train(settings)
+    assert_same_steps(settings.run.out, expected)
+    records = log_of(settings.run.out)
+    assert any(record["lm"] is not None for record in records) and any(record["corr"] is not None for record in records)
+    assert {len(record["pck_per_layer"]) for record in records} == {4}
+
+
+def test_what_is_trained_is_fp32_whatever_the_model_computes_in(config):
+    settings = config(model={"dtype": "bf16"}, train={"steps": 2, "checkpointing": "non_reentrant"})
+    model = build_model(settings, torch.device("cpu"))
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    seen = []
+    model.backbone.decoder_layers(model.model)[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    batch = Collator(model.backbone)([SampleStream(settings.data)[0]])
+    model.train()(**batch)["loss"].backward()
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
+    train(settings)
+    heads = read_heads(Path(settings.run.out) / "checkpoint-2" / "heads.safetensors")
+    assert {parameter.dtype for parameter in heads.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [("qwen2_5_vl", "non_reentrant"), ("llava_next_video", "off")], indirect=["family"]
+)
+def test_two_processes_take_the_steps_of_a_plain_loop_under_every_zero_stage(
+    config, family, plain_step, tmp_path, checkpointing
+):
+    """The stream alternates: at most steps one process has scenes and the other questions."""
+    base = config(family, mixed=True, train={"steps": 4, "checkpointing": checkpointing})
+    expected = plain_loop(replace(base, train=replace(base.train, checkpointing="off")), plain_step)
+    paths = []
+    for name in ("ddp", "zero1", "zero2", "zero3"):
+        preset = None if name == "ddp" else str(REPOSITORY / f"configs/deepspeed/{name}.json")
+        run = replace(base.run, out=str(tmp_path / name))
+        paths.append(write_config(replace(base, run=run, deepspeed=preset), tmp_path / f"{name}.yaml"))
+    process = launch(1, Path(__file__).with_name("launched.py"), *paths)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output[-3000:]
+    for name in ("ddp", "zero1", "zero2", "zero3"):
+        assert_same_steps(tmp_path / name, expected)
+        heads = read_heads(tmp_path / name / "checkpoint-4" / "heads.safetensors")
+        assert heads.layers == [0, 1, 2, 3] and all(p.any() for p in heads.parameters())
+
+
+def children_of(process):
+    return [int(n) for n in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
+
+
+def lives(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill_at(process, out, step, deadline):
+    """kill -9 of the process that was started, as soon as `step` is logged. Its children must end by themselves."""
+    log = Path(out) / "log.jsonl"
+    end = time.monotonic() + deadline
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < end, "too slow"
+        time.sleep(0.02)
+    children = children_of(process)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(lives, children)):
+        assert time.monotonic() < end, "processes outlive their launcher"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("mode", "log_every", "logged"), [("lora", 1, range(1, 8)), ("full", 3, [1, 3, 6, 7])])
+def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, mode, log_every, logged):
+    run = {"save_every": 2, "log_every": log_every}  # 3: some log lines cover steps on both sides of a checkpoint
+    whole = config(mixed=True, train={"mode": mode, "steps": 7}, run=run, lora={"dropout": 0.1})
+    train(whole)
+    assert [record["step"] for record in log_of(whole.run.out)] == list(logged)
+    broken = replace(whole, run=replace(whole.run, out=str(tmp_path / "killed")))
+    path = write_config(broken, tmp_path / "killed.yaml")
+    process = launch(1, "-m", "gasp_fast.train", path)
+    kill_at(process, broken.run.out, 3, 120)
+    assert not (Path(broken.run.out) / "checkpoint-7").exists()
+    train(broken)
+    assert without_clock(log_of(broken.run.out)) == without_clock(log_of(whole.run.out))
+    assert not list(Path(broken.run.out).glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_under_zero2_resumes_with_the_same_log(config, tmp_path):
+    preset = str(REPOSITORY / "configs/deepspeed/zero2.json")
+    run = {"save_every": 2, "log_every": 3}
+    base = config(mixed=True, train={"steps": 12}, run=run, loss={"learnable_temperature": True})
+    runs = {name: replace(base, deepspeed=preset, run=replace(base.run, out=str(tmp_path / name))) for name in "ab"}
+    paths = {name: write_config(run, tmp_path / f"{name}.yaml") for name, run in runs.items()}
+    process = launch(2, "-m", "gasp_fast.train", paths["a"])
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    process = launch(2, "-m", "gasp_fast.train", paths["b"])
+    kill_at(process, tmp_path / "b", 3, 200)
+    assert not (tmp_path / "b" / "checkpoint-12").exists()
+    process = launch(2, "-m", "gasp_fast.train", paths["b"])
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    assert without_clock(log_of(tmp_path / "b")) == without_clock(log_of(tmp_path / "a"))
+
+
+@pytest.mark.slow
+def test_the_death_of_a_rank_ends_the_run_within_a_minute(config, tmp_path):
+    base = config(train={"steps": 500}, run={"save_every": 1000})
+    process = launch(2, "-m", "gasp_fast.train", write_config(base, tmp_path / "c.yaml"), start_new_session=True)
+    log = Path(base.run.out) / "log.jsonl"
+    end = time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    os.kill(children_of(process)[-1], signal.SIGKILL)
+    start = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - start < 60

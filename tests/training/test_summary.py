@@ -1,0 +1,111 @@
+"""Progress during a run, and the summary after it: table, picture, and where its results belong."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from gasp_fast.cli import main as gasp_fast
+from gasp_fast.run_folder import CONFIG, FIGURE, LOG, finished, place_for, run_of
+from gasp_fast.training import log
+from gasp_fast.training.log import Meter, Progress
+from gasp_fast.training.summary import as_table, draw, summarise
+
+
+def record(step, lm=None, corr=None, depth=None, pck=()):
+    layers = len(pck)
+    return {
+        "step": step, "loss": 1.0, "lm": lm, "corr": corr, "depth": depth, "corr_per_layer": [corr] * layers,
+        "depth_per_layer": [depth] * layers, "pck_per_layer": list(pck), "lr": 1e-3, "grad_norm": 1.5,
+        "tokens_per_s": 1000.0, "mfu": 0.1, "peak_memory": 1,
+    }  # fmt: skip
+
+
+GEOMETRIC = [
+    record(n, lm=None if n % 3 else 5 / n, corr=8 / n, depth=1 / n, pck=[n / 40, n / 40 + 0.1]) for n in range(1, 31)
+]
+
+
+def words(table):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+def test_the_table_compares_the_first_tenth_with_the_last():
+    rows = {" ".join(row[:-2]): row[-2:] for row in words(as_table(GEOMETRIC))[1:]}
+    corr = [8 / n for n in range(1, 31)]
+    assert rows["correspondence loss"] == [f"{np.mean(corr[:3]):.3f}", f"{np.mean(corr[-3:]):.3f}"]
+    assert rows["language loss"] == [f"{5 / 3:.3f}", f"{5 / 30:.3f}"]  # steps without an answer are left out
+    assert rows["PCK@2, head 2 of 2"] == ["0.150", "0.825"]
+    assert rows["PCK@2, mean of layers"] == ["0.100", "0.775"]
+
+
+def test_a_run_without_geometry_has_neither_its_rows_nor_its_panel(tmp_path):
+    plain = [record(n, lm=5 / n) for n in range(1, 5)]
+    assert [row[0] for row in words(as_table(plain))] == ["over", "language", "tokens"]
+    with (
+        Image.open(draw(plain, tmp_path / "plain.png")) as two,
+        Image.open(draw(GEOMETRIC, tmp_path / "g.png")) as three,
+    ):
+        assert two.width * 3 == three.width * 2
+
+
+@pytest.mark.parametrize("records", [GEOMETRIC[:1], [record(1, lm=None, corr=None, depth=None, pck=[None, None])]])
+def test_a_run_of_one_step_or_without_matches_is_summarised_too(tmp_path, records):
+    (tmp_path / LOG).write_text("".join(json.dumps(one) + "\n" for one in records))
+    console = Console(file=io.StringIO(), width=200)
+    summarise(tmp_path, console, shown=True)
+    assert (tmp_path / FIGURE).is_file() and f"gasp-fast export {tmp_path}" in console.file.getvalue()
+
+
+def test_without_a_terminal_a_line_is_printed_every_half_minute(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=40)
+    bar = Progress(30, 0, True, console)
+    for step, one in enumerate(GEOMETRIC, 1):
+        bar.update(step, one)
+        clock[0] += 7.0
+    bar.stop()
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[0] for line in lines] == ["1/30", "6/30", "11/30", "16/30", "21/30", "26/30", "30/30"]
+    assert "corr 8.000" in lines[0] and "tok/s" in lines[0]
+
+
+def test_without_progress_nothing_is_printed():
+    console = Console(file=io.StringIO())
+    bar = Progress(30, 0, False, console)
+    bar.update(1, GEOMETRIC[0])
+    bar.stop()
+    assert console.file.getvalue() == ""
+
+
+def test_results_of_a_run_are_written_into_its_folder(tmp_path, capsys):
+    run = tmp_path / "run"
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", ".checkpoint-11.partial"):
+        (run / name).mkdir(parents=True)
+    assert [path.name for path in finished(run)] == ["checkpoint-9", "checkpoint-10"]
+    assert run_of(run) is None
+    (run / CONFIG).touch()
+    (run / LOG).touch()
+    assert run_of(run) == run_of(run / "checkpoint-9") == run
+    assert place_for(run / "checkpoint-9", "report") == run / "report"
+    assert run_of("Qwen/Qwen2.5-VL-7B-Instruct") is None
+    assert gasp_fast(["evaluate", "--model", str(tmp_path), "--scenes", str(tmp_path)]) == 1
+    assert "no run of gasp_fast.train that could hold the report; give --out DIR" in capsys.readouterr().err
+
+
+def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes():
+    saved = [[float(n) for n in range(11)], [10.0 * n for n in range(11)]]  # two processes, one layer; seconds last
+    found = []
+    for rank, world_size in ((0, 2), (1, 2), (0, 1), (0, 3), (1, 3)):
+        meter = Meter(1, torch.device("cpu"))
+        meter.restore(saved, rank, world_size)
+        found.append(meter.state()[0][:-1])
+    both = [11.0 * n for n in range(10)]
+    assert found == [saved[0][:-1], saved[1][:-1], both, both, [0.0] * 10]
