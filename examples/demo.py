@@ -141,7 +141,7 @@ def conclude(out: Path, folders: dict[str, Path], steps: int, seconds: float) ->
     print("next, on a GPU: gasp-fast doctor; python -m gasp_fast.train configs/qwen2_5_vl_7b.yaml --dry-run")
     if after - before < GAIN:
         print(
-            f"demo: PCK@2 rose from {before:.3f} to {after:.3f}, by less than {GAIN}: training failed", file=sys.stderr
+            f"demo: PCK@2 went from {before:.3f} to {after:.3f}, a gain below {GAIN}: training failed", file=sys.stderr
         )
         return 1
     return 0

@@ -36,7 +36,8 @@ def in_processes(
     # New interpreters: a fork would copy the caller's threads and locks.
     context = multiprocessing.get_context("spawn")
     count = min(workers, len(pieces))
-    with _one_thread_a_worker(), ProcessPoolExecutor(count, context, initializer=end_with_parent) as pool:
+    executor = ProcessPoolExecutor(count, context, initializer=end_with_parent, initargs=(os.getpid(),))
+    with _one_thread_a_worker(), executor as pool:
         waiting = iter(pieces)
         running: dict[Future[Result], Piece] = {}
         try:
@@ -66,13 +67,12 @@ def _one_thread_a_worker() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def end_with_parent() -> None:
-    """From now on, end this process within a second of its parent's end.
+def end_with_parent(parent: int) -> None:
+    """End this process within a second of the end of its parent, the process number `parent`.
 
     A killed parent cannot stop its children: a worker would wait for its next piece for ever, and the ranks of a killed
     launcher would train on beside the run that follows.
     """
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

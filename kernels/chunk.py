@@ -1,4 +1,4 @@
-"""What the row operations take and give: a chunk of similarities, its matches, and the results.
+"""What engines and row operations take and give: a problem, a chunk of its similarities, matches, and results.
 
 A chunk is the largest part of the anchor-by-token similarity matrix that is ever in memory: some rows of one sequence,
 for one layer or a few. All tensors here are views of buffers that the engine owns.
@@ -13,7 +13,23 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .index import MatchIndex
+from .index import MatchIndex, RowIndex
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The rows of a batch against all tokens of their sequences, for `L` layers."""
+
+    embeddings: Tensor  # [L, N, D]
+    rows: RowIndex
+    temperature: Tensor  # float32 []
+    values: Tensor | None  # float32 [N, V]
+    known: Tensor | None  # bool [N], tokens whose values count
+    exclude_own: bool  # leave a row's own token out of its frame
+
+    @staticmethod
+    def of_loss(embeddings: Tensor, index: MatchIndex, temperature: Tensor) -> Problem:
+        return Problem(embeddings, index.rows, temperature, index.values, index.known, exclude_own=True)
 
 
 @dataclass(frozen=True)

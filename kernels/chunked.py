@@ -40,6 +40,7 @@ from .chunk import (
     FusedPass,
     MatchRuns,
     MatchTerms,
+    Problem,
     RowChunk,
     RowOperations,
     TermWeights,
@@ -76,14 +77,13 @@ class ChunkedEngine:
 
     def terms_and_gradients(
         self,
-        embeddings: Tensor,  # [L, N, D]
+        problem: Problem,
         index: MatchIndex,
-        temperature: Tensor,  # float32 []
         weights: TermWeights | None,  # [L, M]; with them, gradients are computed
         terms: MatchTerms,  # [L, M], written
         negatives: str,  # "sequence" | "frame"
         eps: float,
-        gradient: Tensor | None,  # like `embeddings`, written
+        gradient: Tensor | None,  # [L, N, D], written
         want_temperature: bool,
     ) -> Tensor | None:
         """Both terms of every match; with `weights`, the gradients of `sum weights * terms`.
@@ -104,24 +104,13 @@ class ChunkedEngine:
             if x is not None and upstream is not None:
                 self.operations.similarity_gradient(chunk, statistics, upstream, runs, chunk_weights, x)
 
-        return self._for_each_chunk(
-            embeddings, index.rows, temperature, index.values, index.known, True, row_pass,
-            upstream=weights or (), gradient=gradient, want_temperature=want_temperature,
-        )  # fmt: skip
+        return self._for_each_chunk(problem, row_pass, weights or (), gradient, want_temperature)
 
-    def frame_match(
-        self,
-        embeddings: Tensor,  # [L, N, D]
-        rows: RowIndex,
-        temperature: Tensor,  # float32 []
-        values: Tensor | None,  # float32 [N, V]
-        known: Tensor | None,  # bool [N]
-        exclude_own: bool,
-    ) -> FrameStatistics:
+    def frame_match(self, problem: Problem) -> FrameStatistics:
         """[L, A, P] statistics of every row over every frame of its sequence; `best` is a token of the batch."""
-        layers, anchors = embeddings.shape[0], rows.row_token.shape[0]
-        width = 0 if values is None else values.shape[1]
-        result = FrameStatistics.of_empty_frames(layers, anchors, rows.longest, width, embeddings.device)
+        layers, anchors = problem.embeddings.shape[0], problem.rows.row_token.shape[0]
+        width, device = 0 if problem.values is None else problem.values.shape[1], problem.embeddings.device
+        result = FrameStatistics.of_empty_frames(layers, anchors, problem.rows.longest, width, device)
 
         def row_pass(chunk: RowChunk, span: ChunkSpan, x: Tensor | None) -> None:
             statistics = self.operations.frame_statistics(chunk, None, every_frame=True)
@@ -129,20 +118,15 @@ class ChunkedEngine:
             for to, value in zip(result, statistics._replace(best=best), strict=True):
                 to[span.layers, span.rows, : span.sequence.frame_count] = value
 
-        self._for_each_chunk(embeddings, rows, temperature, values, known, exclude_own, row_pass)
+        self._for_each_chunk(problem, row_pass)
         return result
 
     def frame_match_gradient(
         self,
-        embeddings: Tensor,
-        rows: RowIndex,
-        temperature: Tensor,
-        values: Tensor | None,
-        known: Tensor | None,
-        exclude_own: bool,
+        problem: Problem,
         statistics: FrameStatistics,
         upstream: FrameUpstream,
-        gradient: Tensor | None,
+        gradient: Tensor | None,  # [L, N, D], written
         want_temperature: bool,
     ) -> Tensor | None:
         """The gradients of `sum upstream.lse * lse + sum upstream.expected * expected`."""
@@ -156,26 +140,18 @@ class ChunkedEngine:
                     chunk, FrameStatistics(*chunk_statistics), FrameUpstream(*chunk_upstream), None, None, x
                 )
 
-        return self._for_each_chunk(
-            embeddings, rows, temperature, values, known, exclude_own, row_pass,
-            upstream=upstream, gradient=gradient, want_temperature=want_temperature,
-        )  # fmt: skip
+        return self._for_each_chunk(problem, row_pass, upstream, gradient, want_temperature)
 
     def _for_each_chunk(
         self,
-        embeddings: Tensor,  # [L, N, D]
-        rows: RowIndex,
-        temperature: Tensor,  # float32 []
-        values: Tensor | None,  # float32 [N, V]
-        known: Tensor | None,  # bool [N]
-        exclude_own: bool,
+        problem: Problem,
         row_pass: RowPass,
-        *,
         upstream: Sequence[Tensor] = (),  # each [L, ...]: weights of terms, or gradients of statistics
         gradient: Tensor | None = None,  # [L, N, D], written
         want_temperature: bool = False,
     ) -> Tensor | None:
         """Every group of layers, sequence and chunk once, in a fixed order. Returns the temperature's gradient."""
+        embeddings, rows, temperature = problem.embeddings, problem.rows, problem.temperature
         products, backward = Products.of(embeddings), gradient is not None or want_temperature
         sizes = ChunkSizes.of(embeddings, rows, products, self.workspace_bytes)
         workspace = Workspace.allocate(sizes, embeddings, products, backward)
@@ -203,10 +179,10 @@ class ChunkedEngine:
                         token_scale=scale,
                         temperature=temperature,
                         own_token=own,
-                        exclude_own=exclude_own,
+                        exclude_own=problem.exclude_own,
                         frame_offsets=frame_offsets,
-                        values=None if values is None else values[first:last],
-                        known=None if known is None else known[first:last],
+                        values=None if problem.values is None else problem.values[first:last],
+                        known=None if problem.known is None else problem.known[first:last],
                     )
                     row_pass(chunk, ChunkSpan(layers, sequence, block, boost), x if backward else None)
                     if not backward:

@@ -4,7 +4,7 @@
 | -------- | ---------------- | ---------------------------------------------------------------------------------- |
 | `triton` | CUDA             | `narrow` for D <= 256: similarities never leave the chip; else `chunked`           |
 | `cpp`    | CPU              | `chunked`                                                                          |
-| `torch`  | any              | dense, by autograd (`gasp_fast.loss.dense`); no engine                              |
+| `torch`  | any              | dense, by autograd (`gasp_fast.loss.dense`); no engine                             |
 
 The triton backend also accepts CPU tensors under `TRITON_INTERPRET=1`: slow, and how its kernels are tested without a
 GPU. Only the dense backend computes in float64.
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from . import rows_cpp
-from .chunk import FrameStatistics, FrameUpstream, MatchTerms, TermWeights
+from .chunk import FrameStatistics, FrameUpstream, MatchTerms, Problem, TermWeights
 from .chunked import ChunkedEngine
-from .index import MatchIndex, RowIndex
+from .index import MatchIndex
 
 CPU_WORKSPACE = 24 << 20  # leaves room under 32 MiB for converted tokens and the library's own packing
 GPU_WORKSPACE = 112 << 20  # leaves room under 128 MiB for statistics of a chunk
@@ -35,9 +35,8 @@ class Engine(Protocol):
 
     def terms_and_gradients(
         self,
-        embeddings: Tensor,
+        problem: Problem,
         index: MatchIndex,
-        temperature: Tensor,
         weights: TermWeights | None,
         terms: MatchTerms,
         negatives: str,
@@ -46,24 +45,11 @@ class Engine(Protocol):
         want_temperature: bool,
     ) -> Tensor | None: ...
 
-    def frame_match(
-        self,
-        embeddings: Tensor,
-        rows: RowIndex,
-        temperature: Tensor,
-        values: Tensor | None,
-        known: Tensor | None,
-        exclude_own: bool,
-    ) -> FrameStatistics: ...
+    def frame_match(self, problem: Problem) -> FrameStatistics: ...
 
     def frame_match_gradient(
         self,
-        embeddings: Tensor,
-        rows: RowIndex,
-        temperature: Tensor,
-        values: Tensor | None,
-        known: Tensor | None,
-        exclude_own: bool,
+        problem: Problem,
         statistics: FrameStatistics,
         upstream: FrameUpstream,
         gradient: Tensor | None,

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from . import narrow_triton, rows_triton
-from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchTerms, TermWeights
-from .index import MatchIndex, RowIndex
-from .narrow_triton import Problem
+from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchTerms, Problem, TermWeights
+from .index import MatchIndex
+from .narrow_triton import NormedProblem
 
 WORKSPACE_BYTES = 96 << 20  # row gradients of the layers in flight; leaves room for statistics under 128 MiB
 
@@ -43,62 +43,44 @@ def eligible(embeddings: Tensor) -> bool:
 
 
 def terms_and_gradients(
-    embeddings: Tensor,  # [L, N, D]
+    problem: Problem,
     index: MatchIndex,
-    temperature: Tensor,  # float32 []
     weights: TermWeights | None,  # [L, M]; with them, gradients are computed
     terms: MatchTerms,  # [L, M], written
     negatives: str,  # "sequence" | "frame"
     eps: float,
-    gradient: Tensor | None,  # like `embeddings`, written
+    gradient: Tensor | None,  # [L, N, D], written
     want_temperature: bool,
 ) -> Tensor | None:
     """Both terms of every match; with `weights`, the gradients of `sum weights * terms`."""
-    norms = rows_triton.inverse_norms(embeddings)
-    problem = Problem(embeddings, norms, index.rows, temperature, index.values, index.known, exclude_own=True)
-    statistics = narrow_triton.stream_statistics(problem, None if negatives == "sequence" else index.run_start)
-    positive = narrow_triton.match_similarities(problem, index)
+    normed = NormedProblem.of(problem)
+    statistics = narrow_triton.stream_statistics(normed, None if negatives == "sequence" else index.run_start)
+    positive = narrow_triton.match_similarities(normed, index)
     runs = MatchRuns.of(index)
     upstream = rows_triton.loss_terms_from(positive, statistics, runs, weights, terms, negatives, eps)
     if upstream is None:
         return None
-    return _gradients(problem, statistics, upstream, index, weights, gradient, want_temperature)
+    return _gradients(normed, statistics, upstream, index, weights, gradient, want_temperature)
 
 
-def frame_match(
-    embeddings: Tensor,  # [L, N, D]
-    rows: RowIndex,
-    temperature: Tensor,  # float32 []
-    values: Tensor | None,  # float32 [N, V]
-    known: Tensor | None,  # bool [N]
-    exclude_own: bool,
-) -> FrameStatistics:
+def frame_match(problem: Problem) -> FrameStatistics:
     """[L, A, P] statistics of every row over every frame of its sequence; `best` is a token of the batch."""
-    norms = rows_triton.inverse_norms(embeddings)
-    problem = Problem(embeddings, norms, rows, temperature, values, known, exclude_own)
-    return narrow_triton.stream_statistics(problem, None)
+    return narrow_triton.stream_statistics(NormedProblem.of(problem), None)
 
 
 def frame_match_gradient(
-    embeddings: Tensor,
-    rows: RowIndex,
-    temperature: Tensor,
-    values: Tensor | None,
-    known: Tensor | None,
-    exclude_own: bool,
+    problem: Problem,
     statistics: FrameStatistics,
     upstream: FrameUpstream,
-    gradient: Tensor | None,
+    gradient: Tensor | None,  # [L, N, D], written
     want_temperature: bool,
 ) -> Tensor | None:
     """The gradients of `sum upstream.lse * lse + sum upstream.expected * expected`."""
-    norms = rows_triton.inverse_norms(embeddings)
-    problem = Problem(embeddings, norms, rows, temperature, values, known, exclude_own)
-    return _gradients(problem, statistics, upstream, None, None, gradient, want_temperature)
+    return _gradients(NormedProblem.of(problem), statistics, upstream, None, None, gradient, want_temperature)
 
 
 def _gradients(
-    problem: Problem,
+    problem: NormedProblem,
     statistics: FrameStatistics,
     upstream: FrameUpstream,
     index: MatchIndex | None,
@@ -132,7 +114,7 @@ def _gradients(
     return -torch.cat(slopes).sum() / problem.temperature if want_temperature else None
 
 
-def _boost(problem: Problem, upstream: FrameUpstream) -> Tensor:
+def _boost(problem: NormedProblem, upstream: FrameUpstream) -> Tensor:
     """A power of two for each layer, float32 [L], that brings the bound of `X` near 2^14, within the range of fp16.
 
     For normalised embeddings `|X| <= |a| + |b| (|v| + |E|)`, because probabilities are at most 1 and an expected value

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import narrow_kernels as device
-from .chunk import FrameStatistics, FrameUpstream, TermWeights
+from .chunk import FrameStatistics, FrameUpstream, Problem, TermWeights
 from .index import MatchIndex, RowIndex
 from .narrow_kernels import RowBlock, TokenBlock
-from .rows_triton import empty_statistics, value_width
+from .rows_triton import empty_statistics, inverse_norms, value_width
 from .triton_launch import INTERPRETED, Tile, cdiv, launch, power_of_two
 
 LONGEST = 512  # bytes of an embedding
@@ -83,18 +83,16 @@ def _roomy(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The similarities of some layers: embeddings, rows, and the values attached to tokens."""
+class NormedProblem(Problem):
+    """A problem, and the inverse norms of its embeddings."""
 
-    embeddings: Tensor  # [G, N, D]
-    inverse_norm: Tensor  # float32 [G, N], contiguous
-    rows: RowIndex
-    temperature: Tensor  # float32 []
-    values: Tensor | None  # float32 [N, V]
-    known: Tensor | None  # bool [N]
-    exclude_own: bool
+    inverse_norm: Tensor  # float32 [L, N], contiguous
 
-    def of_layers(self, layers: slice) -> Problem:
+    @staticmethod
+    def of(problem: Problem) -> NormedProblem:
+        return NormedProblem(**vars(problem), inverse_norm=inverse_norms(problem.embeddings))
+
+    def of_layers(self, layers: slice) -> NormedProblem:
         return replace(self, embeddings=self.embeddings[layers], inverse_norm=self.inverse_norm[layers])
 
     def embedding_arguments(self) -> tuple[Any, ...]:
@@ -130,7 +128,7 @@ def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def stream_statistics(problem: Problem, run_start: Tensor | None) -> FrameStatistics:
+def stream_statistics(problem: NormedProblem, run_start: Tensor | None) -> FrameStatistics:
     """[G, A, P] statistics of all rows; `best` is a token of the batch.
 
     With `run_start` (that of a `MatchIndex`), blocks of rows without a match in a frame leave it out.
@@ -150,7 +148,7 @@ def stream_statistics(problem: Problem, run_start: Tensor | None) -> FrameStatis
     return statistics
 
 
-def match_similarities(problem: Problem, index: MatchIndex) -> Tensor:  # float32 [G, M], sorted
+def match_similarities(problem: NormedProblem, index: MatchIndex) -> Tensor:  # float32 [G, M], sorted
     """Scaled similarity of each match's two tokens."""
     groups, matches = problem.embeddings.shape[0], index.target.shape[0]
     out = torch.empty(groups, matches, dtype=torch.float32, device=problem.embeddings.device)
@@ -164,7 +162,7 @@ def match_similarities(problem: Problem, index: MatchIndex) -> Tensor:  # float3
 
 
 def stream_row_gradient(
-    problem: Problem,
+    problem: NormedProblem,
     statistics: FrameStatistics,
     upstream: FrameUpstream,
     boost: Tensor,  # float32 [G], powers of two
@@ -183,7 +181,7 @@ def stream_row_gradient(
 
 
 def stream_token_gradient(
-    problem: Problem,
+    problem: NormedProblem,
     statistics: FrameStatistics,
     upstream: FrameUpstream,
     boost: Tensor,
@@ -203,7 +201,7 @@ def stream_token_gradient(
 
 
 def finish_gradient(
-    problem: Problem,
+    problem: NormedProblem,
     index: MatchIndex | None,
     weights: TermWeights | None,
     row_part: Tensor,  # float32 [G, A, D]
@@ -228,13 +226,13 @@ def finish_gradient(
     return slopes
 
 
-def row_blocks(problem: Problem, tile: Tile) -> Tensor:
+def row_blocks(problem: NormedProblem, tile: Tile) -> Tensor:
     """int64 [blocks, 6]: the columns of `RowBlock`."""
     table = _row_blocks(*_layout(problem.rows), tile.rows, tile.columns)
     return table.to(problem.embeddings.device, non_blocking=True)
 
 
-def token_blocks(problem: Problem, tile: Tile) -> Tensor:
+def token_blocks(problem: NormedProblem, tile: Tile) -> Tensor:
     """int64 [blocks, 5]: the columns of `TokenBlock`."""
     return _token_blocks(*_layout(problem.rows), tile.columns).to(problem.embeddings.device, non_blocking=True)
 
@@ -285,7 +283,7 @@ def _token_blocks(spans: Spans, frame_ends: tuple[int, ...], columns: int) -> Te
     return torch.tensor(table, dtype=torch.int64).view(-1, len(TokenBlock._fields))
 
 
-def _row_of_token(problem: Problem) -> Tensor:
+def _row_of_token(problem: NormedProblem) -> Tensor:
     """int64 [N]: the row of each token, or -1."""
     rows = problem.rows.row_token
     token = torch.arange(problem.embeddings.shape[1], device=rows.device)

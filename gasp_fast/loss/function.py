@@ -73,7 +73,7 @@ def gasp_loss(
     _check_arguments(layers, matches, negatives, corr_weight, depth_weight, eps, reduction)
     tau = checked_temperature(temperature, layers[0])
     layer_weights = checked_layer_weights(layer_weights, layers, default=1.0 if reduction == "none" else None)
-    # `tau` instead of `config.temperature` from here on: it may be trained.
+    # `config.temperature` is not used from here on: `tau` may be a tensor that is trained.
     config = LossConfig(
         corr_weight=float(corr_weight),
         depth_weight=float(depth_weight),

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gasp_fast.kernels.chunk import FrameStatistics, FrameUpstream, MatchTerms, TermWeights
+from gasp_fast.kernels.chunk import FrameStatistics, FrameUpstream, MatchTerms, Problem, TermWeights
 from gasp_fast.kernels.engines import ENGINES
 from gasp_fast.kernels.index import MatchIndex, RowIndex
 
@@ -126,7 +126,7 @@ def frame_match(
     row_index, tau = RowIndex.from_tensors(list(rows)), _kernel_temperature(temperature, embeddings)
     with _without_autocast(embeddings):
         parts = [
-            ENGINES[backend](stack).frame_match(stack, row_index, tau, values, known, exclude_own)
+            ENGINES[backend](stack).frame_match(Problem(stack, row_index, tau, values, known, exclude_own))
             for _, stack in _stacks(embeddings)
         ]
     return [torch.cat(statistic) if len(statistic) > 1 else statistic[0] for statistic in zip(*parts, strict=True)]
@@ -175,7 +175,7 @@ def frame_match_gradient(
     with _without_autocast(embeddings):
         for number, (layers, stack) in enumerate(_stacks(embeddings)):
             slope = ENGINES[backend](stack).frame_match_gradient(
-                stack, row_index, tau, values, known, exclude_own,
+                Problem(stack, row_index, tau, values, known, exclude_own),
                 FrameStatistics(*(value[layers] for value in statistics)),
                 FrameUpstream(lse_gradient[layers], expected_gradient[layers]),
                 gradients.of_stack(number, stack), temperature_gradient,
@@ -219,8 +219,8 @@ def _terms_and_gradients(
     with _without_autocast(embeddings):
         for number, (layers, stack) in enumerate(_stacks(embeddings)):
             slope = ENGINES[backend](stack).terms_and_gradients(
-                stack, index, tau, None if weights is None else weights.of_layers(layers), terms.of_layers(layers),
-                negatives, eps, gradients.of_stack(number, stack), temperature_gradient,
+                Problem.of_loss(stack, index, tau), index, None if weights is None else weights.of_layers(layers),
+                terms.of_layers(layers), negatives, eps, gradients.of_stack(number, stack), temperature_gradient,
             )  # fmt: skip
             gradients.add_slope(slope)
     return terms, gradients.tensors(temperature)

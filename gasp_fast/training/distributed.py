@@ -49,7 +49,7 @@ class Processes:
 def start_processes(deepspeed: bool = False) -> Processes:
     """Join the other processes of the run, if there are any. DeepSpeed needs a process group even for one process."""
     if not LAUNCHERS.isdisjoint(os.environ):
-        end_with_parent()
+        end_with_parent(os.getppid())
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")

@@ -155,7 +155,8 @@ class RunLog:
         if self.first:
             self.bar.stop()
         if error is None:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # end_training() would end the process group, too
+                tracker.finish()
             if self.first:
                 summarise(Path(self.run.out), self.console, self.run.progress)
 

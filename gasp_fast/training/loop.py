@@ -74,7 +74,7 @@ class TrainingLoop:
             if step == done + 1:
                 guards.check_positions(self.model, of_step[0])
                 if resume is not None:  # only now, because the loader draws a random number when it begins
-                    pass
+                    checkpoints.read_random_state(resume, self.processes)
             yield step, of_step
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:

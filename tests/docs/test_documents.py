@@ -46,7 +46,7 @@ class Block:
     language: str
     text: str
     mark: str | None = None  # "not run", "from"
-    told: str = ""  # what the mark says
+    note: str = ""  # text of the mark
 
 
 def blocks(name: str, text: str) -> Iterator[Block]:
@@ -63,13 +63,13 @@ def blocks(name: str, text: str) -> Iterator[Block]:
         at += 1
 
 
-# ---- what is done with a block ---------------------------------------------------------------------------------------
+# ---- running a block ---------------------------------------------------------------------------------------
 
 
 def try_block(block: Block) -> None:
     assert block.language in LANGUAGES, f"{block.where}: language {block.language!r}; known are {', '.join(LANGUAGES)}"
     if block.mark == "from":
-        assert bare(block.text) in bare((ROOT / block.told).read_text()), f"{block.where}: not found in {block.told}"
+        assert bare(block.text) in bare((ROOT / block.note).read_text()), f"{block.where}: not found in {block.note}"
     elif block.language == "python":
         code = compile(block.text, block.where, "exec")
         if block.mark is None:
@@ -119,7 +119,7 @@ def try_command(words: list[str], block: Block) -> None:
     elif words[0] == "gasp-fast":
         parse(words[1:], block)
         if run:
-            make_way(words)
+            remove_prepared_output(words)
             assert cli.main([*words[1:], *SHORT.get(words[1], "").split()]) == 0, f"{block.where}: {command}"
         return
     elif words[0] == "make":
@@ -137,8 +137,8 @@ def try_command(words: list[str], block: Block) -> None:
     )
 
 
-def make_way(words: list[str]) -> None:
-    """A document that makes its own MODEL does not want the one that was prepared."""
+def remove_prepared_output(words: list[str]) -> None:
+    """A document that creates its own MODEL replaces the prepared one."""
     out = Path(words[words.index("--out") + 1]) if "--out" in words else None
     if out is not None and out.is_symlink():
         out.unlink()
@@ -155,7 +155,7 @@ def recipe_of(arguments: list[str], block: Block) -> TrainConfig:
     """As the command line would read it, without training."""
     read: list[TrainConfig] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train", lambda config, only_try: read.append(config))
+        patch.setattr(training, "train", lambda config, try_one_step: read.append(config))
         code = quiet_exit(lambda: training.main(arguments))
     assert code == 0 and read, f"{block.where}: gasp_fast.train does not take {shlex.join(arguments)}"
     return read[0]
@@ -187,7 +187,7 @@ def run_script(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_block_is_true(document, workplace, monkeypatch):
+def test_every_block_runs(document, workplace, monkeypatch):
     workplace(document)
     monkeypatch.setattr(formats, "FORMATS", formats.FORMATS)
     for block in blocks(document, (ROOT / document).read_text()):
@@ -205,8 +205,8 @@ def test_every_file_that_is_named_exists(document):
             assert ((ROOT / document).parent / link).exists(), f"{document}: the link {link} leads nowhere"
 
 
-def test_every_recipe_is_told_of():
-    """A configuration that no document names is one that nobody finds."""
+def test_every_recipe_is_named_in_a_document():
+    """A recipe that no document names cannot be found."""
     text = "".join((ROOT / document).read_text() for document in DOCUMENTS)
     for path in (ROOT / "configs").glob("**/*.yaml"):
         name = path.relative_to(ROOT).as_posix()
@@ -234,7 +234,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_block_that_is_wrong_is_noticed(kind, workplace):
+def test_a_wrong_block_fails(kind, workplace):
     workplace("README.md")
     [block] = blocks("wrong.md", WRONG[kind])
     with pytest.raises((AssertionError, ImportError, SyntaxError, ValueError)):

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gasp_fast.kernels import narrow, narrow_triton, rows_triton
-from gasp_fast.kernels.chunk import MatchRuns, MatchTerms, RowChunk, TermWeights
+from gasp_fast.kernels.chunk import MatchRuns, MatchTerms, Problem, RowChunk, TermWeights
 from gasp_fast.kernels.index import MatchIndex
 from gasp_fast.kernels.triton_launch import Kernel, Tile
 
@@ -127,7 +127,8 @@ def streamed(dtype: torch.dtype, width: int) -> None:
     weights = TermWeights(*(torch.ones(1, 1).expand(2, 256) for _ in range(2)))
     terms = MatchTerms.empty(2, 256, torch.device("cpu"))
     rest = ("sequence", 1e-6, torch.empty_like(embeddings), True)
-    narrow.terms_and_gradients(embeddings, index, torch.tensor(0.07), weights, terms, *rest)
+    posed = Problem.of_loss(embeddings, index, torch.tensor(0.07))
+    narrow.terms_and_gradients(posed, index, weights, terms, *rest)
 
 
 if __name__ == "__main__":

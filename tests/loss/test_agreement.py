@@ -65,9 +65,9 @@ def test_cold_temperatures_underflow_nowhere(negatives, temperature):
     problem = random_problem(5, SEQUENCES, width=3, temperature=temperature, negatives=negatives, planted=9, holes=0.8)
     # Rounding of the embeddings themselves is magnified by 1 / tau; compare from the same float32 numbers.
     truth = judge(problem, problem.embeddings.float())
-    found = run(problem, problem.embeddings.float(), "cpp")
-    assert relative_error(found[0], truth.loss) < 1e-5
-    assert relative_error(found[1], truth.embedding_gradient) < 1e-5 * (0.07 / temperature)
+    ours = run(problem, problem.embeddings.float(), "cpp")
+    assert relative_error(ours[0], truth.loss) < 1e-5
+    assert relative_error(ours[1], truth.embedding_gradient) < 1e-5 * (0.07 / temperature)
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,10 +89,10 @@ def test_error_is_at_most_twice_that_of_dense_arithmetic_in_the_same_type(proble
 @given(problems(widths=(8, 17, 40)))  # in one dimension every cosine is a tie
 def test_metrics_are_those_of_the_definition(problem):
     truth = judge(problem, problem.embeddings.float())
-    found = run(problem, problem.embeddings.float(), "cpp")[3].metrics
-    assert torch.allclose(found.accuracy.double(), truth.accuracy.double(), atol=1e-6)
-    assert torch.allclose(found.pck.double(), truth.pck.double(), atol=1e-6)
-    assert torch.allclose(found.confidence.double(), truth.confidence.double(), atol=1e-4)
+    ours = run(problem, problem.embeddings.float(), "cpp")[3].metrics
+    assert torch.allclose(ours.accuracy.double(), truth.accuracy.double(), atol=1e-6)
+    assert torch.allclose(ours.pck.double(), truth.pck.double(), atol=1e-6)
+    assert torch.allclose(ours.confidence.double(), truth.confidence.double(), atol=1e-4)
 
 
 def test_metrics_of_planted_features_are_exact():

@@ -72,12 +72,12 @@ def test_ranks_arrive_where_one_process_arrives_on_the_mean_gradient(launched, c
     for rank in range(steps.RANKS):
         written = out / steps.result_name(case, rank)
         assert written.exists(), f"rank {rank} under {scheme} wrote nothing:\n{printed[-6000:]}"
-        found = torch.load(written)
-        assert found.keys() == expected.keys()
+        parameters = torch.load(written)
+        assert parameters.keys() == expected.keys()
         for name, truth in expected.items():
             size = truth.abs().max()
             assert (truth - start[name]).abs().max() > 1000 * TOLERANCE * size, (
                 f"{name} hardly moved: nothing is tested"
             )
-            error = float((found[name].reshape(truth.shape) - truth).abs().max() / size)
+            error = float((parameters[name].reshape(truth.shape) - truth).abs().max() / size)
             assert error <= TOLERANCE, f"{name} on rank {rank} under {scheme} is off by {error:.1e}"

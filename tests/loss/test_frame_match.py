@@ -60,7 +60,7 @@ def test_statistics_and_gradients_are_those_by_hand(seed, sequences, width, excl
     dtype = torch.float64 if backend == "torch" else torch.float32
     fast = embeddings.to(dtype).clone().requires_grad_()
     tau = torch.tensor(0.3, dtype=dtype, requires_grad=True)
-    found = gasp_fast.frame_match(
+    ours = gasp_fast.frame_match(
         fast,
         anchors,
         torch.tensor(offsets),
@@ -75,14 +75,14 @@ def test_statistics_and_gradients_are_those_by_hand(seed, sequences, width, excl
     slow_tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     lse, expected, best = by_hand(slow, anchors, offsets, ends, values, known, slow_tau, exclude)
 
-    assert torch.equal(found.best, best)
-    assert torch.equal(found.lse.isinf(), lse.isinf())
+    assert torch.equal(ours.best, best)
+    assert torch.equal(ours.lse.isinf(), lse.isinf())
     finite = lse.isfinite()
-    assert torch.allclose(found.lse[finite].double(), lse[finite], rtol=1e-5, atol=1e-6)
-    assert torch.allclose(found.expected.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ours.lse[finite].double(), lse[finite], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours.expected.double(), expected, rtol=1e-4, atol=1e-5)
     weights = torch.randn(lse.shape, generator=generator, dtype=torch.float64)
     pulls = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    for a, b, leaf, temperature in ((found.lse, found.expected, fast, tau), (lse, expected, slow, slow_tau)):
+    for a, b, leaf, temperature in ((ours.lse, ours.expected, fast, tau), (lse, expected, slow, slow_tau)):
         total = (weights.to(a.dtype) * a)[finite].sum() + (pulls.to(b.dtype) * b).sum()
         (total + 0 * (leaf.sum() + temperature)).backward()  # connected even where every frame is empty
     natural = float((weights.abs().sum() + pulls.abs().sum()) / 0.3)
@@ -99,7 +99,7 @@ def test_soft_argmax_of_coordinates_is_the_same_call():
     embeddings = torch.cat([features, features[move]])
     values = torch.cat([xy, xy]).float()
     depth = torch.rand(72, 1, generator=torch.Generator().manual_seed(2))
-    found = gasp_fast.frame_match(
+    ours = gasp_fast.frame_match(
         embeddings,
         torch.arange(36),
         torch.tensor([0, 36, 72]),
@@ -107,10 +107,10 @@ def test_soft_argmax_of_coordinates_is_the_same_call():
         temperature=0.01,
     )
     went = torch.argsort(move)
-    assert torch.allclose(found.expected[0, :, 1, :2], xy[went].float(), atol=1e-3)
-    assert torch.allclose(found.expected[0, :, 1, 2], depth[36:][went, 0], atol=1e-3)
-    assert torch.equal(found.best[0, :, 1], 36 + went)
-    assert (found.confidence[0, :, 1] > 0.99).all()
+    assert torch.allclose(ours.expected[0, :, 1, :2], xy[went].float(), atol=1e-3)
+    assert torch.allclose(ours.expected[0, :, 1, 2], depth[36:][went, 0], atol=1e-3)
+    assert torch.equal(ours.best[0, :, 1], 36 + went)
+    assert (ours.confidence[0, :, 1] > 0.99).all()
 
 
 @pytest.mark.parametrize(

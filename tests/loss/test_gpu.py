@@ -53,12 +53,12 @@ def test_tf32_agrees_with_float64(width):
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        found = step(problem, torch.float32, "triton")
+        ours = step(problem, torch.float32, "triton")
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     truth = judge(problem)
-    assert relative_error(found[0].cpu(), truth.loss) <= 1e-3
-    assert relative_error(found[1].cpu(), truth.embedding_gradient) <= 1e-3
+    assert relative_error(ours[0].cpu(), truth.loss) <= 1e-3
+    assert relative_error(ours[1].cpu(), truth.embedding_gradient) <= 1e-3
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -227,8 +227,8 @@ def test_compiled_frame_match():
     rows, values = torch.arange(12), torch.rand(35, 2)
 
     def moments(embeddings):
-        found = gasp_fast.frame_match(embeddings, rows, problem.matches.frame_offsets, values=values, backend="cpp")
-        return found.lse.sum() + found.expected.sum()
+        ours = gasp_fast.frame_match(embeddings, rows, problem.matches.frame_offsets, values=values, backend="cpp")
+        return ours.lse.sum() + ours.expected.sum()
 
     results = []
     for function in (moments, torch.compile(moments)):

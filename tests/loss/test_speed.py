@@ -38,9 +38,9 @@ def ratios(name: str) -> dict[str, float]:
 def test_bars(name, three, one, eager):
     seen = []
     for _ in range(TRIES):
-        found = ratios(name)
-        seen.append({key: round(value, 2) for key, value in found.items()})
-        fast_enough = three is None or (found["three"] <= three and found["one"] <= one)
-        if fast_enough and found["eager"] >= eager:
+        measured = ratios(name)
+        seen.append({key: round(value, 2) for key, value in measured.items()})
+        fast_enough = three is None or (measured["three"] <= three and measured["one"] <= one)
+        if fast_enough and measured["eager"] >= eager:
             return
     pytest.fail(f"{name}: at most {three} × three products, {one} × one, at least {eager} × eager; saw {seen}")

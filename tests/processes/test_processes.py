@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +42,36 @@ def test_a_number_of_threads_set_by_the_user_is_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert sorted(in_processes(with_threads, range(4), 2)) == [(n, (n * n, "3")) for n in range(4)]
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def write_number_and_wait(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def is_running(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from {Path(__file__).stem} import *\n"
+        f"list(in_processes(write_number_and_wait, [{str(tmp_path)!r}] * 2, 2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    end = time.monotonic() + 60
+    while len(workers := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        assert parent.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 10
+    while any(map(is_running, workers)):
+        assert time.monotonic() < end, "workers outlive their parent"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -34,7 +34,7 @@ def run_main(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.source=nowhere/at-all"], "no readable config.json"),
+        (["model.source=./nowhere"], "no readable config.json"),
         (["data.scenes.root=nowhere"], "nowhere: no such folder"),
         (["run.resume=nowhere/checkpoint-3"], "run.resume = 'nowhere/checkpoint-3': no such folder"),
         (["run.min_free_gb=1e9"], "run.min_free_gb = 1e+09, but only"),

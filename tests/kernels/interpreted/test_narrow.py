@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gasp_fast import Matches
-from gasp_fast.kernels import narrow, narrow_triton
+from gasp_fast.kernels import chunk, narrow, narrow_triton
 from gasp_fast.kernels.chunk import FrameUpstream, MatchTerms, TermWeights
 from gasp_fast.loss.naive import naive_loss
 
@@ -95,10 +95,11 @@ def gradients(problem: Problem, dtype: torch.dtype, negatives: str) -> tuple[Mat
     terms = MatchTerms.empty(*problem.weights.depth.shape, torch.device("cpu"))
     for value in terms[:2]:
         value.fill_(float("nan"))
-    gradient = torch.full_like(embeddings, float("nan"))
+    gradient, index = torch.full_like(embeddings, float("nan")), problem.matches.index
     slope = narrow.terms_and_gradients(
-        embeddings, problem.matches.index, problem.temperature, problem.weights, terms, negatives, EPS, gradient, True
-    )
+        chunk.Problem.of_loss(embeddings, index, problem.temperature), index, problem.weights, terms, negatives, EPS,
+        gradient, True,
+    )  # fmt: skip
     assert slope is not None
     return terms, gradient, slope
 
@@ -138,7 +139,8 @@ def test_frame_match_agrees_with_dense_float64(problem: Problem, exclude_own: bo
     values = (matches.patch_depth + 0.5)[:, None].repeat(1, width).cumsum(1) if width else None
     known = matches.known_depth() if width else None
     rows = matches.index.rows
-    found = narrow.frame_match(problem.embeddings, rows, problem.temperature, values, known, exclude_own)
+    against_frames = chunk.Problem(problem.embeddings, rows, problem.temperature, values, known, exclude_own)
+    found = narrow.frame_match(against_frames)
 
     embeddings = problem.embeddings.double().requires_grad_()
     temperature = problem.temperature.double().requires_grad_()
@@ -171,9 +173,7 @@ def test_frame_match_agrees_with_dense_float64(problem: Problem, exclude_own: bo
         assert (found.best[:, row, len(frames) :] == -1).all()
     total.backward()
     gradient = torch.full_like(problem.embeddings, float("nan"))
-    slope = narrow.frame_match_gradient(
-        problem.embeddings, rows, problem.temperature, values, known, exclude_own, found, upstream, gradient, True
-    )
+    slope = narrow.frame_match_gradient(against_frames, found, upstream, gradient, True)
     nonzero = embeddings.detach().norm(dim=-1) > 0
     assert error(gradient[nonzero], embeddings.grad[nonzero]) < 2e-5
     assert error(slope, temperature.grad) < 2e-5 or abs(float(slope) - float(temperature.grad)) < 1e-4
@@ -182,7 +182,7 @@ def test_frame_match_agrees_with_dense_float64(problem: Problem, exclude_own: bo
 @given(problem=problems())
 @settings(drawn, max_examples=3)
 def test_two_runs_agree_to_the_last_bit(problem: Problem) -> None:
-    first, second = (gradients(problem, torch.float32, True) for _ in range(2))
+    first, second = (gradients(problem, torch.float32, "sequence") for _ in range(2))
     assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
 
@@ -191,7 +191,7 @@ def test_the_first_of_equals_is_best() -> None:
     matches = Matches(frame_offsets=torch.tensor([0, 1, 201]), anchor=torch.tensor([0]), target=torch.tensor([1]))
     embeddings = torch.ones(1, 201, 16)
     embeddings[:, 1:71] *= -1
-    found = narrow.frame_match(embeddings, matches.index.rows, torch.tensor(0.07), None, None, False)
+    found = narrow.frame_match(chunk.Problem(embeddings, matches.index.rows, torch.tensor(0.07), None, None, False))
     assert found.best.tolist() == [[[0, 71]]]
 
 
@@ -213,7 +213,14 @@ def test_half_precision_keeps_its_accuracy_at_any_scale(upstream: float) -> None
         terms = MatchTerms.empty(1, 20, torch.device("cpu"))
         slopes.append(
             narrow.terms_and_gradients(
-                e, matches.index, torch.tensor(0.07), weights, terms, "sequence", EPS, torch.empty_like(e), True
+                chunk.Problem.of_loss(e, matches.index, torch.tensor(0.07)),
+                matches.index,
+                weights,
+                terms,
+                "sequence",
+                EPS,
+                torch.empty_like(e),
+                True,
             )
         )
     assert error(slopes[0], slopes[1].double()) < 5e-3
@@ -226,9 +233,10 @@ def test_the_own_token_leaves_no_trace_at_a_low_temperature() -> None:
     rows = matches.index.rows
     embeddings, tau = torch.randn(1, 60, 32, generator=generator), torch.tensor(0.004)
     upstream = FrameUpstream(torch.ones(1, 30, 2), torch.zeros(1, 30, 2, 0))
-    found = narrow.frame_match(embeddings, rows, tau, None, None, True)
+    problem = chunk.Problem(embeddings, rows, tau, None, None, True)
+    found = narrow.frame_match(problem)
     gradient = torch.empty_like(embeddings)
-    narrow.frame_match_gradient(embeddings, rows, tau, None, None, True, found, upstream, gradient, False)
+    narrow.frame_match_gradient(problem, found, upstream, gradient, False)
 
     exact = embeddings.double().requires_grad_()
     s = similarities(exact, tau.double())[:, :30].masked_fill(torch.eye(30, 60, dtype=torch.bool), float("-inf"))
