@@ -1,6 +1,6 @@
 """Learning benchmark: PCK@2 and depth error of a tiny model after training with different losses and adapters.
 
-    python benchmarks/learning.py [--seeds 3] [--steps 600] [--lora-steps 300] [--out benchmarks/results]
+    python benchmarks/learning.py [--seeds 3] [--steps 600] [--lora-steps 300] [--out DIR] [KEY=VALUE ...]
 
 First `configs/tiny_cpu.yaml` from random weights, with and without the depth loss. Then `configs/tiny_cpu_lora.yaml` on
 the exported result (without heads) in rooms seen by another camera, with a wider and noisier picture and a less steady
@@ -9,7 +9,8 @@ says. "heads alone" is the control for the adapters: the same new heads on the s
 
 All models are evaluated on rooms seen by the same camera as in their training, but not used for training: PCK@2 of the
 last layer's head, for all points and for points that moved by more than two patches; PCK@2 of predicting the same
-position; and the depth term, the relative error of the expected depth.
+position; and the depth term, the relative error of the expected depth. `KEY=VALUE` changes the recipe of every run: two
+results, one of them made with heads.compute=bf16, show what that precision costs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from gasp_fast.evaluation.metrics import within
 from gasp_fast.export import export
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
-from gasp_fast.run_folder import HEADS, finished
+from gasp_fast.run_folder import HEADS, checkpoint_folders
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import LayerCapture
@@ -99,7 +100,7 @@ def recipe(name: str, folder: Path, rooms: Path, out: Path, seed: int, changes: 
 
 def evaluate_trained(config: TrainConfig, unseen: Path, sequences: int = 48, adapted: bool = True) -> Scores:
     """Scores of a run's newest checkpoint; with `adapted=False` of its heads on the base model without adapters."""
-    last = finished(Path(config.run.out))[-1]
+    last = checkpoint_folders(Path(config.run.out))[-1]
     supervised = build_model(config, torch.device("cpu"))
     network: Any = supervised.model
     if config.train.mode == "lora":
@@ -179,7 +180,9 @@ def moved_matches(matches: Matches) -> Matches:
 # ---- the experiment -------------------------------------------------------------------------------------------------
 
 
-def experiment(folder: Path, seed: int, steps: int, lora_steps: int) -> dict[str, dict[str, float]]:
+def experiment(
+    folder: Path, seed: int, steps: int, lora_steps: int, overrides: list[str]
+) -> dict[str, dict[str, float]]:
     """Trains and evaluates all runs of a seed; returns the scores and training seconds of each by name."""
     runs = folder / f"seed-{seed}"
     model = build_tiny(runs / "model", TinyConfig(layers=LAYERS, seed=seed))
@@ -193,14 +196,14 @@ def experiment(folder: Path, seed: int, steps: int, lora_steps: int) -> dict[str
 
     for name, changes in (("correspondence alone", CORRESPONDENCE_ONLY), ("full", [])):
         out = runs / name.replace(" ", "-")
-        config = recipe("tiny_cpu", model, folder / "seen", out, seed, [f"train.steps={steps}", *changes])
+        config = recipe("tiny_cpu", model, folder / "seen", out, seed, [f"train.steps={steps}", *changes, *overrides])
         if not scores:
             scores["untrained"] = asdict(evaluate_untrained(config, folder / "unseen"))
         train_and_evaluate(name, config, folder / "unseen")
     export(runs / "full", runs / "trained", device="cpu")
     for name, changes in (("heads alone", FROZEN), ("adapters", [])):
         out, name = runs / name.replace(" ", "-"), f"other camera: {name}"
-        changes = [f"train.steps={lora_steps}", *changes]
+        changes = [f"train.steps={lora_steps}", *changes, *overrides]
         config = recipe("tiny_cpu_lora", runs / "trained", folder / "new", out, seed, changes)
         if BASE not in scores:
             scores[BASE] = asdict(evaluate_untrained(config, folder / "new unseen"))
@@ -233,18 +236,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lora-steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe of every run")
+    arguments = parser.parse_intermixed_args()
     quiet_libraries()
     device = machine(torch.device("cpu"))
     date = datetime.date.today().isoformat()
     path = arguments.out / f"learning-{re.sub(r'[^A-Za-z0-9.]+', '-', device.split(',')[0])}-{date}.json"
     results: dict[str, Any] = {"date": date, "machine": device, "torch": torch.__version__, "steps": arguments.steps}
-    results |= {"lora_steps": arguments.lora_steps, "seeds": {}}
+    results |= {"lora_steps": arguments.lora_steps, "overrides": arguments.overrides, "seeds": {}}
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         render_rooms(Path(temporary))
         for seed in range(arguments.seeds):
-            results["seeds"][seed] = experiment(Path(temporary), seed, arguments.steps, arguments.lora_steps)
+            results["seeds"][seed] = experiment(
+                Path(temporary), seed, arguments.steps, arguments.lora_steps, arguments.overrides
+            )
             path.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(_table(results["seeds"]))
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, Conversation, load_backbone
 from .files import write_atomically
-from .run_folder import CONFIG, finished
+from .run_folder import CONFIG, checkpoint_folders
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -157,7 +157,7 @@ def find_checkpoint(source: str | os.PathLike[str], base: str | None = None) -> 
         raise FileNotFoundError(f"source = {str(source)!r} is not a folder; pass a run, or one of its checkpoints")
     folder = source
     if not _holds_model(source):
-        checkpoints = finished(source)
+        checkpoints = checkpoint_folders(source)
         if not checkpoints:
             raise FileNotFoundError(
                 f"source = {str(source)!r} holds neither a checkpoint's weights (adapter_model.safetensors or "

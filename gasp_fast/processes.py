@@ -1,9 +1,10 @@
-"""Processes of this machine: usable cores, work split over worker processes, and their end when their parent ends."""
+"""This machine: processor and cores, work split over worker processes, and their end with their parent."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,19 @@ Result = TypeVar("Result")
 def usable_cores() -> int:
     """Number of cores that this process may run on: fewer than the machine has where a scheduler limits it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    return proc_line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def proc_line(file: str, key: str) -> str | None:
+    """The text after `key:` in a file of /proc; None if there is none."""
+    try:
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+    except OSError:
+        return None
 
 
 def in_processes(

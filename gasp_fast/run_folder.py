@@ -18,13 +18,13 @@ EXPORT, REPORT = "export", "report"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
-def finished(run: Path) -> list[Path]:
+def checkpoint_folders(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     numbered = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NUMBERED.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
 
 
-def run_of(source: str | os.PathLike[str]) -> Path | None:
+def run_containing(source: str | os.PathLike[str]) -> Path | None:
     """The run that `source` is, or is a checkpoint of; None for any other model."""
     source = Path(source)
     for folder in (source, source.parent):
@@ -33,9 +33,9 @@ def run_of(source: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def place_for(source: str | os.PathLike[str], name: str) -> Path:
+def result_folder(source: str | os.PathLike[str], name: str) -> Path:
     """The default folder for a result of `source`: `name` in its run."""
-    run = run_of(source)
+    run = run_containing(source)
     if run is None:
         raise ValueError(f"{str(source)!r} is no run of gasp_fast.train that could hold the {name}; give --out DIR")
     return run / name

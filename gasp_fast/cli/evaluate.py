@@ -75,9 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.evaluation.gallery import draw_gallery
     from gasp_fast.evaluation.report import write_report
     from gasp_fast.evaluation.tables import terminal_table
-    from gasp_fast.run_folder import REPORT, place_for
+    from gasp_fast.run_folder import REPORT, result_folder
 
-    out = arguments.out or place_for(arguments.model, REPORT)
+    out = arguments.out or result_folder(arguments.model, REPORT)
     console = Console()
     config = _config(arguments)
     dataset = EvaluationSet(arguments.scenes, config.data)  # before the model, which takes longer to load

@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.export import export
-    from gasp_fast.run_folder import EXPORT, place_for
+    from gasp_fast.run_folder import EXPORT, result_folder
 
-    out = arguments.out or place_for(arguments.run, EXPORT)
+    out = arguments.out or result_folder(arguments.run, EXPORT)
     console = Console()
     with console.status("reading the checkpoint") as status:
         report = export(

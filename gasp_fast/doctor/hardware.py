@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gasp_fast.processes import usable_cores
+from gasp_fast.processes import proc_line, processor_name, usable_cores
 
 from . import installed
 from .finding import MISSING, OK, Finding
@@ -19,12 +18,11 @@ def processor() -> Iterator[Finding]:
     known = [label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags][:1]
     if flags:
         known.append("AMX" if "amx_tile" in flags else "no AMX")
-    name = _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-    yield Finding(OK, "CPU", ", ".join([name, f"{usable_cores()} cores", *known]))
+    yield Finding(OK, "CPU", ", ".join([processor_name(), f"{usable_cores()} cores", *known]))
 
 
 def memory() -> Iterator[Finding]:
-    total, free = (_line_of("/proc/meminfo", name) for name in ("MemTotal", "MemAvailable"))
+    total, free = (proc_line("/proc/meminfo", name) for name in ("MemTotal", "MemAvailable"))
     if total and free:
         yield Finding(OK, "memory", f"{_gigabytes(total)} GB, {_gigabytes(free)} GB of it free")
     else:
@@ -63,7 +61,7 @@ def deepspeed_compilers() -> Iterator[Finding]:
 
 
 def cpu_flags() -> set[str]:
-    return set((_line_of("/proc/cpuinfo", "flags") or "").split())
+    return set((proc_line("/proc/cpuinfo", "flags") or "").split())
 
 
 def _cache_folder() -> Path:
@@ -74,12 +72,3 @@ def _cache_folder() -> Path:
 
 def _gigabytes(line: str) -> str:
     return f"{int(line.split()[0]) * 1024 / 1e9:.0f}"
-
-
-def _line_of(file: str, key: str) -> str | None:
-    """The text after `key:` in a file of /proc; None if there is none."""
-    try:
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
-    except OSError:
-        return None

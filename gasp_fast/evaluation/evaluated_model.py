@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from gasp_fast.backbones import Backbone, load_backbone
-from gasp_fast.run_folder import EXPORT, HEADS, finished
+from gasp_fast.run_folder import EXPORT, HEADS, checkpoint_folders
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
 
@@ -75,7 +75,7 @@ def _weights_folder(source: Path) -> Path | None:
         return None
     if _has_weights(source):
         return source
-    checkpoints = [path for path in finished(source) if _has_weights(path)]
+    checkpoints = [path for path in checkpoint_folders(source) if _has_weights(path)]
     if checkpoints:
         return checkpoints[-1]
     if _has_weights(source / EXPORT):

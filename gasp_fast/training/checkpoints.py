@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import load
 
 from gasp_fast.files import write_atomically
-from gasp_fast.run_folder import finished
+from gasp_fast.run_folder import checkpoint_folders
 
 from .distributed import Processes
 
@@ -50,11 +50,11 @@ def complete_or_absent(folder: Path, processes: Processes) -> Iterator[Path]:
 def to_resume(out: Path, resume: str) -> Path | None:
     """The checkpoint that `run.resume` names; None to begin anew."""
     if resume == "never":
-        if finished(out):
+        if checkpoint_folders(out):
             raise ValueError(f"run.out = {str(out)!r} holds checkpoints and run.resume = never; give another run.out")
         return None
     if resume == "auto":
-        return next(reversed(finished(out)), None)
+        return next(reversed(checkpoint_folders(out)), None)
     folder = Path(resume)
     if not folder.is_dir():
         raise OSError(f"run.resume = {resume!r}: no such folder; give a checkpoint-N folder, auto or never")
@@ -79,7 +79,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def rotate(out: Path, keep: int, keep_best: bool) -> None:
     """Remove all but the newest `keep` checkpoints and the best one. Renamed first: there is never half of one."""
-    folders = finished(out)
+    folders = checkpoint_folders(out)
     best = best_of(folders) if keep_best else None
     for folder in folders[:-keep]:
         if folder != best:

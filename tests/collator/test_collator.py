@@ -2,11 +2,11 @@
 
 import pickle
 from itertools import pairwise, permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.recorded import recorded_scene
 
 import gasp_fast
 from gasp_fast.collator import Collator, CollatorConfig, Sample, geometry_sample, subsample_frames
@@ -14,8 +14,6 @@ from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_s
 from gasp_fast.data.tracks.build import Tracks
 from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import LayerCapture
-
-REAL = Path(__file__).parents[2].parent / "shared" / "realdata"
 
 
 def tracks_at(uv, visible=None, depth=None) -> Tracks:
@@ -213,9 +211,7 @@ def sequence(request, rendered):
     """A scene and three of its frames."""
     if request.param == "rendered":
         return rendered, [0, 2, 4]
-    if not (REAL / request.param).is_dir():
-        pytest.skip(f"the real scene {request.param} is not on this machine")
-    return gasp_fast.open_scene(REAL / request.param), [0, 3, 6]
+    return gasp_fast.open_scene(recorded_scene(request.param)), [0, 3, 6]
 
 
 def test_on_a_scene_the_depth_of_a_match_is_found_in_its_token(shipped, sequence):

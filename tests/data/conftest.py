@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.recorded import recorded_scene
 
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
@@ -117,13 +118,7 @@ def scene_boxes(scene_boxes_folder: Path) -> Scene:
 def scene_recorded() -> Callable[[str], Scene]:
     """A recorded scene by name, if this machine has it."""
 
-    def find(name: str) -> Scene:
-        root = Path(__file__).resolve().parents[3] / "shared" / "realdata" / name
-        if not root.is_dir():
-            pytest.skip(f"the recorded scene {name} is not on this machine")
-        return open_scene(root)
-
-    return find
+    return lambda name: open_scene(recorded_scene(name))
 
 
 @pytest.fixture(params=["hololens_dvmvs_a", "apc_shelf_glue"])

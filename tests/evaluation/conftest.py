@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.recorded import recorded_scene
 
 from gasp_fast.backbones import tiny
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
@@ -54,11 +55,4 @@ def dataset(library: Path) -> EvaluationSet:
 @pytest.fixture(scope="session")
 def recorded() -> Callable[[str], Path]:
     """The folder of a recorded scene by name; recorded scenes are not part of the repository."""
-
-    def find(name: str) -> Path:
-        root = Path(__file__).resolve().parents[3] / "shared" / "realdata" / name
-        if not root.is_dir():
-            pytest.skip(f"the recorded scene {name} is not on this machine")
-        return root
-
-    return find
+    return recorded_scene

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gasp_fast.config.loader import to_yaml
+from gasp_fast.run_folder import checkpoint_folders
 from gasp_fast.train import main, train
 from gasp_fast.training import guards
 from gasp_fast.training.distributed import fill_deepspeed, read_deepspeed
@@ -213,11 +214,10 @@ def test_a_dry_run_reports_and_leaves_nothing(config, tmp_path, capsys):
 
 
 def test_checkpoints_are_kept_to_the_newest_and_the_best(config, monkeypatch):
-    from gasp_fast.training import checkpoints
 
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
     monkeypatch.setattr("gasp_fast.training.loop.score_of", lambda record: next(scores))
     settings = config(train={"steps": 5}, run={"save_every": 1, "keep": 2})
     train(settings)
-    kept = [folder.name for folder in checkpoints.finished(Path(settings.run.out))]
+    kept = [folder.name for folder in checkpoint_folders(Path(settings.run.out))]
     assert kept == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.recorded import FOLDER
 
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.cli import main as gasp_fast
@@ -18,7 +19,7 @@ from gasp_fast.processes import in_processes
 from gasp_fast.train import train
 
 REPOSITORY = Path(__file__).parents[2]
-HOLOLENS = REPOSITORY.parent / "shared" / "realdata" / "hololens_dvmvs_a"
+HOLOLENS = FOLDER / "hololens_dvmvs_a"
 BUDGET = 180.0  # seconds of training on one quiet core
 SEEDS = (0, 1)
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
