@@ -8,13 +8,14 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
-# One pip command with the pins as constraints: a second one could pull another torch. DeepSpeed compiles nothing.
+# One pip command with the pins as constraints: a second one could install another torch. DS_BUILD_OPS=0: DeepSpeed
+# compiles no operators.
 $(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Two files at a time, one thread each; then, alone, what is timed.
+# Two test files at a time, one thread each. The timed tests (marker `alone`) run afterwards, by themselves.
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
 	$(BIN)/python -m pytest -m alone

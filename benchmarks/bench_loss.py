@@ -1,6 +1,6 @@
 """The loss under pytest-benchmark: `pytest benchmarks/bench_loss.py --benchmark-group-by=param:workload`.
 
-`gasp-fast bench` prints a table of ratios to the bare products instead, in interleaved rounds.
+For interleaved rounds and a table of ratios to the bare products, run `gasp-fast bench`.
 """
 
 import pytest

@@ -8,8 +8,8 @@
    give the same bits.
 2. Threads: the same dense job on 1, 2, ... threads, as ratios to one thread.
 3. End to end from disk (photographs as JPEG, depth as 16-bit PNG), sequences of 16 frames on one core: frames decoded
-   each time ("cold"), all frames in the cache ("cached"), and tracks with patch depth alone on cached depth, which is
-   the share of the tracks in the whole. Then the cold sequence again, decoded ahead by two threads.
+   each time ("cold"), all frames in the cache ("cached"), and tracks and patch depth without photographs, on cached
+   depth ("tracks_alone"). Then the cold sequence again, decoded ahead by two threads ("read_ahead").
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
     python benchmarks/learning.py [--seeds 3] [--steps 600] [--lora-steps 300] [--out DIR] [KEY=VALUE ...]
 
 First `configs/tiny_cpu.yaml` from random weights, with and without the depth loss. Then `configs/tiny_cpu_lora.yaml` on
-the exported result (without heads) in rooms seen by another camera, with a wider and noisier picture and a less steady
-exposure. The seed determines the weights and the order of sequences; runs of a seed differ only in what their name
-says. "heads alone" is the control for the adapters: the same new heads on the same base with frozen adapters.
+the exported result (without heads) in rooms seen by another camera: wider, noisier, with varying exposure. The seed
+determines the weights and the order of sequences; runs of a seed differ only in what their name says. "heads alone" is
+the control for the adapters: the same new heads on the same base with frozen adapters.
 
 All models are evaluated on rooms seen by the same camera as in their training, but not used for training: PCK@2 of the
 last layer's head, for all points and for points that moved by more than two patches; PCK@2 of predicting the same
-position; and the depth term, the relative error of the expected depth. `KEY=VALUE` changes the recipe of every run: two
-results, one of them made with heads.compute=bf16, show what that precision costs.
+position; and the depth term, the relative error of the expected depth. `KEY=VALUE` changes the recipe of every run.
+With heads.compute=bf16 and another --out, the result shows the effect of that precision.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def measure(case: Case, data: CaseData, gpu: GPU) -> dict[str, Any]:
 
 
 def build_model(config: TrainConfig, device: torch.device) -> SupervisedModel:
-    """The model of the case with random weights, made on `device`: no 16 GB pass through the CPU."""
+    """The model of the case with random weights, created on `device`, so that 16 GB are not copied from the CPU."""
     backbone = load_backbone(config.model.source)
     attention = choose_attention(config.model, device)
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def build_model(config: TrainConfig, device: torch.device) -> SupervisedModel:
         model = supervise(config, backbone, base, device)
     forwards = (getattr(module.forward, "__module__", "") for module in base.modules())
     if config.model.liger and not any(name.startswith("liger_kernel") for name in forwards):
-        raise ValueError(f"liger-kernel leaves {base.config.model_type} as it is")  # without an error of its own
+        raise ValueError(f"liger-kernel leaves {base.config.model_type} as it is")  # Liger raises no error
     return model
 
 

@@ -8,9 +8,9 @@ and passes the same modules. What belongs to no part, or cannot be attributed, i
     decoder             products of the decoder's frozen weights
     attention           the decoder's attention itself, without its projections
     adapters            the products of A and B
-    vision, lm head     all of it
-    heads               all of them
-    geometric loss      and the selection of its rows
+    vision, lm head     the whole module
+    heads               all heads
+    geometric loss      the loss and the selection of its rows
     norms, activations  what else runs in decoder layers
     optimiser           AdamW and clipping
 """

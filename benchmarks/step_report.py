@@ -1,4 +1,4 @@
-"""The result of `step.py`: a line for each case, verdicts on the targets, JSON and a plot."""
+"""The result of `step.py`: a line for each case, comparison with the targets, JSON and a plot."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
 // A block computes one row of one layer. Its warps
 //   1. load the row, scaled to `s = x r_i r_k / tau`, into shared memory; the own token becomes -inf,
 //   2. take frames in turn: maximum and its first place, log-sum-exp, the same over known tokens, expected depth,
-//   3. let warp 0 compute, from the frames' statistics and the row's matches, the terms and the upstream gradients
-//        a_f = dL/dlse_f and b_f = dL/dE_f,
+//   3. wait for warp 0, which computes from the frames' statistics and the row's matches the terms and the upstream
+//      gradients a_f = dL/dlse_f and b_f = dL/dE_f,
 //   4. take frames in turn again:
 //        dL/dx = (a_f + known_k exp(lse_f - known_lse_f) b_f (v_k - E_f)) exp(s - lse_f) r_i r_k / tau,
 //      less the weight of each match at its target, subtracted by one lane in the order of the sorted matches.
@@ -29,7 +29,7 @@ namespace {
 constexpr int WARP = 32;
 constexpr int WARPS = 8;
 constexpr unsigned ALL = 0xffffffffu;
-constexpr float FAR = 40.0f;  // beyond exp(40) the known tokens have a reference of their own
+constexpr float FAR = 40.0f;  // the known tokens get exponentials of their own if their maximum is lower by this much
 
 struct Rows {
   const float* similarity;  // [G, R, n]

@@ -1,14 +1,14 @@
 // Ray casting of a textured room with textured boxes: colour, exact depth and surface number of each pixel.
 //
 // One call renders one image on one thread and holds no Python lock, so scenes render side by side in threads.
-// Everything is double precision and nothing is contracted or reordered: the same scene gives the same bytes.
+// Everything is double precision, without fused multiply-adds or reordered sums: the same scene gives the same bytes.
 //
 // A pixel's depth and surface come from the one ray through its centre: exact, never mixed across an edge. Its colour
 // is shaded along the same ray, with mip levels against aliasing; where a neighbouring pixel shows another surface it
 // is the mean of `samples x samples` rays spread over the pixel. One lamp lights the room and throws hard shadows.
 // Surfaces 0..5 are the room's faces (low x, high x, low y, high y, low z, high z), 6 + 6 b + f is face f of box b.
 
-// Before the headers: functions of other optimisation options would not be inlined.
+// Before the headers: the compiler does not inline functions that have other optimisation options.
 #pragma GCC optimize("fp-contract=off")
 
 #include <algorithm>

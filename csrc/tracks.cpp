@@ -1,16 +1,16 @@
-// Point tracks from depth, and the mean depth of patches: the compiled twin of gasp_fast/data/tracks/reference.py and
-// of gasp_fast/data/depth/patches.py. The recipe is described there.
+// Point tracks from depth, and the mean depth of patches: the compiled counterpart of
+// gasp_fast/data/tracks/reference.py and gasp_fast/data/depth/pooling.py, which describe what is computed.
 //
 // Same bits as NumPy. Each line is the same sequence of single IEEE double operations as its NumPy counterpart. What
 // could differ is a fused multiply-add, which rounds once instead of twice; contraction is switched off for this file,
 // so vectorising for a wider instruction set changes nothing but speed.
 //
-// Two passes. Ranking needs the visibility of every query, but only half of the tracks are kept, and writing u, v, z
-// of a dense frame takes longer than computing them. So the first pass keeps one byte for each query and frame (is it
-// visible?) and the second computes the kept tracks again and writes them out.
+// Two passes. Ranking needs the visibility of every query, but only a part of the tracks is kept, and writing u, v, z
+// of a dense frame takes longer than computing them. So the first pass stores one byte for each query and frame (is it
+// visible?) and the second computes the kept tracks again and writes them.
 //
-// Queries go in blocks that stay in the L1 cache; vectorised loops project the block into a frame and look its depth up
-// there. Threads take blocks of their own and share nothing that is written. The interpreter's lock is
+// Queries are processed in blocks that stay in the L1 cache; vectorised loops project the block into a frame and read
+// the depth there. Threads take blocks of their own and share nothing that is written. The interpreter's lock is
 // released. std::thread instead of OpenMP: loader workers are forked, and a forked OpenMP pool hangs.
 
 #include <algorithm>
@@ -40,7 +40,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 256;  // queries of the first pass: 22 KiB a block
+constexpr int64_t kBlock = 256;  // queries of the first pass: 28 KiB a block
 constexpr int64_t kWrite = 64;   // queries of the second pass: their tracks through 24 frames are 36 KiB
 
 struct Map {  // a depth map and the colour image it belongs to
@@ -56,14 +56,14 @@ struct View {
     double m[12];  // from camera 0 to this camera, row by row
 };
 
-// Points in camera 0, then what one view makes of them. Flags are doubles, 1 or 0, and every row has its own loop: that
-// is what lets the compiler vectorise all of it.
+// Points in camera 0, then their projections into one view. Flags are doubles, 1 or 0, and every array is filled by a
+// loop of its own, so that the compiler can vectorise all of them.
 struct Block {
     double x0[kBlock], y0[kBlock], z0[kBlock];
     double u[kBlock], v[kBlock], z[kBlock], inside[kBlock];
     double left[kBlock], top[kBlock];  // the upper left of the four map pixels around (u, v)
     int32_t corner[4][kBlock];         // the places of the four in the map
-    float around[4][kBlock];           // and their depths
+    float around[4][kBlock];           // the depths of the four
     double agrees[kBlock];
 };
 
@@ -342,7 +342,7 @@ py::array_t<float> pool(const py::list& depth, const Array<int64_t>& columns, co
 }  // namespace
 
 PYBIND11_MODULE(_tracks, module) {
-    module.doc() = "Compiled twin of gasp_fast.data.tracks.reference and gasp_fast.data.depth.patches.";
+    module.doc() = "Compiled counterpart of gasp_fast.data.tracks.reference and gasp_fast.data.depth.pooling.";
     module.def("track", &track, py::arg("query"), py::arg("depth"), py::arg("camera"), py::arg("motion"),
                py::arg("size"), py::arg("border"), py::arg("agreement"), py::arg("keep"), py::arg("threads"));
     module.def("pool", &pool, py::arg("depth"), py::arg("columns"), py::arg("rows"), py::arg("threads"));

@@ -2,7 +2,7 @@
 
 `Collator` makes batches of frames with their matches; `LayerCapture` takes the hidden states from the trainer's own
 forward pass. The heads become a submodule of the trainer's model, so that its optimizer, checkpoints, DDP and DeepSpeed
-include them. They are attached after the trainer is created, because adding adapters freezes all existing parameters.
+include them. If you also use adapters, add these first: adding adapters freezes all existing parameters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Add the geometric loss to your own PyTorch loop. The lines to add are between the marks.
 
-A batch of `Collator` has two entries beside the model's inputs: `matches`, the pairs of visual tokens that show the
+A batch of `Collator` has two entries besides the model's inputs: `matches`, the pairs of visual tokens that show the
 same point, and `visual_positions`, the positions of the visual tokens in the batch. `LayerCapture` keeps the hidden
 states of all decoder layers of a forward pass; a head maps each to embeddings, and `gasp_loss` compares them.
 """

@@ -1,6 +1,6 @@
 """Reads a report of `gasp-fast evaluate`: prints its main metrics and plots PCK@2 by temporal gap.
 
-    python examples/read_report.py                    # makes a small report first: a tiny model on rendered rooms
+    python examples/read_report.py                    # first makes a small report: a tiny model on rendered rooms
     python examples/read_report.py REPORT --out DIR   # reads REPORT/report.json
 
 Prints the best layer and its gain over predicting the same position, and writes the plot to `pck_by_gap.png`.

@@ -3,7 +3,7 @@
 The data keep TRL's format: a `Dataset` with `images` and `messages`, and TRL's own collator. One more column,
 `matches`, holds the fields of `gasp_fast.Matches`, which you can compute in any way. `LayerCapture` takes the hidden
 states from the trainer's own forward pass, and the token id locates the visual tokens. The heads are attached after the
-trainer is created, because adding adapters freezes all existing parameters.
+trainer is created, because it may add adapters, which freezes all existing parameters.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ Anchors = Literal["first", "all", "pairs"]
 
 @dataclass(frozen=True, kw_only=True)
 class CollatorConfig:
-    """Which of the matches that tracks imply are supervised.
+    """Selects the supervised matches among those that the tracks imply.
 
     A track seen in `n` frames implies `n (n - 1)` ordered matches. `anchors="first"` takes those that start in the
     first frame, where the track's query is; "all" takes every one; "pairs" takes those of `pairs` ordered pairs of
@@ -50,7 +50,7 @@ class CollatorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sequence, independent of a model: geometry (frames with tracks), language (with messages), or both."""
+    """One sequence, independent of a model. Tracks give it geometric supervision, messages give it language."""
 
     frames: Sequence[RGBImage]
     messages: Sequence[Message] = ()
@@ -71,7 +71,7 @@ def geometry_sample(scene: Scene, tracks: Sequence[Tracks], position: int = 0) -
 
 
 class Collator:
-    """`list[Sample]` -> a dict with the model's inputs (labels included) and two more entries:
+    """Turns a list of samples into a dict with the model's inputs (labels included) and two more entries:
 
     - `visual_positions` int64 `[N]`: flat indices into `B * S` of the visual tokens of all sequences with tracks, in
       the order of the matches' token indices;

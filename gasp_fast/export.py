@@ -5,8 +5,8 @@ The exported folder needs no gasp_fast: `AutoModelForImageTextToText.from_pretra
 
 A checkpoint (`RUN/checkpoint-N/`; RUN means its newest) holds either
 
-    adapter_model.safetensors     adapters of a LoRA run; RUN/config.yaml names their base model
-    model.safetensors, sharded or not, with config.json     all weights of a full run
+    adapter_model.safetensors                     adapters of a LoRA run; RUN/config.yaml names their base model
+    config.json, model.safetensors (or shards)    all weights of a full run
 
 and heads and optimizer state, which are not exported.
 

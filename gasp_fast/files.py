@@ -1,4 +1,4 @@
-"""Atomic writes: a file is either whole or absent, also when the process is killed while it writes."""
+"""Atomic writes: a file never holds part of its new content, even if the process is killed while it writes."""
 
 from __future__ import annotations
 

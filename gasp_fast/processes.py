@@ -1,4 +1,4 @@
-"""This machine: processor and cores, work split over worker processes, and their end with their parent."""
+"""Processor and cores of this machine; work in worker processes, which end with their parent."""
 
 from __future__ import annotations
 

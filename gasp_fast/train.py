@@ -29,7 +29,7 @@ from gasp_fast.training.stream import SampleStream, Share, steps_of
 
 
 def train(config: TrainConfig, *, try_one_step: bool = False) -> None:
-    """A training run; with `try_one_step` its first step alone, and a report of what that takes."""
+    """Train, from the beginning or from a checkpoint. With `try_one_step`, take and report only the first step."""
     guards.check_disk(config.run)
     guards.check_trackers(config.run)
     out = Path(config.run.out)

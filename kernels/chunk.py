@@ -1,14 +1,15 @@
-"""What engines and row operations take and give: a problem, a chunk of its similarities, matches, and results.
+"""Inputs and outputs of engines and row operations: a problem, a chunk of its similarities, matches, and results.
 
 A chunk is the largest part of the anchor-by-token similarity matrix that is ever in memory: some rows of one sequence,
-for one layer or a few. All tensors here are views of buffers that the engine owns.
+for one layer or a few. Sizes of a batch: `L` layers, `A` rows, `N` tokens, `M` matches, `P` frames of its longest
+sequence, `V` values per token. Sizes of a chunk: `G` layers, `R` rows, `n` tokens, `P` frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .index import MatchIndex, RowIndex
 
 @dataclass(frozen=True)
 class Problem:
-    """The rows of a batch against all tokens of their sequences, for `L` layers."""
+    """Each row of a batch is compared with all tokens of its sequence, in `L` layers."""
 
     embeddings: Tensor  # [L, N, D]
     rows: RowIndex
@@ -83,7 +84,7 @@ class FrameUpstream(NamedTuple):
 class MatchRuns:
     """The matches of the chunk's rows, sorted by (row, frame, target), as runs in the arrays of the whole batch."""
 
-    start: Tensor  # int64 [R * longest + 1], sorted positions; row r, frame p owns [start[rL+p], start[rL+p+1])
+    start: Tensor  # int64 [R * longest + 1], row r has in frame p the sorted positions from start[r * longest + p] on
     longest: int  # frames of the longest sequence of the batch: the stride of `start`
     order: Tensor  # int64 [M], sorted position -> match
     target: Tensor  # int64 [M], sorted: token in the batch
@@ -177,8 +178,3 @@ FusedPass = Callable[
     [RowChunk, MatchRuns, TermWeights | None, MatchTerms, str, float, Tensor | None],
     bool,
 ]
-
-if TYPE_CHECKING:  # mypy checks here that each module has all operations
-    from . import rows_cpp, rows_torch, rows_triton
-
-    _implementations: tuple[RowOperations, ...] = (rows_cpp, rows_torch, rows_triton)

@@ -1,8 +1,8 @@
 """The strategy for wide embeddings: row chunks, library matrix products, fused row operations between them.
 
-A full-width gradient accumulator does not fit on chip once `D` passes a few hundred, and a kernel that tried would
-need atomics or locks: slow, and not reproducible. So the similarity matrix is cut into chunks of rows that fit a fixed
-workspace, and each chunk goes once through
+A gradient accumulator of width `D` does not fit on chip once `D` exceeds a few hundred. A kernel that accumulates in
+memory instead needs atomics or locks, which are slow and not reproducible. So the similarity matrix is cut into chunks
+of rows that fit a fixed workspace, and each chunk passes once through
 
     anchors    = E[rows]                  gathered
     similarity = anchors E^T              library product, float32 result
@@ -150,7 +150,7 @@ class ChunkedEngine:
         gradient: Tensor | None = None,  # [L, N, D], written
         want_temperature: bool = False,
     ) -> Tensor | None:
-        """Every group of layers, sequence and chunk once, in a fixed order. Returns the temperature's gradient."""
+        """Visit each group of layers, sequence and chunk once, in a fixed order; return the temperature's gradient."""
         embeddings, rows, temperature = problem.embeddings, problem.rows, problem.temperature
         products, backward = Products.of(embeddings), gradient is not None or want_temperature
         sizes = ChunkSizes.of(embeddings, rows, products, self.workspace_bytes)
@@ -219,7 +219,7 @@ def fp16_boost(
     inverse_norms: Tensor,  # float32 [G, n]
     temperature: Tensor,
 ) -> Tensor | None:
-    """[G] powers of two that lift `X` into float16's range; None where no number is float16.
+    """[G] powers of two that bring `X` into the range of float16; None where `X` is not float16.
 
     In a mean, `weight r_i r_k / tau` is about 1e-8 for embeddings a few thousand wide, below the smallest number that
     float16 has. Upstream gradients are multiplied by the boost, the results of the products divided by it.

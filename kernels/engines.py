@@ -1,26 +1,26 @@
-"""Which code computes a problem: the table of backends, and how one is chosen.
+"""Backends and strategies: which ones exist, and how one is chosen.
 
 | backend  | device           | strategy                                                                           |
 | -------- | ---------------- | ---------------------------------------------------------------------------------- |
-| `triton` | CUDA             | `narrow` for D <= 256: similarities never leave the chip; else `chunked`           |
+| `triton` | CUDA             | `narrow` where `narrow.eligible`: 16 bits up to D = 256; else `chunked`            |
 | `cpp`    | CPU              | `chunked`                                                                          |
 | `torch`  | any              | dense, by autograd (`gasp_fast.loss.dense`); no engine                             |
 
-The triton backend also accepts CPU tensors under `TRITON_INTERPRET=1`: slow, and how its kernels are tested without a
-GPU. Only the dense backend computes in float64.
+Under `TRITON_INTERPRET=1` the triton backend also accepts CPU tensors. That is slow; it serves to test the kernels
+without a GPU. Only the dense backend computes in float64.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from . import rows_cpp
-from .chunk import FrameStatistics, FrameUpstream, MatchTerms, Problem, TermWeights
+from .chunk import FrameStatistics, FrameUpstream, MatchTerms, Problem, RowOperations, TermWeights
 from .chunked import ChunkedEngine
 from .index import MatchIndex
 
@@ -111,3 +111,9 @@ def triton_engine(embeddings: Tensor) -> Engine:
 # Backend -> its engine for some embeddings [L, N, D]. Another engine can be registered here, with a smaller workspace
 # or other row operations.
 ENGINES: dict[str, Callable[[Tensor], Engine]] = {"cpp": cpp_engine, "triton": triton_engine}
+
+if TYPE_CHECKING:  # mypy checks here that each module has all operations
+    from . import narrow, rows_torch, rows_triton
+
+    _operations: tuple[RowOperations, ...] = (rows_cpp, rows_torch, rows_triton)
+    _engines: tuple[Engine, ...] = (narrow,)

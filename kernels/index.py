@@ -1,11 +1,11 @@
 """Rows and matches in the order in which the kernels read them.
 
-Built once per batch, where the batch is made (usually in a data worker), and moved to the device as it is. Each anchor
-becomes one row of a similarity matrix, in ascending order, so the rows of a sequence are neighbours. Matches are sorted
-by (row, frame, target): the matches of one row in one frame are one contiguous run, and every sum over matches has one
-fixed order.
+Built once per batch, where the batch is made (usually in a data worker), and moved to the device as it is. Each
+different anchor token becomes one row of a similarity matrix, in ascending order, so the rows of a sequence are
+contiguous. Matches are sorted by (row, frame, target): the matches of one row in one frame form one contiguous run, and
+every sum over matches has one fixed order.
 
-Numbers that decide about shapes and launches stay on the CPU (`spans`, `frame_ends`), so no launch waits for the
+Numbers that determine shapes and launches stay on the CPU (`spans`, `frame_ends`), so no launch waits for the
 device. Nothing is checked here; `gasp_fast.Matches` checks the indices first.
 """
 
@@ -24,7 +24,7 @@ IndexT = TypeVar("IndexT", bound="_Movable")
 
 
 class _Movable:
-    """Moves every tensor of an index but those that the host reads."""
+    """Moves every tensor of an index except those that the host reads."""
 
     def to(self: IndexT, device: torch.device | str, non_blocking: bool = False) -> IndexT:
         return self.map_tensors(lambda value: value.to(device, non_blocking=non_blocking))
@@ -85,7 +85,7 @@ class RowIndex(_Movable):
         )
 
     def tensors(self) -> list[Tensor]:
-        """All tensors in a fixed order: the form in which an index crosses an operator's signature."""
+        """All tensors in a fixed order: the form in which an index is passed to a PyTorch operator."""
         return [getattr(self, name) for name in _ROW_FIELDS]
 
     @staticmethod
@@ -106,7 +106,7 @@ class RowIndex(_Movable):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MatchIndex(_Movable):
-    """Rows, and the sorted matches of each."""
+    """The rows of a batch, and the sorted matches of each row."""
 
     rows: RowIndex
     run_start: Tensor  # int64 [A * P + 1], matches of row a in its p-th frame: [run_start[aP+p], run_start[aP+p+1])

@@ -8,19 +8,19 @@ number again, and the accumulator of a whole row fits on chip. So
     loss_terms        both loss terms, and the gradients of lse and expected values
     row_gradient      gradient of each row, from the tokens of its sequence             float32 [g, A, D]
     token_gradient    gradient of each token, from the rows of its sequence             float32 [g, N, D]
-    finish            their sum, and the pulls of matches; projected, in its own type
+    finish            both added, with the terms of the matches; projected; in the type of the embeddings
 
-Five matrix products instead of three. The last three lines are for `g` layers at a time, as many as fit the
-workspace, at least one; where the gradient itself is float32 it serves as the token part. Without `weights` the
-strategy stops after the second line. The temperature's gradient is `-(1 / tau) sum_i e_i . dA_i`, one number a row,
+Five matrix products instead of three. The last three steps run for `g` layers at a time, as many as fit the
+workspace, at least one; a float32 gradient tensor itself holds the token part. Without `weights` the strategy stops
+after the second step. The temperature's gradient is `-(1 / tau) sum_i e_i . dA_i`, one number a row,
 summed in a fixed order.
 
 **Eligibility.** Embeddings of at most 512 bytes (D <= 256 in 16 bits: the accumulators fill the registers of two
 warpgroups) in a type that tensor cores multiply: bfloat16, float16, or float32 where TF32 is allowed (D <= 128). IEEE
 float32 products run on the ordinary cores, where the library's kernels are far better than Triton's: the wide strategy
-takes those at any width.
+computes those at any width.
 
-This module has the three functions of `engines.Engine`.
+This module implements `engines.Engine` with three functions.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchTerms, Proble
 from .index import MatchIndex
 from .narrow_triton import NormedProblem
 
-WORKSPACE_BYTES = 96 << 20  # row gradients of the layers in flight; leaves room for statistics under 128 MiB
+WORKSPACE_BYTES = 96 << 20  # gradients of `g` layers; leaves room for statistics under 128 MiB
 
 
 def eligible(embeddings: Tensor) -> bool:
-    """Whether this strategy is the faster one. It computes other types and widths too, but slowly."""
+    """Whether this strategy is the faster one. It is also correct for other types and widths, but slow."""
     on_tensor_cores = embeddings.dtype in (torch.bfloat16, torch.float16) or narrow_triton.tf32_allowed()
     return on_tensor_cores and embeddings.element_size() * embeddings.shape[-1] <= narrow_triton.LONGEST
 

@@ -8,19 +8,20 @@ products is computed on the tensor cores and used in registers. What is computed
     row_gradient     rows x their sequence     dA_i = sum_k X_ik e_k, accumulated on chip           two products
     token_gradient   tokens x their rows       dE_k = sum_i X_ik e_i, accumulated on chip           two products
 
-with `X = dL/dx` as `rows_torch` defines it, but for the pull of each match on its target, which is sparse: `finish`
-adds that, for one token at a time, to the token's gradients as a row and as a column, projects, and writes. Each
-number has one writer and each sum one order: no atomics, equal bits for equal inputs. Blocks never cross the border
-of a frame or a sequence; two small tables, made on the host from the index, say where they begin and end.
+with `X = dL/dx` as `rows_torch` defines it, except for the part of the matches: each match subtracts its weight at its
+target, which is called its pull. Pulls are sparse, so `finish` adds them. For each token it sums the gradient as a row,
+the gradient as a column and the pulls, projects, and writes. Each number has one writer and each sum one order: no
+atomics, equal bits for equal inputs. Row blocks stay within a sequence and token blocks within a frame; two small
+tables, made on the host from the index, list where they begin and end.
 
 Exponentials are powers of two, `exp(s - lse) = 2^(x r_i r_k c - lse log2(e))` with `c = log2(e) / tau`: the change of
-base is part of the row's scale, which is multiplied in anyway. Columns beyond a block's end have the bias -inf there,
-so masking costs the same instruction as adding nothing.
+base is part of the row's scale, which is multiplied in anyway. Columns beyond a block's end are masked by a bias of
+-inf, whose addition is fused with that multiplication and costs no instruction.
 
-The tile of `X` enters the second product in the element type of the embeddings. Its rounding error is relative to each
-number, so nothing is lost by scaling, but fp16 has little range: there `X` is computed for *normalised* embeddings,
-rounded to fp16 as they are loaded (norms would not fit), and multiplied by a power of two that puts its bound at 2^14.
-In the other types embeddings stay raw and norms are part of `X`.
+The tile of `X` enters the second product in the element type of the embeddings. Rounding errors are relative to each
+number, so a scale factor changes no accuracy. But fp16 has little range: there `X` is computed for *normalised*
+embeddings, rounded to fp16 as they are loaded (norms would not fit), and multiplied by a power of two that brings its
+bound to 2^14. In the other types embeddings stay raw and norms are part of `X`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LN2 = constant(0.6931471805599453)
 
 
 class RowBlock(NamedTuple):
-    """A line of the table of row blocks, int64 [blocks, 6]: some rows of one sequence, and where that sequence is."""
+    """A line of the table of row blocks, int64 [blocks, 6]: some rows of one sequence, its frames and token blocks."""
 
     first_row: Any
     end_row: Any
@@ -108,7 +109,7 @@ def statistics(
 ):  # fmt: skip
     """One program: a block of rows against one frame of their sequence, by the online softmax of `rows_kernels`.
 
-    With `run_start`, a frame is left out by blocks of rows that have no match in it.
+    With `run_start`, a block of rows skips the frames in which it has no match.
     """
     group = tl.program_id(1).to(tl.int64)
     frame = tl.program_id(0) % frames
@@ -360,8 +361,8 @@ def finish(
 ):  # fmt: skip
     """One program: a few tokens. Adds their gradients as row and as column and the pulls of their matches; projects.
 
-    Also writes `e_i . dA_i` of each row, from which the temperature's gradient is summed. `out` is None where only
-    that is needed; `run_start` and the rest of its line are None where no match pulls.
+    Also writes `e_i . dA_i` of each row to `slopes`, from which the temperature's gradient is summed. `out` is None
+    where only that is needed. The arguments from `run_start` to `corr_weight_m` are None where there are no matches.
     """
     group = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

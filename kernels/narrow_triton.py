@@ -1,7 +1,7 @@
 """Launches of the narrow strategy's kernels: tile sizes, block tables, arguments.
 
-Tensors only, for embeddings of up to 512 bytes. The algorithm is explained in `narrow_kernels`, the order of the passes
-in `narrow`. Each launch lists its arguments in the order of the kernel's signature.
+For embeddings of up to 512 bytes. The algorithm is explained in `narrow_kernels`, the order of the passes in `narrow`.
+Each launch lists its arguments in the order of the kernel's signature.
 
 **Block tables.** Tokens are cut into blocks that stay within a frame, rows into blocks that stay within a sequence.
 Both tables are computed on the host, from the index, and copied to the device: no launch waits for a number from there.
@@ -24,9 +24,9 @@ from .rows_triton import empty_statistics, inverse_norms, value_width
 from .triton_launch import INTERPRETED, Tile, cdiv, launch, power_of_two
 
 LONGEST = 512  # bytes of an embedding
-# One 16-byte load a lane covers 256 numbers of two bytes: a warp for each of a match's two embeddings, twice over.
+# One 16-byte load a lane covers 256 numbers of two bytes, a whole embedding. Each warp computes two of the matches.
 MATCH_TILE = Tile(rows=8, columns=256, warps=4)
-# One warp for four tokens: four embeddings of 256 numbers are 32 registers a lane, and their loads fly together.
+# One warp for four tokens: four embeddings of 256 numbers take 32 registers a lane, and the four loads overlap.
 TOKENS_AT_ONCE = 4
 
 
@@ -41,13 +41,13 @@ class Tiles:
 
 
 # The resident tile is 64 or 128 whole embeddings, with a float32 accumulator of the same size in registers. The others
-# are streamed in blocks of 64, the least with which wgmma's reading of shared memory keeps up with its arithmetic, two
-# or three blocks in flight. Register counts are ptxas' for sm_90; none of these spills, which
-# tests/kernels/test_triton_aot.py asserts (for the pinned Triton 3.7; with 3.6, LONG_HALF's token_gradient spills 36
-# bytes).
+# are streamed in blocks of 64, two or three of them in flight; with smaller blocks wgmma would wait for its reads of
+# shared memory. Register counts are those of ptxas for sm_90. tests/kernels/test_triton_aot.py asserts that SHORT,
+# LONG, LONG_HALF and LONG_TF32 do not spill (with the pinned Triton 3.7; with 3.6, LONG_HALF's token_gradient spills
+# 36 bytes).
 #
 # Up to 256 bytes an embedding (D = 128 in 16 bits, 64 in TF32): 64 x 64 with one warpgroup. About 220 registers a
-# thread and at most 80 KiB: two programs share a multiprocessor, one exponentiates while the other multiplies.
+# thread and at most 80 KiB: two programs share a multiprocessor, one does exponentials while the other multiplies.
 SHORT = Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
 # Up to 512 bytes: an accumulator of 128 x 256 takes 128 registers of each of two warpgroups' threads, about 255 with
 # the tile; 64 KiB resident and 32 KiB for each streamed block, so one program to a multiprocessor.
@@ -75,7 +75,7 @@ def tiles_for(embeddings: Tensor) -> Tiles:
 
 
 def _roomy(device: torch.device) -> bool:
-    """Whether a program may use 160 KiB of shared memory; without a GPU, as on sm_90."""
+    """Whether a program may use 160 KiB of shared memory. Without a GPU the answer is that of sm_90."""
     if device.type != "cuda":
         return True
     capability = torch.cuda.get_device_capability(device)
@@ -96,7 +96,7 @@ class NormedProblem(Problem):
         return replace(self, embeddings=self.embeddings[layers], inverse_norm=self.inverse_norm[layers])
 
     def embedding_arguments(self) -> tuple[Any, ...]:
-        """What every kernel begins with: from `embeddings` to `row_token`."""
+        """The first arguments of every kernel, from `embeddings` to `row_token`."""
         embeddings = self.embeddings
         return (
             embeddings, *embeddings.stride(), self.inverse_norm, embeddings.shape[1], self.temperature,
@@ -104,7 +104,7 @@ class NormedProblem(Problem):
         )  # fmt: skip
 
     def value_arguments(self) -> tuple[Any, ...]:
-        """From `values` to `known`."""
+        """Kernel arguments from `values` to `known`."""
         if self.values is None or self.known is None:
             return None, None, None
         values = self.values.contiguous()
@@ -131,7 +131,7 @@ def tf32_allowed() -> bool:
 def stream_statistics(problem: NormedProblem, run_start: Tensor | None) -> FrameStatistics:
     """[G, A, P] statistics of all rows; `best` is a token of the batch.
 
-    With `run_start` (that of a `MatchIndex`), blocks of rows without a match in a frame leave it out.
+    With `run_start` (that of a `MatchIndex`), a block of rows skips the frames in which it has no match.
     """
     tile = tiles_for(problem.embeddings).statistics
     groups, rows, frames = problem.embeddings.shape[0], problem.rows.row_token.shape[0], problem.rows.longest
@@ -300,6 +300,6 @@ def _target_start(index: MatchIndex, tokens: int) -> Tensor:
 
 
 def _statistics_arguments(statistics: FrameStatistics, upstream: FrameUpstream) -> tuple[Tensor, ...]:
-    """From `lse` to `upstream_expected`."""
+    """Kernel arguments from `lse` to `upstream_expected`."""
     tensors = (statistics.lse, statistics.known_lse, statistics.expected, *upstream)
     return tuple(tensor.contiguous() for tensor in tensors)

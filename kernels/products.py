@@ -1,6 +1,6 @@
-"""The three matrix products of a chunk, through the library that is best at them on this device and type.
+"""The three matrix products of a chunk, each by the fastest library for this device and type.
 
-Similarities and gradients are float32 whatever the inputs are: other numbers are computed from them.
+Their results are float32 for every input type, because further computation starts from them.
 
 | device, input          | products run as                                                              |
 | ---------------------- | ---------------------------------------------------------------------------- |
@@ -31,7 +31,7 @@ class Products:
 
     element: torch.dtype
     converts: bool  # tokens are converted to `element`, block by block
-    wide_result: bool  # a 16-bit product can be asked for a float32 result
+    wide_result: bool  # a 16-bit product of torch can return float32
 
     @staticmethod
     def of(embeddings: Tensor) -> Products:
@@ -99,7 +99,7 @@ def has_amx() -> bool:
 
 @functools.cache
 def mkl_bf16_function() -> Any:
-    """MKL's bf16 x bf16 -> float32 product, which torch links but has no operator for; None where it is missing."""
+    """MKL's bf16 x bf16 -> float32 product, for which torch has no operator; None where torch does not contain MKL."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         function = ctypes.CDLL(str(library)).cblas_gemm_bf16bf16f32

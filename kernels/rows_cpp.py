@@ -1,8 +1,8 @@
 """The row operations on the CPU: the extension `csrc/rows.cpp` with the signatures of `rows_torch`.
 
 Tensors are passed as NumPy views, without a copy; bfloat16, which NumPy lacks, as its 16 bits. One layer at a time
-(`G = 1`): a CPU gains nothing from a wider launch. float16 takes the plain PyTorch path where the element type matters
-at all (norms and the last projection).
+(`G = 1`): a CPU gains nothing from several layers in one call. The extension does not know float16: norms and
+projections of float16 embeddings are computed by `rows_torch`.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def frame_statistics(
     """One program: `BLOCK_ROWS` rows against one frame. Frames run fastest, so neighbours share cache lines.
 
     `own_token` is None where a row's own token is a candidate, too. `run_start` is None where expected values are
-    needed for every row and frame; else only for those with a match.
+    needed for every row and frame; otherwise they are computed only where the row has a match in the frame.
     """
     group = tl.program_id(1).to(tl.int64)
     frame = tl.program_id(0).to(tl.int64) % frames
@@ -288,10 +288,10 @@ def similarity_gradient(
     out, out_g, out_r, out_n, rows, frames, limit,
     VALUES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_ROWS` rows against one frame. A number is read before it is written, by the same program,
+    """One program: `BLOCK_ROWS` rows against one frame. The same program reads each similarity before it writes there,
     so `out` may be the memory of `similarity`.
 
-    `run_start` and the rest of its line are None where no match pulls its target.
+    The arguments from `run_start` to `corr_weight_m` are None where there are no matches.
     """
     group = tl.program_id(1).to(tl.int64)
     frame = tl.program_id(0).to(tl.int64) % frames

@@ -141,7 +141,7 @@ def similarity_gradient(
 
 
 def project_gradient(gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor) -> None:
-    """`out = u - e_hat (e_hat . u)`, in the element type of `out`; `gradient` [n, D] is `u`, and may be `out`."""
+    """`out = u - e_hat (e_hat . u)`, in the element type of `out`; `gradient` [..., n, D] is `u`, and may be `out`."""
     unit = embeddings.float() * inverse_norm[..., None]
     radial = (unit * gradient).sum(-1, keepdim=True)
     clamped = inverse_norm[..., None] >= 1.0 / NORM_FLOOR

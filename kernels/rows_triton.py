@@ -1,9 +1,9 @@
 """The row operations of `rows_torch`, fused, in Triton: for any width of embedding.
 
-The two matrix products of a chunk are left to the library. Between them, one pass over the similarities computes the
-statistics and one the gradient; each reads and writes every number once. The kernels are in `rows_kernels`. Here are
-their launches, with the signatures and the meaning of `rows_torch`; each lists its arguments in the order of the
-kernel's signature.
+The matrix products of a chunk are left to the library. Between them, one pass reads the similarities for the
+statistics and one reads them again and writes the gradient. The kernels are in `rows_kernels`. This module launches
+them, with the signatures and the meaning of `rows_torch`; each launch lists its arguments in the order of the kernel's
+signature.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def similarity_gradient(
     upstream: FrameUpstream,
     runs: MatchRuns | None,
     weights: TermWeights | None,
-    out: Tensor,  # [G, R, n], the element type that the matrix products want; may be `chunk.similarity` itself
+    out: Tensor,  # [G, R, n], in the element type of the matrix products; may be `chunk.similarity` itself
 ) -> None:
-    """Write `dL/dx`. With `runs`, each match also pulls its target: `-weight` at its column."""
+    """Write `dL/dx`. With `runs`, each match adds its positive's gradient: `-weight` at its target's column."""
     groups, rows, _ = chunk.similarity.shape
     frames = chunk.frame_offsets.shape[0] - 1
     launch(
@@ -147,7 +147,7 @@ def project_gradient(gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor,
 
 
 def empty_statistics(groups: int, rows: int, frames: int, width: int, device: torch.device) -> FrameStatistics:
-    """Memory for the statistics, to be filled in by a kernel."""
+    """Uninitialised memory for the statistics, which a kernel writes."""
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -163,7 +163,7 @@ def value_width(values: Tensor | None, known: Tensor | None) -> int:
 
 
 def _similarity_arguments(chunk: RowChunk) -> tuple[Any, ...]:
-    """From `similarity` to `temperature`."""
+    """Kernel arguments from `similarity` to `temperature`."""
     row_scale, token_scale = dense_inner(chunk.row_scale), dense_inner(chunk.token_scale)
     return (
         chunk.similarity, *chunk.similarity.stride(),
@@ -172,7 +172,7 @@ def _similarity_arguments(chunk: RowChunk) -> tuple[Any, ...]:
 
 
 def _token_arguments(chunk: RowChunk) -> tuple[Any, ...]:
-    """From `own_token` to `known`."""
+    """Kernel arguments from `own_token` to `known`."""
     own_token = chunk.own_token if chunk.exclude_own else None
     if chunk.values is None or chunk.known is None:
         return own_token, chunk.frame_offsets, None, None, None

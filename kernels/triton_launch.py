@@ -1,7 +1,7 @@
-"""Launches Triton kernels: guarded import, tile sizes, one function.
+"""Declares and launches Triton kernels: `kernel`, `Tile`, `launch`.
 
-This module imports without Triton: kernels are then plain Python functions that are never called, and `launch` says
-what to install.
+This module also imports without Triton: kernels are then plain Python functions that are never called, and `launch`
+raises an error that says what to install.
 
 Tile sizes are fixed, so that two runs give the same bits and the first step is as fast as the last. They are defined
 beside the kernels they belong to, each with its reason. `GASP_FAST_AUTOTUNE=1` lets Triton time other numbers of warps
@@ -29,8 +29,8 @@ except ImportError:  # CPU builds of torch come without it
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
-# Numbers that change from batch to batch. Triton would compile a kernel anew for a value of 1 and for multiples of 16;
-# nothing is gained by it here, and the first hundred steps of a run would be spent compiling.
+# Numbers that change from batch to batch. Triton would compile a kernel anew for a value of 1 and for multiples of 16.
+# That makes these kernels no faster, and a run would compile again and again during its first hundred steps.
 VARYING = {"rows", "frames", "tokens", "matches", "longest", "first_token", "row_scale_g", "token_scale_g", "inverse_g"}
 VARYING |= {"positive_g", "term_g", "corr_weight_g", "depth_weight_g"}
 
@@ -76,7 +76,7 @@ class Tile:
 
 
 def launch(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel: `arguments` in the order of its signature, then its constants; the tile's are added here."""
+    """Run a kernel: `arguments` in the order of its signature, then its constants; those of the tile are added here."""
     if triton is None:
         raise ImportError("backend 'triton' needs Triton: pip install triton, or use backend='torch'")
     if 0 in grid:

@@ -1,4 +1,4 @@
-"""Model families: how a vision-language model is loaded, fed with frames, and where its parts are.
+"""Model families: how a vision-language model is loaded, how its inputs are made, and where its modules are.
 
 base.py              `Backbone`: what a model family defines; the registry; `load_backbone`
 qwen2_5_vl.py        Qwen2.5-VL

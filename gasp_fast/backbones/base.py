@@ -12,7 +12,7 @@ A new family is one new file in this folder: a subclass of `Backbone`, decorated
     visual_content      the chat-template entries for a number of frames
     visual_arguments    the processor's keyword arguments for frames
 
-and overrides what is not as in most transformers models. `load_backbone` imports every module of this folder before it
+and overrides what differs from most transformers models. `load_backbone` imports every module of this folder before it
 looks a family up; a class that is registered outside the package works as well. docs/extending.md shows an example.
 """
 
@@ -65,7 +65,7 @@ class AttentionShape:
 
 
 class Backbone(ABC):
-    """One model family: where its modules are, its visual tokens, and how it is fed."""
+    """One model family: where its modules are, its visual tokens, and how its inputs are made."""
 
     model_type: ClassVar[str]
     # Regular expression for q, k, v and o of the language model. It must include the module path, because a vision

@@ -58,7 +58,7 @@ def use_fast_modules(backbone: Backbone, model: nn.Module, config: ModelConfig) 
 
 
 def use_liger(model: Any) -> None:
-    """Liger's fused norms, rotary embeddings and MLPs, without its loss: ours only computes labelled tokens."""
+    """Liger's fused norms, rotary embeddings and MLPs, without its loss: ours skips tokens without a label."""
     try:
         import liger_kernel.transformers as liger
     except ImportError:

@@ -2,8 +2,7 @@
 
 The characters of an answer follow from the template itself: the conversation is rendered up to just before the answer
 (with the generation prompt) and up to just after it, and the answer is what the second text has beyond the first. This
-works for every template, without recognising any of them. If one rendering is not the beginning of the next, that is
-an error.
+needs no knowledge of any template. A rendering that is not the beginning of the next one raises an error.
 
 The tokens of an answer then follow from the tokenizer's character offsets. The processor expands each visual
 placeholder into as many tokens as the image needs, so its ids do not line up with the text. But visual tokens have no

@@ -1,6 +1,6 @@
-"""LLaVA-NeXT-Video: its pixel -> token map and how its frames are fed.
+"""LLaVA-NeXT-Video: its pixel -> token map and the processor's arguments.
 
-Frames are fed as a video: each frame becomes one pooled grid of tokens, row by row, with nothing between the frames,
+Frames are passed as a video: each frame becomes one pooled grid of tokens, row by row, with nothing between the frames,
 so frame `f` of `n` tokens owns tokens `[n f, n (f + 1))`. All videos of a batch have the same number of frames, because
 the model takes them as one tensor.
 

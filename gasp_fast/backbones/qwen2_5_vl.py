@@ -1,6 +1,6 @@
 """Qwen2.5-VL: its pixel -> token map, its faster vision modules, and the check of its three-dimensional positions.
 
-Frames are fed as images, not as a video. A Qwen video slice merges two frames into one set of tokens; an image keeps
+Frames are passed as images, not as a video. A Qwen video slice merges two frames into one set of tokens; an image keeps
 a token grid of its own, and its positions (temporal, row, column) are those the model was trained with for several
 images in one prompt.
 

@@ -30,7 +30,7 @@ class TinyConfig:
     vision_depth: int = 2
     vision_hidden_size: int = 64
     patch_size: int = 8
-    frame_size: int = 224  # a square frame of this size is not resized; for Qwen, its pixels are the most of any frame
+    frame_size: int = 224  # a square frame of this size is not resized; Qwen shrinks frames of more pixels
     vocabulary: int = 512
     context: int = 16384
     seed: int = 0
@@ -41,7 +41,7 @@ class TinyConfig:
     vision_full_layers: tuple[int, ...] | None = None  # for Qwen: layers without windows; None: the last one
 
 
-# The sizes of both 7B models (but a tiny tokenizer), to measure and count with random weights.
+# The sizes of both 7B models (with a tiny tokenizer), for benchmarks and FLOP counts with random weights.
 REAL = {
     "qwen2_5_vl": TinyConfig(
         model_type="qwen2_5_vl", hidden_size=3584, layers=28, query_heads=28, key_heads=4, intermediate_size=18944,

@@ -1,9 +1,9 @@
 """Window attention of Qwen's vision tower under SDPA: one call for all windows of equal length.
 
 FlashAttention takes windows of any lengths in one call. SDPA does not, so transformers calls it once per window: some
-27,000 calls for 24 frames of 896x504 pixels, each too small to fill a GPU (or to be worth a call on a CPU). But windows
-come in a handful of lengths: whole ones, and those cut by the right edge, by the lower edge, by both. Windows of one
-length form a batch. Every query sees the same keys as before; only the number of calls falls.
+27,000 calls for 24 frames of 896x504 pixels, each too small to use a GPU or a CPU well. But there are only a few window
+lengths: whole windows, and those cut by the right edge, by the lower edge, by both. Windows of one length form a batch.
+Every query sees the same keys as before; only the number of calls falls.
 
 transformers offers no extension point for this: a function registered with `AttentionInterface` is called once per
 window, too, after the tower has split its rows. Therefore `BatchedWindowAttention` replaces the module.
@@ -24,7 +24,7 @@ class WindowRows:
     """The rows of each window, grouped by window length. All blocks of a tower share one instance.
 
     The boundaries of windows are a tensor on the device, and reading it makes the host wait. A tower passes the same
-    two tensors to all its blocks (windows, and whole frames), so the groups of the last two are kept.
+    two tensors to all its blocks (windows, and whole frames), so the groups of the last two are cached.
     """
 
     def __init__(self) -> None:

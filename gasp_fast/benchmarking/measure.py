@@ -1,7 +1,7 @@
 """Times variants in interleaved rounds, after comparing each with a float64 reference.
 
-All variants run once in each round, so a machine that slows down slows all of them. Reported are medians over rounds,
-and ratios of medians to those of the bare products (the floor) in the same rounds. A variant whose loss or gradient is
+All variants run once in each round, so a machine that slows down slows all of them. Reports medians over rounds,
+and their ratios to the medians of the bare products (the floor) in the same rounds. A variant whose loss or gradient is
 wrong on a smaller problem is not timed.
 """
 

@@ -1,0 +1,1 @@
+"""Recipes: YAML files and command-line overrides, read into dataclasses."""

@@ -7,8 +7,8 @@ YAML, checks every value against the declared type and fills in the defaults. Th
   other value is replaced. Overrides come last.
 - Every error names the file (or the command line), the key and the value:
 
-      configs/qwen.yaml: optimizer.lr = 'fast' must be a number
-      command line: optimizer.learning_rate = 0.1 is no key of TrainConfig; the nearest is optimizer.lr
+      configs/qwen.yaml: train.learning_rate = 'fast' must be a number
+      command line: learning_rate = 0.1 is no key of TrainConfig; the nearest is train.learning_rate
 
 - Values are taken as written. Text does not become a number, a number does not become true or false, and OmegaConf's
   `${...}` and `???` are refused: a recipe reads no environment variable and calls no function.
@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 ConfigT = TypeVar("ConfigT")
-Keys = tuple[str, ...]  # ("optimizer", "lr") is the path optimizer.lr
+Keys = tuple[str, ...]  # ("train", "clip") is the path train.clip
 
 BASE = "base"  # the reserved key that names the file to build on
 COMMAND_LINE = "command line"

@@ -1,6 +1,7 @@
-"""Scenes, tracks and questions as arrays and files: no model, no tensor code.
+"""Scenes, tracks and questions as arrays and files. Only `depth/monocular.py` uses torch.
 
-A folder may import those below it in this list, never those above:
+A folder may import those below it in this list, never those above. `annotations` and `inspection` do not import each
+other, nor do `tracks` and `depth`, nor `scenes` and `video`.
 
     synthetic     renders scenes with exact geometry, and questions about them
     questions     conversations about videos: LLaVA-Video's schema, and questions made from tracks
@@ -11,6 +12,6 @@ A folder may import those below it in this list, never those above:
     scenes        photographs with cameras and depth, read from folders in several formats
     video         reads and writes video files
 
-and beside them `mixture` (interleaves data sources by weight), `permutation` (shuffles without a list), `compiled` (the
-C++ extensions) and `errors` (one-line messages).
+The modules beside them are `mixture` (interleaves data sources by weight), `permutation` (shuffles without a list),
+`compiled` (the C++ extensions) and `errors` (one-line messages).
 """

@@ -1,7 +1,7 @@
 """The C++ extensions `gasp_fast._tracks` and `gasp_fast._render`.
 
-They are imported by name: a plain `from gasp_fast import _tracks` would make this folder depend on the package's face,
-and through it on the loss and the heads.
+They are imported by name. A plain `from gasp_fast import _tracks` would make this folder depend on the package's
+`__init__.py`, and through it on the loss and the heads, which the import contracts forbid.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A Feistel network is a bijection of 2^2k numbers, whatever its round function. For another length it is applied again
 until the result is in range. The cycle returns to its start, which is in range, so this ends, after fewer than four
-steps on average. A resume needs only the position.
+steps on average. Resuming needs only the position.
 """
 
 from __future__ import annotations

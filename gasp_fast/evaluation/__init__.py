@@ -2,7 +2,7 @@
 
 dataset          sequences of frames with query points and their true positions
 evaluated_model  loads the model under evaluation, with its correspondence heads
-features         one forward pass that hands over each layer's features of the visual tokens
+features         one forward pass that gives a consumer each layer's features of the visual tokens
 matching         the most similar token of another frame for each query point
 predict          runs a batch of sequences and collects the predictions of each layer
 predictions      the predictions of a sequence, and their files

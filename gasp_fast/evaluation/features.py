@@ -113,7 +113,7 @@ def _capture_attention(hooks: ExitStack, evaluated: EvaluatedModel, positions: T
     """Features `qk` after the rotary embedding: the inputs of transformers' attention function.
 
     All models of transformers look their attention function up by name in one table. It is replaced there for the
-    forward pass by a function that hands over its inputs and calls the original.
+    forward pass by a function that gives the consumer its inputs and calls the original.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

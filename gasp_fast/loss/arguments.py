@@ -1,7 +1,7 @@
-"""Checks of the public functions' arguments. Each error names the argument, the offending value and the cure.
+"""Checks of the public functions' arguments. Each error names the argument, the wrong value and the cure.
 
 Types and shapes are checked before any kernel runs. Numbers are read only where they are on the CPU: reading one from a
-GPU waits for it.
+GPU makes the host wait for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def checked_embeddings(embeddings: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One tensor [L, N, D], or L tensors [N, D]: the form the operators take."""
+    """As a list of one tensor [L, N, D] or [N, D], or of L tensors [N, D]: the form that the operators take."""
     if isinstance(embeddings, Tensor):
         _check_plain("embeddings", embeddings)
         if embeddings.dim() not in (2, 3):

@@ -2,10 +2,10 @@
 
 `FusedLoss` has the weight of every term in forward, so it computes the gradient in the same pass and backward only
 scales it. `UnreducedTerms` returns the terms one by one; backward runs the pass again with the upstream gradients as
-weights. `FrameMatching` is the primitive, with its gradient.
+weights. `FrameMatching` is `frame_match` with its gradient.
 
-None of them can be differentiated twice: what backward returns was computed, not recorded. `create_graph=True` raises
-an error, where silence would give zeros.
+None of them can be differentiated twice, because autograd does not record how backward computes its gradients.
+`create_graph=True` raises an error; without this check second derivatives would silently be zero.
 """
 
 from __future__ import annotations

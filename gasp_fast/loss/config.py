@@ -1,4 +1,4 @@
-"""`LossConfig`: how embeddings are compared. One description, from a recipe down to the kernels."""
+"""`LossConfig`: the settings of the loss, in a recipe and in `gasp_loss`."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class LossConfig:
 
     @property
     def geometric(self) -> bool:
-        """Whether there is anything to supervise layers with."""
+        """Whether any term has a weight, so that layers are supervised."""
         return self.corr_weight > 0 or self.depth_weight > 0

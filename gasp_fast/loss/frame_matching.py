@@ -1,6 +1,6 @@
 """`frame_match`: each query token against each frame of its sequence, without a similarity matrix.
 
-The primitive under the loss and every report. The values may be depths, coordinates or any other small vector.
+Evaluation is built on it; the loss uses the same kernels. The values may be depths, coordinates or any small vector.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class LayerMetrics:
 @dataclass(frozen=True)
 class GaspOutput:
     loss: Tensor  # []; [L, M] under reduction="none"
-    corr: Tensor  # like `loss`
-    depth: Tensor  # like `loss`
+    corr: Tensor  # shape of `loss`
+    depth: Tensor  # shape of `loss`
     corr_per_layer: Tensor  # [L], detached
     depth_per_layer: Tensor  # [L], detached
     metrics: LayerMetrics | None

@@ -1,7 +1,7 @@
 """`Matches`: the ground truth of the geometric losses, as token indices, frames and depths.
 
-A `Matches` is checked once, when it is made. Its users need not read the numbers again, which on a GPU would wait for
-the device.
+A `Matches` is checked once, when it is created. Its users need not read the numbers again, which would make the host
+wait for a GPU.
 """
 
 from __future__ import annotations

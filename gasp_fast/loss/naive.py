@@ -1,7 +1,7 @@
-"""The loss in plain PyTorch: the definition of the mathematics, and the reference of every test.
+"""The loss in plain PyTorch: the definition of the mathematics, and the reference of the tests.
 
-It shares no code with the backends. It keeps the whole `[L, M, N]` table of similarities and is differentiated by
-autograd, so it is for small problems; in float64 it is exact enough to judge all others.
+It shares no code with the backends. It stores the whole `[L, M, N]` table of similarities and is differentiated by
+autograd, so it is for small problems; in float64 it is exact enough to measure the error of the backends.
 
 For a match (i, t) with `t` in frame `b`, with embeddings `e` normalised to length 1 and `s_ik = <e_i, e_k> / tau`:
 

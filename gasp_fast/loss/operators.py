@@ -1,4 +1,4 @@
-"""The engines as PyTorch operators, which `torch.compile` does not look into; their fakes give every shape.
+"""The engines as PyTorch operators, which `torch.compile` does not trace; fake functions give it the shapes.
 
 | operator                          | computes                                                                    |
 | --------------------------------- | --------------------------------------------------------------------------- |
@@ -7,9 +7,9 @@
 | `gasp_fast::frame_match`          | the statistics of each row over each frame                                  |
 | `gasp_fast::frame_match_gradient` | the gradient of a weighted sum of these statistics                          |
 
-Operators take tensors and plain numbers, so an index crosses as the list of its tensors and a `LossConfig` as its
-fields. None is differentiable by itself: `autograd.py` defines their gradients. Everything that rounds is inside, so a
-compiler that folds or reorders arithmetic around the operators cannot change a gradient.
+Operators take tensors and plain numbers, so an index is passed as the list of its tensors and a `LossConfig` as its
+fields. None is differentiable by itself: `autograd.py` defines their gradients. Every operation that rounds is inside,
+so a compiler that folds or reorders arithmetic around the operators cannot change a gradient.
 
 Embeddings come as a list: either one tensor [L, N, D] or L tensors [N, D]. Neither form is copied into the other.
 """
@@ -259,7 +259,7 @@ def _kernel_temperature(temperature: Tensor, embeddings: Sequence[Tensor]) -> Te
 
 
 def _without_autocast(embeddings: Sequence[Tensor]) -> torch.autocast:
-    """Products inside an operator run in their own types, whatever the caller's autocast says."""
+    """Products inside an operator run in their own types, also under a caller's autocast."""
     return torch.autocast(embeddings[0].device.type, enabled=False)
 
 

@@ -3,7 +3,7 @@
     loss = sum over layers l and matches m of
            layer_weights[l] * (corr_weight * corr_share * corr[l, m] + depth_weight * depth_share * depth[l, m])
 
-A share is what one match counts in a layer's mean (one over the number of matches that have the term) or sum (1).
+A share is the weight of one match in a layer's mean (1 / number of matches that have the term) or sum (1).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Efficiencies from a measured step.
 
-An efficiency is the time that the estimate gives a part at full speed over the time it took. What a step took beyond
-all its parts is `idle`, as a share of them. `benchmarks/step.py` writes the efficiencies into a file, and
+The efficiency of a part is its estimated time at full speed divided by its measured time. `idle` is the time of the
+step beyond that of all parts, as a share of it. `benchmarks/step.py` writes the efficiencies into a file, and
 `gasp-fast plan --measured` reads them.
 """
 
@@ -49,7 +49,7 @@ def calibrate(setup: TrainingSetup, gpu: GPU, step: MeasuredStep) -> dict[str, f
     """The fields of `Assumptions` that the step determines."""
     optimiser = step.parts.get("optimiser", 0.0)
     busy = step.accumulation * (sum(step.parts.values()) - optimiser) + optimiser
-    # A profiler slows down what it watches, so that parts may add up to more than the step took without it.
+    # A profiler slows a step down, so its parts may add up to more than the step took without it.
     scale = min(1.0, step.seconds / busy)
     ideal: dict[str, float] = {}
     for sequence in step.sequences:

@@ -14,7 +14,7 @@ addition are two):
 Backward costs once the forward where weights are frozen (only the input's gradient is computed), twice where they are
 trained, and in attention. A frozen vision tower has no backward. Forward and backward are the model FLOPs, and all
 that MFU counts. Recomputation comes on top: attention's backward computes its scores again (half of its forward), and
-under checkpointing decoder, attention and adapters run forward once more; heads and loss never do.
+under checkpointing decoder, attention, adapters and a trained vision tower run forward once more; the rest never does.
 """
 
 from __future__ import annotations

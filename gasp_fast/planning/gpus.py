@@ -30,14 +30,14 @@ GPUS = {
     "h100": GPU(memory=80e9, bf16=989e12, tf32=495e12, fp32=67e12, bandwidth=3.35e12, link=450e9),
     "h200": GPU(memory=141e9, bf16=989e12, tf32=495e12, fp32=67e12, bandwidth=4.8e12, link=450e9),
 }
-# Dense bf16 peaks of GPUs that no run is planned for: MFU needs no more of them.
+# Dense bf16 peaks of GPUs that cannot be planned for: all that MFU needs.
 OTHER_PEAKS = {
     "gb200": 2.5e15, "h100 pcie": 756e12, "l40s": 362e12, "rtx 4090": 165e12, "a10": 125e12, "v100": 125e12,
 }  # fmt: skip
 
 
 def find_gpu(device_name: str) -> GPU | None:
-    """The data sheet of the device that calls itself `device_name`, if it is in `GPUS`."""
+    """The data sheet of a device by the name it reports; None if it is not in `GPUS`."""
     return GPUS.get(_listed(device_name))
 
 
@@ -48,7 +48,7 @@ def _listed(device_name: str) -> str:
 
 @lru_cache
 def peak_flops(device: torch.device) -> float:
-    """FLOPs a second. A CPU, or a GPU that is not listed, is measured: its rate in one large product."""
+    """Peak FLOPs a second, bf16. A CPU (fp32), or a GPU that is not listed, is measured in one large product."""
     import torch
 
     if device.type == "cuda":

@@ -1,7 +1,8 @@
 """Memory of a GPU in training: weights, gradients, optimiser states, saved activations, and the working set on top.
 
 Whatever is trained is fp32: 4 bytes of weight, 4 of gradient, 8 of AdamW's moments, 4 more of DeepSpeed's own copy, and
-2 of the bf16 copy that autocast keeps. ZeRO divides states from stage 1, gradients from stage 2, weights in stage 3.
+2 of the bf16 copy that autocast keeps (not of heads). ZeRO divides states from stage 1, gradients from stage 2, weights
+in stage 3.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Time of an optimiser step, by part.
 
-A part takes its FLOPs over the peak of their precision times an efficiency, one part after the other. What is no
-product takes its traffic over the memory's bandwidth: each saved activation is written once and read once going
-forward, twice that going backward. The loss's products take the embeddings' type, and fp32 embeddings mean IEEE fp32,
-not tf32.
+Parts run one after the other. A part takes its FLOPs / (peak rate of its precision x efficiency). Whatever is not a
+matrix product takes its memory traffic / bandwidth: forward, each saved activation is written once and read once;
+backward, twice that. The loss's products have the embeddings' type; for fp32 embeddings that is IEEE fp32, not tf32.
 
 GPUs wait for each other, and sequences are of unequal length: of many GPUs one nearly always draws the longest.
 `waiting` is the expected excess of the slowest over the mean. From ZeRO-2 on GPUs meet at every micro-batch, otherwise
@@ -74,7 +73,7 @@ def expected_slowest(times: list[tuple[float, float]], ranks: int) -> float:
 
 
 def communication_bytes(setup: TrainingSetup, accumulation: int) -> float:
-    """Bytes that each GPU sends in an optimiser step, but for a factor (gpus - 1) / gpus."""
+    """Bytes that each GPU sends in an optimiser step, without the factor (gpus - 1) / gpus."""
     count, stage = setup.parameters, setup.sharding.stage
     trained = 4.0 * count.trained
     if stage < 2:

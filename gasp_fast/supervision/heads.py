@@ -79,8 +79,8 @@ class CorrespondenceHead(nn.Module):
         - `out_size` below the outputs of `W_Q`: the embeddings are expressed in the leading `out_size` left singular
           directions (`U^T` applied to output and bias). Cosine similarity is invariant to the rotation, so a head
           without bias gives exactly the similarities of the best approximation of rank `min(mid_size, out_size)`.
-        - Any larger `out_size` raises `ValueError`: the surplus coordinates would be zero for every token, and a
-          coordinate that is zero everywhere receives no gradient from a similarity.
+        - Any other `out_size` above the outputs or above `hidden_size` raises `ValueError`: the surplus coordinates
+          would be zero for every token, and such a coordinate receives no gradient from a similarity.
 
         `mid_size` defaults to half of hidden_size, `out_size` to the outputs of `W_Q`.
         """

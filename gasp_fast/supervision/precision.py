@@ -1,6 +1,6 @@
 """Linear layers with fp32 weights whose matrix products run at a chosen precision.
 
-    "fp32"  IEEE single precision, also where the process allows tf32 elsewhere
+    "fp32"  IEEE single precision, even if the process allows tf32
     "tf32"  tensor-core products with 10-bit mantissas (same as "fp32" on a CPU)
     "bf16"  inputs and weights rounded to bf16 for the product; the output is bf16
 
@@ -66,7 +66,7 @@ class _SinglePrecisionLinear(torch.autograd.Function):
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Run cuBLAS products of fp32 tensors as "ieee" or "tf32", whatever the process chose."""
+    """Run cuBLAS products of fp32 tensors as "ieee" or "tf32", then restore the setting of the process."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     try:

@@ -1,10 +1,10 @@
 """`GeometricSupervision`: heads on hidden states and their loss, computed and differentiated one layer at a time.
 
 A supervised layer takes the hidden state `[B, S, hidden]` of its decoder layer, selects the rows of the `N` visual
-tokens, embeds them with its head and compares the embeddings. The result is a scalar, so its gradients do not have to
-wait for the model's backward pass: the gradients with respect to the rows and to the head's weights are computed within
-the forward pass, on a graph that is freed there. Only those gradients are kept, and the backward pass multiplies them
-by the gradient of the scalar. Hence
+tokens, embeds them with its head and compares the embeddings. The result is a scalar, so its gradients can be computed
+before the model's backward pass: those with respect to the rows and to the head's weights are computed within the
+forward pass, on a graph that is freed there. Only those gradients are kept, and the backward pass multiplies them by
+the gradient of the scalar. Hence
 
 - the head activations and embeddings of at most one layer exist at a time, however many layers are supervised;
 - the loss is computed once, not again in backward, and its metrics need no pass of their own;

@@ -3,9 +3,10 @@
     adapter_model.safetensors, adapter_config.json    adapters (train.mode lora)
     model.safetensors …, config.json, processor       all weights (train.mode full): loads with transformers alone
     heads.safetensors                                 correspondence heads, and the temperature if it learns
-    optimizer.pt, scheduler.pt or global_stepN/       optimiser and schedule; the latter is DeepSpeed's
+    optimizer.pt or global_stepN/                     optimiser; the latter is DeepSpeed's
+    scheduler.pt                                      learning rate schedule
     rng_state*.pth                                    random number generators of each process
-    about.json                                        step, score, processes, ZeRO stage, mode; sums not yet logged
+    about.json                                        step, score, how the run was divided, sums not yet logged
 
 All processes write into `.checkpoint-N.partial`; the first one renames it when it is complete.
 """
@@ -34,7 +35,7 @@ ABOUT = "about.json"
 
 @contextmanager
 def complete_or_absent(folder: Path, processes: Processes) -> Iterator[Path]:
-    """A folder for all processes to write into, which becomes `folder` when they are done."""
+    """Yield a temporary folder for all processes to write into; it is renamed to `folder` when all are done."""
     partial = folder.with_name(f".{folder.name}.partial")
     if processes.first:
         sweep(folder.parent)
@@ -48,7 +49,7 @@ def complete_or_absent(folder: Path, processes: Processes) -> Iterator[Path]:
 
 
 def to_resume(out: Path, resume: str) -> Path | None:
-    """The checkpoint that `run.resume` names; None to begin anew."""
+    """The checkpoint that `run.resume` names; None: start from the beginning."""
     if resume == "never":
         if checkpoint_folders(out):
             raise ValueError(f"run.out = {str(out)!r} holds checkpoints and run.resume = never; give another run.out")
@@ -74,11 +75,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     return facts
 
 
-# ---- which ones are kept --------------------------------------------------------------------------------------------
+# ---- rotation -------------------------------------------------------------------------------------------------------
 
 
 def rotate(out: Path, keep: int, keep_best: bool) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one. Renamed first: there is never half of one."""
+    """Remove all but the newest `keep` checkpoints and the best one. Each is renamed before it is deleted."""
     folders = checkpoint_folders(out)
     best = best_of(folders) if keep_best else None
     for folder in folders[:-keep]:
@@ -89,7 +90,7 @@ def rotate(out: Path, keep: int, keep_best: bool) -> None:
 
 
 def best_of(folders: list[Path]) -> Path | None:
-    """The checkpoint with the highest score, the oldest of several; None where none has a score."""
+    """The checkpoint with the highest score, the oldest if several share it; None if none has a score."""
     scores = {folder: read_about(folder)["score"] for folder in folders if (folder / ABOUT).is_file()}
     scored = [folder for folder in scores if scores[folder] is not None]
     return max(scored, key=lambda folder: scores[folder], default=None)
@@ -113,7 +114,7 @@ def write_random_state(folder: Path, processes: Processes) -> None:
 
 
 def read_random_state(folder: Path, processes: Processes) -> None:
-    """Set the generators as they were. A process that the checkpoint does not know keeps its own."""
+    """Restore the generators of this process. They stay as they are if the checkpoint has none for this rank."""
     path = _random_state(folder, processes)
     if not path.is_file():
         return
@@ -122,7 +123,7 @@ def read_random_state(folder: Path, processes: Processes) -> None:
     np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["cpu"])
     if processes.device.type == "cuda":
-        cuda = state["cuda"]  # older checkpoints of several processes hold those of all GPUs
+        cuda = state["cuda"]  # in older checkpoints a list, one for each GPU
         torch.cuda.set_rng_state(cuda[processes.device.index] if isinstance(cuda, list) else cuda, processes.device)
 
 

@@ -26,10 +26,10 @@ class RunConfig:
     log_every: int = 1  # steps; the last step is always logged
     save_every: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints to keep
-    keep_best: bool = True  # also keep the one with the best PCK (without heads: LM loss) since the one before it
+    keep_best: bool = True  # also keep the best one: PCK (without heads: LM loss) since the previous checkpoint
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio
     bad_steps: int = 3  # how many steps with a gradient that is not finite are skipped before the run stops
-    min_free_gb: float = 5.0  # free space on the disk of `out` without which the run stops
+    min_free_gb: float = 5.0  # the run stops if the disk of `out` has less free space
     progress: bool = True  # a progress bar (lines, where the output is no terminal), and a table at the end
 
     def __post_init__(self) -> None:

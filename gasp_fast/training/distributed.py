@@ -1,7 +1,7 @@
 """Rank, process group, DeepSpeed configuration and accelerate's `Accelerator`.
 
-The same command line runs alone, under torchrun and under the deepspeed launcher; all three describe themselves in the
-environment. Without a GPU, processes talk through gloo.
+The same command line runs alone, under torchrun and under the deepspeed launcher. Launchers pass rank and world size in
+environment variables. Without a GPU, processes communicate through gloo.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gasp_fast.processes import end_with_parent
 from .config import TrainConfig
 from .stream import Share
 
-TIMEOUT = timedelta(minutes=20)  # of a collective: long enough to load a model, short enough not to lose a night
+TIMEOUT = timedelta(minutes=20)  # of a collective: more than loading a model takes; a hung run ends after it
 
 LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # variables that torchrun and deepspeed set
 
@@ -126,7 +126,7 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
             )
     zero = tree.setdefault("zero_optimization", {"stage": 0})
     if not torch.cuda.is_available():
-        zero["overlap_comm"] = False  # there are no streams to overlap on
+        zero["overlap_comm"] = False  # a CPU has no streams to overlap
         for part in ("offload_optimizer", "offload_param"):
             if part in zero:
                 zero[part]["pin_memory"] = False
@@ -169,9 +169,9 @@ def fill_deepspeed(deepspeed: dict[str, Any], share: Share, clip: float, hidden_
 def make_accelerator(
     config: TrainConfig, processes: Processes, share: Share, deepspeed: dict[str, Any] | None
 ) -> Accelerator:
-    """Accelerate's view of the run. `deepspeed` has no "auto" left.
+    """The `Accelerator` of the run. `deepspeed` has no "auto" left (`fill_deepspeed`).
 
-    accelerate keeps its state for the life of a process, so DeepSpeed can be used by the first run of a process only.
+    accelerate keeps its state until the process ends, so only the first run of a process can use DeepSpeed.
     """
     try:
         PartialState(cpu=processes.device.type == "cpu")

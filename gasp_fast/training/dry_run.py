@@ -18,7 +18,7 @@ from .workload import BatchFlops
 
 
 def describe(config: TrainConfig, model: SupervisedModel, share: Share, processes: Processes) -> str:
-    """What is trained, how a step is divided, and the memory of weights, gradients and optimiser. Before sharding."""
+    """What is trained, how a step is divided, and the memory of its state. Call it before the model is sharded."""
     lines = [f"{'group':<10} {'parameters':>15} {'learning rate':>14}"]
     for group in trained_groups(model):
         rate = config.train.learning_rate * (config.train.head_lr_scale if group.name == "heads" else 1)

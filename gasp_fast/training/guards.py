@@ -1,9 +1,9 @@
 """Checks that stop a run that cannot succeed. Each error is one line that names the cause and the cure.
 
-Before the first step: the disk has room, no other run writes into the folder, adapters are where they belong, and the
-model places the tokens of the first batch correctly. After a few steps: every weight that should learn has moved. At
-every step: a gradient that is not finite is reported and its step skipped, a few times; then the run stops and saves
-the batch.
+Before the first step: no other run writes into the folder, adapters are on the expected modules, and the model places
+the tokens of the first batch correctly. Before the run and before each checkpoint: the disk has free space. After a few
+steps: every weight that a loss depends on has moved. At every step: a gradient that is not finite is reported and its
+step skipped; after too many of them the run stops and saves the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LEARNING_STEPS = 5  # after these, even during warm-up, every head and adapter m
 
 
 class GuardError(ValueError):
-    """A run must not begin, or not go on."""
+    """The run must not start, or must not continue."""
 
 
 def check_disk(config: RunConfig) -> None:
@@ -162,7 +162,7 @@ class BadSteps:
 
 
 def check_resume(config: TrainConfig, world_size: int, stage: int, folder: Path) -> None:
-    """Check that the run is divided as the checkpoint was: ZeRO splits the optimiser among the processes."""
+    """Check that the run is divided as the checkpoint was: ZeRO splits the optimiser states among the processes."""
     about = read_about(folder)
     now = {"ranks": world_size, "zero_stage": stage, "mode": config.train.mode, "batch_size": config.train.batch_size}
     for name, value in now.items():

@@ -5,11 +5,12 @@ One JSON object per logged step:
     step, loss, lm, corr, depth    means over the micro-batches of all processes since the last line; a term that no
                                    batch had, or that is not finite, is null
     corr_per_layer, depth_per_layer, pck_per_layer    [L], the same means
-    lr, grad_norm                  of the adapters (or the model); before clipping
+    lr                             of the adapters (or the model); heads have their own
+    grad_norm                      of all trained weights, before clipping
     tokens_per_s, mfu              over all processes
-    peak_memory                    bytes, the largest of all processes: of the GPU, or of the process without one
+    peak_memory                    bytes, the largest of all processes: of GPU memory, or without a GPU of the process
 
-The sums stay on the device and are fetched when a line is written, so no other step waits for the GPU.
+The sums stay on the device until a line is written, so that logging does not wait for the GPU at the other steps.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Meter:
 
 
 def finite(value: float | None) -> float | None:
-    """`value`, or None where JSON has no number for it."""
+    """`value`, or None if it is infinite or NaN, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -120,9 +121,9 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class RunLog:
-    """Where the first process reports a run: `log.jsonl`, the progress bar, the trackers of `run.report_to`.
+    """Reports a run from the first process: `log.jsonl`, the progress bar, the trackers of `run.report_to`.
 
-    As a context manager it closes them; after a run that was not broken off it draws and prints the summary.
+    As a context manager it closes them and, if there was no error, draws and prints the summary.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The training loop: next batches, forward, backward, clip, step, schedule, check, log, save.
 
-accelerate runs it on one process, under DDP and under DeepSpeed. A run resumes exactly: a step's samples are a function
-of the step's number (`stream.py`), and a checkpoint holds everything else that a step depends on.
+The same loop runs on one process, under DDP and under DeepSpeed, through accelerate. A run resumes exactly: a step's
+samples are a function of its number (`stream.py`), and a checkpoint holds everything else that a step depends on.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class TrainingLoop:
         self.state = TrainState(config, model, share, steps, processes, deepspeed)
         self.meter = Meter(0 if model.supervision is None else len(model.supervision.layers), processes.device)
         self.bad_steps = guards.BadSteps(config.run, processes.rank)
-        self.learning: guards.LearningGuard | None = None  # during the first steps
-        self.scores: list[float] = []  # of the log lines since the last checkpoint
+        self.learning: guards.LearningGuard | None = None  # only in the first steps of a new run
+        self.scores: list[float] = []  # of each log line since the last checkpoint
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ class TrainingLoop:
                     self.save(step)
 
     def batches(self, done: int, resume: Path | None = None) -> Iterator[tuple[int, list[Batch]]]:
-        """Each step after `done`, with this process's micro-batches of it."""
+        """Yield each step number after `done`, with this process's micro-batches of that step."""
         pin = self.processes.device.type == "cuda"
         loader = make_loader(self.config.data, self.stream, self.model.backbone, self.share, self.steps, pin, done)
         micro_batches = iter(loader)
@@ -73,7 +73,7 @@ class TrainingLoop:
             of_step = [next(micro_batches) for _ in range(self.share.accumulation)]
             if step == done + 1:
                 guards.check_positions(self.model, of_step[0])
-                if resume is not None:  # only now, because the loader draws a random number when it begins
+                if resume is not None:  # not earlier: the loader draws a random number when it starts
                     checkpoints.read_random_state(resume, self.processes)
             yield step, of_step
 
@@ -84,7 +84,7 @@ class TrainingLoop:
         return self.update(step, micro_batches)
 
     def forward_backward(self, batch: Batch) -> None:
-        """Add the gradient of one micro-batch. Processes exchange gradients with the last micro-batch of a step."""
+        """Add the gradient of one micro-batch. Below ZeRO-2, processes exchange gradients at a step's last one only."""
         state, flops = self.state, self.batch_flops(batch)
         batch = {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
         with state.accelerator.accumulate(state.engine):
@@ -92,15 +92,18 @@ class TrainingLoop:
             self.meter.add(outputs, len(batch["matches"]), batch["input_ids"].numel(), flops)
             if self.learning is not None:
                 self.learning.add(outputs, batch["matches"])
-            state.accelerator.backward(outputs["loss"])  # at the last one, DeepSpeed also clips and steps in here
+            state.accelerator.backward(outputs["loss"])  # at a step's last one, DeepSpeed also clips and steps in here
 
     def update(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:
-        """Clip the gradient, step the optimiser and the schedule. A gradient that is not finite changes no weight."""
+        """Clip the gradient, step the optimiser and the schedule. A gradient that is not finite changes no weight.
+
+        DeepSpeed has clipped and stepped in `backward`: there, only the schedule is stepped here.
+        """
         state = self.state
         norm = state.accelerator.clip_grad_norm_(state.engine.parameters(), self.config.train.clip)
         norm = None if norm is None else float(norm)  # over all processes, so that all of them skip the same steps
         if norm is not None and not math.isfinite(norm):
-            state.engine.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
+            state.engine.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
             self.report_bad_step(step, micro_batches)
         state.optimizer.step()
         learning_rate = float(state.schedule.get_last_lr()[0])
@@ -109,10 +112,10 @@ class TrainingLoop:
         state.optimizer.zero_grad()
         return learning_rate, norm
 
-    # ---- around it --------------------------------------------------------------------------------------------------
+    # ---- start, log, save -------------------------------------------------------------------------------------------
 
     def begin(self, resume: Path | None = None) -> int:
-        """Load the checkpoint, if there is one. Returns the number of steps that are done."""
+        """Load the checkpoint; without one, start the `LearningGuard`. Returns the number of completed steps."""
         if resume is None:
             self.learning = guards.LearningGuard(self.model)
             return 0
@@ -129,7 +132,7 @@ class TrainingLoop:
         return self.record(step, *self.train_step(step, micro_batches))
 
     def record(self, step: int, learning_rate: float, grad_norm: float | None) -> dict[str, Any]:
-        """The log line of a step. All processes must call."""
+        """The log line of a step; restarts the sums. All processes must call."""
         record = {"step": step, **self.meter.read(), "lr": learning_rate, "grad_norm": finite(grad_norm)}
         score = score_of(record)
         self.scores += [] if score is None else [score]

@@ -17,7 +17,7 @@ from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
 
-TRIES = 16  # unreadable sequences in a row after which the fault must lie elsewhere
+TRIES = 16  # unreadable sequences in a row after which the run stops
 OPEN_FRAMES = 16384  # of all scenes that stay open: tens of megabytes of poses and paths
 
 

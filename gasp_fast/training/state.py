@@ -67,7 +67,7 @@ class TrainState:
             self.engine.load_checkpoint(str(folder), load_module_strict=not lora)
         else:
             read_weights(self.model, folder)
-            # One process reads into CPU memory, which is larger; on a node, every process would fill it once more.
+            # A single process reads into CPU memory, which is larger. Several on a node would each hold a copy there.
             place = processes.device if processes.world_size > 1 else "cpu"
             self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", place, weights_only=True))
         self.schedule.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))

@@ -4,7 +4,7 @@ A sample is a function of its position in the stream, and the positions of a ste
 So the number of steps is all that an exact resume needs to know of the data, and a step has the same samples on one
 process and on thirty-two:
 
-    position = step · batch_size + (micro_batch · world_size + rank) · micro_batch_size + place
+    position = step · batch_size + (micro_batch · world_size + rank) · micro_batch_size + place    (all from 0)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a `TrainConfig` computes, in the terms of `gasp_fast.planning`: for the plan of a run and the MFU in its log."""
+"""Describes a `TrainConfig` and its batches to `gasp_fast.planning`: for the plan of a run and the MFU in its log."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ class BatchFlops:
     def sizes(self, batch: dict[str, Any]) -> list[SequenceSize]:
         """The sizes of the sequences of a batch on the CPU, padding included.
 
-        Where frames have no fixed number of tokens, the text between them separates them. Sequences with tracks come
-        first here, whatever their row in the batch: sums over the batch are right.
+        Where frames have no fixed number of tokens, they are counted by the text between them. The sizes of tracks are
+        assigned to the first rows, not to their own: only sums over the batch are right.
         """
         visual = batch["input_ids"] == self.visual_token_id  # [B, S]
         tokens = visual.sum(1).tolist()

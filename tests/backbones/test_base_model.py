@@ -1,4 +1,4 @@
-"""The base model of a run is loaded as its configuration says."""
+"""The base model of a run is loaded as configured."""
 
 import sys
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Fixtures for scenes. `scene_*`: a small world with exact geometry in closed form."""
+"""Fixtures for scenes: a small world whose geometry is known in closed form, and recorded scenes."""
 
 from __future__ import annotations
 

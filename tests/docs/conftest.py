@@ -1,4 +1,4 @@
-"""A folder in which the commands of the documents find what they speak of, made once a session."""
+"""A folder with all inputs of the documents' commands, created once a session."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A copy of the prepared folder to work in; docs/data.md begins with raw data and has to make the rest itself."""
+    """A copy of the prepared folder to work in; docs/data.md begins with raw data and creates the rest itself."""
 
     def enter(document: str) -> Path:
         folder = tmp_path / "workplace"

@@ -1,4 +1,4 @@
-"""What the documents speak of, made small: models, scenes, annotations, a run, a report."""
+"""Creates small versions of what the documents name: models, scenes, annotations, a run, a report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
 LOOK = SyntheticConfig(frames=10, width=96, height=80, samples=1)
-# Appended to a command of the documents, so that it takes seconds; the last word counts.
+# Options appended to a command of the documents, so that it takes seconds; of two values of an option the last counts.
 SHORT_TRAINING = shlex.split(
     "model.dtype=fp32 train.steps=2 train.batch_size=2 lora.rank=4 heads.layers=all heads.compute=fp32 data.workers=0 "
     "data.scenes.held_out=0 data.qa.frames=2 data.vqa.frames=2 run.progress=false run.min_free_gb=0 deepspeed=null"
@@ -37,9 +37,9 @@ SHORT = {
 
 
 def prepare(root: Path) -> None:
-    """What the documents call MODEL, RUN, SCENES, REPORT and data/..., and the models' hub names as folders.
+    """Creates MODEL, RUN, SCENES, REPORT and data/... of the documents, and folders with the hub names of the models.
 
-    Names in capitals are links: a command whose `--out` is one of them makes its own instead.
+    Most names in capitals are links: a command whose `--out` is such a link replaces it.
     """
     models = {"Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl", "llava-hf/LLaVA-NeXT-Video-7B-hf": "llava_next_video"}
     for name, kind in models.items():
@@ -69,7 +69,7 @@ def prepare(root: Path) -> None:
 
 
 def as_downloaded(rendered: Path, root: Path) -> None:
-    """A rendered scene as DL3DV ships it, without depth, and what COLMAP's stereo would have left in `dense/`."""
+    """Writes a rendered scene in DL3DV's layout, without depth, with the output of COLMAP's stereo in `dense/`."""
     scene = open_scene(rendered)
     root.mkdir(parents=True)
     write_dl3dv(without_depth(scene), root)

@@ -1,17 +1,17 @@
-"""Every fenced block of README, CONTRIBUTING and docs/ is true, or says why it cannot be tried here.
+"""Every fenced block of README, CONTRIBUTING and docs/ works, or says why it is not run.
 
-What happens to a block follows from its language:
+The language of a block decides how it is checked:
 
     python   it is executed
-    bash     each command is read by the real parser, then run in a folder that holds what the documents speak of
-             (`prepared.py`), cut short by options that `SHORT` and `SHORT_TRAINING` append
+    bash     each command is parsed by the real parser, then run in a folder that holds its inputs (`prepared.py`),
+             shortened by the options in `SHORT` and `SHORT_TRAINING`
     yaml     its keys and values are read as part of a training configuration
-    text     a listing or a drawing: left alone
+    text     a listing or a drawing: not checked
 
-A comment on the line above a block changes that, and is the only other thing there is:
+A comment on the line above a block changes this:
 
     <!-- not run: 32 GPUs -->                       commands are still parsed, configurations still read
-    <!-- from: examples/custom_backbone.py -->      the block stands in that file (indentation aside)
+    <!-- from: examples/custom_backbone.py -->      the block is an excerpt of that file, apart from indentation
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def bare(text: str) -> str:
 
 
 def check_yaml(block: Block) -> None:
-    """Part of a recipe, laid over the one that all build on."""
+    """Reads a part of a recipe on top of the base recipe."""
     base = "" if "base:" in block.text else f"base: {ROOT / 'configs' / 'qwen2_5_vl_7b.yaml'}\n"
     path = Path("block.yaml")
     path.write_text(base + block.text)
@@ -103,7 +103,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 def try_command(words: list[str], block: Block) -> None:
-    """Parse what is ours; run it unless the block is marked. What is not ours needs the mark."""
+    """Parses a command of this project, and runs it unless the block is marked. Other commands need the mark."""
     run = block.mark is None
     command = shlex.join(words)
     for word in words:
@@ -145,14 +145,14 @@ def remove_prepared_output(words: list[str]) -> None:
 
 
 def training_arguments(words: list[str]) -> list[str] | None:
-    """What `gasp_fast.train` is given, whoever starts it."""
+    """The arguments of `gasp_fast.train`, whichever launcher starts it; None for another command."""
     if "gasp_fast.train" in words:
         return words[words.index("gasp_fast.train") + 1 :]
     return words[2:] if words[0] == "sbatch" else None
 
 
 def recipe_of(arguments: list[str], block: Block) -> TrainConfig:
-    """As the command line would read it, without training."""
+    """The configuration that the command line reads from `arguments`, without training."""
     read: list[TrainConfig] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train", lambda config, try_one_step: read.append(config))

@@ -1,4 +1,4 @@
-"""Whole evaluations of tiny models on rendered scenes: every metric equals loops in float64; stops are resumed."""
+"""Whole evaluations of tiny models on rendered scenes: every metric equals loops in float64; a stopped one resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file is either whole or absent, whatever happens to the process that writes it."""
+"""A file never holds part of its new content, whatever happens to the process that writes it."""
 
 from __future__ import annotations
 

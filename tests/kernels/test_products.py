@@ -14,7 +14,7 @@ from gasp_fast.kernels.products import Products
 
 @pytest.fixture
 def amx(monkeypatch):
-    """Take the bf16 path wherever MKL has the product: it emulates what the processor lacks."""
+    """Use the bf16 path wherever torch contains MKL, which emulates the product on processors without AMX."""
     if products.mkl_bf16_function() is None:
         pytest.skip("this torch carries no MKL")
     monkeypatch.setattr(products, "has_amx", lambda: True)
@@ -62,11 +62,11 @@ def test_float16_products_lose_no_small_gradient(monkeypatch, fp16_products):
     rounded[0] *= 8  # layers of different size
     truth = judge(problem, rounded, reduction="sum")
     embeddings, temperature = rounded.clone().requires_grad_(), torch.tensor(0.07, requires_grad=True)
-    # 2^-12: a loss scale that went the wrong way, or one of many terms; returned in float16, so scaled back here.
+    # The weights are 2^-12 of the usual ones, as if the loss were one of many. `backward` scales the gradient back.
     out = gasp_fast.gasp_loss(embeddings, problem.matches, temperature, corr_weight=0.3 / 4096,
                               depth_weight=1.0 / 4096, reduction="sum", backend="cpp")  # fmt: skip
     (out.loss * 4096).backward()
-    # In float16 the gradient is stored before it is scaled: what is left of it there is exact to one rounding.
+    # The gradient of the embeddings is stored in float16 before it is scaled back, so it is the less exact one.
     assert relative_error(temperature.grad, truth.temperature_gradient) < 2e-3
     assert relative_error(embeddings.grad, truth.embedding_gradient) < 2e-2
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel as it is launched compiles for Hopper, without spilling, and multiplies with wgmma."""
+"""Every Triton kernel compiles for Hopper as it is launched and does not spill; the streaming ones use wgmma."""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""Compiles what the Triton backend really launches, for sm_90 and without a GPU; prints one JSON object a kernel.
+"""Compiles the kernels that the Triton backend launches, for sm_90 and without a GPU; prints a JSON object for each.
 
 The host functions run on CPU tensors of real shapes, but each launch is replaced by a compilation with exactly the
-arguments, switches and tile it was asked for. Registers and spills are those that Triton's own `ptxas` reports,
+arguments, switches and tile of that launch. Registers and spills are those that Triton's own `ptxas` reports,
 instructions those in its disassembly. Must run without TRITON_INTERPRET.
 
     python triton_aot_report.py narrow,bfloat16,256

@@ -44,7 +44,7 @@ CASES = (
 
 
 class Model(nn.Module):
-    """Linear -> CorrespondenceHead -> gasp_loss: the shape of the real thing, in a few hundred numbers."""
+    """Linear -> CorrespondenceHead -> gasp_loss: the structure of a supervised model, with a few hundred weights."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def batch(case: Case, rank: int, step: int) -> tuple[Tensor, Matches]:
 
 
 def in_one_process(case: Case) -> dict[str, Tensor]:
-    """What the ranks together should arrive at: every step follows the mean of their gradients."""
+    """The parameters that the ranks must end with: every step follows the mean of their gradients."""
     model = Model(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for step in range(STEPS):

@@ -15,7 +15,8 @@ SMALL = 1500  # bytes of workspace: most problems take several chunks
 SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
 
 
-# A single candidate has no gradient at all, so nothing hides that of rounding; weighted -1 and 2 by "none".
+# With a single candidate the true gradient is zero, so rounding errors are not hidden. "none" weights the two layers
+# -1 and 2.
 SINGLE = Problem(
     embeddings=torch.tensor(
         [

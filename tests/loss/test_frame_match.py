@@ -55,7 +55,7 @@ def test_statistics_and_gradients_are_those_by_hand(seed, sequences, width, excl
     anchors = torch.randint(tokens, (5,), generator=generator)  # any order, repeats
     values = torch.randn(tokens, width, generator=generator)
     known = torch.rand(tokens, generator=generator) < 0.7
-    poisoned = torch.where(known[:, None], values, float("nan"))  # what is unknown must not be looked at
+    poisoned = torch.where(known[:, None], values, float("nan"))  # unknown values must not be read
 
     dtype = torch.float64 if backend == "torch" else torch.float32
     fast = embeddings.to(dtype).clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""`Matches` and the arguments of the loss: what is refused, and in which words."""
+"""Wrong `Matches` and wrong arguments of the loss raise errors that name value and cure; packing and moving."""
 
 import pickle
 

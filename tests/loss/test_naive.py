@@ -1,4 +1,4 @@
-"""`naive_loss` on problems small enough for paper: every rule of the definition by itself.
+"""`naive_loss` on problems small enough to solve by hand, one test for each rule of the definition.
 
 Embeddings are unit vectors, equal or orthogonal, so a similarity is 1 / tau or 0. With tau = 1 / log 2 an equal token
 counts 2 in every sum of exponentials and an orthogonal one 1.

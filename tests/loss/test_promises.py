@@ -1,4 +1,4 @@
-"""What every fast backend promises beyond being right, on the CPU; `test_gpu.py` has the same for a GPU."""
+"""Promises of the fast CPU backend beyond correct numbers; `test_gpu.py` tests those of a GPU."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_two_runs_agree_to_the_last_bit(dtype, reduction):
 
 @pytest.fixture
 def poisoned_memory():
-    """Every `torch.empty` is filled with NaN (or the largest integer): reading memory before writing it shows."""
+    """Every `torch.empty` is filled with NaN (or the largest integer): code that reads it before writing is found."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,6 +1,6 @@
-"""The CPU bars: time against three bare products and against dense PyTorch, interleaved in one run.
+"""Speed limits on the CPU: time relative to bare products and to dense PyTorch, interleaved in one run.
 
-Noise can only make a ratio worse, so a bar is met if one of a few tries meets it.
+Noise mostly makes a ratio worse, so a limit is met if one of a few tries meets it.
 """
 
 import statistics

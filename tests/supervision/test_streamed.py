@@ -82,7 +82,7 @@ def test_pck_is_not_a_number_where_tokens_have_no_place_on_a_grid():
 
 
 def test_at_most_one_layers_activations_are_alive(monkeypatch):
-    """Every head output is counted while it exists; a second one while the first still lives is one too many."""
+    """Head outputs are counted while they exist: there must never be two."""
     alive, counts = set(), []
 
     def watched(embeddings, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""One backend against `naive_loss` in float64: the same checks for every backend."""
+"""Compares a backend with `naive_loss` in float64. The checks are the same for every backend."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(problem: Problem, embeddings: Tensor, backend: str, **options):
 
 @dataclass(frozen=True)
 class Truth:
-    """What `run` returns and its output holds, from `naive_loss`."""
+    """The values that a backend must give, computed by `naive_loss`."""
 
     loss: Tensor
     embedding_gradient: Tensor
@@ -49,7 +49,7 @@ class Truth:
 
 
 def judge(problem: Problem, embeddings: Tensor | None = None, reduction: str = "mean", **options) -> Truth:
-    """The truth about these embeddings (those of the problem by default), in float64."""
+    """The correct values for these embeddings (by default the problem's own), in float64."""
     embeddings = (problem.embeddings if embeddings is None else embeddings).detach().double().clone().requires_grad_()
     temperature = torch.tensor(problem.temperature, dtype=torch.float64, requires_grad=True)
     matches = problem.matches
@@ -71,7 +71,7 @@ def judge(problem: Problem, embeddings: Tensor | None = None, reduction: str = "
 
 
 def weighted_sum(loss: Tensor) -> Tensor:
-    """The loss; under reduction "none" the sum of its terms [L, M], each with another weight."""
+    """The loss itself; under reduction "none" the sum of its terms [L, M], each with a different weight."""
     return (loss * upstream(loss.numel(), loss.dtype).view(loss.shape)).sum() if loss.dim() else loss
 
 
@@ -80,7 +80,7 @@ def upstream(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def natural_sizes(problem: Problem, reduction: str = "mean") -> dict[str, float]:
-    """Loss, dE and dtau where nothing cancels: similarities of 1 / tau, each differentiated at full weight."""
+    """Sizes of the loss and its gradients when nothing cancels: similarities of 1 / tau, each with its full weight."""
     layers, matches = problem.embeddings.shape[0], len(problem.matches)
     weights = {"mean": min(1, matches), "sum": matches}
     weights["none"] = float(upstream(layers * matches, torch.float64).abs().sum())
@@ -100,14 +100,14 @@ def assert_agrees(problem: Problem, dtype: torch.dtype, tolerance: float, backen
     assert relative_error(loss, truth.loss, natural["loss"]) <= tolerance
     assert relative_error(embedding_gradient, truth.embedding_gradient, natural["dE"]) <= tolerance
     assert relative_error(temperature_gradient, truth.temperature_gradient, natural["dtau"]) <= tolerance
-    size = natural_sizes(problem)["loss"]  # that of a mean, also where the loss is a sum
+    size = natural_sizes(problem)["loss"]  # the size of a mean, also if the loss is a sum: the stricter one
     assert relative_error(out.corr_per_layer, truth.corr_per_layer, size) <= tolerance
     assert relative_error(out.depth_per_layer, truth.depth_per_layer, size) <= tolerance
 
 
 @contextmanager
 def cpp_workspace(workspace_bytes: int) -> Iterator[None]:
-    """The "cpp" backend with a workspace of this size: small ones make several chunks of a small problem."""
+    """Runs the "cpp" backend with this workspace: a small one splits even a small problem into several chunks."""
     engine = ChunkedEngine(operations=rows_cpp, workspace_bytes=workspace_bytes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENGINES, "cpp", lambda embeddings: engine)

@@ -1,4 +1,4 @@
-"""Scene folders as they are downloaded, written without the package."""
+"""Writes scene folders as they are downloaded, without any code of gasp_fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def write_dl3dv_download(root: Path, world, image_folder: str = "images_4", json_folder: str = ".", **extra) -> Path:
-    """As DL3DV ships it: intrinsics for four times the stored size, camera-to-world in Blender axes."""
+    """The layout of DL3DV: intrinsics for four times the stored size, camera-to-world in Blender axes."""
     flip = np.diag([1.0, -1.0, -1.0, 1.0])
     (root / image_folder).mkdir(parents=True)
     (root / json_folder).mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ Float = NDArray[np.float64]
 
 
 class ExactTracks(NamedTuple):
-    """Where surface points really are; the layout of `build_tracks`."""
+    """The true tracks of surface points; arrays as in `Tracks`."""
 
     uv: Float  # [T, F, 2]
     visible: NDArray[np.bool_]  # [T, F]

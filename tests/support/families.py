@@ -17,7 +17,7 @@ FAMILIES = ("qwen2_5_vl", "llava_next_video", "llava")
 
 @dataclass(frozen=True)
 class Family:
-    """A backbone with a model, and two facts about the model that only tests need."""
+    """A backbone with a model, and facts about the model that only tests need."""
 
     backbone: Backbone
     model: Any
@@ -51,7 +51,7 @@ class Family:
 
 
 def _third_backbone() -> Any:
-    """The example of a new backbone. Importing it registers the backbone."""
+    """The module `examples/custom_backbone.py`. Importing it registers its backbone."""
     path = Path(__file__).parents[2] / "examples" / "custom_backbone.py"
     spec = importlib.util.spec_from_file_location("custom_backbone", path)
     assert spec is not None and spec.loader is not None
@@ -77,7 +77,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
-    """Each supported family, and a third one that examples/custom_backbone.py defines."""
+    """Each family that the package ships, and a third one that examples/custom_backbone.py defines."""
     return families[request.param]
 
 

@@ -110,10 +110,10 @@ def problems(
 def relative_error(ours: Tensor, truth: Tensor, natural: float = 0.0) -> float:
     """`||ours - truth|| / ||truth||`.
 
-    Where a gradient cancels to (nearly) nothing, rounding does not: a one-dimensional embedding has no tangent, a
-    match with a single candidate no loss. `natural` is the size the number has when nothing cancels; below a
-    twentieth of that, errors are measured against that twentieth (so 1e-5 asks for 5e-7 of `natural`: a few units
-    in the last place of float32).
+    Some results are (nearly) zero only because their terms cancel; rounding errors do not cancel. Examples: the
+    gradient of a one-dimensional embedding, the loss of a match with a single candidate. `natural` is the size of the
+    result if nothing cancelled. A result below a twentieth of it is compared with that twentieth, so a tolerance of
+    1e-5 is at least 5e-7 of `natural`: a few units in the last place of float32.
     """
     difference = (ours.detach().double() - truth.detach().double()).norm()
     return float(difference / max(float(truth.detach().double().norm()), 0.05 * natural, 1e-30))

@@ -8,7 +8,7 @@ from gasp_fast.data.tracks.build import Views
 
 
 def random_views(seed: int, frames: int = 5) -> Views:
-    """Uneven surfaces, holes, noise, coarser maps, images of several sizes, cameras with other views."""
+    """Uneven surfaces with holes and noise, coarser maps, images of several sizes, a different pose for each frame."""
     draw = np.random.default_rng(seed)
     size = np.array([[draw.integers(30, 90), draw.integers(20, 70)] for _ in range(frames)])
     depth, intrinsics, pose = [], [], []

@@ -19,12 +19,12 @@ FORMAT_NAMES = [module.NAME for module in FORMATS]
 
 
 def write_scene_as(name: str, scene: Scene, root: Path) -> None:
-    """Write `scene` into the folder `root` in the format `name`."""
+    """Writes `scene` into the folder `root` in the format `name`."""
     WRITERS[name](scene, root)
 
 
 def write_depth(path: Path, depth: np.ndarray, scale: float = 1.0) -> None:
-    """Write `depth / scale` in the format of the suffix. A `.png` rounds to whole units."""
+    """Writes `depth / scale` in the format of the suffix. A `.png` rounds to whole units."""
     stored = depth if scale == 1.0 else depth / np.float32(scale)
     suffix = path.suffix.lower()
     if suffix == ".npy":
@@ -55,7 +55,7 @@ def _write_images(scene: Scene, folder: Path) -> None:
 
 
 def write_rgbd(scene: Scene, root: Path, units_per_metre: float = 1000.0) -> None:
-    """Depth is rounded to 16-bit units; all frames must share one camera."""
+    """Rounds depth to 16-bit units. All frames must share one camera."""
     _folders(root, "color", "depth", "pose")
     _write_images(scene, root / "color")
     for i, name in enumerate(scene.frame_names):
@@ -79,7 +79,7 @@ def write_vggt(scene: Scene, root: Path) -> None:
 
 
 def write_dl3dv(scene: Scene, root: Path) -> None:
-    """Undistorted, with depth beside it as float32 `.npy`."""
+    """Writes undistorted photographs, and depth as float32 `.npy` files."""
     _folders(root, "images_4", "depths")
     _write_images(scene, root / "images_4")
     entries = []
@@ -100,7 +100,7 @@ def write_dl3dv(scene: Scene, root: Path) -> None:
 
 
 def write_colmap(scene: Scene, root: Path, points: dict[str, np.ndarray] | None = None) -> None:
-    """A dense workspace; `points` are the world positions [n, 3] that each frame, by name, observes."""
+    """Writes a dense workspace; `points` maps a frame's name to the world positions [n, 3] that it observes."""
     _folders(root, "images", "stereo/depth_maps")
     _write_images(scene, root / "images")
     images = []
@@ -113,7 +113,7 @@ def write_colmap(scene: Scene, root: Path, points: dict[str, np.ndarray] | None 
 
 
 def write_model(folder: Path, images: list[ModelImage]) -> None:
-    """Write undistorted `images` as a binary COLMAP model; the world positions in `points` become its 3D points."""
+    """Writes undistorted `images` as a binary COLMAP model; the world positions in `points` become its 3D points."""
     import pycolmap
 
     model = pycolmap.Reconstruction()

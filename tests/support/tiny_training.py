@@ -28,7 +28,7 @@ FAMILIES = ("qwen2_5_vl", "llava_next_video")
 
 @dataclass(frozen=True)
 class Assets:
-    """What a small run reads."""
+    """The inputs of a small run."""
 
     models: dict[str, Path]
     scenes: Path
@@ -92,7 +92,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def plain_step(model, batch, weights=(0.3, 1.0)):
-    """The geometric loss of a batch, written plainly: all hidden states, all heads at once, autograd for everything."""
+    """The geometric loss of a batch by plain autograd: all hidden states are kept, all heads run at once."""
     matches, positions = batch["matches"], batch["visual_positions"]
     inputs = {name: value for name, value in batch.items() if name not in ("matches", "visual_positions", "labels")}
     inner = model.model

@@ -1,6 +1,6 @@
 """Started by tests as one process: trains each configuration in turn on two processes of its own.
 
-The processes are forked from this one, which has imported everything already, and saves the time to do it again.
+The processes are forked from this one, which has already imported everything: importing again takes seconds.
 """
 
 import sys

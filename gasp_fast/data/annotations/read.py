@@ -1,7 +1,7 @@
 """Reads annotations: the tracks of each sequence, by number.
 
 A shard is opened when one of its sequences is read, and memory-mapped: only the bytes of that sequence are read. Memory
-does not grow with the number of annotations, and a sequence takes no memory until it is read.
+does not grow with the number of annotations.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ OPEN_SHARDS = 16
 
 @dataclass(frozen=True)
 class Annotation:
-    """The tracks of one sequence; no tracks at all if its scene could not be read."""
+    """The tracks of one sequence, as float32; no tracks if its scene could not be read."""
 
     scene: str
     tracks: Tracks
 
 
 class AnnotationCache:
-    """The annotations in a folder, by number; pickles into loader workers."""
+    """The annotations in a folder, by the number of the sequence. Can be pickled into loader workers."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)

@@ -98,7 +98,7 @@ def _no_tracks(frames: Sequence[int]) -> Tracks:
 
 
 def _is_valid(folder: Path, number: int, plan: AnnotationPlan) -> bool:
-    """Whether the shard exists, is complete and belongs to this plan. Not its checksum: that reads it all."""
+    """Whether the shard exists, is complete and belongs to this plan. Does not compute its checksum."""
     try:
         with safe_open(shard_path(folder, number), "numpy") as shard:
             header = read_header(shard)

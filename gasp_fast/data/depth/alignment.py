@@ -1,8 +1,9 @@
 """Fits the scale and shift of a monocular depth map to the sparse points of its frame, robustly.
 
 A monocular model predicts depth (or inverse depth) up to a factor and an offset. COLMAP's points have the scene's
-scale, at a few hundred pixels, some of them wrong. With x the prediction and y the truth (z, or 1/z), find a, b that
-minimise the relative error |a x + b − y| / y, which to first order is the relative error of the depth in both spaces.
+scale, at a few hundred pixels, some of them wrong. With x the prediction and y the truth (z, or 1/z), the fit finds
+a and b that minimise the relative error |a x + b − y| / y. To first order it is the relative error of the depth, in
+both spaces.
 
 1. Least median of squares: each of many pairs of points gives a line; the line with the smallest median error is
    taken. Nearly half of the points may be wrong. The pairs come from a fixed seed, so the fit is reproducible.

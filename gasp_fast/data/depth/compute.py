@@ -1,4 +1,4 @@
-"""Computes depth for a scene without: from COLMAP's stereo maps, or from a monocular model and sparse points.
+"""Computes depth for a scene that has none: from COLMAP's stereo maps, or from a monocular model and sparse points.
 
 Both write the folder `computed_depth/` (see `scenes/computed_depth.py`): maps of the undistorted frames in the scene's
 own unit, and the error of each map at the frame's sparse points. A predictor is any function from an image to a map;
@@ -25,7 +25,8 @@ from .alignment import FEWEST_POINTS, LARGEST_ERROR, SPACES, Alignment, Space, a
 
 Predictor = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] -> float [h, w]
 FRAMES_TO_FIND_SPACE = 8
-# float16 stores a depth to 0.05 %, a hundredth of the 5 % by which two views may differ, in half the bytes.
+# Within this range maps are stored as float16: half the bytes, and a relative error of 0.05 %, a hundredth of the 5 %
+# by which two views may differ.
 FLOAT16_RANGE = (1e-3, 6e4)
 
 
@@ -196,7 +197,7 @@ def _predicted_space(scene: Scene, predict: Predictor, points: dict[str, SparseP
 
 
 def _write(scene: Scene, index: DepthIndex, maps: Iterator[tuple[int, np.ndarray | None, FrameFit]]) -> DepthIndex:
-    """Writes the maps, then the index, so that a killed run leaves no index of incomplete maps."""
+    """Deletes the old index, writes the maps, then the index: a killed run leaves no index of incomplete maps."""
     folder = scene.root / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)

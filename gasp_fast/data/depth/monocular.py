@@ -11,7 +11,7 @@ import numpy as np
 
 
 class DepthModel:
-    """`DepthModel(folder)(image)` predicts depth or inverse depth, in the model's unit."""
+    """`DepthModel(folder)(image)` predicts depth or inverse depth, in a unit of the model's own."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         import torch

@@ -33,7 +33,7 @@ SEARCH_PIXELS = 1_000
 SEARCH_PAIRS = 4
 SEARCH_FACTORS = np.exp(np.linspace(math.log(1e-4), math.log(1e4), 65))
 MARGIN = 0.15
-FEWEST_COMPARED = 0.02  # of a pair's pixels; with less overlap the pair counts as not agreeing
+FEWEST_COMPARED = 0.02  # share of a gap's sampled pixels; with less overlap the gap counts as not agreeing
 
 # Name of each convention, and the function from the pose on disk to the pose under it.
 CONVENTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -51,11 +51,11 @@ AS_IT_IS = next(iter(CONVENTIONS))
 
 @dataclass(frozen=True)
 class GapAgreement:
-    """Frames `gap` apart: of the pixels of one that project onto known depth in the other, the share that agrees."""
+    """Agreement of frames `gap` apart, over the pixels of one that project onto known depth in the other."""
 
     gap: int
     baseline: float  # median distance of the two camera centres, in the scene's unit
-    share: float | None  # within `AGREEMENT`; None: no pixel could be compared
+    share: float | None  # of these pixels, within `AGREEMENT`; None: no pixel could be compared
     compared: int
 
 
@@ -115,7 +115,7 @@ def check_scene(scene: Scene) -> SceneReport:
 
 
 def _findings(scene: Scene, pairs: dict[int, list[tuple[int, int]]], report: SceneReport) -> list[str]:
-    """A wrong convention, a wrong depth scale, or low agreement without such an explanation."""
+    """Names a wrong convention, a wrong depth scale, or low agreement that neither explains."""
     wide = {gap: members for gap, members in pairs.items() if gap > 1} or pairs
     samples = {
         gap: _samples(scene, members[:: -(-len(members) // SEARCH_PAIRS)], SEARCH_PIXELS)
@@ -160,7 +160,7 @@ class _Sample:
     other_pose: np.ndarray
     other_camera: np.ndarray  # [3, 3] in pixels of the other depth map
     other_depth: np.ndarray  # [h, w]
-    pixels: int  # sampled in their own frame, of known depth or not
+    pixels: int  # number of sampled pixels, of known depth or not
 
 
 def _pairs(scene: Scene, gap: int) -> list[tuple[int, int]]:

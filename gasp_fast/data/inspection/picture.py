@@ -20,7 +20,7 @@ PANELS = 5
 STEPS = (0, 1, 5, 10, 20)
 GRID = 12
 NUMBERED = 16
-COLOURS = "viridis"  # monotonous in brightness, and safe for colour-blind readers
+COLOURS = "viridis"  # monotonic in brightness, and safe for colour-blind readers
 
 
 def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> Path:

@@ -253,7 +253,7 @@ def omitted_path(out: Path, number: int) -> Path:
 
 
 def write_shard(library: Path, annotations: Path, out: Path, config: VQAConfig, number: int) -> None:
-    """Writes the clips of one shard, then its records; `omitted-….txt` names the sequences that give no question."""
+    """Writes the clips of one shard, then its records; `omitted-….txt` lists sequences without a record, and why."""
     cache = AnnotationCache(annotations)
     folder = out / "videos" / f"{number:05d}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gasp_fast.data.video.read import Video, read_video
 
-MOST_BROKEN = 64  # unreadable videos in a row; after that the folder is wrong, not the videos
+MOST_BROKEN = 64  # records tried; if none has a readable video, the folder is wrong, not the videos
 SPEAKERS = ("human", "gpt")  # by turns, the human first
 
 
@@ -41,7 +41,7 @@ class QARecord:
     id: str
     turns: tuple[Turn, ...]
     data_source: str
-    video: str  # relative to the folder of its JSON
+    video: str  # relative to the folder of its JSON, or to the root
 
     @classmethod
     def from_json(cls, fields: Any) -> QARecord:
@@ -67,7 +67,7 @@ class QARecord:
 
 
 def record_json(identity: str, texts: Sequence[str], data_source: str, video: str) -> dict[str, Any]:
-    """A record as the schema has it; `texts` are the questions and answers, by turns."""
+    """A record in the schema; `texts` are alternately questions and answers."""
     talk = [{"from": SPEAKERS[place % 2], "value": text} for place, text in enumerate(texts)]
     return {"id": identity, "conversations": talk, "data_source": data_source, "video": video}
 

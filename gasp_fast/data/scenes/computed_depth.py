@@ -23,7 +23,7 @@ VERSION = 1
 
 @dataclass
 class FrameFit:
-    """The map of one frame and its fit; `error` is the median of |depth - sparse| / sparse over its sparse points."""
+    """The map of one frame; `error` is the median of |depth - sparse| / sparse over the frame's sparse points."""
 
     file: str | None  # None: unusable
     points: int = 0
@@ -47,7 +47,7 @@ class DepthIndex:
 
 
 def write_index(root: Path, index: DepthIndex) -> Path:
-    """Write the index beside its maps, atomically."""
+    """Writes the index beside its maps, atomically."""
     path = root / FOLDER / INDEX
     write_atomically(path, json.dumps(asdict(index), indent=1).encode())
     return path

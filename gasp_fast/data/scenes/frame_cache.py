@@ -1,6 +1,6 @@
 """A cache of decoded frames, one per process, bounded in bytes.
 
-Decoding a PNG takes a hundred times as long as one track through it, and the sequences drawn from one scene share
+Decoding a PNG takes a hundred times as long as computing one track in it, and the sequences drawn from one scene share
 frames. So the most recently used frames stay decoded.
 """
 

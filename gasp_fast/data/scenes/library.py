@@ -1,4 +1,4 @@
-"""Finds the scenes under a folder, with their lengths and digests.
+"""Finds the scenes under a folder, with their numbers of frames and digests.
 
 A scene's name is its path under the folder.
 """
@@ -21,7 +21,7 @@ DEEPEST = 4  # folders between the library and a scene; DL3DV has 1K/<hash>
 
 @dataclass(frozen=True)
 class SceneEntry:
-    """One scene of a library, when it was found."""
+    """One scene of a library, as it was when `survey` opened it."""
 
     name: str  # path under the library; "." if the library itself is a scene
     frames: int

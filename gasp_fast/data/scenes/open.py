@@ -11,7 +11,7 @@ from .scene import Scene
 
 
 def open_scene(path: str | os.PathLike[str]) -> Scene:
-    """The scene in the folder `path`; detects its format. An unusable scene is a one-line error that names the file."""
+    """The scene in the folder `path`, in any known format. An unusable scene is a one-line error naming the file."""
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")

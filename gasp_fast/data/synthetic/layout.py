@@ -41,7 +41,7 @@ class Box:
 
 
 def place_boxes(rng: np.random.Generator, room: Float, azimuth: float, count: int) -> tuple[Box, ...]:
-    """Two identical boxes on the line of sight of the middle of the path, one near and one far; the others at random.
+    """Two identical boxes, one near and one far as seen from the middle of the path; the others at random.
 
     Empty if the boxes do not fit; the caller then draws again.
     """

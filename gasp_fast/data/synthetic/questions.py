@@ -1,6 +1,6 @@
 """Questions and answers about synthetic scenes, in the schema of LLaVA-Video-178K, with an mp4 clip of each scene.
 
-They are the language side of joint training without a download. Answers follow from the exact geometry in the scene's
+They are language data for joint training without a download. Answers follow from the exact geometry in the scene's
 `meta.json` and poses, not from pixels. A question is written only if its answer is clear to a person: boxes that are
 hardly visible are not counted or named, and distances, positions and turns must differ by a margin.
 

@@ -1,7 +1,7 @@
 """Grey textures for the synthetic scenes.
 
 All textures have the same mean and contrast, so that brightness alone does not reveal the position of a patch. Each is
-periodic: a regular pattern whose cells have random shades (every few centimetres look different) plus 1/f noise.
+periodic: a pattern whose parts have random shades, so that no two places look the same, plus 1/f noise.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Builds point tracks from depth: follows points of one frame through the other frames.
 
-The recipe of GASP's appendix A and of VGGT. Query points of the first frame, on a grid of cell centres or on every
-pixel, are unprojected with that frame's depth and projected into every other frame. A point is visible in a frame if
-its projection lies at least `BORDER` pixels inside the image and its depth z agrees with the frame's depth map D at one
-of the four pixels around it: |z − D| < `AGREEMENT` of the smaller. Tracks visible in a single frame are dropped; of the
-others the half that is visible most often is kept.
+This is the recipe of GASP's appendix A and of VGGT. Query points of the first frame, on a grid of cell centres or on
+every pixel, are unprojected with that frame's depth and projected into every other frame. A point is visible in a frame
+if its projection lies at least `BORDER` pixels inside the image and its depth z agrees with the frame's depth map D at
+one of the four pixels around it: |z − D| < `AGREEMENT` of the smaller. Tracks visible in a single frame are dropped; of
+the others the half that is visible most often is kept.
 
 `reference.py` is the recipe in NumPy; `csrc/tracks.cpp` is the same arithmetic in the same order, with threads, and
 gives the same bits.
@@ -29,7 +29,7 @@ AGREEMENT = 0.05  # largest relative difference between two depths of one surfac
 
 @dataclass(frozen=True)
 class Tracks:
-    """`T` points in `F` frames, most visible first. Frame 0 is the query frame."""
+    """`T` points in `F` frames, most visible first. Frame 0 is the query frame. Annotations are read as float32."""
 
     frames: np.ndarray  # int64 [F], indices into the scene
     query: np.ndarray  # float64 [T, 2], pixels of frame 0, x then y
@@ -49,7 +49,7 @@ class Views:
     intrinsics: np.ndarray  # float64 [F, 3, 3], in pixels of the colour images
     pose: np.ndarray  # float64 [F, 4, 4], world-to-camera
     size: np.ndarray  # int64 [F, 2], (width, height) of the colour images
-    frames: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    frames: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64 [F], as in `Tracks`
 
     def __post_init__(self) -> None:
         count = len(self.depth)

@@ -79,7 +79,7 @@ def _agrees(
 
 
 def _most_visible(visible: np.ndarray, keep: float) -> np.ndarray:
-    """Kept tracks of `visible` [F, Q], as indices: of those visible twice or more the most visible; ties by index."""
+    """Indices of the kept tracks of `visible` [F, Q]: the most visible of those seen at least twice; ties by index."""
     seen = visible.sum(axis=0)
     candidates = np.flatnonzero(seen >= 2)
     order = candidates[np.argsort(-seen[candidates].astype(np.int32), kind="stable")]

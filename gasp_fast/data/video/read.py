@@ -5,9 +5,9 @@ one-line error that names the file. Only ordinary container formats are opened, 
 playlist that points elsewhere.
 
 The deadline is checked at three levels. FFmpeg checks it while it opens and reads the file, and `_read` checks it
-between frames. Neither can interrupt the decoding of one frame, so decoding runs in a thread that is abandoned when it
-is late. A thread cannot be killed, but PyAV decodes without the interpreter's lock: a stuck thread costs a core and
-blocks nothing, and `max_pixels` bounds the work for one frame.
+between frames. Neither can interrupt the decoding of one frame, so decoding runs in a thread that is abandoned after
+the deadline. A thread cannot be killed, but PyAV decodes without the interpreter's lock: a stuck thread costs a core
+and blocks nothing, and `max_pixels` bounds the work for one frame.
 """
 
 from __future__ import annotations
@@ -105,9 +105,8 @@ def _read(container: Any, frames: int, deadline: float, longest_side: int | None
     """
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
-    stream.codec_context.options = {
-        "max_pixels": str(LARGEST_FRAME)
-    }  # checked for every frame: sizes may change in mid-stream
+    # The decoder checks this for every frame: sizes may change within a stream.
+    stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}
     if stream.codec_context.width * stream.codec_context.height > LARGEST_FRAME:
         raise ValueError(f"implausible size {stream.codec_context.width} x {stream.codec_context.height}")
     kept: list[tuple[float, np.ndarray]] = []

@@ -63,7 +63,7 @@ def in_a_fork(work: Callable[[], object], seconds: float | None = None) -> bool:
 
 
 def die_at(moment: str, nth: int) -> None:
-    """Makes this process kill itself in its `nth` write, at the given moment."""
+    """Makes this process kill itself in its `nth` write, at `moment` of that write."""
     replace_file, sync, calls = os.replace, os.fsync, itertools.count(1)
 
     def end(at: str) -> bool:

@@ -35,7 +35,7 @@ def world_points(world, f: int, count: int = 200) -> np.ndarray:
 
 @pytest.fixture
 def depthless(scene_world, scene_boxes, tmp_path) -> Scene:
-    """As DL3DV is downloaded: JSON, photographs, and a COLMAP model in another frame, 2.5 times smaller."""
+    """A scene as downloaded from DL3DV, with a COLMAP model in other world axes and 2.5 times smaller."""
     root = tmp_path / "hash"
     root.mkdir()
     write_dl3dv(without_depth(scene_boxes), root)
@@ -148,7 +148,7 @@ def test_a_damaged_index_is_named(scene_world, depthless):
 
 
 def write_workspace(world, root: Path) -> None:
-    """A dense workspace as image_undistorter leaves it: a crop, so other intrinsics than the scene's."""
+    """A dense workspace as image_undistorter writes it: cropped, so its intrinsics differ from the scene's."""
     camera = world.camera.copy()
     camera[:2, 2] -= (10, 6)
     maps = root / "colmap" / "dense" / "stereo" / "depth_maps"
@@ -186,8 +186,8 @@ def run(*words) -> int:
 
 
 def test_the_command_runs_a_real_model_and_rejects_random_weights(scene_world, depthless, tiny_depth_model, capsys):
-    """Random weights predict no depth: the fit must reject them, frame by frame. Only in front of a flat wall, which
-    any prediction fits, do the last digits decide."""
+    """Random weights predict no depth: the fit must reject them, frame by frame. Only a frame of a flat wall may be
+    accepted, because any prediction fits it."""
     depths = [scene_world.depth(f) for f in range(scene_world.frames)]
     flat = {f"{f:04d}" for f, z in enumerate(depths) if np.median(np.abs(z / np.median(z) - 1)) < GOOD_ERROR}
     assert len(flat) <= 1

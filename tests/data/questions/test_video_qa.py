@@ -1,4 +1,4 @@
-"""LLaVA-Video-178K's layout is read, and a damaged file neither stops a run nor goes unnamed."""
+"""LLaVA-Video-178K's layout is read, and damaged records and videos are skipped and named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def clip(path: Path, grey: int) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two configs as on the hub; in the second, one video is cut off, one empty, one missing and one no video."""
+    """Two configs as on the hub. In the second, one video is truncated, one empty, one missing and one a text file."""
     first, second = tmp_path / CONFIGS[0], tmp_path / CONFIGS[1]
     clip(first / "source" / "good.mp4", 50)
     clip(second / "source" / "good.mp4", 120)

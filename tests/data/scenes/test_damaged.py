@@ -21,7 +21,7 @@ from gasp_fast.data.tracks.build import build_tracks
 
 @pytest.fixture
 def copies(scene_boxes, tmp_path):
-    """A scene of a format, to be damaged."""
+    """Writes the scene in a given format, as a copy that the test may damage."""
 
     def make(name: str) -> Path:
         root = tmp_path / name
@@ -283,7 +283,7 @@ def test_the_error_for_a_folder_without_scene_names_the_files_of_each_format(tmp
 
 @pytest.mark.parametrize("name", ["cameras", "images", "points3D", "rigs", "frames"])
 def test_colmap_files_are_counted_before_pycolmap_reads_them(scene_boxes, tmp_path, name):
-    """pycolmap itself reads on for ever where a count is wrong."""
+    """pycolmap itself reads without end if a count is wrong."""
     points = dict.fromkeys(scene_boxes.frame_names, np.ones((5, 3)))
     write_colmap(scene_boxes, tmp_path, points)
     path = tmp_path / "sparse" / f"{name}.bin"

@@ -1,4 +1,4 @@
-"""What counts as a scene of a library, and what its digest sees."""
+"""Which folders are found as scenes, and which changes of a scene change its digest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The questions are true, clear, balanced, in the right schema, and the same bytes every time."""
+"""The answers are true and balanced, the questions are clear, the schema is right, and the bytes are reproducible."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_counts_are_the_boxes_that_rays_hit(questions_of_scenes) -> None:
 
 
 def test_the_turn_follows_from_the_motion_of_the_view(questions_of_scenes) -> None:
-    """Turning left, what was straight ahead moves to the right in the image."""
+    """When the camera turns left, what was straight ahead moves to the right in the image."""
     checked = 0
     for scene, _, questions in questions_of_scenes:
         if "turn" in questions:

@@ -1,4 +1,4 @@
-"""The renderer's geometry is exact, its bytes repeat, and its scenes are as hard as intended."""
+"""The renderer's geometry is exact, its bytes are reproducible, and its scenes are as hard as intended."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_boxes_never_intersect() -> None:
 
 
 def test_the_same_position_guess_fails_on_most_points() -> None:
-    """PCK@2 of "nothing moved" on a 14 x 14 token grid, over sequences as the sampler draws them."""
+    """PCK@2 of "nothing moved" on a 14 x 14 token grid, over 30 random sequences of 12 frames."""
     rates = []
     for seed in range(100, 130):
         scene = make_scene(seed)
@@ -225,7 +225,7 @@ def test_a_written_folder_follows_the_rgbd_format(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 def test_rendering_is_fast_enough_for_fifty_scenes_a_minute(tmp_path: Path) -> None:
-    """50 scenes x 32 frames in 60 s on 2 cores is 75 ms of one core a frame; a noisy machine gets twice that."""
+    """50 scenes x 32 frames in 60 s on 2 cores is 75 ms of one core per frame."""
     start = time.process_time()
     folder = next(render_scenes(tmp_path, 1, workers=1))
     frames = len(list((folder / "color").iterdir()))

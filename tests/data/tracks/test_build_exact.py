@@ -1,4 +1,4 @@
-"""Tracks from depth maps against exact geometry: within half a pixel, and visible where they really are."""
+"""Tracks from depth maps against exact geometry: within half a pixel, and visible where the exact points are."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gasp_fast.data.synthetic.scenes import SyntheticConfig, SyntheticScene, mak
 from gasp_fast.data.tracks.build import Views, build_tracks, track_points
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler
 
-# With 7-pixel cells the grid's cell centres are pixel centres, where depth maps are exact: no error but the
-# millimetre of the depth file is left, and the recipe's own choices show.
+# With 7-pixel cells the grid's cell centres are pixel centres, where depth maps are exact up to the millimetre of the
+# depth file. So the remaining differences come from the recipe itself.
 GRID = 32
 SCENES = 8
 
-# The recipe compares depths within 5 % of the smaller, so it cannot see an occluder at depth D in front of a point at
-# z if z - D < 0.05 D, that is if D > z / 1.05: one nearer by less than 4.8 % of the point's own depth. It is meant to
-# ignore it (real depth is noisy). So one test allows 1 % of wrong decisions and ignores exactly these occluders; the
-# other compares with the exact geometry and ignores none.
+# Two depths agree if they differ by less than 5 % of the smaller. So the recipe misses an occluder at depth D in front
+# of a point at z if z - D < 0.05 D, that is if D > z / 1.05: if it is nearer by less than 4.8 % of z. This is intended,
+# because real depth is noisy. One test ignores exactly these occluders and allows 1 % of wrong decisions; another
+# compares with the exact geometry, ignores none, and allows 2 %.
 IGNORED = 1 - 1 / 1.05
 
 
@@ -71,7 +71,7 @@ def test_tracks_lie_within_half_a_pixel_of_the_truth(pairs: list[Pair]) -> None:
 
 @pytest.mark.parametrize("keep", [0.5, 1.0])
 def test_visibility_agrees_with_the_truth_within_one_percent(pairs: list[Pair], keep: float) -> None:
-    """Of all decisions; the exact tracks ignore the same occluders as the recipe, see IGNORED."""
+    """Share of all decisions. The exact tracks ignore the same occluders as the recipe, see IGNORED."""
     wrong = total = seen = 0
     for scene, truth, frames in pairs:
         tracks = build_tracks(scene, frames, grid=GRID, keep=keep)
@@ -96,8 +96,8 @@ def test_exactly_the_occluders_that_the_recipe_misses_are_ignored() -> None:
 
 @pytest.mark.parametrize("keep", [0.5, 1.0])
 def test_with_no_occluder_ignored_at_most_two_percent_of_decisions_are_wrong(pairs: list[Pair], keep: float) -> None:
-    """Against the exact geometry: 0.8 % of all tracks' decisions and 1.1 % of the kept half's when this was written,
-    nearly all of them at occluders that the recipe misses."""
+    """Measured when this was written: 0.8 % for all tracks, 1.1 % for the kept half, nearly all of them at occluders
+    that the recipe misses."""
     wrong = missed = total = 0
     for scene, truth, frames in pairs:
         tracks = build_tracks(scene, frames, grid=GRID, keep=keep)
@@ -110,7 +110,7 @@ def test_with_no_occluder_ignored_at_most_two_percent_of_decisions_are_wrong(pai
 
 
 def test_occlusion_is_common_enough_to_matter(pairs: list[Pair]) -> None:
-    """Points inside the image that something hides: without them only the image's edge would decide on visibility."""
+    """Without hidden points inside the image, visibility would depend on the image's edges alone."""
     hidden = inside = 0
     for _, truth, frames in pairs:
         y, x = np.mgrid[7:224:14, 7:224:14] + 0.5

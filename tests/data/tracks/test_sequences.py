@@ -55,7 +55,7 @@ def test_seed_and_epoch_change_the_draws_and_nothing_else_does() -> None:
 
 
 def test_draws_never_change_between_versions() -> None:
-    """Runs that resume after an upgrade, and annotations made before it, rely on these very numbers."""
+    """Resumed runs and existing annotations rely on exactly these numbers."""
     sampler = SequenceSampler([60, 32], SequenceConfig(per_scene=2, seed=7))
     assert sampler.draw(0, 0).frames == (29, 13, 22, 23, 43, 49, 50, 52)
 
@@ -98,7 +98,7 @@ def test_planning_two_million_sequences_stores_nothing_per_sequence() -> None:
 
 
 def test_the_split_depends_on_the_name_alone() -> None:
-    """These exact scenes: a version that moves one from testing to training would invalidate every comparison."""
+    """The last line fixes the scenes: a version that moves one from testing to training invalidates comparisons."""
     names = [f"{n:064x}" for n in range(4000)]
     held_out = {name for name in names if is_held_out(name, 0.05)}
     assert 0.04 < len(held_out) / len(names) < 0.06

@@ -1,4 +1,4 @@
-"""The right frames of a video, and one line for anything that is not a video."""
+"""A video gives the right frames; anything else gives a one-line error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRAMES, FPS = 40, 10
 
 @pytest.fixture(scope="session", params=["mp4", "mov", "webm", "avi"])
 def clip(request, tmp_path_factory) -> Path:
-    """The grey of each frame gives its number."""
+    """A clip in each container; the grey level of a frame encodes its number."""
     path = tmp_path_factory.mktemp("video") / f"clip.{request.param}"
     codec = {"mp4": "libx264", "mov": "mpeg4", "webm": "libvpx", "avi": "mjpeg"}[request.param]
     with av.open(str(path), "w") as container:
@@ -75,11 +75,11 @@ def test_the_deadline_holds_while_frames_are_decoded(clip, monkeypatch):
 
 
 def test_a_decoder_that_hangs_inside_one_frame_is_abandoned(clip):
-    """Checks between frames do not help there. The caller continues, also with the next file."""
+    """Checks between frames do not help here. The caller continues and can read the next file."""
     released, entered = threading.Event(), threading.Event()
 
     class Hanging(int):
-        """A longest side that never answers how it compares with a frame's."""
+        """A `longest_side` whose comparison with the side of a frame does not return."""
 
         def __lt__(self, other):
             entered.set()

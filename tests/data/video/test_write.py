@@ -1,4 +1,4 @@
-"""Clips are whole or absent, and play."""
+"""Clips are either complete or absent, and can be played."""
 
 from __future__ import annotations
 

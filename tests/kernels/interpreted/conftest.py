@@ -20,7 +20,7 @@ def device() -> str:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills new memory with NaN, so that an element which a kernel does not write is seen."""
+    """Fills new memory with NaN, so that a test finds elements which a kernel does not write."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):

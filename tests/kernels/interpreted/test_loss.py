@@ -1,6 +1,6 @@
 """`gasp_loss(backend="triton")` from end to end: the tests that every backend has to pass, on small shapes.
 
-These run the wide strategy (which takes IEEE float32 at any width); `test_narrow.py` runs the other.
+These run the wide strategy (which computes IEEE float32 at any width); `test_narrow.py` runs the narrow one.
 """
 
 import pytest

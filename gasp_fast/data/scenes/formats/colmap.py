@@ -1,8 +1,8 @@
 """`colmap`: a sparse model, its photographs, and the depth maps of COLMAP's multi-view stereo if it has run.
 
 Two layouts: a project (`sparse/0`, `images/`) and the dense workspace that `colmap image_undistorter` makes (`sparse`,
-`images/`, `stereo/depth_maps/NAME.geometric.bin`). A workspace inside a project (`dense/` or `dense/0/`) is preferred:
-only it has depth, computed on its own undistorted photographs.
+`images/`, `stereo/depth_maps/NAME.geometric.bin`). A workspace inside a project (`dense/`, `dense/0/`, …) is
+preferred if it has stereo maps: they belong to its own undistorted photographs.
 """
 
 from __future__ import annotations

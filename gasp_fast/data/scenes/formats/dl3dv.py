@@ -34,7 +34,7 @@ NAME = "dl3dv"
 JSON_NAME = "transforms.json"
 JSON_FOLDERS = (".", "nerfstudio", "colmap")  # the benchmark set has all files one folder further down
 MARKS = "transforms.json here, in nerfstudio/ or in colmap/"
-# 960 x 540 first: the resolution of the recipe, with a sixteenth of the pixels to decode.
+# images_4 (960 x 540) first: the resolution of the recipe, with a sixteenth of the pixels of the full photographs.
 IMAGE_FOLDERS = ("images_4", "images_8", "images_2", "images")
 BLENDER_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 PLAIN_CAMERAS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "SIMPLE_RADIAL")
