@@ -241,7 +241,8 @@ def main() -> None:
     quiet_libraries()
     device = machine(torch.device("cpu"))
     date = datetime.date.today().isoformat()
-    path = arguments.out / f"learning-{re.sub(r'[^A-Za-z0-9.]+', '-', device.split(',')[0])}-{date}.json"
+    name = "-".join(["learning", device.split(",")[0], date, *arguments.overrides])
+    path = arguments.out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
     results: dict[str, Any] = {"date": date, "machine": device, "torch": torch.__version__, "steps": arguments.steps}
     results |= {"lora_steps": arguments.lora_steps, "overrides": arguments.overrides, "seeds": {}}
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ void project(const View& shared, int64_t n, double border, Block& b) {
 // visible[i] = inside, and one of the four map pixels around (u, v) agrees with z; seen[i] counts it. No branch: a
 // point outside reads pixel 0 and is then masked out. A coarser map may end within the border: clamp.
 FOR_EACH_CPU
-void look(const Map& map, int64_t n, double agreement, Block& b, uint8_t* __restrict visible,
+void check_visibility(const Map& map, int64_t n, double agreement, Block& b, uint8_t* __restrict visible,
           int32_t* __restrict seen) {
     const int32_t last_column = map.width - 1, last_row = map.height - 1, width = map.width;
     const double scale_x = map.scale_x, scale_y = map.scale_y;
@@ -247,7 +247,7 @@ py::tuple track(const Array<double>& query, const py::list& depth, const Array<d
             std::fill_n(&seen[from], n, 1);
             for (int64_t f = 1; f < frames; ++f) {
                 project(views[f], n, border, block);
-                look(views[f].map, n, agreement, block, &visible[f * count + from], &seen[from]);
+                check_visibility(views[f].map, n, agreement, block, &visible[f * count + from], &seen[from]);
             }
         });
         order = most_visible(seen, frames, keep);

@@ -20,11 +20,11 @@ from PIL import Image
 from gasp_fast import build_tracks, open_scene
 from gasp_fast.data.scenes import formats
 from gasp_fast.data.scenes.depth_maps import DepthFile
-from gasp_fast.data.scenes.scene import Frame, Scene, pinhole, rigid_inverse, scene_of
+from gasp_fast.data.scenes.scene import Frame, Scene, build_scene, pinhole, rigid_inverse
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 
 NAME = "recorder"
-MARKS = "recording.json"
+FILES = "recording.json"
 OPENCV_FROM_RECORDER = np.diag([1.0, -1.0, -1.0, 1.0])  # y up and z backwards become y down and z forwards
 
 
@@ -46,7 +46,7 @@ def read(root: Path) -> Scene:
                 depth=DepthFile(root / f"{shot['name']}.npy"),
             )
         )
-    return scene_of(root, NAME, frames)  # refuses paths that leave the folder, skips and counts impossible cameras
+    return build_scene(root, NAME, frames)  # refuses paths that leave the folder, skips and counts impossible cameras
 
 
 formats.FORMATS = (sys.modules[__name__], *formats.FORMATS)  # tried first

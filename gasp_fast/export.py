@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, Conversation, load_backbone
 from .files import write_atomically
-from .run_folder import CONFIG, checkpoint_folders
+from .run_folder import CONFIG, weights_folder
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +90,7 @@ def export(
     """
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise FileExistsError(f"out = {str(out)!r} exists already; remove it, or name another folder")
+        raise FileExistsError(f"--out {str(out)!r} exists already; remove it, or name another folder")
     checkpoint = find_checkpoint(source, base)
     backbone = load_backbone(checkpoint.processor)
     stored = _stored_dtype(dtype, backbone)
@@ -154,31 +154,17 @@ def find_checkpoint(source: str | os.PathLike[str], base: str | None = None) -> 
     """The checkpoint `source`, or the newest checkpoint of the run `source`."""
     source = Path(source)
     if not source.is_dir():
-        raise FileNotFoundError(f"source = {str(source)!r} is not a folder; pass a run, or one of its checkpoints")
-    folder = source
-    if not _holds_model(source):
-        checkpoints = checkpoint_folders(source)
-        if not checkpoints:
-            raise FileNotFoundError(
-                f"source = {str(source)!r} holds neither a checkpoint's weights (adapter_model.safetensors or "
-                "model.safetensors) nor checkpoint-N folders; pass a run of gasp_fast.train, or one of its checkpoints"
-            )
-        folder = checkpoints[-1]
-        if not _holds_model(folder):
-            raise FileNotFoundError(
-                f"{folder} holds no gathered weights (adapter_model.safetensors or model.safetensors); after ZeRO-3 "
-                f"without gathering, run {folder}/zero_to_fp32.py first, or pass an older checkpoint"
-            )
+        raise FileNotFoundError(f"RUN {str(source)!r} is not a folder; pass a run, or one of its checkpoints")
+    folder = weights_folder(source)
+    if folder is None:
+        raise FileNotFoundError(
+            f"RUN {str(source)!r} holds neither a checkpoint's weights (adapter_model.safetensors or "
+            "model.safetensors) nor checkpoint-N folders; pass a run of gasp_fast.train, or one of its checkpoints"
+        )
     mode: Literal["lora", "full"] = "lora" if (folder / "adapter_config.json").is_file() else "full"
     named = base or _named_base(folder, mode)
     own = base is None and mode == "full" and (folder / "processor_config.json").is_file()
     return Checkpoint(folder, mode, named, str(folder) if own else named)
-
-
-def _holds_model(folder: Path) -> bool:
-    adapters = (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
-    whole = (folder / "config.json").is_file() and bool(list(folder.glob("model*.safetensors")))
-    return adapters or whole
 
 
 def _named_base(folder: Path, mode: str) -> str:

@@ -64,7 +64,7 @@ def in_processes(
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(done), done.result()
         except BrokenProcessPool:
-            raise OSError("a worker process was killed, perhaps for want of memory; try fewer of them") from None
+            raise OSError("a worker process was killed, probably out of memory; use fewer workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 

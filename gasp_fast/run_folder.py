@@ -24,6 +24,24 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
+def weights_folder(source: Path) -> Path | None:
+    """`source` if it holds weights, else the newest checkpoint of the run `source`; None if it has no checkpoint."""
+    if _holds_weights(source):
+        return source
+    newest = next(reversed(checkpoint_folders(source)), None)
+    if newest is not None and not _holds_weights(newest):
+        raise FileNotFoundError(
+            f"{newest} holds no gathered weights (adapter_model.safetensors or model.safetensors); after ZeRO-3 "
+            f"without gathering, run {newest}/zero_to_fp32.py first, or pass an older checkpoint"
+        )
+    return newest
+
+
+def _holds_weights(folder: Path) -> bool:
+    adapters = (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
+    return adapters or ((folder / "config.json").is_file() and any(folder.glob("model*.safetensors")))
+
+
 def run_containing(source: str | os.PathLike[str]) -> Path | None:
     """The run that `source` is, or is a checkpoint of; None for any other model."""
     source = Path(source)

@@ -84,7 +84,7 @@ class ChunkedEngine:
         negatives: str,  # "sequence" | "frame"
         eps: float,
         gradient: Tensor | None,  # [L, N, D], written
-        want_temperature: bool,
+        needs_temperature_gradient: bool,
     ) -> Tensor | None:
         """Both terms of every match; with `weights`, the gradients of `sum weights * terms`.
 
@@ -104,7 +104,7 @@ class ChunkedEngine:
             if x is not None and upstream is not None:
                 self.operations.similarity_gradient(chunk, statistics, upstream, runs, chunk_weights, x)
 
-        return self._for_each_chunk(problem, row_pass, weights or (), gradient, want_temperature)
+        return self._for_each_chunk(problem, row_pass, weights or (), gradient, needs_temperature_gradient)
 
     def frame_match(self, problem: Problem) -> FrameStatistics:
         """[L, A, P] statistics of every row over every frame of its sequence; `best` is a token of the batch."""
@@ -127,7 +127,7 @@ class ChunkedEngine:
         statistics: FrameStatistics,
         upstream: FrameUpstream,
         gradient: Tensor | None,  # [L, N, D], written
-        want_temperature: bool,
+        needs_temperature_gradient: bool,
     ) -> Tensor | None:
         """The gradients of `sum upstream.lse * lse + sum upstream.expected * expected`."""
 
@@ -140,7 +140,7 @@ class ChunkedEngine:
                     chunk, FrameStatistics(*chunk_statistics), FrameUpstream(*chunk_upstream), None, None, x
                 )
 
-        return self._for_each_chunk(problem, row_pass, upstream, gradient, want_temperature)
+        return self._for_each_chunk(problem, row_pass, upstream, gradient, needs_temperature_gradient)
 
     def _for_each_chunk(
         self,
@@ -148,11 +148,11 @@ class ChunkedEngine:
         row_pass: RowPass,
         upstream: Sequence[Tensor] = (),  # each [L, ...]: weights of terms, or gradients of statistics
         gradient: Tensor | None = None,  # [L, N, D], written
-        want_temperature: bool = False,
+        needs_temperature_gradient: bool = False,
     ) -> Tensor | None:
         """Visit each group of layers, sequence and chunk once, in a fixed order; return the temperature's gradient."""
         embeddings, rows, temperature = problem.embeddings, problem.rows, problem.temperature
-        products, backward = Products.of(embeddings), gradient is not None or want_temperature
+        products, backward = Products.of(embeddings), gradient is not None or needs_temperature_gradient
         sizes = ChunkSizes.of(embeddings, rows, products, self.workspace_bytes)
         workspace = Workspace.allocate(sizes, embeddings, products, backward)
         radial: list[Tensor] = []  # of each chunk: sum_i e_i . (X E)_i, which is -tau dL/dtau
@@ -189,7 +189,7 @@ class ChunkedEngine:
                         continue
                     row_gradient = workspace.row_gradient(tokens.shape[0], own.shape[0])
                     products.row_gradient(x, tokens, out=row_gradient)
-                    if want_temperature:
+                    if needs_temperature_gradient:
                         per_layer = (anchors * row_gradient).sum((1, 2))  # [G]
                         radial.append((per_layer if boost is None else per_layer / boost).sum())
                     if total is not None:
@@ -200,7 +200,7 @@ class ChunkedEngine:
                     if boost is not None:
                         total.div_(boost[:, None, None])
                     self.operations.project_gradient(total, tokens, scale, out=gradient[layers, first:last])
-        if not want_temperature:
+        if not needs_temperature_gradient:
             return None
         return -torch.stack(radial).sum() / temperature if radial else torch.zeros((), device=embeddings.device)
 

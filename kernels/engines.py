@@ -42,7 +42,7 @@ class Engine(Protocol):
         negatives: str,
         eps: float,
         gradient: Tensor | None,
-        want_temperature: bool,
+        needs_temperature_gradient: bool,
     ) -> Tensor | None: ...
 
     def frame_match(self, problem: Problem) -> FrameStatistics: ...
@@ -53,7 +53,7 @@ class Engine(Protocol):
         statistics: FrameStatistics,
         upstream: FrameUpstream,
         gradient: Tensor | None,
-        want_temperature: bool,
+        needs_temperature_gradient: bool,
     ) -> Tensor | None: ...
 
 

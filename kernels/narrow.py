@@ -39,7 +39,7 @@ WORKSPACE_BYTES = 96 << 20  # gradients of `g` layers; leaves room for statistic
 def eligible(embeddings: Tensor) -> bool:
     """Whether this strategy is the faster one. It is also correct for other types and widths, but slow."""
     on_tensor_cores = embeddings.dtype in (torch.bfloat16, torch.float16) or narrow_triton.tf32_allowed()
-    return on_tensor_cores and embeddings.element_size() * embeddings.shape[-1] <= narrow_triton.LONGEST
+    return on_tensor_cores and embeddings.element_size() * embeddings.shape[-1] <= narrow_triton.MAX_EMBEDDING_BYTES
 
 
 def terms_and_gradients(
@@ -50,7 +50,7 @@ def terms_and_gradients(
     negatives: str,  # "sequence" | "frame"
     eps: float,
     gradient: Tensor | None,  # [L, N, D], written
-    want_temperature: bool,
+    needs_temperature_gradient: bool,
 ) -> Tensor | None:
     """Both terms of every match; with `weights`, the gradients of `sum weights * terms`."""
     normed = NormedProblem.of(problem)
@@ -60,7 +60,7 @@ def terms_and_gradients(
     upstream = rows_triton.loss_terms_from(positive, statistics, runs, weights, terms, negatives, eps)
     if upstream is None:
         return None
-    return _gradients(normed, statistics, upstream, index, weights, gradient, want_temperature)
+    return _gradients(normed, statistics, upstream, index, weights, gradient, needs_temperature_gradient)
 
 
 def frame_match(problem: Problem) -> FrameStatistics:
@@ -73,10 +73,10 @@ def frame_match_gradient(
     statistics: FrameStatistics,
     upstream: FrameUpstream,
     gradient: Tensor | None,  # [L, N, D], written
-    want_temperature: bool,
+    needs_temperature_gradient: bool,
 ) -> Tensor | None:
     """The gradients of `sum upstream.lse * lse + sum upstream.expected * expected`."""
-    return _gradients(NormedProblem.of(problem), statistics, upstream, None, None, gradient, want_temperature)
+    return _gradients(NormedProblem.of(problem), statistics, upstream, None, None, gradient, needs_temperature_gradient)
 
 
 def _gradients(
@@ -86,17 +86,17 @@ def _gradients(
     index: MatchIndex | None,
     weights: TermWeights | None,
     gradient: Tensor | None,
-    want_temperature: bool,
+    needs_temperature_gradient: bool,
 ) -> Tensor | None:
     """Row gradients, then token gradients, for as many layers at a time as the workspace holds."""
-    if gradient is None and not want_temperature:
+    if gradient is None and not needs_temperature_gradient:
         return None
     layers, tokens, width = problem.embeddings.shape
     anchors = problem.rows.row_token.shape[0]
     in_place = gradient is None or gradient.dtype == torch.float32
     together = max(1, WORKSPACE_BYTES // max(1, 4 * width * (anchors + (0 if in_place else tokens))))
     boost = _boost(problem, upstream)
-    slopes = []  # e_i . dA_i of each row
+    radial = []  # e_i . dA_i of each row
     for start in range(0, layers, together):
         group = slice(start, min(start + together, layers))
         part, part_boost = problem.of_layers(group), boost[group]
@@ -110,8 +110,8 @@ def _gradients(
             token_part = out if in_place else torch.empty_like(out, dtype=torch.float32)
             narrow_triton.stream_token_gradient(part, part_statistics, part_upstream, part_boost, token_part)
         part_weights = None if weights is None else weights.of_layers(group)
-        slopes.append(narrow_triton.finish_gradient(part, index, part_weights, row_part, token_part, out).flatten())
-    return -torch.cat(slopes).sum() / problem.temperature if want_temperature else None
+        radial.append(narrow_triton.finish_gradient(part, index, part_weights, row_part, token_part, out).flatten())
+    return -torch.cat(radial).sum() / problem.temperature if needs_temperature_gradient else None
 
 
 def _boost(problem: NormedProblem, upstream: FrameUpstream) -> Tensor:

@@ -154,11 +154,11 @@ def statistics(
         block_maximum = tl.max(s, 1)
         block_best = tl.min(tl.where(s == block_maximum[:, None], offset[None, :], BLOCK_COLUMNS), 1)
         best_offset = tl.where(block_maximum > maximum, start + block_best, best_offset)
-        maximum, total, _, _ = softmax_step_2(s, block_maximum, maximum, total)
+        maximum, total, _, _ = softmax_step_base2(s, block_maximum, maximum, total)
         if VALUES > 0:
             is_known = tl.load(known + token, mask=token_mask, other=0) != 0
             known_s = s + tl.where(is_known, 0.0, float("-inf"))[None, :]
-            known_maximum, known_total, weight, shrink = softmax_step_2(
+            known_maximum, known_total, weight, shrink = softmax_step_base2(
                 known_s, tl.max(known_s, 1), known_maximum, known_total
             )
             weighted *= shrink[:, None]
@@ -179,7 +179,7 @@ def statistics(
 
 
 @jit
-def softmax_step_2(s, block_maximum, maximum, total):
+def softmax_step_base2(s, block_maximum, maximum, total):
     """`rows_kernels.softmax_step` in powers of two, for a block whose maximum was computed before."""
     new_maximum = tl.maximum(maximum, block_maximum)
     reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)

@@ -23,7 +23,7 @@ from .narrow_kernels import RowBlock, TokenBlock
 from .rows_triton import empty_statistics, inverse_norms, value_width
 from .triton_launch import INTERPRETED, Tile, cdiv, launch, power_of_two
 
-LONGEST = 512  # bytes of an embedding
+MAX_EMBEDDING_BYTES = 512  # bytes of an embedding
 # One 16-byte load a lane covers 256 numbers of two bytes, a whole embedding. Each warp computes two of the matches.
 MATCH_TILE = Tile(rows=8, columns=256, warps=4)
 # One warp for four tokens: four embeddings of 256 numbers take 32 registers a lane, and the four loads overlap.
@@ -210,7 +210,7 @@ def finish_gradient(
 ) -> Tensor:
     """Write every token's gradient, pulls of matches included; returns `e_i . dA_i` of each row, float32 [G, A]."""
     groups, tokens, width = problem.embeddings.shape
-    slopes = torch.empty(row_part.shape[:2], dtype=torch.float32, device=row_part.device)
+    radial = torch.empty(row_part.shape[:2], dtype=torch.float32, device=row_part.device)
     tile = Tile(rows=TOKENS_AT_ONCE, columns=power_of_two(width), warps=1)
     launch(
         device.finish, (cdiv(tokens, tile.rows), groups), tile,
@@ -219,11 +219,11 @@ def finish_gradient(
         *((None,) * 9 if index is None or weights is None else
           (index.run_start, index.target, _target_start(index, tokens), index.by_target, index.row, index.order,
            weights.corr, *weights.corr.stride())),
-        slopes, *((None,) * 4 if out is None else (out, *out.stride())), row_part.shape[1], problem.rows.longest,
+        radial, *((None,) * 4 if out is None else (out, *out.stride())), row_part.shape[1], problem.rows.longest,
         None if out is None else torch.finfo(out.dtype).max,
         WIDTH=width,
     )  # fmt: skip
-    return slopes
+    return radial
 
 
 def row_blocks(problem: NormedProblem, tile: Tile) -> Tensor:

@@ -112,11 +112,13 @@ def mkl_bf16_function() -> Any:
 
 
 def _mkl_bf16_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a b^T` for row-major bf16 [R, D] and [n, D], float32 [R, n]."""
+    """`out = a b^T` for bf16 [R, D], contiguous, and [n, D], float32 [R, n]."""
     function = mkl_bf16_function()
     assert function is not None
+    if b.stride(1) != 1 or b.stride(0) < b.shape[1]:  # MKL takes rows of adjacent numbers, one after another
+        b = b.contiguous()
     row_major, plain, transposed = 101, 111, 112
     function(
         row_major, plain, transposed, a.shape[0], b.shape[0], a.shape[1],
-        1.0, a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), 0.0, out.data_ptr(), out.stride(0),
+        1.0, a.data_ptr(), a.stride(0), b.data_ptr(), max(b.stride(0), b.shape[1]), 0.0, out.data_ptr(), out.stride(0),
     )  # fmt: skip

@@ -74,7 +74,7 @@ def loss_terms(
     """
     rows, frames = statistics.lse.shape[1:]
     upstream = None if weights is None else FrameUpstream.zeros_like(statistics)
-    whole = statistics.lse.logsumexp(-1)  # [G, R]
+    sequence_lse = statistics.lse.logsumexp(-1)  # [G, R]
     for row in range(rows):
         for frame in range(frames):
             for at in runs.run(row, frame):
@@ -86,7 +86,7 @@ def loss_terms(
                     / chunk.temperature
                 )
                 lse = statistics.lse[:, row, frame]
-                terms.corr[:, match] = (whole[:, row] if negatives == "sequence" else lse) - positive
+                terms.corr[:, match] = (sequence_lse[:, row] if negatives == "sequence" else lse) - positive
                 terms.best[:, match] = statistics.best[:, row, frame] + runs.first_token
                 terms.confidence[:, match] = (statistics.peak[:, row, frame] - lse).exp()
                 depth, expected = runs.depth[at], statistics.expected[:, row, frame, 0]
@@ -97,13 +97,13 @@ def loss_terms(
                     continue
                 if negatives == "sequence":
                     upstream.lse[:, row] += (
-                        weights.corr[:, match, None] * (statistics.lse[:, row] - whole[:, row, None]).exp()
+                        weights.corr[:, match, None] * (statistics.lse[:, row] - sequence_lse[:, row, None]).exp()
                     )
                 else:
                     upstream.lse[:, row, frame] += weights.corr[:, match]
                 if counts:
-                    slope = -torch.sign(depth - expected) / total - (depth - expected).abs() / total.square()
-                    upstream.expected[:, row, frame, 0] += weights.depth[:, match] * slope
+                    depth_slope = -torch.sign(depth - expected) / total - (depth - expected).abs() / total.square()
+                    upstream.expected[:, row, frame, 0] += weights.depth[:, match] * depth_slope
     return upstream
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from gasp_fast.data.depth.compute import Predictor, depth_from_predictor, depth_from_stereo, has_stereo
+from gasp_fast.data.depth.compute import Predictor, depth_from_mvs, depth_from_predictor, has_mvs
 from gasp_fast.data.inspection.consistency import check_scene
 from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, DepthIndex, read_index
 from gasp_fast.data.scenes.library import find_scenes
@@ -54,10 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"{root}: {_why_skipped(scene)}", soft_wrap=True, highlight=False)
             continue
         scene = without_depth(scene)
-        stereo = arguments.source == "mvs" or (arguments.source == "auto" and has_stereo(scene))
-        if not stereo and model is None:
+        mvs = arguments.source == "mvs" or (arguments.source == "auto" and has_mvs(scene))
+        if not mvs and model is None:
             model = _load_model(arguments, root)
-        index = _compute(console, scene, None if stereo else model, arguments.model)
+        index = _compute(console, scene, None if mvs else model, arguments.model)
         complete &= _print(console, root, index)
     return 0 if complete else 1
 
@@ -74,13 +74,13 @@ def _load_model(arguments: argparse.Namespace, root: Path) -> Predictor:
 
 
 def _compute(console: Console, scene: Scene, model: Predictor | None, folder: Path | None) -> DepthIndex:
-    """With `model`, loaded from `folder`, or from stereo if it is None."""
+    """With `model`, loaded from `folder`, or from MVS maps if it is None."""
 
     def progress(frames: Iterable[int]) -> Iterable[int]:
         return track(list(frames), scene.root.name, console=console, transient=True)
 
     if model is None:
-        return depth_from_stereo(scene, progress)
+        return depth_from_mvs(scene, progress)
     return depth_from_predictor(scene, model, str(folder), progress)
 
 

@@ -1,7 +1,8 @@
-"""Turn precomputed tracks into questions and answers: the baseline with the same geometry as GASP, as training text.
+"""Turn tracks into questions and answers: a baseline that learns the geometry of GASP's matches from text.
 
 Reads the scenes and their tracks. Writes into --out records in LLaVA-Video's schema, a clip for each, and omitted-*.txt
-with the sequences that give no question. A stopped run continues with the missing shards.
+with the sequences that give no question. A stopped run continues with the missing shards. Exit code 1 if no sequence
+gives a question, otherwise 0.
 
 examples:
   gasp-fast make-vqa scenes --tracks tracks --out vqa
@@ -36,20 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.data.annotations.parts import numbers_of_part, parse_part
-    from gasp_fast.data.annotations.read import AnnotationCache
+    from gasp_fast.data.annotations.parts import parse_part, shards_in_part
+    from gasp_fast.data.annotations.read import AnnotationReader
     from gasp_fast.data.questions.from_tracks import VQAConfig, make_vqa, omitted_path
 
     config = VQAConfig(turns=arguments.turns, longest_side=arguments.longest_side, seed=arguments.seed)
     part = parse_part(arguments.part)
-    plan = AnnotationCache(arguments.tracks).plan
-    numbers = numbers_of_part(plan.shards, part)
+    plan = AnnotationReader(arguments.tracks).plan
+    numbers = shards_in_part(plan.shards, part)
     shards = make_vqa(arguments.scenes, arguments.tracks, arguments.out, config, arguments.workers, part)
     columns = (TextColumn("writing questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         for _ in progress.track(shards, total=len(numbers)):
             pass
-    total = sum(len(plan.of_shard(number)) for number in numbers)
+    total = sum(len(plan.sequences_in_shard(number)) for number in numbers)
     lists = [omitted_path(arguments.out, number) for number in numbers]
     omitted = [line for path in lists if path.exists() for line in path.read_text().splitlines()]
     print(f"{arguments.out}: {total - len(omitted):,} records of {total:,} sequences")
@@ -57,4 +58,4 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"omitted: {line}")
     if len(omitted) > 10:
         print(f"and {len(omitted) - 10:,} more, in {arguments.out / 'omitted-*.txt'}")
-    return 1 if len(omitted) == total else 0
+    return 1 if omitted and len(omitted) == total else 0

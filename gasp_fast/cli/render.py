@@ -1,8 +1,8 @@
 """Render synthetic rooms with exact depth and poses, and write questions about them.
 
-The result depends on the seed alone. Writes DIR/scene-*/ (colour, depth and poses in the rgbd format, which every other
-command reads) and DIR/qa/ (a clip of each scene, questions and answers in LLaVA-Video's schema). Existing scenes are
-kept.
+The result depends on the seed and the options. Writes DIR/scene-*/ (colour, depth and poses in the rgbd format, which
+every other command reads) and DIR/qa/ (a clip of each scene, questions and answers in LLaVA-Video's schema). Complete
+scenes with the same options are kept, others are rendered.
 
 examples:
   gasp-fast render --out scenes --scenes 8

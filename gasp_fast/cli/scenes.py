@@ -1,7 +1,7 @@
 """List the scenes of a folder with their formats, and check whether their geometry agrees with itself.
 
 Reads a scene, or a folder of scenes, in any of the formats dl3dv, colmap, vggt, rgbd. Writes only the files given by
---picture and --json. Exit code 0 if every scene is sound, otherwise 1.
+--picture and --json. A scene without depth cannot be checked. Exit code 1 if a scene is wrong or unreadable, else 0.
 
 examples:
   gasp-fast scenes scenes
@@ -95,14 +95,17 @@ def _check_all(console: Console, roots: list[Path], arguments: argparse.Namespac
 
 
 def _check(root: Path, arguments: argparse.Namespace, many: bool) -> Checked:
-    """A scene that cannot be read is a failure of that scene, not of the command."""
+    """A scene that cannot be read is a failure of that scene; a wrong option stops the command."""
     try:
         scene = open_scene(root)
         report = check_scene(scene)
-        draw = arguments.picture is not None and scene.has_depth
-        return Checked(report, _draw(scene, arguments, many) if draw else None)
+        if arguments.picture is None or not scene.has_depth:
+            return Checked(report)
+        if 0 <= arguments.first < len(scene):
+            return Checked(report, _draw(scene, arguments, many))
     except (ValueError, OSError) as error:
         return Checked(failure=str(error))
+    raise ValueError(f"--first {arguments.first}: {root} has frames 0 to {len(scene) - 1}")
 
 
 def _draw(scene: Scene, arguments: argparse.Namespace, many: bool) -> Path:

@@ -1,7 +1,8 @@
 """Compute the point tracks of training sequences once, and store them in shards.
 
 Reads a folder of scenes with depth. Writes into --out a plan and checksummed shards. A stopped run continues with the
-missing shards and gives the same bytes. One folder holds one grid: coarse and fine are two runs.
+missing shards and gives the same bytes. One folder holds one grid: coarse and fine are two runs. Exit code 1 if no
+sequence has tracks, or if --verify finds a shard damaged or missing.
 
 examples:
   gasp-fast tracks scenes --out tracks --dry-run
@@ -15,13 +16,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gasp_fast.processes import usable_cores
 
 if TYPE_CHECKING:
     from gasp_fast.data.annotations.plan import AnnotationPlan
-    from gasp_fast.data.annotations.read import AnnotationCache
+    from gasp_fast.data.annotations.read import AnnotationReader
 
 SAMPLE = 20_000  # sequences drawn for the statistics of a dry run
 HELP = "compute the tracks of training sequences once and store them in shards; resumable, parallel"
@@ -49,37 +51,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", default="0/1", metavar="I/N", help="compute the I-th of N parts, one per machine (0/1)"
     )
     parser.add_argument("--dry-run", action="store_true", help="only print what would be computed, and its size")
-    parser.add_argument("--verify", action="store_true", help="only verify the checksums of the existing shards")
+    parser.add_argument("--verify", action="store_true", help="only check that every shard exists and is intact")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.data.annotations.parts import numbers_of_part, parse_part
-    from gasp_fast.data.annotations.read import AnnotationCache
+    from gasp_fast.data.annotations.parts import parse_part, shards_in_part
+    from gasp_fast.data.annotations.read import AnnotationReader
     from gasp_fast.data.annotations.write import annotate
 
     if arguments.verify:
-        return _verify(AnnotationCache(arguments.out))
+        return _verify(AnnotationReader(arguments.out))
     plan = _plan(arguments)
     print(f"{len(plan):,} sequences of {len(plan.scenes):,} scenes in {plan.shards:,} shards")
-    print(f"at most about {plan.expected_bytes / 1e6:,.1f} MB, {plan.expected_bytes / len(plan):,.0f} bytes a sequence")
+    print(f"at most about {decimal(plan.expected_bytes)}, {plan.expected_bytes / len(plan):,.0f} bytes a sequence")
     if arguments.dry_run:
         print(f"{'a sample of ' if len(plan.sampler) > SAMPLE else ''}an epoch: {plan.sampler.statistics(0, SAMPLE)}")
         return 0
     part = parse_part(arguments.part)
     with _progress("computing tracks") as progress:
         shards = annotate(arguments.scenes, arguments.out, plan, arguments.workers, part)
-        for _ in progress.track(shards, total=len(numbers_of_part(plan.shards, part))):
+        for _ in progress.track(shards, total=len(shards_in_part(plan.shards, part))):
             pass
     return _report(arguments.out) if part == (0, 1) else 0
 
 
 def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
     from gasp_fast.data.annotations.plan import AnnotationPlan
-    from gasp_fast.data.scenes.library import SceneEntry, find_scenes, own_name, survey
+    from gasp_fast.data.scenes.library import SceneEntry, find_scenes, folder_name, survey
     from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
 
     names = find_scenes(arguments.scenes)
-    names = [name for name in names if not is_held_out(own_name(arguments.scenes, name), arguments.held_out)]
+    names = [name for name in names if not is_held_out(folder_name(arguments.scenes, name), arguments.held_out)]
     if not names:
         raise ValueError(f"--held-out {arguments.held_out} leaves no scene of {arguments.scenes}; lower it")
     usable: list[SceneEntry] = []
@@ -111,13 +113,13 @@ def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
 
 
 def _report(out: Path) -> int:
-    from gasp_fast.data.annotations.read import AnnotationCache
+    from gasp_fast.data.annotations.read import AnnotationReader
     from gasp_fast.data.annotations.shard import shard_path
 
-    cache = AnnotationCache(out)
+    cache = AnnotationReader(out)
     size = sum(shard_path(out, number).stat().st_size for number in range(cache.plan.shards))
     failed = cache.failed()
-    print(f"{out}: {len(cache):,} sequences, {size / 1e6:,.1f} MB, {size / len(cache):,.0f} bytes a sequence")
+    print(f"{out}: {len(cache):,} sequences, {decimal(size)}, {size / len(cache):,.0f} bytes a sequence")
     for reason in sorted(set(failed.values())):
         print(f"failed: {reason}")
     if failed:
@@ -125,7 +127,7 @@ def _report(out: Path) -> int:
     return 1 if len(failed) == len(cache) else 0
 
 
-def _verify(cache: AnnotationCache) -> int:
+def _verify(cache: AnnotationReader) -> int:
     with _progress("verifying") as progress:
         results = list(progress.track(cache.verify(), total=cache.plan.shards))
     bad = [number for number, good in results if not good]

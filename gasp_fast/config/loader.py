@@ -242,6 +242,8 @@ def _nearest(key: str, valid: list[str]) -> str:
     def likeness(candidate: str) -> float:
         (group, _, name), (its_group, _, its_name) = key.rpartition("."), candidate.rpartition(".")
         same_name = difflib.SequenceMatcher(None, name, its_name).ratio()
+        if len(name) > 1 and name == "".join(word[0] for word in its_name.split("_") if word):
+            same_name = 1.0  # initials, such as lr
         return 3 * same_name + difflib.SequenceMatcher(None, group, its_group).ratio()
 
     return max(valid, key=likeness)

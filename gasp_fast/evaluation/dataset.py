@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from gasp_fast.collator import Sample
-from gasp_fast.data.scenes.library import SceneEntry, find_scenes, own_name, survey
+from gasp_fast.data.scenes.library import SceneEntry, find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import build_tracks
@@ -90,7 +90,7 @@ def _usable_scenes(library: Path, config: EvaluationSetConfig) -> list[SceneEntr
     """Long enough scenes in a seeded random order; at most one for each sequence."""
     names = find_scenes(library)
     if config.held_out:
-        names = [name for name in names if is_held_out(own_name(library, name), config.held_out)]
+        names = [name for name in names if is_held_out(folder_name(library, name), config.held_out)]
     if not names:
         raise ValueError(
             f"held_out = {config.held_out} leaves none of the scenes of {library}; raise it, or give 0 to take all"

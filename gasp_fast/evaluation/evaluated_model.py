@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from gasp_fast.backbones import Backbone, load_backbone
-from gasp_fast.run_folder import EXPORT, HEADS, checkpoint_folders
+from gasp_fast.run_folder import EXPORT, HEADS, weights_folder
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
 
@@ -73,18 +73,10 @@ def _weights_folder(source: Path) -> Path | None:
     """The folder with weights: `source` itself, or the last checkpoint of a run; None for a hub name."""
     if not source.is_dir():
         return None
-    if _has_weights(source):
-        return source
-    checkpoints = [path for path in checkpoint_folders(source) if _has_weights(path)]
-    if checkpoints:
-        return checkpoints[-1]
-    if _has_weights(source / EXPORT):
-        return source / EXPORT
+    for folder in (source, source / EXPORT):
+        if (found := weights_folder(folder)) is not None:
+            return found
     raise OSError(f"model = {str(source)!r} holds no model, adapter or run; pass a saved model's folder, or a hub name")
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _load_adapted(folder: Path, dtype: torch.dtype, frame_pixels: int | None) -> tuple[Backbone, nn.Module]:

@@ -45,7 +45,7 @@ def layer_stack(layers: list[Tensor]) -> Tensor:
     return torch.stack(layers)
 
 
-def layer_count(layers: list[Tensor]) -> int:
+def layer_count(layers: Sequence[Tensor]) -> int:
     return layers[0].shape[0] if layers[0].dim() == 3 else len(layers)
 
 

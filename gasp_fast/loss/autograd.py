@@ -59,10 +59,10 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def _compute(ctx: Any, layer_weights: Tensor, temperature: Tensor, *embeddings: Tensor) -> list[Tensor]:
-        config, (want_temperature, *want_embeddings) = ctx.config, ctx.needs_input_grad[4:]
+        config, (needs_temperature, *needs_embeddings) = ctx.config, ctx.needs_input_grad[4:]
         return operators.fused_loss(
             embeddings, ctx.index.tensors(), temperature, layer_weights, config.corr_weight, config.depth_weight,
-            ctx.reduction, config.negatives, config.eps, any(want_embeddings), want_temperature, config.backend,
+            ctx.reduction, config.negatives, config.eps, any(needs_embeddings), needs_temperature, config.backend,
         )  # fmt: skip
 
 
@@ -98,10 +98,10 @@ class UnreducedTerms(torch.autograd.Function):
     def backward(ctx: Any, corr_weights: Tensor, depth_weights: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
         temperature, *embeddings = ctx.saved_tensors
-        config, (want_temperature, *want_embeddings) = ctx.config, ctx.needs_input_grad[3:]
+        config, (needs_temperature, *needs_embeddings) = ctx.config, ctx.needs_input_grad[3:]
         _, _, _, _, temperature_gradient, *embedding_gradients = operators.unreduced_terms(
             embeddings, ctx.index.tensors(), temperature, corr_weights, depth_weights, config.negatives, config.eps,
-            any(want_embeddings), want_temperature, config.backend,
+            any(needs_embeddings), needs_temperature, config.backend,
         )  # fmt: skip
         return _input_gradients(ctx, 3, temperature_gradient, embedding_gradients)
 
@@ -135,10 +135,10 @@ class FrameMatching(torch.autograd.Function):
         _refuse_double_backward()
         saved = ctx.saved_tensors
         statistics, (temperature, *embeddings) = saved[:5], saved[5:]
-        want_temperature, *want_embeddings = ctx.needs_input_grad[6:]
+        needs_temperature, *needs_embeddings = ctx.needs_input_grad[6:]
         temperature_gradient, *embedding_gradients = operators.frame_match_gradient(
             embeddings, ctx.rows.tensors(), temperature, ctx.values, ctx.known, ctx.exclude_own, statistics,
-            lse_gradient, expected_gradient, any(want_embeddings), want_temperature, ctx.backend,
+            lse_gradient, expected_gradient, any(needs_embeddings), needs_temperature, ctx.backend,
         )  # fmt: skip
         return _input_gradients(ctx, 6, temperature_gradient, embedding_gradients)
 
@@ -147,9 +147,9 @@ def _input_gradients(
     ctx: Any, before: int, temperature_gradient: Tensor, embedding_gradients: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """One gradient per input: None for the first `before`, then the temperature's and those of the embeddings."""
-    want_temperature, *want_embeddings = ctx.needs_input_grad[before:]
-    wanted = [embedding_gradients[at] if want else None for at, want in enumerate(want_embeddings)]
-    return (*(None,) * before, temperature_gradient if want_temperature else None, *wanted)
+    needs_temperature, *needs_embeddings = ctx.needs_input_grad[before:]
+    wanted = [embedding_gradients[at] if want else None for at, want in enumerate(needs_embeddings)]
+    return (*(None,) * before, temperature_gradient if needs_temperature else None, *wanted)
 
 
 def _scaled(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:

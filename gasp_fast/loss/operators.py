@@ -25,6 +25,7 @@ from gasp_fast.kernels.chunk import FrameStatistics, FrameUpstream, MatchTerms, 
 from gasp_fast.kernels.engines import ENGINES
 from gasp_fast.kernels.index import MatchIndex, RowIndex
 
+from .arguments import layer_count
 from .reduction import term_weights
 
 
@@ -39,16 +40,17 @@ def fused_loss(
     reduction: str,  # "mean" | "sum"
     negatives: str,  # "sequence" | "frame"
     eps: float,
-    embedding_gradient: bool,
-    temperature_gradient: bool,
+    needs_embedding_gradient: bool,
+    needs_temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[loss, corr, depth, best, confidence, dtemperature, *dembeddings]; the last ones with `embedding_gradient`."""
+    """[loss, corr, depth, best, confidence, dtemperature, *dembeddings]; the last with `needs_embedding_gradient`."""
     match_index = MatchIndex.from_tensors(list(index))
     weights = term_weights(match_index, layer_weights, corr_weight, depth_weight, reduction)  # [L, M]
     terms, gradients = _terms_and_gradients(
-        embeddings, match_index, temperature, weights if embedding_gradient or temperature_gradient else None,
-        negatives, eps, embedding_gradient, temperature_gradient, backend,
+        embeddings, match_index, temperature,
+        weights if needs_embedding_gradient or needs_temperature_gradient else None, negatives, eps,
+        needs_embedding_gradient, needs_temperature_gradient, backend,
     )  # fmt: skip
     loss = (weights.corr * terms.corr + weights.depth * terms.depth).sum()
     return [loss, *terms, *gradients]
@@ -65,12 +67,12 @@ def _(
     reduction: str,
     negatives: str,
     eps: float,
-    embedding_gradient: bool,
-    temperature_gradient: bool,
+    needs_embedding_gradient: bool,
+    needs_temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
     loss = embeddings[0].new_empty((), dtype=torch.float32)
-    return [loss, *_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, embedding_gradient)]
+    return [loss, *_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, needs_embedding_gradient)]
 
 
 @torch.library.custom_op("gasp_fast::unreduced_terms", mutates_args=())
@@ -82,15 +84,15 @@ def unreduced_terms(
     depth_weights: Tensor | None,  # float32 [L, M]
     negatives: str,
     eps: float,
-    embedding_gradient: bool,
-    temperature_gradient: bool,
+    needs_embedding_gradient: bool,
+    needs_temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[corr, depth, best, confidence, dtemperature, *dembeddings]; the last ones with `embedding_gradient`."""
+    """[corr, depth, best, confidence, dtemperature, *dembeddings]; the last with `needs_embedding_gradient`."""
     weights = None if corr_weights is None or depth_weights is None else TermWeights(corr_weights, depth_weights)
     terms, gradients = _terms_and_gradients(
-        embeddings, MatchIndex.from_tensors(list(index)), temperature, weights, negatives, eps, embedding_gradient,
-        temperature_gradient, backend,
+        embeddings, MatchIndex.from_tensors(list(index)), temperature, weights, negatives, eps,
+        needs_embedding_gradient, needs_temperature_gradient, backend,
     )  # fmt: skip
     return [*terms, *gradients]
 
@@ -104,11 +106,11 @@ def _(
     depth_weights: Tensor | None,
     negatives: str,
     eps: float,
-    embedding_gradient: bool,
-    temperature_gradient: bool,
+    needs_embedding_gradient: bool,
+    needs_temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    return [*_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, embedding_gradient)]
+    return [*_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, needs_embedding_gradient)]
 
 
 @torch.library.custom_op("gasp_fast::frame_match", mutates_args=())
@@ -144,7 +146,7 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     anchors, width = RowIndex.from_tensors(list(rows)).row_token.shape[0], 0 if values is None else values.shape[1]
-    floats = embeddings[0].new_empty((_layer_count(embeddings), anchors, longest), dtype=torch.float32)
+    floats = embeddings[0].new_empty((layer_count(embeddings), anchors, longest), dtype=torch.float32)
     return [
         floats,
         torch.empty_like(floats),
@@ -165,22 +167,22 @@ def frame_match_gradient(
     statistics: Sequence[Tensor],  # what `frame_match` returned
     lse_gradient: Tensor,  # float32 [L, A, P]
     expected_gradient: Tensor,  # float32 [L, A, P, V]
-    embedding_gradient: bool,
-    temperature_gradient: bool,
+    needs_embedding_gradient: bool,
+    needs_temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[dtemperature, *dembeddings]; the last ones with `embedding_gradient`."""
+    """[dtemperature, *dembeddings]; the last with `needs_embedding_gradient`."""
     row_index, tau = RowIndex.from_tensors(list(rows)), _kernel_temperature(temperature, embeddings)
-    gradients = _Gradients(embeddings, embedding_gradient)
+    gradients = _Gradients(embeddings, needs_embedding_gradient)
     with _without_autocast(embeddings):
         for number, (layers, stack) in enumerate(_stacks(embeddings)):
-            slope = ENGINES[backend](stack).frame_match_gradient(
+            temperature_gradient = ENGINES[backend](stack).frame_match_gradient(
                 Problem(stack, row_index, tau, values, known, exclude_own),
                 FrameStatistics(*(value[layers] for value in statistics)),
                 FrameUpstream(lse_gradient[layers], expected_gradient[layers]),
-                gradients.of_stack(number, stack), temperature_gradient,
+                gradients.of_stack(number, stack), needs_temperature_gradient,
             )  # fmt: skip
-            gradients.add_slope(slope)
+            gradients.add_temperature_gradient(temperature_gradient)
     return gradients.tensors(temperature)
 
 
@@ -195,11 +197,11 @@ def _(
     statistics: Sequence[Tensor],
     lse_gradient: Tensor,
     expected_gradient: Tensor,
-    embedding_gradient: bool,
-    temperature_gradient: bool,
+    needs_embedding_gradient: bool,
+    needs_temperature_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    return _fake_gradients(embeddings, temperature, embedding_gradient)
+    return _fake_gradients(embeddings, temperature, needs_embedding_gradient)
 
 
 def _terms_and_gradients(
@@ -209,38 +211,42 @@ def _terms_and_gradients(
     weights: TermWeights | None,
     negatives: str,
     eps: float,
-    embedding_gradient: bool,
-    temperature_gradient: bool,
+    needs_embedding_gradient: bool,
+    needs_temperature_gradient: bool,
     backend: str,
 ) -> tuple[MatchTerms, list[Tensor]]:
     """Terms [L, M], and [dtemperature, *dembeddings]."""
-    terms = MatchTerms.empty(_layer_count(embeddings), index.order.shape[0], embeddings[0].device)
-    gradients, tau = _Gradients(embeddings, embedding_gradient), _kernel_temperature(temperature, embeddings)
+    terms = MatchTerms.empty(layer_count(embeddings), index.order.shape[0], embeddings[0].device)
+    gradients, tau = _Gradients(embeddings, needs_embedding_gradient), _kernel_temperature(temperature, embeddings)
     with _without_autocast(embeddings):
         for number, (layers, stack) in enumerate(_stacks(embeddings)):
-            slope = ENGINES[backend](stack).terms_and_gradients(
+            temperature_gradient = ENGINES[backend](stack).terms_and_gradients(
                 Problem.of_loss(stack, index, tau), index, None if weights is None else weights.of_layers(layers),
-                terms.of_layers(layers), negatives, eps, gradients.of_stack(number, stack), temperature_gradient,
+                terms.of_layers(layers), negatives, eps, gradients.of_stack(number, stack), needs_temperature_gradient,
             )  # fmt: skip
-            gradients.add_slope(slope)
+            gradients.add_temperature_gradient(temperature_gradient)
     return terms, gradients.tensors(temperature)
 
 
 class _Gradients:
     """Memory for the gradients of the embeddings, and the gradient of the temperature, summed over the stacks."""
 
-    def __init__(self, embeddings: Sequence[Tensor], embedding_gradient: bool) -> None:
-        self.embeddings = [_contiguous_like(e) for e in embeddings] if embedding_gradient else []
-        self.slope = torch.zeros((), dtype=torch.float32, device=embeddings[0].device)
+    def __init__(self, embeddings: Sequence[Tensor], needs_embedding_gradient: bool) -> None:
+        self.embeddings = [_contiguous_like(e) for e in embeddings] if needs_embedding_gradient else []
+        self.temperature_gradient = torch.zeros((), dtype=torch.float32, device=embeddings[0].device)
 
     def of_stack(self, number: int, stack: Tensor) -> Tensor | None:
         return self.embeddings[number].view(stack.shape) if self.embeddings else None
 
-    def add_slope(self, slope: Tensor | None) -> None:
-        self.slope = self.slope if slope is None else self.slope + slope
+    def add_temperature_gradient(self, temperature_gradient: Tensor | None) -> None:
+        self.temperature_gradient = (
+            self.temperature_gradient
+            if temperature_gradient is None
+            else self.temperature_gradient + temperature_gradient
+        )
 
     def tensors(self, temperature: Tensor) -> list[Tensor]:
-        return [self.slope.to(temperature.device, temperature.dtype), *self.embeddings]
+        return [self.temperature_gradient.to(temperature.device, temperature.dtype), *self.embeddings]
 
 
 def _stacks(embeddings: Sequence[Tensor]) -> list[tuple[slice, Tensor]]:
@@ -248,10 +254,6 @@ def _stacks(embeddings: Sequence[Tensor]) -> list[tuple[slice, Tensor]]:
     if embeddings[0].dim() == 3:
         return [(slice(0, embeddings[0].shape[0]), embeddings[0])]
     return [(slice(layer, layer + 1), e[None]) for layer, e in enumerate(embeddings)]
-
-
-def _layer_count(embeddings: Sequence[Tensor]) -> int:
-    return embeddings[0].shape[0] if embeddings[0].dim() == 3 else len(embeddings)
 
 
 def _kernel_temperature(temperature: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
@@ -269,9 +271,12 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
 
 def _fake_terms(embeddings: Sequence[Tensor], index: Sequence[Tensor]) -> list[Tensor]:
     matches = MatchIndex.from_tensors(list(index)).order.shape[0]
-    corr = embeddings[0].new_empty((_layer_count(embeddings), matches), dtype=torch.float32)
+    corr = embeddings[0].new_empty((layer_count(embeddings), matches), dtype=torch.float32)
     return [corr, torch.empty_like(corr), torch.empty_like(corr, dtype=torch.int64), torch.empty_like(corr)]
 
 
-def _fake_gradients(embeddings: Sequence[Tensor], temperature: Tensor, embedding_gradient: bool) -> list[Tensor]:
-    return [torch.empty_like(temperature), *([_contiguous_like(e) for e in embeddings] if embedding_gradient else [])]
+def _fake_gradients(embeddings: Sequence[Tensor], temperature: Tensor, needs_embedding_gradient: bool) -> list[Tensor]:
+    return [
+        torch.empty_like(temperature),
+        *([_contiguous_like(e) for e in embeddings] if needs_embedding_gradient else []),
+    ]

@@ -124,7 +124,9 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
                 f"deepspeed = {path!r} enables {kind}, which would round heads and adapters too; remove it there: "
                 "model.dtype says what the model computes in"
             )
-    zero = tree.setdefault("zero_optimization", {"stage": 0})
+    zero = tree.get("zero_optimization", {})
+    if not zero.get("stage"):  # without ZeRO, DeepSpeed would step with a gradient that is not finite
+        raise ValueError(f"deepspeed = {path!r} has no zero_optimization.stage of 1, 2 or 3; use deepspeed=null")
     if not torch.cuda.is_available():
         zero["overlap_comm"] = False  # a CPU has no streams to overlap
         for part in ("offload_optimizer", "offload_param"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 
+from gasp_fast.backbones import unwrap
 from gasp_fast.backbones.base_model import choose_attention
 from gasp_fast.planning.memory import state_bytes
+from gasp_fast.planning.shapes import shape_from_model
 
 from .config import TrainConfig
 from .distributed import Processes
@@ -14,7 +16,7 @@ from .loop import TrainingLoop
 from .model import SupervisedModel
 from .optim import trained_groups
 from .stream import Share
-from .workload import BatchFlops
+from .workload import training_setup
 
 
 def describe(config: TrainConfig, model: SupervisedModel, share: Share, processes: Processes) -> str:
@@ -25,7 +27,7 @@ def describe(config: TrainConfig, model: SupervisedModel, share: Share, processe
         lines.append(f"{group.name:<10} {group.count:>15,} {rate:>14g}")
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     lines.append(f"{'frozen':<10} {frozen:>15,} {'-':>14}")
-    setup = BatchFlops(config, model).setup
+    setup = training_setup(config, shape_from_model(unwrap(model.model)))
     lines.append(
         f"{share.world_size} process{'es' if share.world_size > 1 else ''}, ZeRO-{setup.sharding.stage}, "
         f"{choose_attention(config.model, processes.device)} attention; a step is {share.batch_size} sequences: "

@@ -42,8 +42,8 @@ def check_disk(config: RunConfig) -> None:
     free = shutil.disk_usage(out).free / 1e9
     if free < config.min_free_gb:
         raise GuardError(
-            f"run.out = {config.out!r}: run.min_free_gb = {config.min_free_gb:g}, but only {free:.1f} GB are free; "
-            "free some space, lower it, or write elsewhere"
+            f"run.min_free_gb = {config.min_free_gb:g}, but only {free:.1f} GB are free in run.out = {config.out!r}; "
+            "free some space or lower it"
         )
 
 
@@ -103,7 +103,9 @@ class LearningGuard:
     them unchanged. All processes take part, because ZeRO-3 gathers weights from all.
     """
 
-    def __init__(self, model: SupervisedModel) -> None:
+    def __init__(self, model: SupervisedModel, steps: int = LEARNING_STEPS) -> None:
+        self.steps = steps  # after which to check
+        self.language = model.lm_weight > 0
         self.watched = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -123,14 +125,14 @@ class LearningGuard:
         self.saw_matches |= len(matches) > 0
         self.answers = self.answers + outputs["answers"]
 
-    def check(self, steps: int, language: bool) -> None:
-        """Raise if a weight has not moved that a loss depends on. `language`: whether the LM loss counts."""
-        now, saw_answers = self._sums(), language and bool(self.answers)
+    def check(self) -> None:
+        """Raise if a weight has not moved that a loss depends on."""
+        now, saw_answers = self._sums(), self.language and bool(self.answers)
         reached = [name for name in now if self._is_reached(name, saw_answers)]
         still = [name for name in reached if now[name] == self.before[name]]
         if still:
             raise GuardError(
-                f"{len(still)} of {len(reached)} watched weights have not moved after {steps} steps, the first is "
+                f"{len(still)} of {len(reached)} watched weights have not moved after {self.steps} steps, the first is "
                 f"{still[0]}: no gradient reaches them. Look at train.checkpointing, heads.layers and the loss weights"
             )
 
@@ -142,22 +144,15 @@ class LearningGuard:
         return saw_answers or (self.saw_matches and layer is not None and int(layer[1]) <= self.highest)
 
 
-class BadSteps:
-    """Counts steps whose gradient is not finite, and stops the run after too many of them."""
-
-    def __init__(self, config: RunConfig, rank: int) -> None:
-        self.allowed, self.out, self.rank, self.seen = config.bad_steps, Path(config.out), rank, 0
-
-    def skip(self, step: int, batches: Sequence[dict[str, Any]], sources: Sequence[str]) -> str:
-        """The message for a skipped step; beyond the allowed number, save this process's batches and raise it."""
-        self.seen += 1
-        named = f"step {step}: the gradient is not finite ({', '.join(sources)} on process {self.rank})"
-        if self.seen <= self.allowed:
-            return f"{named}; skipped, {self.allowed - self.seen} more may be"
-        path = self.out / f"bad-step-{step}-process-{self.rank}.pt"
-        torch.save(list(batches), path)
+def check_bad_steps(
+    config: RunConfig, seen: int, cause: str, batches: Sequence[dict[str, Any]], batch_file: Path
+) -> None:
+    """After more steps without a finite gradient than allowed, save this process's batches and stop the run."""
+    if seen > config.bad_steps:
+        torch.save(list(batches), batch_file)
         raise GuardError(
-            f"{named}; {self.seen} such steps, run.bad_steps = {self.allowed} may be skipped. The batch is in {path}"
+            f"{cause}; {seen} such steps, run.bad_steps = {config.bad_steps} may be skipped. "
+            f"The batch is in {batch_file}"
         )
 
 
@@ -169,6 +164,6 @@ def check_resume(config: TrainConfig, world_size: int, stage: int, folder: Path)
         # Without ZeRO nothing is split, and any number of processes can go on.
         if about[name] != value and not (name == "ranks" and stage == about["zero_stage"] == 0):
             raise GuardError(
-                f"{folder} was written with {name} = {about[name]}, this run has {value}; use the same to go on from "
-                "it, or another run.out to begin anew"
+                f"{folder} was written with {name} = {about[name]}, this run has {value}; use the same value to "
+                "resume, or another run.out to begin anew"
             )

@@ -37,6 +37,9 @@ from gasp_fast.run_folder import LOG
 from .config import TrainConfig
 from .summary import summarise
 
+# The order is that of `unlogged` in checkpoints. `answered` and `matched` count batches with answers and with matches.
+SUMS = ("loss", "batches", "lm", "answered", "matched", "tokens", "flops")
+LAYER_SUMS = ("corr", "depth", "pck")  # a sum for each layer
 SECONDS_BETWEEN_LINES = 30.0  # where the output is not a terminal, such as a batch system's log file
 
 
@@ -44,25 +47,32 @@ class Meter:
     """Sums over the micro-batches of this process since the last log line."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
-        self.layers, self.device = layers, device
-        self._clear()
-
-    def _clear(self) -> None:
-        # [7 + 3 L]: loss, batches; lm, batches with answers; batches with matches; tokens, operations;
-        # then corr, depth and pck of each layer
-        self.sums = torch.zeros(7 + 3 * self.layers, dtype=torch.float64, device=self.device)
+        self.device = device
+        self.widths = [1] * len(SUMS) + [layers] * len(LAYER_SUMS)
+        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 3 L], for one all-reduce
+        self.sums = self._columns(self.packed)  # views of `packed`
         self.start = time.perf_counter()
 
-    def add(self, outputs: dict[str, Tensor], matches: int, tokens: int, operations: float) -> None:
-        answered = (outputs["answers"] > 0).double()
-        head = [outputs["loss"].detach().double(), answered.new_ones(()), outputs["lm"].double() * answered, answered]
-        known = answered.new_tensor([float(matches > 0), float(tokens), operations])
-        layers = [outputs[name].double() * float(matches > 0) for name in ("corr", "depth", "pck") if name in outputs]
-        self.sums += torch.cat([torch.stack(head), known, *layers])
+    def _columns(self, packed: Tensor) -> dict[str, Tensor]:
+        """The columns of `packed` by name: [1] each, or [L] for those of the layers."""
+        return dict(zip((*SUMS, *LAYER_SUMS), packed.split(self.widths), strict=True))
+
+    def add(self, outputs: dict[str, Tensor], matches: int, tokens: int, flops: float) -> None:
+        answered, sums = outputs["answers"] > 0, self.sums
+        sums["loss"] += outputs["loss"].detach()
+        sums["batches"] += 1
+        sums["lm"] += outputs["lm"] * answered
+        sums["answered"] += answered
+        sums["matched"] += matches > 0
+        sums["tokens"] += tokens
+        sums["flops"] += flops
+        for name in LAYER_SUMS:
+            if matches and name in outputs:
+                sums[name] += outputs[name]
 
     def state(self) -> list[list[float]]:
         """The sums of every process, and the seconds since the last line, `[processes][sums + 1]`. All must call."""
-        own = torch.cat([self.sums, self.sums.new_tensor([time.perf_counter() - self.start])])
+        own = torch.cat([self.packed, self.packed.new_tensor([time.perf_counter() - self.start])])
         gathered = [own]
         if dist.is_initialized() and dist.get_world_size() > 1:
             gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -72,42 +82,43 @@ class Meter:
     def restore(self, state: list[list[float]], rank: int, world_size: int) -> None:
         """Go on from `state`. If it was written by another number of processes, the first one takes all sums."""
         sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums + 1]
-        seconds = float(sums[0, -1])
         own = sums[rank] if len(sums) == world_size else sums.sum(0) * (rank == 0)
-        self.sums, self.start = own[:-1].to(self.device), time.perf_counter() - seconds
+        self.packed.copy_(own[:-1])
+        self.start = time.perf_counter() - float(sums[0, -1])
 
-    def read(self) -> dict[str, Any]:
+    def reduce_and_reset(self) -> dict[str, Any]:
         """The means over all processes; the sums begin anew. All processes must call."""
         memory = torch.tensor(float(_peak_memory(self.device)), dtype=torch.float64, device=self.device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.sums)
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if world_size > 1:
+            dist.all_reduce(self.packed)
             dist.all_reduce(memory, dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self.start
-        loss, batches, lm, answered, matched, tokens, operations, *layers = self.sums.tolist()
-        per_layer = [
-            [finite(total / matched) if matched else None for total in layers[at : at + self.layers]]
-            for at in range(0, 3 * self.layers, self.layers)
-        ] if self.layers else [[], [], []]  # fmt: skip
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        columns = self._columns(self.packed.cpu())
+        sums = {name: columns[name].item() for name in SUMS}
+        layers = {name: [_ratio(total, sums["matched"]) for total in columns[name].tolist()] for name in LAYER_SUMS}
         record = {
-            "loss": finite(loss / batches) if batches else None,
-            "lm": finite(lm / answered) if answered else None,
-            "corr": _mean(per_layer[0]),
-            "depth": _mean(per_layer[1]),
-            "corr_per_layer": per_layer[0],
-            "depth_per_layer": per_layer[1],
-            "pck_per_layer": per_layer[2],
-            "tokens_per_s": tokens / seconds,
-            "mfu": operations / seconds / (world_size * peak_flops(self.device)),
+            "loss": _ratio(sums["loss"], sums["batches"]),
+            "lm": _ratio(sums["lm"], sums["answered"]),
+            "corr": _mean(layers["corr"]),
+            "depth": _mean(layers["depth"]),
+            **{f"{name}_per_layer": layers[name] for name in LAYER_SUMS},
+            "tokens_per_s": sums["tokens"] / seconds,
+            "mfu": sums["flops"] / seconds / (world_size * peak_flops(self.device)),
             "peak_memory": int(memory.item()),
         }
-        self._clear()
+        self.packed.zero_()
+        self.start = time.perf_counter()
         return record
 
 
 def finite(value: float | None) -> float | None:
     """`value`, or None if it is infinite or NaN, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return finite(total / count) if count else None
 
 
 def _mean(values: list[Any]) -> float | None:
@@ -232,14 +243,14 @@ def score_of(record: dict[str, Any]) -> float | None:
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The record as trackers take it: one number a name, as in `train/corr/layer_3`; layers are counted from 1."""
-    flat: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
             kind = name.removesuffix("_per_layer")
-            flat |= {f"train/{kind}/layer_{n}": v for n, v in enumerate(value, 1) if v is not None}
+            numbers |= {f"train/{kind}/layer_{n}": v for n, v in enumerate(value, 1) if v is not None}
         elif value is not None:
-            flat[f"train/{name}"] = value
-    return flat
+            numbers[f"train/{name}"] = value
+    return numbers
 
 
 def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -40,12 +40,18 @@ class TrainingLoop:
         deepspeed: dict[str, Any] | None = None,
     ) -> None:
         set_seed(config.train.seed)
-        self.config, self.model, self.stream, self.share, self.steps = config, model, stream, share, steps
-        self.processes, self.zero_stage, self.out = processes, zero_stage(deepspeed), Path(config.run.out)
+        self.config = config
+        self.model = model
+        self.stream = stream
+        self.share = share
+        self.steps = steps
+        self.processes = processes
+        self.zero_stage = zero_stage(deepspeed)
+        self.out = Path(config.run.out)
         self.batch_flops = BatchFlops(config, model)  # before the model is sharded
         self.state = TrainState(config, model, share, steps, processes, deepspeed)
         self.meter = Meter(0 if model.supervision is None else len(model.supervision.layers), processes.device)
-        self.bad_steps = guards.BadSteps(config.run, processes.rank)
+        self.bad_steps = 0  # steps so far whose gradient was not finite
         self.learning: guards.LearningGuard | None = None  # only in the first steps of a new run
         self.scores: list[float] = []  # of each log line since the last checkpoint
 
@@ -53,29 +59,23 @@ class TrainingLoop:
 
     def run(self, resume: Path | None = None) -> None:
         """Train to the last step, from the beginning or from a checkpoint."""
-        done, run = self.begin(resume), self.config.run
+        run = self.config.run
+        done, batches = self.begin(resume)
         with RunLog(self.config, self.steps, done, resume, self.state.accelerator) as log:
-            for step, micro_batches in self.batches(done, resume):
+            for step in range(done + 1, self.steps + 1):
+                micro_batches = [next(batches) for _ in range(self.share.accumulation)]
+                if step == done + 1:
+                    guards.check_positions(self.model, micro_batches[0])
                 learning_rate, grad_norm = self.train_step(step, micro_batches)
                 self.check_learning(step)
                 log.progress(step)
                 if step == 1 or step % run.log_every == 0 or step == self.steps:
-                    log.write(self.record(step, learning_rate, grad_norm))
+                    record = self.log_line(step, learning_rate, grad_norm)
+                    if (score := score_of(record)) is not None:
+                        self.scores.append(score)
+                    log.write(record)
                 if step % run.save_every == 0 or step == self.steps:
                     self.save(step)
-
-    def batches(self, done: int, resume: Path | None = None) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield each step number after `done`, with this process's micro-batches of that step."""
-        pin = self.processes.device.type == "cuda"
-        loader = make_loader(self.config.data, self.stream, self.model.backbone, self.share, self.steps, pin, done)
-        micro_batches = iter(loader)
-        for step in range(done + 1, self.steps + 1):
-            of_step = [next(micro_batches) for _ in range(self.share.accumulation)]
-            if step == done + 1:
-                guards.check_positions(self.model, of_step[0])
-                if resume is not None:  # not earlier: the loader draws a random number when it starts
-                    checkpoints.read_random_state(resume, self.processes)
-            yield step, of_step
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:
         """One optimiser step. Returns its learning rate, and the norm of its gradient before clipping."""
@@ -97,7 +97,7 @@ class TrainingLoop:
     def update(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:
         """Clip the gradient, step the optimiser and the schedule. A gradient that is not finite changes no weight.
 
-        DeepSpeed has clipped and stepped in `backward`: there, only the schedule is stepped here.
+        DeepSpeed has clipped and stepped in `backward`, or skipped the step: there, only the schedule is stepped here.
         """
         state = self.state
         norm = state.accelerator.clip_grad_norm_(state.engine.parameters(), self.config.train.clip)
@@ -114,41 +114,51 @@ class TrainingLoop:
 
     # ---- start, log, save -------------------------------------------------------------------------------------------
 
-    def begin(self, resume: Path | None = None) -> int:
-        """Load the checkpoint; without one, start the `LearningGuard`. Returns the number of completed steps."""
+    def begin(self, resume: Path | None = None) -> tuple[int, Iterator[Batch]]:
+        """Load the checkpoint, if any. Returns the number of completed steps, and the micro-batches of those left."""
+        done = 0
         if resume is None:
             self.learning = guards.LearningGuard(self.model)
-            return 0
-        self.state.load(resume)
-        about = checkpoints.read_about(resume)
-        self.bad_steps.seen = about["bad_steps"]
-        self.meter.restore(about["unlogged"], self.processes.rank, self.processes.world_size)
-        return int(about["step"])
+        else:
+            self.state.load(resume)
+            about = checkpoints.read_about(resume)
+            done, self.bad_steps = about["step"], about["bad_steps"]
+            self.meter.restore(about["unlogged"], self.processes.rank, self.processes.world_size)
+        pin = self.processes.device.type == "cuda"
+        loader = make_loader(self.config.data, self.stream, self.model.backbone, self.share, self.steps, pin, done)
+        batches = iter(loader)
+        if resume is not None:  # not earlier: the loader draws a random number when it starts
+            checkpoints.read_random_state(resume, self.processes)
+        return done, batches
 
     def try_step(self) -> dict[str, Any]:
         """Take the first step and return what would be logged. Writes no file."""
-        self.begin()
-        step, micro_batches = next(self.batches(0))
-        return self.record(step, *self.train_step(step, micro_batches))
+        _, batches = self.begin()
+        micro_batches = [next(batches) for _ in range(self.share.accumulation)]
+        guards.check_positions(self.model, micro_batches[0])
+        return self.log_line(1, *self.train_step(1, micro_batches))
 
-    def record(self, step: int, learning_rate: float, grad_norm: float | None) -> dict[str, Any]:
-        """The log line of a step; restarts the sums. All processes must call."""
-        record = {"step": step, **self.meter.read(), "lr": learning_rate, "grad_norm": finite(grad_norm)}
-        score = score_of(record)
-        self.scores += [] if score is None else [score]
-        return record
+    def log_line(self, step: int, learning_rate: float, grad_norm: float | None) -> dict[str, Any]:
+        """The log line of a step. Restarts the sums of the meter. All processes must call."""
+        return {"step": step, **self.meter.reduce_and_reset(), "lr": learning_rate, "grad_norm": finite(grad_norm)}
 
     def check_learning(self, step: int) -> None:
-        if self.learning is not None and step == guards.LEARNING_STEPS:
-            self.learning.check(step, self.config.loss.lm_weight > 0)
+        if self.learning is not None and step == self.learning.steps:
+            self.learning.check()
             self.learning = None
 
     def report_bad_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Name the samples of a step without a finite gradient; stop the run after too many such steps."""
+        self.bad_steps += 1
+        rank = self.processes.rank
         first = (step - 1) * self.share.accumulation
         numbers = range(first, first + self.share.accumulation)
         sources = [self.stream.describe(position) for n in numbers for position in self.share.positions(n)]
-        message = self.bad_steps.skip(step, micro_batches, sources)
-        print(f"gasp_fast.train: {message}", file=sys.stderr, flush=True)
+        cause = f"step {step}: the gradient is not finite ({', '.join(sources)} on process {rank})"
+        batch_file = self.out / f"bad-step-{step}-process-{rank}.pt"
+        guards.check_bad_steps(self.config.run, self.bad_steps, cause, micro_batches, batch_file)
+        more = self.config.run.bad_steps - self.bad_steps + 1
+        print(f"gasp_fast.train: {cause}; skipped; the run stops after {more} more", file=sys.stderr, flush=True)
 
     def save(self, step: int) -> None:
         """Write `checkpoint-STEP`, then remove those that are no longer needed."""
@@ -167,7 +177,7 @@ class TrainingLoop:
                     mode=self.config.train.mode,
                     batch_size=self.config.train.batch_size,
                     score=sum(self.scores) / len(self.scores) if self.scores else None,
-                    bad_steps=self.bad_steps.seen,
+                    bad_steps=self.bad_steps,
                     unlogged=unlogged,
                 )
         self.scores = []

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
-from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.questions.video_qa import VideoQA
-from gasp_fast.data.scenes.library import find_scenes, own_name, survey
+from gasp_fast.data.scenes.library import find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
@@ -51,7 +51,7 @@ class TrackedScenes:
         self.broken: dict[str, str] = {}  # scene -> why it could not be read
         self.open = OpenScenes(self.root)
         if config.annotations:
-            self.caches = [AnnotationCache(folder) for folder in config.annotations]
+            self.caches = [AnnotationReader(folder) for folder in config.annotations]
             plan = self.caches[0].plan
             for cache in self.caches[1:]:
                 if (cache.plan.scenes, cache.plan.sequences) != (plan.scenes, plan.sequences):
@@ -75,8 +75,8 @@ class TrackedScenes:
             self.names = [entry.name for entry in entries]
             self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, self.names)
         # By the folder's own name, as in `gasp-fast tracks` and `evaluate`: it is the same wherever the library is.
-        own_names = [own_name(self.root, name) for name in self.names]
-        self._kept = [n for n, name in enumerate(own_names) if not is_held_out(name, config.held_out)]
+        folder_names = [folder_name(self.root, name) for name in self.names]
+        self._kept = [n for n, name in enumerate(folder_names) if not is_held_out(name, config.held_out)]
         if not self._kept:
             raise ValueError(
                 f"data.scenes.held_out = {config.held_out} leaves none of {len(self.names)} scenes for training; "

@@ -71,7 +71,7 @@ class SampleStream(Dataset[Sample]):
         draw = self.mixture.draw(position)
         return f"{draw.source}[{draw.index}] of epoch {draw.epoch}"
 
-    def samples(self, epochs: float) -> int:
+    def length(self, epochs: float) -> int:
         """Positions in `epochs` passes through the first source, which is the scenes if there are scenes."""
         name, source = next(iter(self.mixture.sources.items()))
         only = len(self.mixture.sources) == 1
@@ -144,4 +144,4 @@ def make_loader(
 
 def steps_of(train: OptimisationConfig, stream: SampleStream) -> int:
     """Number of optimiser steps of the run."""
-    return train.steps if train.steps is not None else max(1, stream.samples(train.epochs) // train.batch_size)
+    return train.steps if train.steps is not None else max(1, stream.length(train.epochs) // train.batch_size)

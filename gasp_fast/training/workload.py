@@ -11,7 +11,7 @@ import torch
 from gasp_fast.backbones import unwrap
 from gasp_fast.backbones.chat import IGNORE
 from gasp_fast.data.annotations.plan import PLAN_FILE
-from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.loss.matches import Matches
 from gasp_fast.planning.assumptions import Assumptions
 from gasp_fast.planning.flops import model_flops
@@ -131,7 +131,7 @@ def annotated_sequences(config: TrainConfig) -> int | None:
     if config.data.scenes.root and config.data.scenes.annotations:
         folder = Path(config.data.scenes.annotations[0])
         if (folder / PLAN_FILE).is_file():
-            return len(AnnotationCache(folder).plan.sampler)
+            return len(AnnotationReader(folder).plan.sampler)
     return None
 
 

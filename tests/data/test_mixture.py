@@ -32,7 +32,7 @@ def test_shares_are_exact_in_every_block() -> None:
         assert counts == {"geometry": 600, "qa": 400}
 
 
-def test_shares_are_near_in_every_hundred_too() -> None:
+def test_shares_are_approximate_in_every_hundred_positions() -> None:
     sources = [MIXTURE.draw(position).source for position in range(2000)]
     for start in range(0, 2000, 100):
         assert 40 <= sources[start : start + 100].count("geometry") <= 80

@@ -12,7 +12,7 @@ from support.scene_formats import write_colmap, write_dl3dv
 
 from gasp_fast import train as training
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
-from gasp_fast.cli import main as gasp_fast
+from gasp_fast.cli import main as run_command
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import rigid_inverse, without_depth
 from gasp_fast.data.synthetic.questions import write_qa
@@ -58,7 +58,7 @@ def prepare(root: Path) -> None:
         f"make-vqa data/dl3dv --tracks data/tracks/grid8 --out data/dl3dv-vqa {SHORT['make-vqa']}",
         f"evaluate --model MODEL --scenes SCENES --out .report {SHORT['evaluate']}",
     ):
-        assert gasp_fast(words.split()) == 0, words
+        assert run_command(words.split()) == 0, words
     for name in ("REPORT", "BEFORE", "CORRESPONDENCE", "FULL"):
         (root / name).symlink_to(".report")
     recipe = str(ROOT / "configs" / "qwen2_5_vl_7b.yaml")

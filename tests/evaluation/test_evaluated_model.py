@@ -32,6 +32,13 @@ def test_heads_of_the_last_checkpoint_are_loaded(models, model_folders, tmp_path
     assert load_evaluated_model(model_folders["qwen-gqa"]).heads is None
 
 
+def test_a_newest_checkpoint_without_weights_is_refused(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "config.json").write_text("{}")
+    with pytest.raises(OSError, match="checkpoint-3 holds no gathered weights"):
+        load_evaluated_model(tmp_path)
+
+
 def test_heads_of_another_model_are_refused(models, tmp_path):
     folder = tiny.build_tiny(tmp_path / "small", tiny.TinyConfig(hidden_size=64, frame_size=112))
     write_heads(folder / "heads.safetensors", models["qwen-gqa"].heads.state_dict(), "fp32")

@@ -40,6 +40,25 @@ def test_the_loss_through_the_bf16_unit_agrees_with_float64(amx):
     assert relative_error(embedding_gradient, truth.embedding_gradient) < 1e-2
 
 
+@pytest.mark.parametrize("layout", [
+    lambda e: e.mT.contiguous().mT,  # columns
+    lambda e: torch.stack([e, e], dim=-1)[..., 0],  # every other number
+    lambda e: e[:, :1].expand(-1, e.shape[1], -1),  # one row in memory, for all tokens
+], ids=["columns", "strided", "expanded"])  # fmt: skip
+@pytest.mark.parametrize("sequences", [[[30, 7, 1, 22], [18, 25, 9]], [[1]]], ids=["many", "one token"])
+def test_the_bf16_unit_reads_embeddings_in_any_memory_layout(amx, layout, sequences):
+    problem = random_problem(0, sequences, width=64, matches=200)
+    embeddings = layout(problem.embeddings.bfloat16())
+    anchors = embeddings[:, :5].contiguous()
+    similarity = torch.full((1, anchors.shape[1], embeddings.shape[1]), float("nan"))
+    Products.of(embeddings).similarity(anchors[:1], embeddings[:1], similarity)
+    assert relative_error(similarity, anchors[:1].double() @ embeddings[:1].double().mT) < 1e-6
+    losses = [
+        gasp_fast.gasp_loss(e, problem.matches, backend="cpp").loss for e in (embeddings, embeddings.contiguous())
+    ]
+    assert torch.equal(*losses)
+
+
 class HalfProducts(Products):
     """What a GPU does: 16-bit operands, float32 sums and results."""
 

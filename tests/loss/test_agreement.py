@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.agreement import EXACT, NARROW, assert_agrees, cpp_workspace, judge, natural_sizes, run
+from support.agreement import EXACT, SIXTEEN_BITS, assert_agrees, cpp_workspace, judge, natural_sizes, run
 from support.problems import Problem, problems, random_problem, relative_error
 
 import gasp_fast
@@ -50,7 +50,7 @@ def test_cpp_agrees_with_float64_in_float32(problem, reduction, workspace):
 @given(problems(), st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([SMALL, CPU_WORKSPACE]))
 def test_cpp_agrees_with_float64_in_sixteen_bits(problem, dtype, workspace):
     with cpp_workspace(workspace):
-        assert_agrees(problem, dtype, NARROW, "cpp")
+        assert_agrees(problem, dtype, SIXTEEN_BITS, "cpp")
 
 
 @settings(max_examples=60, deadline=None)

@@ -158,7 +158,7 @@ def test_a_retained_graph_gives_the_same_gradient_again():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_under_activation_checkpointing(use_reentrant):
+def test_activation_checkpointing_changes_no_bit(use_reentrant):
     problem = random_problem(0, SEQUENCES)
     plain = step(problem)
     embeddings = problem.embeddings.float().clone().requires_grad_()
@@ -189,7 +189,7 @@ def test_under_autocast_nothing_is_cast(monkeypatch, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_non_contiguous_embeddings(dtype):
+def test_non_contiguous_embeddings_give_the_same_gradient(dtype):
     problem = random_problem(0, SEQUENCES, layers=3)
     plain = step(problem, dtype)
     for spread in (
@@ -222,7 +222,7 @@ def test_compiled_gradients_are_the_eager_ones_to_the_last_bit():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_compiled_frame_match():
+def test_compiled_frame_match_gives_the_eager_results():
     problem = random_problem(0, [[12, 9, 14]], layers=1)
     rows, values = torch.arange(12), torch.rand(35, 2)
 

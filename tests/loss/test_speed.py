@@ -10,6 +10,7 @@ import torch
 
 from gasp_fast.benchmarking.measure import run_workload
 from gasp_fast.benchmarking.workloads import WORKLOADS
+from gasp_fast.doctor.hardware import cpu_flags
 
 TRIES = 4
 
@@ -36,6 +37,8 @@ def ratios(name: str) -> dict[str, float]:
     ],
 )
 def test_bars(name, three, one, eager):
+    if name == "cpu-wide-bf16" and "avx512_bf16" in cpu_flags() and "amx_bf16" not in cpu_flags():
+        pytest.skip("no limit for CPUs with AVX512-BF16 and without AMX: docs/loss.md, Backends and strategies")
     seen = []
     for _ in range(TRIES):
         measured = ratios(name)
@@ -43,4 +46,4 @@ def test_bars(name, three, one, eager):
         fast_enough = three is None or (measured["three"] <= three and measured["one"] <= one)
         if fast_enough and measured["eager"] >= eager:
             return
-    pytest.fail(f"{name}: at most {three} × three products, {one} × one, at least {eager} × eager; saw {seen}")
+    pytest.fail(f"{name}: at most {three} × three products, {one} × one, at least {eager} × eager; measured {seen}")

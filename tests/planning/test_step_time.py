@@ -25,7 +25,7 @@ def test_the_slowest_of_two_dice_by_hand() -> None:
     assert expected_slowest(dice, 10_000) == pytest.approx(6)
 
 
-def test_meeting_once_a_step_costs_less_waiting_than_at_every_sequence() -> None:
+def test_synchronising_once_a_step_costs_less_waiting_than_at_every_sequence() -> None:
     assert plan_of(zero("zero1")).seconds["waiting"] == pytest.approx(plan_of(zero("zero2")).seconds["waiting"] / 2)
     assert plan_of(gpus=1).seconds["waiting"] == 0
 

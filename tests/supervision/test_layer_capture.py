@@ -168,7 +168,7 @@ def test_tokens_picks_flat_positions_in_order(shipped, talk, noise):
         assert torch.equal(picked[row], capture.hidden(2)[sequence, place])
 
 
-def test_wrong_use_is_named(shipped):
+def test_wrong_layers_raise_an_error_that_names_them(shipped):
     with pytest.raises(ValueError, match="layers contains 4"):
         capture_of(shipped, [4])
     capture = capture_of(shipped, [1])

@@ -19,7 +19,7 @@ from gasp_fast.loss.naive import NaiveLoss, naive_loss
 from .problems import Problem, relative_error
 
 EXACT = 1e-5  # float32, IEEE
-NARROW = 1e-2  # bfloat16 and float16
+SIXTEEN_BITS = 1e-2  # bfloat16 and float16
 
 
 def run(problem: Problem, embeddings: Tensor, backend: str, **options):

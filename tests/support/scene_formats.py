@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ from gasp_fast.data.scenes.lens import NO_DISTORTION
 from gasp_fast.data.scenes.scene import Scene, rigid_inverse
 
 FORMAT_NAMES = [module.NAME for module in FORMATS]
+LENS = (0.08, -0.03, 0.004, -0.002)  # k1, k2, p1, p2
+
+
+def mistaken(scene: Scene, pose: Callable[[np.ndarray], np.ndarray] = lambda p: p, scale: float = 1.0) -> Scene:
+    """The scene as it would be read with a wrong convention of its poses or its depth scale."""
+    return replace(
+        scene,
+        frames=tuple(
+            replace(frame, pose=pose(frame.pose), depth=replace(frame.depth, scale=frame.depth.scale * scale))
+            for frame in scene.frames
+        ),
+    )
 
 
 def write_scene_as(name: str, scene: Scene, root: Path) -> None:

@@ -44,6 +44,7 @@ def run_main(config, tmp_path, capsys):
         (["model.attention=flash_attention_2"], "use model.attention=auto"),
         (["train.batch_size=3", "train.micro_batch_size=2"], "use a multiple of 2"),
         (["train.learning_rat=1"], "the nearest is train.learning_rate"),
+        (["train.lr=0.1"], "the nearest is train.learning_rate"),
         (["model.liger=true"], "pip install liger-kernel"),
         (["data.qa.root=nowhere"], "nowhere: no such folder"),
         (["run.report_to=[notebook]"], "run.report_to names 'notebook', which is not installed"),
@@ -91,6 +92,14 @@ def test_a_deepspeed_file_that_would_round_the_heads_is_refused(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"bf16": {"enabled": True}}))
     with pytest.raises(ValueError, match="enables bf16"):
+        read_deepspeed(str(path))
+
+
+@pytest.mark.parametrize("settings", [{}, {"zero_optimization": {"stage": 0}}])
+def test_a_deepspeed_file_without_zero_is_refused(tmp_path, settings):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="use deepspeed=null"):
         read_deepspeed(str(path))
 
 
@@ -169,7 +178,8 @@ def test_a_step_without_a_finite_gradient_is_reported_and_skipped(config, monkey
     poison(monkeypatch, {2})
     settings = config(train={"steps": 4})
     train(settings)
-    assert "step 2: the gradient is not finite (scenes[" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "step 2: the gradient is not finite (scenes[" in printed and "the run stops after 3 more" in printed
     records = [json.loads(line) for line in (Path(settings.run.out) / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert [record["loss"] is None for record in records] == [False, True, False, False]

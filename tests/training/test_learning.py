@@ -65,8 +65,8 @@ def real_pck(model, out):
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
-    """Rendered rooms for training and evaluation; GASP_TINY_GROUND keeps them between runs."""
-    folder = Path(os.environ.get("GASP_TINY_GROUND", tmp_path_factory.mktemp("ground")))
+    """Rendered rooms for training and evaluation; GASP_TINY_SCENES keeps them between runs."""
+    folder = Path(os.environ.get("GASP_TINY_SCENES", tmp_path_factory.mktemp("ground")))
     learning.render_rooms(folder)
     return folder
 

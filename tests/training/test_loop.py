@@ -135,7 +135,7 @@ def test_two_processes_take_the_steps_of_a_plain_loop_under_every_zero_stage(
         preset = None if name == "ddp" else str(REPOSITORY / f"configs/deepspeed/{name}.json")
         run = replace(base.run, out=str(tmp_path / name))
         paths.append(write_config(replace(base, run=run, deepspeed=preset), tmp_path / f"{name}.yaml"))
-    process = launch(1, Path(__file__).with_name("launched.py"), *paths)
+    process = launch(1, Path(__file__).with_name("train_on_two_processes.py"), *paths)
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output[-3000:]
     for name in ("ddp", "zero1", "zero2", "zero3"):

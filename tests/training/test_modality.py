@@ -29,7 +29,7 @@ def modules_of_a_step(model, batch):
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_scenes_questions_and_bare_words_run_the_same_modules_in_the_same_order(config, family, mode):
+def test_scenes_questions_and_text_only_batches_run_the_same_modules_in_the_same_order(config, family, mode):
     settings = config(family, mixed=True, train={"mode": mode})
     model = build_model(settings, CPU).train()
     collate = SteadyCollator(Collator(model.backbone))
@@ -42,7 +42,7 @@ def test_scenes_questions_and_bare_words_run_the_same_modules_in_the_same_order(
     assert any("visual" in name or "vision_tower" in name for name in steps[0][0])
 
 
-def test_the_blank_frame_changes_nothing_that_the_words_teach(config):
+def test_the_blank_frame_does_not_change_text_gradients(config):
     settings = config(train={"mode": "full"})
     model = build_model(settings, CPU).train()
     bare = Sample(frames=[], messages=WORDS)
@@ -86,7 +86,7 @@ def test_logits_are_made_for_labelled_tokens_only(config):
     assert rows == [int(out["answers"])] and rows[0] < batch["input_ids"].shape[1] / 2
 
 
-def test_a_batch_with_frames_is_left_alone(config):
+def test_a_batch_with_frames_is_passed_on_unchanged(config):
     model = build_model(config(), CPU)
     sample = Sample(frames=[np.zeros((64, 64, 3), np.uint8)] * 2, messages=WORDS)
     collate = Collator(model.backbone)

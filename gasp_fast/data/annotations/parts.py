@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def numbers_of_part(count: int, part: tuple[int, int]) -> range:
+def shards_in_part(count: int, part: tuple[int, int]) -> range:
     """Every n-th of `count` shards, for `part = (i, n)`."""
     first, step = part
     if not 0 <= first < step:

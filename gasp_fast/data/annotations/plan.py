@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from gasp_fast.data.errors import one_line
 from gasp_fast.data.scenes.library import SceneEntry
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler
 from gasp_fast.files import write_atomically
@@ -32,6 +33,8 @@ class AnnotationPlan:
         for name in ("grid", "epochs", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep = {self.keep}: must be above 0 and at most 1")
 
     @cached_property
     def sampler(self) -> SequenceSampler:
@@ -45,7 +48,7 @@ class AnnotationPlan:
         """Number of shards."""
         return -(-len(self) // self.shard_size)
 
-    def of_shard(self, number: int) -> range:
+    def sequences_in_shard(self, number: int) -> range:
         """Indices of the sequences of a shard."""
         return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self)))
 
@@ -61,37 +64,54 @@ class AnnotationPlan:
 
     @classmethod
     def from_json(cls, text: str) -> AnnotationPlan:
-        fields = json.loads(text)
-        version = fields.pop("version", None)
-        if fields.pop("format", None) != "gasp-fast tracks" or version != VERSION:
-            raise ValueError(
-                f"the annotations have version {version}, this program reads version {VERSION}; make them again"
-            )
-        scenes = tuple(SceneEntry(**entry) for entry in fields.pop("scenes"))
-        return cls(scenes=scenes, sequences=SequenceConfig(**fields.pop("sequences")), **fields)
+        stored = json.loads(text)
+        if not isinstance(stored, dict) or stored.pop("format", None) != "gasp-fast tracks" or "version" not in stored:
+            raise ValueError("not a plan of gasp-fast tracks")
+        version = stored.pop("version")
+        if version != VERSION:
+            raise ValueError(f"has version {version}, this program reads version {VERSION}; make the annotations again")
+        plan: AnnotationPlan = _from_fields(cls, stored)
+        scenes = tuple(_from_fields(SceneEntry, entry) for entry in plan.scenes)
+        return replace(plan, scenes=scenes, sequences=_from_fields(SequenceConfig, plan.sequences))
 
     @cached_property
     def digest(self) -> str:
         return blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
 
+def read_plan(folder: Path) -> AnnotationPlan:
+    """The plan in `folder`. A damaged one is a one-line `ValueError` that names the file."""
+    path = folder / PLAN_FILE
+    try:
+        return AnnotationPlan.from_json(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: cannot read the plan: {one_line(error)}") from error
+
+
 def store_plan(folder: Path, plan: AnnotationPlan) -> None:
     """Writes the plan into `folder`. A folder that holds another plan is an error that names the first difference."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PLAN_FILE
-    if path.exists():
-        difference = _difference(json.loads(path.read_text()), json.loads(plan.to_json()))
-        if difference:
+    if (folder / PLAN_FILE).exists():
+        if difference := _difference(asdict(read_plan(folder)), asdict(plan)):
             raise ValueError(f"{folder} holds annotations of another plan ({difference}); give another --out")
         return
-    write_atomically(path, plan.to_json().encode())
+    write_atomically(folder / PLAN_FILE, plan.to_json().encode())
+
+
+def _from_fields(kind: type[Any], stored: Any) -> Any:
+    """A dataclass from its JSON object, in which no field may be missing or unknown."""
+    names = {one.name for one in fields(kind)}
+    if not isinstance(stored, dict) or stored.keys() != names:
+        keys = stored.keys() ^ names if isinstance(stored, dict) else names
+        raise ValueError(f"missing or unknown fields of {kind.__name__}: {', '.join(sorted(keys))}")
+    return kind(**stored)
 
 
 def _difference(old: Any, new: Any, name: str = "plan") -> str:
-    """The first difference between two JSON values, in words; empty if they are equal."""
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+    """The first difference between two values of a plan, in words; empty if they are equal."""
+    if isinstance(old, dict):
         return next((d for key in old if (d := _difference(old[key], new[key], key))), "")
-    if isinstance(old, list) and isinstance(new, list):
+    if isinstance(old, tuple):
         if len(old) != len(new):
             return f"{name}: {len(old)} there, {len(new)} now"
         return next((d for a, b in zip(old, new, strict=True) if (d := _difference(a, b, name))), "")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from gasp_fast.data.tracks.build import Tracks
 
-from .plan import PLAN_FILE, AnnotationPlan
+from .plan import read_plan
 from .shard import checksum, read_header, shard_path
 
 OPEN_SHARDS = 16
@@ -33,17 +33,15 @@ class Annotation:
     tracks: Tracks
 
 
-class AnnotationCache:
+class AnnotationReader:
     """The annotations in a folder, by the number of the sequence. Can be pickled into loader workers."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         try:
-            self.plan = AnnotationPlan.from_json((self.folder / PLAN_FILE).read_text())
+            self.plan = read_plan(self.folder)
         except FileNotFoundError:
             raise OSError(f"{self.folder}: no annotations here; make them with gasp-fast tracks") from None
-        except ValueError as error:
-            raise ValueError(f"{self.folder / PLAN_FILE}: {error}") from error
         self._shards: OrderedDict[int, Any] = OrderedDict()  # open, the least recently used first
 
     def __len__(self) -> int:

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from gasp_fast.data.scenes.library import SceneEntry, digest_of
+from gasp_fast.data.scenes.library import SceneEntry, scene_digest
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
 from gasp_fast.files import sweep_partials, write_atomically
 from gasp_fast.processes import in_processes
 
-from .parts import numbers_of_part
+from .parts import shards_in_part
 from .plan import PLAN_FILE, AnnotationPlan, store_plan
 from .shard import read_header, shard_arrays, shard_bytes, shard_path
 
@@ -35,7 +35,7 @@ def annotate(
 
     `part = (i, n)` computes only every n-th shard, so that n machines with a common disk share the work.
     """
-    numbers = numbers_of_part(plan.shards, part)
+    numbers = shards_in_part(plan.shards, part)
     if part == (0, 1):
         sweep_partials(folder / PLAN_FILE)  # with several parts, another machine may be writing it now
     store_plan(folder, plan)
@@ -56,7 +56,7 @@ def write_shard(library: Path, folder: Path, plan: AnnotationPlan, number: int) 
     tracks: list[Tracks] = []
     failed: dict[str, str] = {}
     opened: tuple[int, Scene | str] = (-1, "")
-    for index in plan.of_shard(number):
+    for index in plan.sequences_in_shard(number):
         drawn = plan.sampler.draw(*divmod(index, len(plan.sampler)))
         entry = plan.scenes[drawn.scene]
         if opened[0] != drawn.scene:
@@ -81,7 +81,7 @@ def _open_planned(library: Path, entry: SceneEntry) -> Scene | str:
         scene = open_scene(library / entry.name)
     except (OSError, ValueError) as error:
         return str(error)
-    if digest_of(scene) != entry.digest:
+    if scene_digest(scene) != entry.digest:
         raise ValueError(f"{library / entry.name}: the scene has changed since the plan was made; give another --out")
     return scene
 

@@ -8,8 +8,8 @@ whether it predicts depth or inverse depth is found by trying both.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from gasp_fast.files import sweep_partials, write_atomically
 from .alignment import FEWEST_POINTS, LARGEST_ERROR, SPACES, Alignment, Space, align
 
 Predictor = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] -> float [h, w]
+Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the frame numbers, such as a progress bar
 FRAMES_TO_FIND_SPACE = 8
 # Within this range maps are stored as float16: half the bytes, and a relative error of 0.05 %, a hundredth of the 5 %
 # by which two views may differ.
@@ -45,16 +46,16 @@ class SparsePoints:
         return values[row, column]
 
 
-def has_stereo(scene: Scene) -> bool:
+def has_mvs(scene: Scene) -> bool:
     """Whether the scene's folder holds maps of COLMAP's multi-view stereo."""
     found = find_model(scene.root)
     return found is not None and any((found[0] / DEPTH_FOLDER).glob("**/*.geometric.bin"))
 
 
-def depth_from_stereo(scene: Scene, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> DepthIndex:
+def depth_from_mvs(scene: Scene, progress: Progress = iter) -> DepthIndex:
     """Resamples the maps of the dense workspace to the frames of `scene`."""
     found = find_model(scene.root)
-    if found is None or not has_stereo(scene):
+    if found is None or not has_mvs(scene):
         raise ValueError(
             f"{scene.root}: no {DEPTH_FOLDER}/*.geometric.bin; run colmap patch_match_stereo, or give --model"
         )
@@ -63,25 +64,18 @@ def depth_from_stereo(scene: Scene, progress: Callable[[Iterable[int]], Iterable
     unit = _unit(scene, images)
     points = sparse_points(scene)
 
-    def maps() -> Iterator[tuple[int, np.ndarray | None, FrameFit]]:
-        for i in progress(range(len(scene))):
-            image = images.get(scene.frame_names[i])
-            path = workspace / DEPTH_FOLDER / f"{image.name}.geometric.bin" if image else None
-            if image is None or path is None or not path.is_file():
-                yield i, None, FrameFit(None, reason="no stereo map")
-                continue
-            depth = _resampled(read_depth(path, unit), image, scene.intrinsics(i), scene.image_size(i))
-            yield i, depth, _stereo_fit(depth, points.get(scene.frame_names[i]), scene.image_size(i))
+    def frame_depth(i: int) -> tuple[np.ndarray | None, FrameFit]:
+        image = images.get(scene.frame_names[i])
+        path = workspace / DEPTH_FOLDER / f"{image.name}.geometric.bin" if image else None
+        if image is None or path is None or not path.is_file():
+            return None, FrameFit(None, reason="no stereo map")
+        depth = _resampled(read_depth(path, unit), image, scene.intrinsics(i), scene.image_size(i))
+        return depth, _mvs_fit(depth, points.get(scene.frame_names[i]), scene.image_size(i))
 
-    return _write(scene, DepthIndex(source="mvs", space="depth"), maps())
+    return _write(scene, DepthIndex(source="mvs", space="depth"), frame_depth, progress)
 
 
-def depth_from_predictor(
-    scene: Scene,
-    predict: Predictor,
-    name: str = "",
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> DepthIndex:
+def depth_from_predictor(scene: Scene, predict: Predictor, name: str = "", progress: Progress = iter) -> DepthIndex:
     """Runs `predict` on every frame and aligns each map to the frame's sparse points."""
     points = sparse_points(scene)
     if not any(len(known.depth) >= FEWEST_POINTS for known in points.values()):
@@ -91,20 +85,18 @@ def depth_from_predictor(
         )
     space = _predicted_space(scene, predict, points)
 
-    def maps() -> Iterator[tuple[int, np.ndarray | None, FrameFit]]:
-        for i in progress(range(len(scene))):
-            known = points.get(scene.frame_names[i])
-            if known is None or len(known.depth) < FEWEST_POINTS:
-                count = 0 if known is None else len(known.depth)
-                yield i, None, FrameFit(None, count, reason=f"{count} sparse points; {FEWEST_POINTS} are needed")
-                continue
-            predicted = predict(scene.image(i))
-            fit = align(known.sample(predicted, scene.image_size(i)), known.depth, space)
-            error = fit.error if np.isfinite(fit.error) else None
-            usable = fit.fault is None
-            yield i, fit.apply(predicted) if usable else None, FrameFit(None, fit.points, error, fit.fault or "")
+    def frame_depth(i: int) -> tuple[np.ndarray | None, FrameFit]:
+        known = points.get(scene.frame_names[i])
+        if known is None or len(known.depth) < FEWEST_POINTS:
+            count = 0 if known is None else len(known.depth)
+            return None, FrameFit(None, count, reason=f"{count} sparse points; {FEWEST_POINTS} are needed")
+        predicted = predict(scene.image(i))
+        fit = align(known.sample(predicted, scene.image_size(i)), known.depth, space)
+        error = fit.error if np.isfinite(fit.error) else None
+        depth = fit.apply(predicted) if fit.fault is None else None
+        return depth, FrameFit(None, fit.points, error, fit.fault or "")
 
-    return _write(scene, DepthIndex(source="model", model=name, space=space), maps())
+    return _write(scene, DepthIndex(source="model", model=name, space=space), frame_depth, progress)
 
 
 def sparse_points(scene: Scene) -> dict[str, SparsePoints]:
@@ -165,7 +157,7 @@ def _resampled(
     return np.where(seen, values, np.float32(0))
 
 
-def _stereo_fit(depth: np.ndarray, known: SparsePoints | None, size: tuple[int, int]) -> FrameFit:
+def _mvs_fit(depth: np.ndarray, known: SparsePoints | None, size: tuple[int, int]) -> FrameFit:
     """The error of a stereo map, which needs no alignment, at the sparse points where it has a depth."""
     if not (depth > 0).any():
         return FrameFit(None, reason="the stereo map is empty")
@@ -196,23 +188,31 @@ def _predicted_space(scene: Scene, predict: Predictor, points: dict[str, SparseP
     return min(SPACES, key=lambda space: float(np.median(errors[space])))
 
 
-def _write(scene: Scene, index: DepthIndex, maps: Iterator[tuple[int, np.ndarray | None, FrameFit]]) -> DepthIndex:
+def _write(
+    scene: Scene,
+    index: DepthIndex,
+    frame_depth: Callable[[int], tuple[np.ndarray | None, FrameFit]],
+    progress: Progress,
+) -> DepthIndex:
     """Deletes the old index, writes the maps, then the index: a killed run leaves no index of incomplete maps."""
     folder = scene.root / FOLDER
-    folder.mkdir(exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
-    for i, depth, fit in maps:
+    for i in progress(range(len(scene))):
         name = scene.frame_names[i]
+        depth, fit = frame_depth(i)
         if depth is not None and not fit.reason:
-            known = depth[depth > 0]
-            half = known.size and known.min() >= FLOAT16_RANGE[0] and known.max() <= FLOAT16_RANGE[1]
-            fit.file = f"{name}.npy"
-            path = folder / fit.file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sweep_partials(path)
-            content = io.BytesIO()
-            np.save(content, depth.astype(np.float16) if half else depth)
-            write_atomically(path, content.getvalue())
+            fit = replace(fit, file=f"{name}.npy")
+            _save(depth, folder / f"{name}.npy")
         index.frames[name] = fit
     write_index(scene.root, index)
     return index
+
+
+def _save(depth: np.ndarray, path: Path) -> None:
+    known = depth[depth > 0]
+    half = known.size and known.min() >= FLOAT16_RANGE[0] and known.max() <= FLOAT16_RANGE[1]
+    content = io.BytesIO()
+    np.save(content, depth.astype(np.float16) if half else depth)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_partials(path)
+    write_atomically(path, content.getvalue())

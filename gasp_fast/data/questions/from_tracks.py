@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from gasp_fast.data.annotations.parts import numbers_of_part
-from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.parts import shards_in_part
+from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks
@@ -227,14 +227,14 @@ def make_vqa(
     Shards, parts and resuming are those of the annotations.
     """
     config = config or VQAConfig()
-    plan = AnnotationCache(annotations).plan
+    plan = AnnotationReader(annotations).plan
     about = json.dumps({"annotations": plan.digest, **asdict(config)}, indent=1) + "\n"
     (out / "videos").mkdir(parents=True, exist_ok=True)
     if (out / ABOUT_FILE).exists() and (out / ABOUT_FILE).read_text() != about:
         raise ValueError(f"{out} was made from other annotations or with other settings; give another --out")
     write_atomically(out / ABOUT_FILE, about.encode())
     missing = []
-    for number in numbers_of_part(plan.shards, part):
+    for number in shards_in_part(plan.shards, part):
         if records_path(out, number).exists():
             yield number
         else:
@@ -254,12 +254,12 @@ def omitted_path(out: Path, number: int) -> Path:
 
 def write_shard(library: Path, annotations: Path, out: Path, config: VQAConfig, number: int) -> None:
     """Writes the clips of one shard, then its records; `omitted-….txt` lists sequences without a record, and why."""
-    cache = AnnotationCache(annotations)
+    cache = AnnotationReader(annotations)
     folder = out / "videos" / f"{number:05d}"
     folder.mkdir(parents=True, exist_ok=True)
     opened: tuple[str, Scene | None] = ("", None)
     records, omitted = [], []
-    for index in cache.plan.of_shard(number):
+    for index in cache.plan.sequences_in_shard(number):
         name, tracks = cache[index].scene, cache[index].tracks
         video = f"videos/{number:05d}/{index:08d}.mp4"
         try:

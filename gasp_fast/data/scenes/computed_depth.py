@@ -21,7 +21,7 @@ INDEX = "index.json"
 VERSION = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class FrameFit:
     """The map of one frame; `error` is the median of |depth - sparse| / sparse over the frame's sparse points."""
 
@@ -49,6 +49,7 @@ class DepthIndex:
 def write_index(root: Path, index: DepthIndex) -> Path:
     """Writes the index beside its maps, atomically."""
     path = root / FOLDER / INDEX
+    path.parent.mkdir(exist_ok=True)
     write_atomically(path, json.dumps(asdict(index), indent=1).encode())
     return path
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .formats import is_scene, known_marks
+from .formats import is_scene, known_files
 from .open import open_scene
 from .scene import Scene
 
@@ -37,11 +37,11 @@ def find_scenes(library: Path) -> list[str]:
         raise FileNotFoundError(f"{library}: no such folder")
     names = sorted(path.relative_to(library).as_posix() for path in _scenes_under(library, DEEPEST))
     if not names:
-        raise OSError(f"{library}: no scene here or up to {DEEPEST} folders below. Looked for {known_marks()}")
+        raise OSError(f"{library}: no scene here or up to {DEEPEST} folders below. Looked for {known_files()}")
     return names
 
 
-def own_name(library: Path, name: str) -> str:
+def folder_name(library: Path, name: str) -> str:
     """The name of the scene's own folder. The held-out split depends on it."""
     return library.resolve().name if name == "." else Path(name).name
 
@@ -55,7 +55,7 @@ def _scenes_under(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _scenes_under(child, depth - 1)
 
 
-def digest_of(scene: Scene) -> str:
+def scene_digest(scene: Scene) -> str:
     """A hash of frame names and poses: it changes when a frame is added, removed, renamed or moved. Decodes nothing."""
     digest = blake2b(digest_size=8)
     for index, name in enumerate(scene.frame_names):
@@ -70,6 +70,6 @@ def survey(library: Path, names: Iterable[str]) -> Iterator[SceneEntry | tuple[s
             scene = open_scene(library / name)
             if not scene.has_depth:
                 raise ValueError(f"no depth; make it with gasp-fast depth {library / name}")
-            yield SceneEntry(name, len(scene), digest_of(scene))
+            yield SceneEntry(name, len(scene), scene_digest(scene))
         except (OSError, ValueError) as error:
             yield name, str(error)

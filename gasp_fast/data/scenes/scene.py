@@ -181,7 +181,7 @@ def _real_folder(path: Path) -> str:
     return os.path.realpath(path)
 
 
-def scene_of(
+def build_scene(
     root: Path, format: str, frames: Sequence[Frame], skipped: Sequence[Skipped] = (), sparse_model: Path | None = None
 ) -> Scene:
     """The last step of every reader: refuses paths outside the root, skips and counts frames with an invalid camera.
@@ -243,6 +243,13 @@ def rigid_inverse(pose: np.ndarray) -> np.ndarray:
     inverse: np.ndarray = np.linalg.inv(pose)
     inverse[3] = (0.0, 0.0, 0.0, 1.0)
     return inverse
+
+
+def world_to_camera(camera_to_world: np.ndarray, axes: np.ndarray | None = None) -> np.ndarray:  # float64 [4, 4]
+    """The pose; `axes` converts from OpenCV's axes. An invalid matrix stays as it is: `build_scene` names the fault."""
+    if pose_fault(camera_to_world):
+        return camera_to_world
+    return rigid_inverse(camera_to_world if axes is None else camera_to_world @ axes)
 
 
 def camera_centre(pose: np.ndarray) -> np.ndarray:  # float64 [3]

@@ -87,11 +87,11 @@ def build_tracks(
     """
     if threads > 1:
         scene.read_ahead([int(i) for i in frames], images=False, threads=threads)
-    views = views_of(scene, frames)
+    views = load_views(scene, frames)
     return track_points(grid_queries(views, grid), views, keep, threads=threads, backend=backend)
 
 
-def views_of(scene: Scene, frames: Sequence[int]) -> Views:
+def load_views(scene: Scene, frames: Sequence[int]) -> Views:
     """Depth maps and cameras of `frames`, decoded or taken from the process's cache."""
     indices = np.asarray(frames, dtype=np.int64)
     if indices.ndim != 1 or not len(indices):

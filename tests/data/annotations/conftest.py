@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gasp_fast.data.annotations.plan import AnnotationPlan
-from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.scenes.library import SceneEntry, find_scenes, survey
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
@@ -33,7 +33,7 @@ def plan(library: Path) -> AnnotationPlan:
 
 
 @pytest.fixture(scope="session")
-def cache(library: Path, plan: AnnotationPlan, tmp_path_factory: pytest.TempPathFactory) -> AnnotationCache:
+def cache(library: Path, plan: AnnotationPlan, tmp_path_factory: pytest.TempPathFactory) -> AnnotationReader:
     folder = tmp_path_factory.mktemp("cache")
     assert list(annotate(library, folder, plan)) == list(range(plan.shards))
-    return AnnotationCache(folder)
+    return AnnotationReader(folder)

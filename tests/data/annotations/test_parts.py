@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from gasp_fast.data.annotations.parts import numbers_of_part, parse_part
+from gasp_fast.data.annotations.parts import parse_part, shards_in_part
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 10])
 def test_the_parts_together_are_all_shards_once(step: int) -> None:
-    numbers = [number for first in range(step) for number in numbers_of_part(7, parse_part(f"{first}/{step}"))]
+    numbers = [number for first in range(step) for number in shards_in_part(7, parse_part(f"{first}/{step}"))]
     assert sorted(numbers) == list(range(7))
 
 
@@ -21,4 +21,4 @@ def test_a_bad_part_is_named(part: str) -> None:
 
 def test_a_part_outside_its_range_is_named() -> None:
     with pytest.raises(ValueError, match="part = 3 of 3"):
-        numbers_of_part(7, (3, 3))
+        shards_in_part(7, (3, 3))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gasp_fast.data.annotations.plan import AnnotationPlan, store_plan
-from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.shard import shard_path
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.scenes.library import SceneEntry
@@ -32,12 +32,12 @@ def test_planning_two_million_sequences_is_quick_and_small() -> None:
     assert plan.expected_bytes < 15e9
 
 
-def test_the_expected_size_is_an_upper_bound_and_not_a_loose_one(cache: AnnotationCache) -> None:
+def test_the_expected_size_is_an_upper_bound_and_not_a_loose_one(cache: AnnotationReader) -> None:
     size = sum(shard_path(cache.folder, n).stat().st_size for n in range(cache.plan.shards))
     assert 0.5 * cache.plan.expected_bytes < size - 1100 * cache.plan.shards < cache.plan.expected_bytes
 
 
-def test_another_plan_is_refused_and_the_difference_named(library: Path, plan: AnnotationPlan, cache: AnnotationCache):
+def test_another_plan_is_refused_and_the_difference_named(library: Path, plan: AnnotationPlan, cache: AnnotationReader):
     with pytest.raises(ValueError, match="grid: 8 there, 24 now"):
         next(annotate(library, cache.folder, replace(plan, grid=24)))
     with pytest.raises(ValueError, match="scenes: 3 there, 2 now"):
@@ -49,4 +49,37 @@ def test_another_version_is_refused(plan: AnnotationPlan, tmp_path: Path) -> Non
     fields = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**fields, "version": 99}))
     with pytest.raises(ValueError, match="version 99"):
-        AnnotationCache(tmp_path)
+        AnnotationReader(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["version", "format", "scenes", "sequences", "grid"])
+def test_a_plan_without_a_field_is_named(plan: AnnotationPlan, tmp_path: Path, missing: str) -> None:
+    fields = json.loads(plan.to_json())
+    del fields[missing]
+    (tmp_path / "plan.json").write_text(json.dumps(fields))
+    what = "not a plan of gasp-fast tracks" if missing in ("version", "format") else f"fields of .*: {missing}$"
+    for use in (AnnotationReader, lambda folder: store_plan(folder, plan)):
+        with pytest.raises(ValueError, match=rf"plan\.json: cannot read the plan: .*{what}"):
+            use(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", '{"format": "gasp-fast tracks", "version": 1, "scenes": 3}'])
+def test_a_damaged_plan_is_named_in_one_line(plan: AnnotationPlan, tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"plan\.json: cannot read the plan") as caught:
+        store_plan(tmp_path, plan)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_the_unknown_fields_of_a_plan_are_named(plan: AnnotationPlan, tmp_path: Path) -> None:
+    fields = json.loads(plan.to_json())
+    fields["sequences"]["stride"] = 2
+    (tmp_path / "plan.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"fields of SequenceConfig: stride$"):
+        store_plan(tmp_path, plan)
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5, 1.5, float("nan")])
+def test_a_plan_that_would_keep_no_track_is_refused(plan: AnnotationPlan, keep: float) -> None:
+    with pytest.raises(ValueError, match="keep = "):
+        replace(plan, keep=keep)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from gasp_fast.data.annotations.plan import AnnotationPlan, store_plan
-from gasp_fast.data.annotations.read import OPEN_SHARDS, AnnotationCache
+from gasp_fast.data.annotations.read import OPEN_SHARDS, AnnotationReader
 from gasp_fast.data.annotations.shard import shard_path
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.tracks.build import build_tracks
 
 
-def test_what_is_read_is_what_would_be_computed(library: Path, cache: AnnotationCache) -> None:
+def test_what_is_read_is_what_would_be_computed(library: Path, cache: AnnotationReader) -> None:
     assert len(cache) == 36
     sampler = cache.plan.sampler
     for index in (0, 3, 4, 17, 18, 35):
@@ -35,11 +35,11 @@ def test_what_is_read_is_what_would_be_computed(library: Path, cache: Annotation
             np.testing.assert_array_equal(getattr(annotation.tracks, name), getattr(expected, name).astype(np.float32))
 
 
-def test_epochs_hold_different_sequences(cache: AnnotationCache) -> None:
+def test_epochs_hold_different_sequences(cache: AnnotationReader) -> None:
     assert any(tuple(cache[i].tracks.frames) != tuple(cache[i + 18].tracks.frames) for i in range(18))
 
 
-def test_a_cache_pickles_into_a_worker(cache: AnnotationCache) -> None:
+def test_a_cache_pickles_into_a_worker(cache: AnnotationReader) -> None:
     cache[0]
     twin = pickle.loads(pickle.dumps(cache))
     np.testing.assert_array_equal(twin[20].tracks.uv, cache[20].tracks.uv)
@@ -51,7 +51,7 @@ def test_a_flipped_bit_is_found(library: Path, plan: AnnotationPlan, tmp_path: P
     content = bytearray(path.read_bytes())
     content[-200] ^= 4
     path.write_bytes(content)
-    bad = [number for number, good in AnnotationCache(tmp_path).verify() if not good]
+    bad = [number for number, good in AnnotationReader(tmp_path).verify() if not good]
     assert bad == [3]
 
 
@@ -60,7 +60,7 @@ def test_shards_open_lazily_and_memory_stays_flat(tmp_path: Path) -> None:
     program = """
 import sys, pathlib, numpy as np
 from gasp_fast.data.annotations.plan import AnnotationPlan, store_plan
-from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.shard import shard_arrays, shard_bytes, shard_path
 from gasp_fast.data.scenes.library import SceneEntry
 from gasp_fast.data.tracks.build import Tracks
@@ -79,7 +79,7 @@ for number in range(plan.shards):
 def private():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
-cache = AnnotationCache(folder)
+cache = AnnotationReader(folder)
 for index in range(64 * 4):
     cache[index]
 before = private()
@@ -99,13 +99,13 @@ print(len(content) * plan.shards, private() - before, len(mapped))
 
 def test_missing_and_foreign_shards_are_named(library: Path, plan: AnnotationPlan, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no annotations here"):
-        AnnotationCache(tmp_path)
+        AnnotationReader(tmp_path)
     store_plan(tmp_path, plan)
     with pytest.raises(OSError, match="shard 1 of 9 is missing"):
-        AnnotationCache(tmp_path)[5]
+        AnnotationReader(tmp_path)[5]
     list(annotate(library, tmp_path / "other", replace(plan, grid=4)))
     os.replace(shard_path(tmp_path / "other", 1), shard_path(tmp_path, 1))
     with pytest.raises(ValueError, match="another plan"):
-        AnnotationCache(tmp_path)[5]
+        AnnotationReader(tmp_path)[5]
     with pytest.raises(IndexError, match="sequence 36"):
-        AnnotationCache(tmp_path)[36]
+        AnnotationReader(tmp_path)[36]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import os
@@ -17,21 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.commands import run
 
 from gasp_fast.cli import tracks as command
 from gasp_fast.data.annotations.plan import AnnotationPlan
-from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.shard import shard_path
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.data.tracks.sequences import is_held_out
-
-
-def run(*words: str) -> int:
-    """The exit code of `gasp-fast tracks`."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(list(words)))
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -39,7 +32,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_bytes_do_not_depend_on_processes_or_parts(
-    library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path
+    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path
 ):
     parallel, parts = tmp_path / "parallel", tmp_path / "parts"
     assert sorted(annotate(library, parallel, plan, workers=2)) == list(range(plan.shards))
@@ -91,7 +84,7 @@ def shards_in(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("moment", ["half written", "before the rename", "after the rename"])
 def test_killed_within_a_write_it_restarts_to_the_same_bytes(
-    library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path: Path, moment: str
+    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path: Path, moment: str
 ) -> None:
     whole, folder = hashes(cache.folder), tmp_path / "out"
     for nth in (1, 3, 1, 2):  # the first write is that of the plan
@@ -106,7 +99,7 @@ def test_killed_within_a_write_it_restarts_to_the_same_bytes(
 
 
 def test_killed_at_any_moment_it_restarts_to_the_same_bytes(
-    library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path: Path
+    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path: Path
 ) -> None:
     whole, draw, states = hashes(cache.folder), random.Random(0), set()
     began = time.perf_counter()
@@ -127,7 +120,7 @@ def test_killed_at_any_moment_it_restarts_to_the_same_bytes(
 def test_the_killed_command_leaves_no_worker_and_restarts_to_the_same_bytes(library: Path, tmp_path: Path) -> None:
     words = ["--min-frames", "4", "--max-frames", "8", "--per-scene", "16", "--shard-size", "2", "--workers", "2"]
     words = [str(library), *words]
-    assert run(*words, "--out", str(tmp_path / "whole"), "--workers", "1") == 0
+    assert run(command, *words, "--out", str(tmp_path / "whole"), "--workers", "1") == 0
     out = tmp_path / "out"
     program = "import sys; from gasp_fast.cli import main; main(sys.argv[1:])"
     process = subprocess.Popen(
@@ -144,7 +137,7 @@ def test_the_killed_command_leaves_no_worker_and_restarts_to_the_same_bytes(libr
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(process.pid)
-    assert run(*words, "--out", str(out), "--workers", "1") == 0
+    assert run(command, *words, "--out", str(out), "--workers", "1") == 0
     assert hashes(out) == hashes(tmp_path / "whole")
 
 
@@ -158,7 +151,7 @@ def alive(group: int) -> bool:
 
 
 def test_a_truncated_shard_is_computed_again(
-    library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path: Path
+    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path: Path
 ) -> None:
     list(annotate(library, tmp_path, plan))
     path = shard_path(tmp_path, 2)
@@ -168,7 +161,7 @@ def test_a_truncated_shard_is_computed_again(
 
 
 def test_a_shard_of_another_plan_is_computed_again(
-    library: Path, plan: AnnotationPlan, cache: AnnotationCache, tmp_path
+    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path
 ):
     list(annotate(library, tmp_path / "mine", plan))
     list(annotate(library, tmp_path / "other", replace(plan, grid=4)))
@@ -188,8 +181,8 @@ def test_an_unreadable_frame_costs_its_sequences_only_and_is_named(tmp_path: Pat
     list(render_scenes(library, 2, config=SyntheticConfig(frames=6, width=64, height=64, samples=1)))
     (library / "scene-000001" / "depth" / "000003.png").write_bytes(b"no image")
     words = [str(library), "--out", str(out), "--min-frames", "6", "--max-frames", "6", "--per-scene", "3"]
-    assert run(*words) == 0
-    cache = AnnotationCache(out)
+    assert run(command, *words) == 0
+    cache = AnnotationReader(out)
     assert sorted(cache.failed()) == [3, 4, 5]
     assert all("scene-000001" in reason and "000003" in reason for reason in cache.failed().values())
     assert str(tmp_path) not in str(cache.failed())  # otherwise the bytes depend on the library's path
@@ -199,19 +192,19 @@ def test_an_unreadable_frame_costs_its_sequences_only_and_is_named(tmp_path: Pat
 
 def test_the_command_estimates_computes_verifies_and_repeats(library: Path, tmp_path: Path, capsys) -> None:
     words = [str(library), "--out", str(tmp_path / "out"), "--min-frames", "4", "--max-frames", "6", "--per-scene", "2"]
-    assert run(*words, "--dry-run") == 0
+    assert run(command, *words, "--dry-run") == 0
     assert not (tmp_path / "out").exists()
     output = capsys.readouterr().out
     stated = int(re.search(r"([\d,]+) bytes a sequence", output)[1].replace(",", ""))
-    assert run(*words) == 0
+    assert run(command, *words) == 0
     before = hashes(tmp_path / "out")
-    assert run(*words) == 0
+    assert run(command, *words) == 0
     assert hashes(tmp_path / "out") == before
-    assert run(*words, "--verify") == 0
+    assert run(command, *words, "--verify") == 0
     damaged = bytearray(shard_path(tmp_path / "out", 0).read_bytes())
     damaged[-200] ^= 4
     shard_path(tmp_path / "out", 0).write_bytes(damaged)
-    assert run(*words, "--verify") == 1
+    assert run(command, *words, "--verify") == 1
     assert "6 sequences of 3 scenes in 1 shards" in output
     size = shard_path(tmp_path / "out", 0).stat().st_size
     assert 0.4 * stated < (size - 1100) / 6 < stated  # apart from the header
@@ -220,13 +213,13 @@ def test_the_command_estimates_computes_verifies_and_repeats(library: Path, tmp_
 def test_held_out_scenes_are_never_annotated(library: Path, tmp_path: Path) -> None:
     share = next(s / 100 for s in range(100) if sum(is_held_out(f"scene-{n:06d}", s / 100) for n in range(3)) == 1)
     words = [str(library), "--out", str(tmp_path), "--min-frames", "4", "--max-frames", "4", "--held-out", str(share)]
-    assert run(*words) == 0
-    names = [entry.name for entry in AnnotationCache(tmp_path).plan.scenes]
+    assert run(command, *words) == 0
+    names = [entry.name for entry in AnnotationReader(tmp_path).plan.scenes]
     assert names == [f"scene-{n:06d}" for n in range(3) if not is_held_out(f"scene-{n:06d}", share)]
     with pytest.raises(ValueError, match=r"--held-out 1\.0 leaves no scene"):
-        run(*words[:-1], "1")
+        run(command, *words[:-1], "1")
 
 
 def test_a_bad_part_stops_the_command(library: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--part 2/2"):
-        run(str(library), "--out", str(tmp_path), "--part=2/2", "--min-frames", "4", "--max-frames", "6")
+        run(command, str(library), "--out", str(tmp_path), "--part=2/2", "--min-frames", "4", "--max-frames", "6")

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import run
 from support.scene_formats import write_depth, write_dl3dv, write_model
 
 from gasp_fast.cli import depth as command
 from gasp_fast.data.depth.alignment import GOOD_ERROR
-from gasp_fast.data.depth.compute import depth_from_predictor, depth_from_stereo, has_stereo, sparse_points
+from gasp_fast.data.depth.compute import depth_from_mvs, depth_from_predictor, has_mvs, sparse_points
 from gasp_fast.data.scenes.computed_depth import FOLDER, read_index
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage
+from gasp_fast.data.scenes.lens import NO_DISTORTION
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene, without_depth
 from gasp_fast.data.tracks.build import build_tracks
 
 pytest.importorskip("pycolmap")
-
-
-NO_LENS = (0.0, 0.0, 0.0, 0.0)
 
 
 def world_points(world, f: int, count: int = 200) -> np.ndarray:
@@ -47,7 +45,9 @@ def depthless(scene_world, scene_boxes, tmp_path) -> Scene:
         pose = scene_world.pose(f) @ turn
         pose[:3, 3] /= 2.5
         points = (world_points(scene_world, f) - turn[:3, 3]) @ turn[:3, :3] / 2.5
-        images.append(ModelImage(f"images/{f:04d}.png", scene_world.size, scene_world.camera, NO_LENS, pose, points))
+        images.append(
+            ModelImage(f"images/{f:04d}.png", scene_world.size, scene_world.camera, NO_DISTORTION, pose, points)
+        )
     write_model(root / "colmap" / "sparse" / "0", images)
     return open_scene(root)
 
@@ -159,7 +159,7 @@ def write_workspace(world, root: Path) -> None:
         if f != 4:
             write_depth(maps / f"{f:04d}.png.geometric.bin", np.zeros_like(depth) if f == 5 else depth)
         points = world_points(world, f)
-        images.append(ModelImage(f"{f:04d}.png", depth.shape[::-1], camera, NO_LENS, world.pose(f), points))
+        images.append(ModelImage(f"{f:04d}.png", depth.shape[::-1], camera, NO_DISTORTION, world.pose(f), points))
     write_model(root / "colmap" / "dense" / "sparse", images)
 
 
@@ -169,8 +169,8 @@ def test_stereo_maps_are_resampled_to_the_frames(scene_world, scene_boxes, tmp_p
     write_dl3dv(without_depth(scene_boxes), root)
     write_workspace(scene_world, root)
     scene = open_scene(root)
-    assert scene.format == "dl3dv" and has_stereo(scene) and not scene.has_depth
-    index = depth_from_stereo(scene)
+    assert scene.format == "dl3dv" and has_mvs(scene) and not scene.has_depth
+    index = depth_from_mvs(scene)
     assert index.frames["0004"].reason == "no stereo map" and index.frames["0005"].reason == "the stereo map is empty"
     assert len(index.usable) == 6 and index.frames["0000"].error < 2e-3
     scene = open_scene(root)
@@ -179,19 +179,13 @@ def test_stereo_maps_are_resampled_to_the_frames(scene_world, scene_boxes, tmp_p
     assert not scene.depth(0)[:6].any() and not scene.depth(0)[:, -10:].any()
 
 
-def run(*words) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(word) for word in words]))
-
-
 def test_the_command_runs_a_real_model_and_rejects_random_weights(scene_world, depthless, tiny_depth_model, capsys):
     """Random weights predict no depth: the fit must reject them, frame by frame. Only a frame of a flat wall may be
     accepted, because any prediction fits it."""
     depths = [scene_world.depth(f) for f in range(scene_world.frames)]
     flat = {f"{f:04d}" for f, z in enumerate(depths) if np.median(np.abs(z / np.median(z) - 1)) < GOOD_ERROR}
     assert len(flat) <= 1
-    code = run(depthless.root, "--model", tiny_depth_model)
+    code = run(command, depthless.root, "--model", tiny_depth_model)
     index = read_index(depthless.root / FOLDER / "index.json")
     assert index.model == str(tiny_depth_model) and set(index.usable) <= flat
     assert code == (0 if index.usable else 1)
@@ -205,21 +199,21 @@ def test_the_command_prefers_stereo_and_computes_it_once(scene_world, scene_boxe
     root.mkdir()
     write_dl3dv(without_depth(scene_boxes), root)
     write_workspace(scene_world, root)
-    assert run(root) == 0
+    assert run(command, root) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "6 of 8 frames usable, from mvs" in output and "frames agree with each other: gap 1: 0.9" in output
-    assert run(root) == 0
+    assert run(command, root) == 0
     assert "has computed depth already" in " ".join(capsys.readouterr().out.split())
 
 
 def test_scenes_with_depth_of_their_own_stay_unchanged(scene_boxes, capsys):
-    assert run(scene_boxes.root, "--force") == 0
+    assert run(command, scene_boxes.root, "--force") == 0
     assert "comes with depth" in capsys.readouterr().out
     assert not (scene_boxes.root / FOLDER).exists()
 
 
-def test_missing_models_are_one_line(depthless, tmp_path):
+def test_missing_models_give_a_one_line_error(depthless, tmp_path):
     with pytest.raises(ValueError, match="give --model DIR"):
-        run(depthless.root)
+        run(command, depthless.root)
     with pytest.raises(ValueError, match=r"no config\.json"):
-        run(depthless.root, "--model", tmp_path)
+        run(command, depthless.root, "--model", tmp_path)

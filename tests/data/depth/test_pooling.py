@@ -62,7 +62,7 @@ def test_compiled_and_reference_patch_depth_are_equal_to_the_last_bit(seed):
 def test_patches_thinner_than_a_pixel_are_unknown_or_whole(backend):
     depth = [np.arange(1, 7, dtype=np.float32).reshape(2, 3)]
     pooled = pool_depth(depth, [(3, 2)], grid_edges(3, 6), grid_edges(2, 4), backend=backend)[0]
-    assert pooled.tolist() == [[0, 1, 0, 2, 0, 3], [0] * 6, [0, 4, 0, 5, 0, 6], [0] * 6] or pooled.sum() == 21
+    assert pooled.tolist() == [[0] * 6, [0, 1, 0, 2, 0, 3], [0] * 6, [0, 4, 0, 5, 0, 6]]
 
 
 @BACKENDS

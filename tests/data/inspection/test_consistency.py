@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from support.scene_formats import write_scene_as
+from support.commands import run
+from support.scene_formats import mistaken, write_scene_as
 
 from gasp_fast.cli import scenes as command
 from gasp_fast.data.inspection.consistency import check_scene
@@ -17,17 +17,6 @@ from gasp_fast.data.scenes.scene import Scene, rigid_inverse
 
 RECORDED = ("hololens_dvmvs_a", "apc_shelf_glue")
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
-
-
-def mistaken(scene: Scene, pose=lambda p: p, scale: float = 1.0) -> Scene:
-    """The scene as it would be read with a wrong convention of its poses or its depth scale."""
-    return replace(
-        scene,
-        frames=tuple(
-            replace(frame, pose=pose(frame.pose), depth=replace(frame.depth, scale=frame.depth.scale * scale))
-            for frame in scene.frames
-        ),
-    )
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +38,7 @@ def test_sound_scenes_have_no_findings(scene_any):
     assert report.gaps[0].share > 0.95 and report.gaps[1].share > 0.9
 
 
-def test_recorded_scenes_agree_as_far_as_they_are_known_to(scene_real):
+def test_recorded_scenes_have_the_published_agreement(scene_real):
     """Figures from the description of the recordings."""
     known = {"hololens_dvmvs_a": (0.995, 0.970, 0.913), "apc_shelf_glue": (None, 0.952, 0.803)}[scene_real.root.name]
     for gap, share in zip(check_scene(scene_real).gaps, known, strict=True):
@@ -103,15 +92,9 @@ def test_a_scene_without_known_depth_is_a_finding(scene_long):
     assert report.findings == ["none of the compared frames has a pixel of known depth"]
 
 
-def run(*words) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(word) for word in words]))
-
-
 def test_the_command_prints_and_writes_its_findings(scene_long, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    assert run(scene_long.root, "--json", tmp_path / "r.json") == 0
+    assert run(command, scene_long.root, "--json", tmp_path / "r.json") == 0
     output = capsys.readouterr().out
     for word in ("long", "rgbd", "24", "180×108", "sound"):
         assert word in output
@@ -125,7 +108,7 @@ def test_the_command_names_inverted_poses(scene_long, capsys, tmp_path):
     root = tmp_path / "s"
     root.mkdir()
     write_scene_as("rgbd", mistaken(scene_long, rigid_inverse), root)
-    assert run(root) == 1
+    assert run(command, root) == 1
     assert "camera-to-world are mistaken" in " ".join(capsys.readouterr().out.split())
 
 
@@ -134,7 +117,7 @@ def test_all_scenes_of_a_folder_are_checked_and_damaged_ones_do_not_stop_it(scen
         (tmp_path / name).mkdir(parents=True)
         write_scene_as(kind, scene_boxes, tmp_path / name)
     (tmp_path / "1K/a/intrinsics.npy").write_bytes(b"")
-    assert run(tmp_path, "--jobs", 1) == 1
+    assert run(command, tmp_path, "--jobs", 1) == 1
     output = " ".join(capsys.readouterr().out.split())
     assert "unreadable" in output and "intrinsics.npy" in output
     assert "colmap" in output and "dl3dv" in output and output.count("sound") == 2
@@ -146,7 +129,7 @@ def test_scenes_checked_in_parallel_are_reported_in_order(scene_long, scene_boxe
         (tmp_path / name).mkdir()
         write_scene_as("vggt", scene, tmp_path / name)
     (tmp_path / "b/intrinsics.npy").write_bytes(b"")
-    assert run(tmp_path, "--jobs", 2, "--json", tmp_path / "r.json", "--picture", tmp_path / "pictures") == 1
+    assert run(command, tmp_path, "--jobs", 2, "--json", tmp_path / "r.json", "--picture", tmp_path / "pictures") == 1
     written = json.loads((tmp_path / "r.json").read_text())
     assert [report["root"] for report in written["scenes"]] == [str(tmp_path / name) for name in "acd"]
     assert list(written["unreadable"]) == [str(tmp_path / "b")]
@@ -154,12 +137,12 @@ def test_scenes_checked_in_parallel_are_reported_in_order(scene_long, scene_boxe
     alone = asdict(check_scene(open_scene(tmp_path / "c")))
     assert written["scenes"][1] == json.loads(json.dumps(alone))
     with pytest.raises(ValueError, match="--jobs 0"):
-        run(tmp_path, "--jobs", 0)
+        run(command, tmp_path, "--jobs", 0)
 
 
-def test_no_scene_anywhere_is_one_line(tmp_path):
+def test_no_scene_anywhere_gives_a_one_line_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="no scene here"):
-        run(tmp_path)
+        run(command, tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        run(tmp_path / "nowhere")
+        run(command, tmp_path / "nowhere")

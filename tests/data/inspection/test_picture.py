@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from PIL import Image
+from support.commands import run
+from support.scene_formats import mistaken
 
 from gasp_fast.cli import scenes as command
 from gasp_fast.data.inspection.picture import draw_tracks
-from gasp_fast.data.scenes.scene import Scene
-
-
-def run(*words) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(word) for word in words]))
-
-
-def mistaken(scene: Scene, pose=lambda p: p, scale: float = 1.0) -> Scene:
-    """The scene as it would be read with a wrong idea of its poses or its depth scale."""
-    return replace(
-        scene,
-        frames=tuple(
-            replace(frame, pose=pose(frame.pose), depth=replace(frame.depth, scale=frame.depth.scale * scale))
-            for frame in scene.frames
-        ),
-    )
 
 
 def test_the_picture_shows_the_tracks(scene_boxes, tmp_path):
@@ -45,9 +26,9 @@ def test_a_scene_without_any_visible_track_still_gives_a_picture(scene_boxes, tm
 
 def test_the_picture_goes_to_the_current_folder_or_to_the_given_path(scene_boxes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(scene_boxes.root, "--picture", "--first", 2, "--grid", 6) == 0
+    assert run(command, scene_boxes.root, "--picture", "--first", 2, "--grid", 6) == 0
     assert (tmp_path / "boxes-tracks.png").is_file()
     with pytest.raises(ValueError, match=r"give a \.png file"):
-        run(scene_boxes.root, "--picture", tmp_path / "named.jpg")
-    with pytest.raises(ValueError, match="first = 99"):
-        run(scene_boxes.root, "--picture", "--first", 99)
+        run(command, scene_boxes.root, "--picture", tmp_path / "named.jpg")
+    with pytest.raises(ValueError, match="--first 99"):
+        run(command, scene_boxes.root, "--picture", "--first", 99)

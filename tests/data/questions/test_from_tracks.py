@@ -15,7 +15,7 @@ from support.exact_scene import exact_tracks
 
 from gasp_fast.cli import make_vqa as command
 from gasp_fast.data.annotations.plan import AnnotationPlan
-from gasp_fast.data.annotations.read import AnnotationCache
+from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.questions.from_tracks import (
     KINDS,
@@ -45,16 +45,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(library: Path, tmp_path_factory: pytest.TempPathFactory) -> AnnotationCache:
+def cache(library: Path, tmp_path_factory: pytest.TempPathFactory) -> AnnotationReader:
     folder = tmp_path_factory.mktemp("tracks")
     entries = [entry for entry in survey(library, find_scenes(library)) if isinstance(entry, SceneEntry)]
     config = SequenceConfig(min_frames=4, max_frames=8, per_scene=10)
     list(annotate(library, folder, AnnotationPlan(scenes=tuple(entries), sequences=config, shard_size=7)))
-    return AnnotationCache(folder)
+    return AnnotationReader(folder)
 
 
 @pytest.fixture(scope="module")
-def vqa_folder(library: Path, cache: AnnotationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vqa_folder(library: Path, cache: AnnotationReader, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("vqa")
     assert list(make_vqa(library, cache.folder, out)) == [0, 1, 2]
     return out
@@ -92,7 +92,7 @@ def track_at(table: TrackTable, place: tuple[int, ...]) -> int:
 
 
 def test_as_many_records_as_sequences_with_the_same_frames(
-    library: Path, cache: AnnotationCache, vqa_folder: Path
+    library: Path, cache: AnnotationReader, vqa_folder: Path
 ) -> None:
     data = VideoQA(vqa_folder)
     assert len(data) == len(cache) == 20
@@ -119,7 +119,7 @@ def test_records_follow_the_schema(vqa_folder: Path) -> None:
             assert sum("<image>" in turn["value"] for turn in talk) == 1
 
 
-def test_a_position_in_an_answer_is_where_the_scene_has_it(cache: AnnotationCache, vqa_folder: Path) -> None:
+def test_a_position_in_an_answer_is_where_the_scene_has_it(cache: AnnotationReader, vqa_folder: Path) -> None:
     """Compares the text with the exact geometry of the scene, without the track table."""
     data, checked = VideoQA(vqa_folder), 0
     size = np.array([CONFIG.width, CONFIG.height])
@@ -213,7 +213,7 @@ def test_marks_change_the_image_only_near_them() -> None:
 
 
 def test_bytes_do_not_depend_on_interruptions_or_processes(
-    library: Path, cache: AnnotationCache, vqa_folder: Path, tmp_path
+    library: Path, cache: AnnotationReader, vqa_folder: Path, tmp_path
 ):
     interrupted = make_vqa(library, cache.folder, tmp_path)
     next(interrupted)
@@ -225,12 +225,12 @@ def test_bytes_do_not_depend_on_interruptions_or_processes(
     assert all((vqa_folder / path).read_bytes() == (tmp_path / path).read_bytes() for path in files)
 
 
-def test_other_settings_do_not_mix_into_one_folder(library: Path, cache: AnnotationCache, vqa_folder: Path) -> None:
+def test_other_settings_do_not_mix_into_one_folder(library: Path, cache: AnnotationReader, vqa_folder: Path) -> None:
     with pytest.raises(ValueError, match="other settings"):
         next(make_vqa(library, cache.folder, vqa_folder, VQAConfig(turns=2)))
 
 
-def test_the_command_shrinks_clips_and_names_what_it_omits(cache: AnnotationCache, tmp_path: Path, capsys) -> None:
+def test_the_command_shrinks_clips_and_names_what_it_omits(cache: AnnotationReader, tmp_path: Path, capsys) -> None:
     library, out = tmp_path / "library", tmp_path / "out"
     list(render_scenes(library, 2, config=CONFIG))
     for path in (library / "scene-000001" / "color").iterdir():
@@ -247,7 +247,7 @@ def test_the_command_shrinks_clips_and_names_what_it_omits(cache: AnnotationCach
 
 
 def test_frames_of_a_clip_are_untouched_where_nothing_is_marked(
-    library: Path, vqa_folder: Path, cache: AnnotationCache
+    library: Path, vqa_folder: Path, cache: AnnotationReader
 ) -> None:
     records = {r["id"]: r for path in vqa_folder.glob("*.json") for r in json.loads(path.read_text())}
     record = records["00000000"]

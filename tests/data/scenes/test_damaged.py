@@ -348,7 +348,7 @@ print(outcomes)
 
 
 @pytest.mark.parametrize("name", FORMAT_NAMES)
-def test_damaged_files_never_crash_or_hang_and_are_named(scene_world, tmp_path, name):
+def test_damaged_files_never_crash_or_hang_and_errors_name_the_file(scene_world, tmp_path, name):
     """In a process of its own: a crash of a decoder is a failed test, not a dead test run."""
     small = type(scene_world)(frames=3, camera=scene_world.camera / 8 + np.diag([0, 0, 7 / 8]), size=(45, 27))
     root = tmp_path / name

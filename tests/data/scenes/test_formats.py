@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.downloads import write_dl3dv_download
-from support.scene_formats import FORMAT_NAMES, write_depth, write_model, write_scene_as
+from support.scene_formats import FORMAT_NAMES, LENS, write_depth, write_model, write_scene_as
 
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.tracks.build import build_tracks
-
-LENS = (0.08, -0.03, 0.004, -0.002)
 
 
 @pytest.fixture(params=FORMAT_NAMES)
@@ -59,7 +57,7 @@ def test_every_format_gives_the_same_tracks(rewritten, scene_boxes):
         np.testing.assert_allclose(ours.depth, original.depth, atol=1e-12)
 
 
-def test_a_vggt_folder_written_by_hand(scene_world, tmp_path):
+def test_a_vggt_folder_written_by_hand_is_read(scene_world, tmp_path):
     for folder in ("images", "depths"):
         (tmp_path / folder).mkdir()
     for f in range(3):

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.downloads import write_dl3dv_download
+from support.scene_formats import LENS
 
 from gasp_fast.data.scenes.lens import distort
 from gasp_fast.data.scenes.open import open_scene
-
-LENS = (0.08, -0.03, 0.004, -0.002)
 
 
 def photographed_through(lens, camera, size, colour):
@@ -45,7 +44,7 @@ def test_distorted_photographs_come_out_as_pinhole_photographs(scene_world, tmp_
     assert np.abs(bent - straight)[inner].max() > 4  # the lens did something
 
 
-def test_our_lens_is_colmaps_lens():
+def test_the_lens_model_agrees_with_colmap():
     pycolmap = pytest.importorskip("pycolmap")
     camera = pycolmap.Camera(model="OPENCV", width=640, height=480, params=[500, 510, 320, 240, *LENS])
     rays = np.random.default_rng(0).uniform(-0.5, 0.5, (50, 2))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gasp_fast.data.scenes.library import DEEPEST, SceneEntry, digest_of, find_scenes, survey
+from gasp_fast.data.scenes.library import DEEPEST, SceneEntry, find_scenes, scene_digest, survey
 
 
 def place(scene: Path, at: Path) -> None:
@@ -57,5 +57,5 @@ def test_the_digest_depends_on_frames_their_names_and_their_poses(scene_boxes) -
     frames = scene_boxes.frames
     moved = replace(frames[0], pose=frames[0].pose + np.eye(4, k=3) * 1e-9)
     others = [frames[1:], (replace(frames[0], name="x"), *frames[1:]), (moved, *frames[1:]), frames[::-1]]
-    digests = {digest_of(replace(scene_boxes, frames=tuple(other))) for other in (frames, *others)}
+    digests = {scene_digest(replace(scene_boxes, frames=tuple(other))) for other in (frames, *others)}
     assert len(digests) == 5

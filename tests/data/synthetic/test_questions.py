@@ -60,7 +60,7 @@ def named(scene: SyntheticScene, text: str) -> list[int]:
     return [number for _, number in sorted(places)]
 
 
-def test_the_nearer_box_is_nearer_to_every_ray(questions_of_scenes) -> None:
+def test_the_nearer_box_is_nearer_by_ray_casting(questions_of_scenes) -> None:
     checked = 0
     for scene, _, questions in questions_of_scenes:
         if "nearer" in questions:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.random_views import random_views
 
-from gasp_fast.data.tracks.build import Views, build_tracks, grid_queries, track_points, views_of
+from gasp_fast.data.tracks.build import Views, build_tracks, grid_queries, load_views, track_points
 
 pytest.importorskip("gasp_fast._tracks", reason="the extension is not built: pip install -e .")
 
@@ -63,7 +63,7 @@ def test_every_point_of_an_exact_scene_passes_an_independent_check(scene_boxes, 
     check_by_hand(scene_boxes, [2, 5, 0, 7], grid, backend)
 
 
-def test_tracks_are_where_the_world_has_them_and_hidden_where_it_hides_them(scene_world, scene_boxes):
+def test_tracks_agree_with_the_exact_positions_and_visibility(scene_world, scene_boxes):
     frames = list(range(scene_world.frames))
     tracks = build_tracks(scene_boxes, frames, grid=24, keep=1.0)
     distance = scene_world.distance(scene_world.centre(0), scene_world.rays(0, tracks.query))
@@ -200,7 +200,7 @@ def test_a_point_in_the_plane_of_a_camera_gives_no_track(backend):
 
 
 @BACKENDS
-def test_no_query_no_depth_one_frame(backend):
+def test_empty_inputs_give_empty_tracks(backend):
     views = flat_views(2)
     assert track_points(np.zeros((0, 2)), views, backend=backend).uv.shape == (0, 2, 2)
     assert track_points(grid_queries(views, 4), flat_views(1), backend=backend).uv.shape == (0, 1, 2)
@@ -209,7 +209,7 @@ def test_no_query_no_depth_one_frame(backend):
 
 
 def test_dense_means_every_pixel(scene_boxes):
-    views = views_of(scene_boxes, [0, 1])
+    views = load_views(scene_boxes, [0, 1])
     query = grid_queries(views, "dense")
     width, height = scene_boxes.image_size(0)
     assert len(query) == width * height

@@ -144,7 +144,7 @@ def test_the_decoder_itself_refuses_frames_that_are_too_large(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 500, b"no video at all\n" * 50, b"RIFF\x10\0\0\0AVI LIST"])
-def test_files_that_are_no_video_are_one_line(tmp_path, content):
+def test_files_that_are_no_video_give_a_one_line_error(tmp_path, content):
     path = tmp_path / "bad.mp4"
     path.write_bytes(content)
     with pytest.raises(OSError, match=r"bad\.mp4: cannot read video") as caught:

@@ -1,6 +1,6 @@
 """The folder formats of scenes.
 
-A format is a module with `NAME`, `MARKS` (its files, in words), `detect(root)` and `read(root)`.
+A format is a module with `NAME`, `FILES` (its files, in words), `detect(root)` and `read(root)`.
 
 `detect` looks for files that only this format has. The table is in the order of trying, most specific first: a DL3DV
 folder also contains a COLMAP model. A new format is one more module and one more entry here.
@@ -21,12 +21,12 @@ def find_format(root: Path) -> ModuleType:
     for module in FORMATS:
         if module.detect(root):
             return module
-    raise ValueError(f"{root}: no scene of a known format here. Looked for {known_marks()}")
+    raise ValueError(f"{root}: no scene of a known format here. Looked for {known_files()}")
 
 
-def known_marks() -> str:
+def known_files() -> str:
     """The files by which each format is recognised, in words."""
-    return "; ".join(f"{module.NAME}: {module.MARKS}" for module in FORMATS)
+    return "; ".join(f"{module.NAME}: {module.FILES}" for module in FORMATS)
 
 
 def is_scene(root: Path) -> bool:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from gasp_fast.data.scenes.depth_maps import DepthFile
-from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, inside, scene_of
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, inside
 
 from .colmap_model import has_model, read_model
 
 NAME = "colmap"
-MARKS = "a model (cameras, images, points3D as .bin or .txt) in sparse/ or sparse/0/"
+FILES = "a model (cameras, images, points3D as .bin or .txt) in sparse/ or sparse/0/"
 WORKSPACES = (".", "dense/0", "dense", "colmap", "colmap/dense/0", "colmap/dense", "colmap/colmap")
 MODELS = ("sparse", "sparse/0")
 IMAGE_FOLDERS = ("images", "images_4", "images_8", "images_2")
@@ -41,7 +41,7 @@ def find_model(root: Path) -> tuple[Path, Path] | None:
 def read(root: Path) -> Scene:
     found = find_model(root)
     if found is None:
-        raise ValueError(f"{root}: no COLMAP model; looked for {MARKS}")
+        raise ValueError(f"{root}: no COLMAP model; looked for {FILES}")
     workspace, model = found
     for file in sorted(model.iterdir()):
         inside(root, file)
@@ -59,7 +59,7 @@ def read(root: Path) -> Scene:
         depth = inside(root, workspace / DEPTH_FOLDER / f"{image.name}.geometric.bin")
         depth_file = DepthFile(depth) if depth.is_file() else None
         frames.append(Frame(key, path, image.intrinsics, image.pose, image.size, depth_file, image.distortion))
-    return scene_of(root, NAME, frames, skipped, sparse_model=model)
+    return build_scene(root, NAME, frames, skipped, sparse_model=model)
 
 
 def _image_folder(root: Path, workspace: Path) -> Path:

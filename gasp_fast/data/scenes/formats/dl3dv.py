@@ -21,11 +21,10 @@ from gasp_fast.data.scenes.scene import (
     Frame,
     Scene,
     Skipped,
+    build_scene,
     inside,
     pinhole,
-    pose_fault,
-    rigid_inverse,
-    scene_of,
+    world_to_camera,
 )
 
 from . import colmap
@@ -33,7 +32,7 @@ from . import colmap
 NAME = "dl3dv"
 JSON_NAME = "transforms.json"
 JSON_FOLDERS = (".", "nerfstudio", "colmap")  # the benchmark set has all files one folder further down
-MARKS = "transforms.json here, in nerfstudio/ or in colmap/"
+FILES = "transforms.json here, in nerfstudio/ or in colmap/"
 # images_4 (960 x 540) first: the resolution of the recipe, with a sixteenth of the pixels of the full photographs.
 IMAGE_FOLDERS = ("images_4", "images_8", "images_2", "images")
 BLENDER_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -80,14 +79,14 @@ def read(root: Path) -> Scene:
                 key,
                 image,
                 pinhole(fx, fy, cx, cy),
-                _world_to_camera(entry.get("transform_matrix")),
+                world_to_camera(_matrix(entry.get("transform_matrix")), BLENDER_FROM_OPENCV),
                 (int(width), int(height)),
                 _depth_file(root, path, values),
                 (k1, k2, p1, p2),
             )
         )
     sparse = colmap.find_model(root) or colmap.find_model(path.parent)
-    return scene_of(root, NAME, frames, skipped, sparse_model=sparse and sparse[1])
+    return build_scene(root, NAME, frames, skipped, sparse_model=sparse and sparse[1])
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -146,10 +145,8 @@ def _depth_file(root: Path, path: Path, values: dict[str, Any]) -> DepthFile | N
     return DepthFile(depth, scale, distorted=True) if depth.is_file() else None
 
 
-def _world_to_camera(transform: object) -> np.ndarray:
-    """Invalid matrices are returned as they are; `scene_of` names the fault."""
+def _matrix(transform: object) -> np.ndarray:
     try:
-        camera_to_world = np.array(transform, dtype=np.float64)
+        return np.array(transform, dtype=np.float64)
     except (TypeError, ValueError):
-        return np.full((4, 4), np.nan)
-    return camera_to_world if pose_fault(camera_to_world) else rigid_inverse(camera_to_world @ BLENDER_FROM_OPENCV)
+        return np.full((4, 4), np.nan)  # `build_scene` names the fault

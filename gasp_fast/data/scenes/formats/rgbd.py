@@ -19,15 +19,14 @@ from gasp_fast.data.scenes.scene import (
     Frame,
     Scene,
     Skipped,
+    build_scene,
     image_size,
     inside,
-    pose_fault,
-    rigid_inverse,
-    scene_of,
+    world_to_camera,
 )
 
 NAME = "rgbd"
-MARKS = "color/, pose/ and intrinsics.txt"
+FILES = "color/, pose/ and intrinsics.txt"
 DEPTH_SUFFIXES = (".png", ".npy", ".exr")
 
 
@@ -57,15 +56,10 @@ def read(root: Path) -> Scene:
         depth = depths.get(image.stem)
         # PNG stores depth in units of 1 / depth_scale, the float formats in the scene's own unit.
         depth_file = DepthFile(depth, scale if depth.suffix.lower() == ".png" else 1.0) if depth else None
-        frames.append(Frame(image.stem, image, intrinsics, _world_to_camera(camera_to_world), camera_size, depth_file))
+        frames.append(Frame(image.stem, image, intrinsics, world_to_camera(camera_to_world), camera_size, depth_file))
     orphans = set(depths) - {image.stem for image in images}
     skipped += [Skipped(name, "depth without an image") for name in sorted(orphans)]
-    return scene_of(root, NAME, frames, skipped)
-
-
-def _world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
-    # An invalid pose is returned as it is; `scene_of` names the fault.
-    return camera_to_world if pose_fault(camera_to_world) else rigid_inverse(camera_to_world)
+    return build_scene(root, NAME, frames, skipped)
 
 
 def _meta(root: Path) -> dict[str, Any]:

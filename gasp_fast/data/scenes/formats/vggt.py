@@ -13,10 +13,10 @@ import numpy as np
 
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.scenes.depth_maps import DepthFile
-from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, inside, scene_of
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, inside
 
 NAME = "vggt"
-MARKS = "image_names.json, cam_from_worlds.npy and intrinsics.npy"
+FILES = "image_names.json, cam_from_worlds.npy and intrinsics.npy"
 DEPTH_SUFFIXES = (".exr", ".npy")
 
 
@@ -42,7 +42,7 @@ def read(root: Path) -> Scene:
         candidates = [inside(root, root / "depths" / f"{key}{suffix}") for suffix in DEPTH_SUFFIXES]
         depth = next((DepthFile(path) for path in candidates if path.is_file()), None)
         frames.append(Frame(key, image, intrinsics[k], poses[k], depth=depth))
-    return scene_of(root, NAME, frames, skipped)
+    return build_scene(root, NAME, frames, skipped)
 
 
 def _names(path: Path) -> list[str]:
