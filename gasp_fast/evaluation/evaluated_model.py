@@ -73,6 +73,8 @@ def _weights_folder(source: Path) -> Path | None:
     """The folder with weights: `source` itself, or the last checkpoint of a run; None for a hub name."""
     if not source.is_dir():
         return None
+    if (source / "config.json").is_file():  # a plain model; loading it says what is wrong with it
+        return source
     for folder in (source, source / EXPORT):
         if (found := weights_folder(folder)) is not None:
             return found
