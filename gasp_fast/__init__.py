@@ -1,24 +1,9 @@
 """gasp_fast: geometric supervision for vision-language models.
 
-The loss alone needs only torch: `gasp_loss`, `GaspLoss`, `Matches`, `frame_match`. Every name is imported on first use,
-so that `gasp-fast --help` and `gasp-fast doctor` do not even import torch.
+The loss (`gasp_loss`, `GaspLoss`, `Matches`, `frame_match`) needs torch and NumPy only. Every name is imported on first
+use, so that `gasp-fast --help` and `gasp-fast doctor` do not even import torch.
 
-train.py           `python -m gasp_fast.train`: the entry point of training
-cli/               the command `gasp-fast`
-benchmarking/      times the loss against matrix products and other libraries
-doctor/            checks what this machine and this installation can run
-training/          training loop, data stream, checkpoints, log
-evaluation/        how well a model's layers find corresponding points
-export.py          a trained model as a plain Hugging Face folder
-planning/          FLOPs, memory and time of a run
-collator.py        frames and tracks become model inputs and `Matches`
-supervision/       correspondence heads, captured hidden states, the loss of each layer
-backbones/         the supported model families; the pixel -> token map
-data/              scenes, depth, tracks, annotations, questions: arrays and files
-loss/              `gasp_loss`, its definition, its PyTorch operators
-kernels/           tensors only: matrix products in chunks, row operations in Triton, C++ and PyTorch
-config/            reads recipes
-files.py, processes.py, run_folder.py    atomic writes, worker processes, the files of a run
+CONTRIBUTING.md describes the layout of the package.
 """
 
 from __future__ import annotations

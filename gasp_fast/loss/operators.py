@@ -239,11 +239,8 @@ class _Gradients:
         return self.embeddings[number].view(stack.shape) if self.embeddings else None
 
     def add_temperature_gradient(self, temperature_gradient: Tensor | None) -> None:
-        self.temperature_gradient = (
-            self.temperature_gradient
-            if temperature_gradient is None
-            else self.temperature_gradient + temperature_gradient
-        )
+        if temperature_gradient is not None:
+            self.temperature_gradient = self.temperature_gradient + temperature_gradient
 
     def tensors(self, temperature: Tensor) -> list[Tensor]:
         return [self.temperature_gradient.to(temperature.device, temperature.dtype), *self.embeddings]
