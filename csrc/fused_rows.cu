@@ -49,7 +49,7 @@ struct Matches {
   const int64_t* order;
   const int64_t* target;
   const float* depth;
-  const bool* counts;
+  const bool* has_depth;
   int64_t longest, first_token;
 };
 
@@ -143,7 +143,7 @@ __device__ void loss_terms(const Matches& matches, const Outputs& out, const flo
   for (int64_t f = lane; f < count; f += WARP) {
     Frame& frame = frames[f];
     const int64_t cell = row * matches.longest + f;
-    float frame_weight = 0.0f, slope = 0.0f;
+    float frame_weight = 0.0f, depth_slope = 0.0f;
     for (int64_t at = matches.start[cell]; at < matches.start[cell + 1]; ++at) {
       const int64_t match = matches.order[at], to = layer * out.stride + match;
       const float positive = s[matches.target[at] - matches.first_token];
@@ -151,17 +151,17 @@ __device__ void loss_terms(const Matches& matches, const Outputs& out, const flo
       out.best[to] = frame.best + matches.first_token;
       out.confidence[to] = expf(frame.peak - frame.lse);
       const float depth = matches.depth[at], total = depth + frame.expected + eps, distance = depth - frame.expected;
-      out.depth[to] = matches.counts[at] ? fabsf(distance) / total : 0.0f;
+      out.depth[to] = matches.has_depth[at] ? fabsf(distance) / total : 0.0f;
       if (!out.corr_weight) continue;
       const int64_t weight = layer * out.weight_layer + match * out.weight_match;
       frame_weight += out.corr_weight[weight];
-      if (matches.counts[at]) {
+      if (matches.has_depth[at]) {
         const float sign = distance > 0.0f ? 1.0f : distance < 0.0f ? -1.0f : distance;
-        slope += out.depth_weight[weight] * (-sign / total - fabsf(distance) / (total * total));
+        depth_slope += out.depth_weight[weight] * (-sign / total - fabsf(distance) / (total * total));
       }
     }
     frame.a = frame_weight;
-    frame.b = slope;
+    frame.b = depth_slope;
     row_weight += frame_weight;
   }
   if (!sequence_negatives) return;
@@ -249,14 +249,14 @@ extern "C" int gasp_fused_rows(const float* similarity, const float* row_scale, 
                                const float* temperature, const int64_t* own_token, const int64_t* frame_offsets,
                                const float* values, const bool* known, int64_t layers, int64_t rows, int64_t tokens,
                                int64_t frames, int64_t token_scale_stride, const int64_t* start, const int64_t* order,
-                               const int64_t* target, const float* depth, const bool* counts, int64_t longest,
+                               const int64_t* target, const float* depth, const bool* has_depth, int64_t longest,
                                int64_t first_token, float* corr, float* depth_term, int64_t* best, float* confidence,
                                int64_t term_stride, const float* corr_weight, const float* depth_weight,
                                int64_t weight_layer, int64_t weight_match, int sequence_negatives, float eps, void* x,
                                int element, void* stream) {
   const Rows in{similarity,    row_scale, token_scale, temperature, own_token, frame_offsets,
                 values,        known,     rows,        tokens,      frames,    token_scale_stride};
-  const Matches matches{start, order, target, depth, counts, longest, first_token};
+  const Matches matches{start, order, target, depth, has_depth, longest, first_token};
   const Outputs out{corr,       depth_term,  best,        confidence, term_stride,
                     corr_weight, depth_weight, weight_layer, weight_match};
   const size_t bytes = static_cast<size_t>(gasp_fused_rows_bytes(tokens, frames));

@@ -79,7 +79,7 @@ struct MatchRuns {
     const int64_t* order = nullptr;
     const int64_t* target = nullptr;
     const float* depth = nullptr;
-    const bool* counts = nullptr;
+    const bool* has_depth = nullptr;
     int64_t first_token = 0;
 
     bool any(int64_t r, int64_t f) const { return begin(r, f) < end(r, f); }
@@ -193,7 +193,7 @@ struct Terms {
 };
 
 // log sum exp of a row's frames; -inf if all are empty.
-float whole_lse(const float* lse, int64_t frames) {
+float log_sum_exp_of(const float* lse, int64_t frames) {
     const float m = largest(lse, frames);
     if (!(m > kNone)) return m;
     return m + std::log(sum_exp(lse, m, frames));
@@ -204,7 +204,7 @@ void terms_of_row(const Chunk& c, int64_t r, const MatchRuns& runs, Statistics s
                   float* upstream_lse, float* upstream_expected) {
     const float* lse = st.lse + r * c.frames;
     const bool weighted = corr_weight.data != nullptr;
-    const float whole = sequence_negatives ? whole_lse(lse, c.frames) : 0.0f;
+    const float sequence_lse = sequence_negatives ? log_sum_exp_of(lse, c.frames) : 0.0f;
     float row_weight = 0.0f;  // of all correspondence terms of this row
     for (int64_t f = 0; f < c.frames; ++f) {
         const int64_t cell = r * c.frames + f;
@@ -212,15 +212,15 @@ void terms_of_row(const Chunk& c, int64_t r, const MatchRuns& runs, Statistics s
         for (int64_t at = runs.begin(r, f); at < runs.end(r, f); ++at) {
             const int64_t match = runs.order[at], column = runs.target[at] - runs.first_token;
             const float positive = c.row(r)[column] * (c.token_scale[column] * c.factor(r));
-            terms.corr[match] = (sequence_negatives ? whole : lse[f]) - positive;
+            terms.corr[match] = (sequence_negatives ? sequence_lse : lse[f]) - positive;
             terms.best[match] = st.best[cell] + runs.first_token;
             terms.confidence[match] = exp_of_nonpositive(st.peak[cell] - lse[f]);
             const float depth = runs.depth[at], expected = c.width ? st.expected[cell * c.width] : 0.0f;
             const float total = depth + expected + eps, distance = depth - expected;
-            terms.depth[match] = runs.counts[at] ? std::fabs(distance) / total : 0.0f;
+            terms.depth[match] = runs.has_depth[at] ? std::fabs(distance) / total : 0.0f;
             if (!weighted) continue;
             frame_weight += corr_weight[match];
-            if (runs.counts[at]) {
+            if (runs.has_depth[at]) {
                 const float sign = distance > 0.0f ? 1.0f : distance < 0.0f ? -1.0f : distance;  // NaN stays NaN
                 depth_slope += depth_weight[match] * (-sign / total - std::fabs(distance) / (total * total));
             }
@@ -230,18 +230,18 @@ void terms_of_row(const Chunk& c, int64_t r, const MatchRuns& runs, Statistics s
         if (c.width) upstream_expected[cell * c.width] = depth_slope;
         row_weight += frame_weight;
     }
-    if (weighted && sequence_negatives) weighted_exp(lse, whole, row_weight, c.frames, upstream_lse + r * c.frames);
+    if (weighted && sequence_negatives) weighted_exp(lse, sequence_lse, row_weight, c.frames, upstream_lse + r * c.frames);
 }
 
 void loss_terms(const Chunk& c, Array<float> lse, Array<float> known_lse, Array<float> expected, Array<int64_t> best,
                 Array<float> peak, const Array<int64_t>& run_start, int64_t longest, const Array<int64_t>& order,
-                const Array<int64_t>& target, const Array<float>& depth, const Array<bool>& counts, int64_t first_token,
+                const Array<int64_t>& target, const Array<float>& depth, const Array<bool>& has_depth, int64_t first_token,
                 Array<float> corr_out, Array<float> depth_out, Array<int64_t> best_out, Array<float> confidence_out,
                 const std::optional<py::array_t<float>>& corr_weights,
                 const std::optional<py::array_t<float>>& depth_weights, bool sequence_negatives, float eps,
                 std::optional<Array<float>> upstream_lse, std::optional<Array<float>> upstream_expected, int threads) {
     const MatchRuns runs{run_start.data(), longest,       order.data(), target.data(),
-                         depth.data(),     counts.data(), first_token};
+                         depth.data(),     has_depth.data(), first_token};
     const Statistics statistics{lse.mutable_data(), known_lse.mutable_data(), expected.mutable_data(),
                                 best.mutable_data(), peak.mutable_data()};
     const Terms terms{corr_out.mutable_data(), depth_out.mutable_data(), best_out.mutable_data(),
@@ -403,7 +403,7 @@ PYBIND11_MODULE(_rows, module) {
                array("peak"), py::arg("threads"));
     module.def("loss_terms", &loss_terms, py::arg("chunk"), array("lse"), array("known_lse"), array("expected"),
                array("best"), array("peak"), array("run_start"), py::arg("longest"), array("order"), array("target"),
-               array("depth"), array("counts"), py::arg("first_token"), array("corr"), array("depth_term"),
+               array("depth"), array("has_depth"), py::arg("first_token"), array("corr"), array("depth_term"),
                array("best_token"), array("confidence"), array("corr_weights"), array("depth_weights"),
                py::arg("sequence_negatives"), py::arg("eps"), array("upstream_lse"), array("upstream_expected"),
                py::arg("threads"));

@@ -89,7 +89,7 @@ class MatchRuns:
     order: Tensor  # int64 [M], sorted position -> match
     target: Tensor  # int64 [M], sorted: token in the batch
     depth: Tensor  # float32 [M], sorted
-    counts: Tensor  # bool [M], sorted: has a depth term
+    has_depth: Tensor  # bool [M], sorted: has a depth term
     first_token: int  # token in the batch of the chunk's column 0
 
     @staticmethod
@@ -102,7 +102,7 @@ class MatchRuns:
             order=index.order,
             target=index.target,
             depth=index.depth,
-            counts=index.counts,
+            has_depth=index.has_depth,
             first_token=first_token,
         )
 

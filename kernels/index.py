@@ -114,7 +114,7 @@ class MatchIndex(_Movable):
     row: Tensor  # int64 [M], sorted: its row
     target: Tensor  # int64 [M], sorted: its target token
     depth: Tensor  # float32 [M], sorted: its target depth, 0 where it has no depth term
-    counts: Tensor  # bool [M], sorted: has a depth term
+    has_depth: Tensor  # bool [M], sorted: has a depth term
     by_target: Tensor  # int64 [M], sorted positions in the order of their target tokens
     depth_count: Tensor  # float32 [], matches that have a depth term, at least 1
     values: Tensor  # float32 [N, 1], patch depth, 0 where unknown
@@ -138,17 +138,17 @@ class MatchIndex(_Movable):
         cell = row * rows.longest + target_frame - sequence_offsets[sequence]
         order = _argsort(row, target)
         runs = torch.bincount(cell, minlength=len(row_token) * rows.longest)
-        counts = countable & _frames_with(known, frame_offsets)[target_frame]
+        has_depth = countable & _frames_with(known, frame_offsets)[target_frame]
         return MatchIndex(
             rows=rows,
             run_start=torch.cat([runs.new_zeros(1), runs.cumsum(0)]),
             order=order,
             row=row[order],
             target=target[order],
-            depth=_zero_unless(counts, target_depth)[order],
-            counts=counts[order],
+            depth=_zero_unless(has_depth, target_depth)[order],
+            has_depth=has_depth[order],
             by_target=torch.argsort(target[order], stable=True),
-            depth_count=counts.sum().clamp(min=1).float(),
+            depth_count=has_depth.sum().clamp(min=1).float(),
             values=_zero_unless(known, patch_depth)[:, None],
             known=known,
         )

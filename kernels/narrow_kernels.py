@@ -273,13 +273,13 @@ def row_gradient(
         gradient = weight[:, None] * tl.exp2(s - reference[:, None])
         if VALUES > 0:
             is_known = tl.load(known + token, mask=token_mask, other=0) != 0
-            slope = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32) - center[:, None]  # sum_v b_v (v_k - E_v)
+            value_pull = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32) - center[:, None]  # sum_v b_v (v_k - E_v)
             for v in tl.static_range(VALUES):
                 b = tl.load(upstream_expected + cell * VALUES + v, mask=row_mask, other=0.0) * boost_factor
                 value = tl.load(values + token * values_n + v, mask=token_mask & is_known, other=0.0)
-                slope += b[:, None] * value[None, :]
+                value_pull += b[:, None] * value[None, :]
             bias = tl.where(is_known, 0.0, float("-inf"))
-            gradient += slope * tl.exp2(s - known_reference[:, None] + bias[None, :])
+            gradient += value_pull * tl.exp2(s - known_reference[:, None] + bias[None, :])
         total = tl.dot((gradient * factor).to(e.dtype), e, total, input_precision=PRECISION)
 
     total *= (inverse / (tau * boost_factor))[:, None]
@@ -336,13 +336,13 @@ def token_gradient(
         gradient = weight[None, :] * tl.exp2(s - reference[None, :])
         if VALUES > 0:
             is_known = tl.load(known + token, mask=token_mask, other=0) != 0
-            slope = tl.zeros([BLOCK_COLUMNS, BLOCK_ROWS], tl.float32) - center[None, :]  # sum_v b_v (v_k - E_v)
+            value_pull = tl.zeros([BLOCK_COLUMNS, BLOCK_ROWS], tl.float32) - center[None, :]  # sum_v b_v (v_k - E_v)
             for v in tl.static_range(VALUES):
                 b = tl.load(upstream_expected + cell * VALUES + v, mask=row_mask, other=0.0) * factor
                 value = tl.load(values + token * values_n + v, mask=token_mask & is_known, other=0.0)
-                slope += value[:, None] * b[None, :]
+                value_pull += value[:, None] * b[None, :]
             bias = tl.where(is_known, 0.0, float("-inf"))
-            gradient += slope * tl.exp2(s - known_reference[None, :] + bias[:, None])
+            gradient += value_pull * tl.exp2(s - known_reference[None, :] + bias[:, None])
         total = tl.dot(gradient.to(a.dtype), a, total, input_precision=PRECISION)
 
     total *= (norm / (tau * boost_factor))[:, None]
@@ -351,17 +351,17 @@ def token_gradient(
     tl.store(line, total, mask=token_mask[:, None] & (d < WIDTH)[None, :])
 
 
-@kernel("slopes", "out")
+@kernel("radial", "out")
 def finish(
     embeddings, stride_g, stride_n, stride_d, inverse_norm, tokens, temperature, row_token,
     row_of_token, row_part, token_part, token_part_g, token_part_n, token_part_d,
     run_start, target, target_start, by_target, row_of_match, order, corr_weight, corr_weight_g, corr_weight_m,
-    slopes, out, out_g, out_n, out_d, rows, frames, limit,
+    radial, out, out_g, out_n, out_d, rows, frames, limit,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: a few tokens. Adds their gradients as row and as column and the pulls of their matches; projects.
 
-    Also writes `e_i . dA_i` of each row to `slopes`, from which the temperature's gradient is summed. `out` is None
+    Also writes `e_i . dA_i` of each row to `radial`, from which the temperature's gradient is summed. `out` is None
     where only that is needed. The arguments from `run_start` to `corr_weight_m` are None where there are no matches.
     """
     group = tl.program_id(1).to(tl.int64)
@@ -390,7 +390,7 @@ def finish(
             match = tl.load(order + first + k, mask=in_run, other=0)
             weight = scale * tl.load(corr_weight + match * corr_weight_m, mask=in_run, other=0.0)
             u -= pull(embeddings, stride_n, stride_d, inverse_norm, partner, weight, in_run, d, mask)
-    tl.store(slopes + group * rows + row, tl.sum(u * e, 1), mask=is_row)
+    tl.store(radial + group * rows + row, tl.sum(u * e, 1), mask=is_row)
     if out is not None:
         line = token_part + group * token_part_g + token[:, None] * token_part_n + d[None, :] * token_part_d
         u += tl.load(line, mask=mask, other=0.0)

@@ -70,7 +70,7 @@ def loss_terms(
         _chunk(chunk),
         *(value[0].numpy() for value in statistics),
         runs.start.numpy(), runs.longest, runs.order.numpy(), runs.target.numpy(), runs.depth.numpy(),
-        runs.counts.numpy(), runs.first_token,
+        runs.has_depth.numpy(), runs.first_token,
         *(value[0].numpy() for value in terms),
         *((None, None) if weights is None else (scale[0].numpy() for scale in weights)),
         negatives == "sequence", eps,

@@ -81,7 +81,7 @@ def fused_pass(
         *_pointers(chunk.similarity, row_scale, chunk.token_scale, chunk.temperature),
         *_pointers(chunk.own_token, chunk.frame_offsets, values, chunk.known),
         layers, rows, tokens, frames, chunk.token_scale.stride(0),
-        *_pointers(runs.start, runs.order, runs.target, runs.depth, runs.counts), runs.longest, runs.first_token,
+        *_pointers(runs.start, runs.order, runs.target, runs.depth, runs.has_depth), runs.longest, runs.first_token,
         *_pointers(*terms), terms.corr.stride(0),
         *_pointers(corr, depth), *((0, 0) if corr is None else corr.stride()),
         int(negatives == "sequence"), eps,

@@ -190,7 +190,7 @@ def frame_statistics(
 def loss_terms(
     similarity, stride_g, stride_r, stride_n, row_scale, row_scale_g, token_scale, token_scale_g, temperature,
     positive, positive_g, lse, expected, best, peak,
-    run_start, longest, order, target, depth, counts, first_token,
+    run_start, longest, order, target, depth, has_depth, first_token,
     corr_weight, corr_weight_g, corr_weight_m, depth_weight, depth_weight_g, depth_weight_m,
     corr_term, depth_term, best_term, confidence_term, term_g, upstream_lse, upstream_expected, rows, frames, eps,
     VALUES: tl.constexpr, SEQUENCE_NEGATIVES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -223,7 +223,7 @@ def loss_terms(
         frame_begin = tl.load(starts + frame, mask=frame_mask, other=0)
         frame_end = tl.load(starts + frame + 1, mask=frame_mask, other=0)
         frame_weight = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        frame_slope = tl.zeros([BLOCK_COLUMNS], tl.float32)
+        depth_slopes = tl.zeros([BLOCK_COLUMNS], tl.float32)
         first = tl.load(starts + start)
         last = tl.load(starts + tl.minimum(start + BLOCK_COLUMNS, frames))
         for block in range(first, last, BLOCK_ROWS):
@@ -248,29 +248,29 @@ def loss_terms(
             tl.store(best_term + out, best_column + first_token, mask=mask)
             confidence = tl.exp(tl.load(peak + cell + match_frame, mask=mask, other=0.0) - frame_lse)
             tl.store(confidence_term + out, confidence, mask=mask)
-            has_depth = mask & (tl.load(counts + position, mask=mask, other=0) != 0)
+            has_term = mask & (tl.load(has_depth + position, mask=mask, other=0) != 0)
             relative_error = tl.zeros([BLOCK_ROWS], tl.float32)
-            slope = tl.zeros([BLOCK_ROWS], tl.float32)  # derivative of the depth term by the expected depth
+            depth_slope = tl.zeros([BLOCK_ROWS], tl.float32)  # derivative of the depth term by the expected depth
             if VALUES > 0:
-                true_depth = tl.load(depth + position, mask=has_depth, other=0.0)
-                expected_depth = tl.load(expected + (cell + match_frame) * VALUES, mask=has_depth, other=0.0)
-                size = tl.where(has_depth, true_depth + expected_depth + eps, 1.0)
-                relative_error = tl.where(has_depth, tl.abs(true_depth - expected_depth) / size, 0.0)
+                true_depth = tl.load(depth + position, mask=has_term, other=0.0)
+                expected_depth = tl.load(expected + (cell + match_frame) * VALUES, mask=has_term, other=0.0)
+                size = tl.where(has_term, true_depth + expected_depth + eps, 1.0)
+                relative_error = tl.where(has_term, tl.abs(true_depth - expected_depth) / size, 0.0)
                 sign = tl.where(true_depth > expected_depth, 1.0, 0.0) - tl.where(true_depth < expected_depth, 1.0, 0.0)
-                slope = tl.where(has_depth, -(sign + relative_error) / size, 0.0)
+                depth_slope = tl.where(has_term, -(sign + relative_error) / size, 0.0)
             tl.store(depth_term + out, relative_error, mask=mask)
             if corr_weight is not None:
                 pull = tl.load(corr_weight + group * corr_weight_g + match * corr_weight_m, mask=mask, other=0.0)
                 weight_at = depth_weight + group * depth_weight_g + match * depth_weight_m
-                weight = tl.load(weight_at, mask=has_depth, other=0.0)
+                weight = tl.load(weight_at, mask=has_term, other=0.0)
                 row_weight += tl.sum(pull, 0)
                 frame_weight += tl.sum(tl.where(in_frame, pull[:, None], 0.0), 0)
-                frame_slope += tl.sum(tl.where(in_frame, (weight * slope)[:, None], 0.0), 0)
+                depth_slopes += tl.sum(tl.where(in_frame, (weight * depth_slope)[:, None], 0.0), 0)
         if corr_weight is not None:
             if not SEQUENCE_NEGATIVES:
                 tl.store(upstream_lse + cell + frame, frame_weight, mask=frame_mask)
             for v in tl.static_range(VALUES):
-                slopes = frame_slope if v == 0 else tl.zeros([BLOCK_COLUMNS], tl.float32)
+                slopes = depth_slopes if v == 0 else tl.zeros([BLOCK_COLUMNS], tl.float32)
                 tl.store(upstream_expected + (cell + frame) * VALUES + v, slopes, mask=frame_mask)
     if corr_weight is not None and SEQUENCE_NEGATIVES:
         for start in range(0, frames, BLOCK_COLUMNS):
@@ -330,13 +330,13 @@ def similarity_gradient(
         gradient = a[:, None] * tl.exp(s - reference[:, None])
         if VALUES > 0:
             is_known = tl.load(known + column, mask=column_mask, other=0) != 0
-            slope = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32) - center[:, None]  # sum_v b_v (v_k - E_v)
+            value_pull = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32) - center[:, None]  # sum_v b_v (v_k - E_v)
             for v in tl.static_range(VALUES):
                 b = tl.load(upstream_expected + cell * VALUES + v, mask=row_mask, other=0.0)
                 value = tl.load(values + column * values_n + v, mask=column_mask & is_known, other=0.0)
-                slope += b[:, None] * value[None, :]
+                value_pull += b[:, None] * value[None, :]
             known_log = tl.where(is_known[None, :], s - known_reference[:, None], float("-inf"))
-            gradient += slope * tl.exp(known_log)
+            gradient += value_pull * tl.exp(known_log)
         if run_start is not None:
             for k in range(longest_run):
                 in_run = first + k < last

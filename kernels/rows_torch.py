@@ -91,8 +91,8 @@ def loss_terms(
                 terms.confidence[:, match] = (statistics.peak[:, row, frame] - lse).exp()
                 depth, expected = runs.depth[at], statistics.expected[:, row, frame, 0]
                 total = depth + expected + eps
-                counts = bool(runs.counts[at])
-                terms.depth[:, match] = (depth - expected).abs() / total if counts else 0.0
+                has_depth = bool(runs.has_depth[at])
+                terms.depth[:, match] = (depth - expected).abs() / total if has_depth else 0.0
                 if weights is None or upstream is None:
                     continue
                 if negatives == "sequence":
@@ -101,7 +101,7 @@ def loss_terms(
                     )
                 else:
                     upstream.lse[:, row, frame] += weights.corr[:, match]
-                if counts:
+                if has_depth:
                     depth_slope = -torch.sign(depth - expected) / total - (depth - expected).abs() / total.square()
                     upstream.expected[:, row, frame, 0] += weights.depth[:, match] * depth_slope
     return upstream

@@ -102,7 +102,7 @@ def _loss_terms(
     launch(
         device.loss_terms, (rows, groups), Tile(MATCHES_AT_ONCE, min(power_of_two(frames), FRAMES_AT_ONCE), warps=1),
         *source, statistics.lse, statistics.expected, statistics.best, statistics.peak,
-        runs.start, runs.longest, runs.order, runs.target, runs.depth, runs.counts, runs.first_token,
+        runs.start, runs.longest, runs.order, runs.target, runs.depth, runs.has_depth, runs.first_token,
         *((None,) * 6 if weights is None else
           (weights.corr, *weights.corr.stride(), weights.depth, *weights.depth.stride())),
         *terms, terms.corr.stride(0), *((None, None) if upstream is None else upstream), rows, frames, eps,

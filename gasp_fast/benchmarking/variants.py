@@ -50,7 +50,7 @@ def dense(embeddings: Tensor, matches: Matches) -> Tensor:
     known = s.masked_fill(~index.known, float("-inf")).unflatten(-1, (frames, -1))  # [L, A, F, n]
     expected = (known.softmax(-1) * index.values[:, 0].view(frames, -1)).sum(-1)  # [L, A, F]
     expected = expected[:, index.row, index.target // (tokens // frames)]  # [L, M]
-    depth = (index.depth - expected).abs() / (index.depth + expected + 1e-6) * index.counts
+    depth = (index.depth - expected).abs() / (index.depth + expected + 1e-6) * index.has_depth
     return 0.3 * corr.mean() + depth.sum() / index.depth_count / layers
 
 

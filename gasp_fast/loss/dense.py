@@ -91,13 +91,13 @@ def dense_terms(
     corr = (frames.lse.logsumexp(-1)[:, row] if negatives == "sequence" else lse) - positive
 
     expected = frames.expected[:, row, frame, 0]
-    counts = _by_match(index, index.counts)
+    has_depth = _by_match(index, index.has_depth)
     depth = (_by_match(index, index.depth) if match_depth is None else match_depth).to(expected.dtype)
-    depth = torch.where(counts, depth, 1)  # a match without depth needs a finite term: NaN times 0 is NaN in backward
+    depth = torch.where(has_depth, depth, 1)  # without depth, a finite term: NaN times 0 is NaN in backward
     term = (depth - expected).abs() / (depth + expected + eps)
     return DenseTerms(
         corr=corr,
-        depth=torch.where(counts, term, 0),
+        depth=torch.where(has_depth, term, 0),
         best=frames.best[:, row, frame],
         confidence=(frames.peak[:, row, frame] - lse).exp().detach(),
     )

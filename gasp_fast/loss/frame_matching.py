@@ -16,6 +16,7 @@ from gasp_fast.kernels.index import RowIndex
 
 from .arguments import check_indices, check_offsets, checked_embeddings, checked_temperature, layer_stack
 from .autograd import FrameMatching
+from .config import LossConfig
 from .dense import dense_frame_match
 
 
@@ -46,7 +47,7 @@ def frame_match(
     values: Tensor | None = None,  # float [N] or [N, V]: a small vector per token
     known: Tensor | None = None,  # bool [N]: expected values are taken over these tokens only
     sequence_offsets: Tensor | None = None,  # int64 [B + 1], frame range of each sequence; None = one sequence
-    temperature: float | Tensor = 0.07,
+    temperature: float | Tensor = LossConfig.temperature,
     exclude_anchor: bool = False,  # leave a query out of its own frame
     backend: str = "auto",
 ) -> FrameMatch:

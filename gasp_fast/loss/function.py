@@ -54,11 +54,11 @@ class GaspOutput:
 def gasp_loss(
     embeddings: Tensor | Sequence[Tensor],  # [L, N, D], [N, D], or L tensors [N, D]; raw, not normalised
     matches: Matches,
-    temperature: float | Tensor = 0.07,  # a 0-dim tensor may require grad
+    temperature: float | Tensor = LossConfig.temperature,  # a 0-dim tensor may require grad
     negatives: str = "sequence",  # "sequence" | "frame"
-    corr_weight: float = 0.3,
-    depth_weight: float = 1.0,
-    eps: float = 1e-6,
+    corr_weight: float = LossConfig.corr_weight,
+    depth_weight: float = LossConfig.depth_weight,
+    eps: float = LossConfig.eps,
     layer_weights: Tensor | None = None,  # [L]: the loss is the weighted sum over layers; None = 1 / L each
     reduction: str = "mean",  # "mean" | "sum" | "none"
     return_metrics: bool = False,

@@ -132,7 +132,7 @@ class Matches:
         frames, sequences = self.index.rows.frame_ends.shape[0], self.index.rows.spans.shape[0]
         return (
             f"Matches({len(self)} matches from {self.index.rows.row_token.shape[0]} anchors, "
-            f"{int(self.index.counts.sum())} with depth; {self.tokens} tokens in {frames} frames of "
+            f"{int(self.index.has_depth.sum())} with depth; {self.tokens} tokens in {frames} frames of "
             f"{sequences} sequence{'s' if sequences != 1 else ''}, on {self.device})"
         )
 

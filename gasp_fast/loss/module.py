@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_number
+from .config import LossConfig
 from .function import GaspOutput, gasp_loss
 from .matches import Matches
 
@@ -19,11 +20,11 @@ class GaspLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.07,
+        temperature: float = LossConfig.temperature,
         negatives: str = "sequence",
-        corr_weight: float = 0.3,
-        depth_weight: float = 1.0,
-        eps: float = 1e-6,
+        corr_weight: float = LossConfig.corr_weight,
+        depth_weight: float = LossConfig.depth_weight,
+        eps: float = LossConfig.eps,
         layer_weights: Tensor | None = None,
         reduction: str = "mean",
         return_metrics: bool = False,

@@ -17,6 +17,7 @@ Embeddings come as a list: either one tensor [L, N, D] or L tensors [N, D]. Neit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,19 +59,10 @@ def fused_loss(
 
 @fused_loss.register_fake
 def _(
-    embeddings: Sequence[Tensor],
-    index: Sequence[Tensor],
-    temperature: Tensor,
-    layer_weights: Tensor,
-    corr_weight: float,
-    depth_weight: float,
-    reduction: str,
-    negatives: str,
-    eps: float,
-    needs_embedding_gradient: bool,
-    needs_temperature_gradient: bool,
-    backend: str,
-) -> list[Tensor]:
+    embeddings: Sequence[Tensor], index: Sequence[Tensor], temperature: Tensor, layer_weights: Tensor,
+    corr_weight: float, depth_weight: float, reduction: str, negatives: str, eps: float,
+    needs_embedding_gradient: bool, *_: Any,
+) -> list[Tensor]:  # fmt: skip
     loss = embeddings[0].new_empty((), dtype=torch.float32)
     return [loss, *_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, needs_embedding_gradient)]
 
@@ -99,17 +91,9 @@ def unreduced_terms(
 
 @unreduced_terms.register_fake
 def _(
-    embeddings: Sequence[Tensor],
-    index: Sequence[Tensor],
-    temperature: Tensor,
-    corr_weights: Tensor | None,
-    depth_weights: Tensor | None,
-    negatives: str,
-    eps: float,
-    needs_embedding_gradient: bool,
-    needs_temperature_gradient: bool,
-    backend: str,
-) -> list[Tensor]:
+    embeddings: Sequence[Tensor], index: Sequence[Tensor], temperature: Tensor, corr_weights: Tensor | None,
+    depth_weights: Tensor | None, negatives: str, eps: float, needs_embedding_gradient: bool, *_: Any,
+) -> list[Tensor]:  # fmt: skip
     return [*_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, needs_embedding_gradient)]
 
 
@@ -136,15 +120,9 @@ def frame_match(
 
 @frame_match.register_fake
 def _(
-    embeddings: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    longest: int,
-    temperature: Tensor,
-    values: Tensor | None,
-    known: Tensor | None,
-    exclude_own: bool,
-    backend: str,
-) -> list[Tensor]:
+    embeddings: Sequence[Tensor], rows: Sequence[Tensor], longest: int, temperature: Tensor, values: Tensor | None,
+    *_: Any,
+) -> list[Tensor]:  # fmt: skip
     anchors, width = RowIndex.from_tensors(list(rows)).row_token.shape[0], 0 if values is None else values.shape[1]
     floats = embeddings[0].new_empty((layer_count(embeddings), anchors, longest), dtype=torch.float32)
     return [
@@ -188,19 +166,10 @@ def frame_match_gradient(
 
 @frame_match_gradient.register_fake
 def _(
-    embeddings: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    temperature: Tensor,
-    values: Tensor | None,
-    known: Tensor | None,
-    exclude_own: bool,
-    statistics: Sequence[Tensor],
-    lse_gradient: Tensor,
-    expected_gradient: Tensor,
-    needs_embedding_gradient: bool,
-    needs_temperature_gradient: bool,
-    backend: str,
-) -> list[Tensor]:
+    embeddings: Sequence[Tensor], rows: Sequence[Tensor], temperature: Tensor, values: Tensor | None,
+    known: Tensor | None, exclude_own: bool, statistics: Sequence[Tensor], lse_gradient: Tensor,
+    expected_gradient: Tensor, needs_embedding_gradient: bool, *_: Any,
+) -> list[Tensor]:  # fmt: skip
     return _fake_gradients(embeddings, temperature, needs_embedding_gradient)
 
 

@@ -77,7 +77,7 @@ def _with_matches(chunk: RowChunk, generator: torch.Generator, busiest: int) -> 
         order=torch.randperm(matches, generator=generator),
         target=torch.tensor(target),
         depth=depth,
-        counts=torch.rand(matches, generator=generator) < (0.7 if chunk.values is not None else 0.0),
+        has_depth=torch.rand(matches, generator=generator) < (0.7 if chunk.values is not None else 0.0),
         first_token=first_token,
     )
     if chunk.known is not None:  # a match counts only where its frame has a known token
@@ -89,7 +89,7 @@ def _with_matches(chunk: RowChunk, generator: torch.Generator, busiest: int) -> 
                 if chunk.exclude_own and begin <= own < end:
                     seen[own - begin] = False
                 for at in runs.run(row, frame):
-                    runs.counts[at] &= bool(seen.any())
+                    runs.has_depth[at] &= bool(seen.any())
     weights = TermWeights(
         corr=torch.rand(groups, 1, generator=generator).expand(groups, matches),
         depth=torch.rand(groups, matches, generator=generator),
