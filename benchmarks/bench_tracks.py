@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -28,8 +27,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gasp_fast.benchmarking.report import machine
-from gasp_fast.data.depth.pooling import grid_edges, pool_depth
+from gasp_fast.benchmarking.report import device_and_date, machine
+from gasp_fast.data.depth.pooling import pool_depth
 from gasp_fast.data.scenes.frame_cache import DECODED, DEFAULT_BYTES
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene, rigid_inverse
@@ -65,7 +64,7 @@ def slanted_wall(frames: int = FRAMES) -> Views:
 
 def grid_mode(views: Views, backend: str) -> tuple[Tracks, np.ndarray]:
     tracks = track_points(grid_queries(views, 8), views, backend=backend)
-    edges = (grid_edges(WIDTH, PATCHES[0]), grid_edges(HEIGHT, PATCHES[1]))
+    edges = (np.linspace(0, WIDTH, PATCHES[0] + 1), np.linspace(0, HEIGHT, PATCHES[1] + 1))
     return tracks, pool_depth(views.depth, views.size, *edges, backend=backend)
 
 
@@ -139,7 +138,7 @@ def sequence(scene: Scene, seed: int, images: bool = True, threads: int = 1) -> 
     if threads > 1:
         scene.read_ahead(frames, images=images, threads=threads)
     assert len(build_tracks(scene, frames, grid=8))
-    edges = (grid_edges(WIDTH, PATCHES[0]), grid_edges(HEIGHT, PATCHES[1]))
+    edges = (np.linspace(0, WIDTH, PATCHES[0] + 1), np.linspace(0, HEIGHT, PATCHES[1] + 1))
     pool_depth([scene.depth(f) for f in frames], [(WIDTH, HEIGHT)] * SEQUENCE, *edges)
     if images:
         for f in frames:
@@ -172,11 +171,12 @@ def bench_sequences(rounds: int) -> dict[str, float]:
 
 def save(result: dict[str, float], rounds: int, out: Path) -> Path:
     """Writes `MACHINE-DATE-tracks.json`, beside the results of `gasp-fast bench`."""
-    processor, today = machine(torch.device("cpu")).split(",")[0], datetime.date.today().isoformat()
-    about = {"date": today, "machine": processor, "cores": usable_cores(), "numpy": np.__version__, "rounds": rounds}
+    name, today = machine(torch.device("cpu")), datetime.date.today().isoformat()
+    about = {"date": today, "machine": name.split(",")[0], "cores": usable_cores(), "numpy": np.__version__}
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', processor)}-{today}-tracks.json"
-    path.write_text(json.dumps({**about, **{name: round(value, 3) for name, value in result.items()}}, indent=1) + "\n")
+    path = out / f"{device_and_date(name)}-tracks.json"
+    rounded = {name: round(value, 3) for name, value in result.items()}
+    path.write_text(json.dumps({**about, "rounds": rounds, **rounded}, indent=1) + "\n")
     return path
 
 

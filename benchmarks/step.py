@@ -63,7 +63,7 @@ def measure(case: Case, data: CaseData, gpu: GPU) -> dict[str, Any]:
 
     sizes = [loop.batch_flops.sizes(batch) for batch in batches]
     step = statistics.median(times)
-    tokens = sum(size.tokens for of_batch in sizes for size in of_batch)
+    tokens = sum(size.tokens for batch_sizes in sizes for size in batch_sizes)
     record = {
         "shape": dataclasses.asdict(loop.batch_flops.setup.shape),
         "step_seconds": step,

@@ -13,13 +13,12 @@ from typing import Any
 from gasp_fast.backbones import load_backbone
 from gasp_fast.backbones.adapters import AdapterConfig
 from gasp_fast.backbones.base_model import ModelConfig
-from gasp_fast.backbones.tiny import REAL, TinyConfig, build_without_weights
+from gasp_fast.backbones.tiny import SIZES_7B, TinyConfig, build_tiny
 from gasp_fast.collator import Sample
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.supervision.heads import HeadsConfig
-from gasp_fast.training.config import RunConfig, TrainConfig
-from gasp_fast.training.objective import ObjectiveConfig
+from gasp_fast.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from gasp_fast.training.optim import OptimisationConfig
 from gasp_fast.training.sources import ScenesConfig
 from gasp_fast.training.stream import DataConfig, SampleStream, Share, make_loader
@@ -42,7 +41,7 @@ class Shape:
 
 SHAPES = {
     "7b": Shape(
-        models=REAL,
+        models=SIZES_7B,
         ranks={"qwen2_5_vl": 128, "llava_next_video": 512},
         scenes=SyntheticConfig(frames=26, width=960, height=540, samples=1),
         scene_count=4,
@@ -53,7 +52,7 @@ SHAPES = {
             name: TinyConfig(
                 model_type=name, hidden_size=64, frame_size=112, vision_hidden_size=32, query_heads=2, layers=2
             )
-            for name in REAL
+            for name in SIZES_7B
         },
         ranks={"qwen2_5_vl": 4, "llava_next_video": 8},
         scenes=SyntheticConfig(frames=8, width=96, height=80, samples=1),
@@ -80,9 +79,8 @@ class Case:
     @property
     def name(self) -> str:
         words = [self.family, f"{self.frames} frames", "geometry" if self.geometry else "plain"]
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for field in ("checkpointing", "attention", "heads"):
-            words += [f"{field} {getattr(self, field)}"] * (getattr(self, field) != defaults[field])
+            words += [f"{field} {getattr(self, field)}"] * (getattr(self, field) != getattr(Case, field))
         words += ["liger"] * self.liger + [f"{self.at_once} at once"] * (self.at_once > 1)
         return ", ".join(words)
 
@@ -129,7 +127,7 @@ class CaseData:
 
     def __init__(self, shape: Shape, folder: Path) -> None:
         self.shape, self.folder = shape, folder
-        self.models = {name: build_without_weights(folder / name, config) for name, config in shape.models.items()}
+        self.models = {name: build_tiny(folder / name, config, weights=False) for name, config in shape.models.items()}
         list(render_scenes(folder / "scenes", shape.scene_count, config=shape.scenes, workers=shape.scene_count))
         self._batches: dict[tuple[str, int, int], tuple[list[dict[str, Any]], float]] = {}
 

@@ -1,9 +1,9 @@
 """Seconds of a step by part of the model, from torch's profiler.
 
-Forward, a part is a range around its modules; the innermost range counts. Backward runs no module, but autograd
+In forward, a part is a range around its modules; the innermost range counts. Backward runs no module, but autograd
 numbers its nodes: the operation that made a node in forward and the one that runs it backward carry the same number and
-the same thread, so a head's backward is found through its forward. Recomputation under checkpointing is forward again
-and passes the same modules. What belongs to no part, or cannot be attributed, is "rest".
+the same thread, so a head's backward is attributed through its forward. Recomputation under checkpointing runs the same
+modules again. What belongs to no part, or cannot be attributed, is "rest".
 
     decoder             products of the decoder's frozen weights
     attention           the decoder's attention itself, without its projections
@@ -102,9 +102,9 @@ def seconds_by_part(measured: profile) -> tuple[dict[str, float], list[str]]:
 def events_by_part(measured: profile) -> Iterator[tuple[str, Any]]:
     """Each operation with its part."""
     events = [event for event in measured.events() or [] if event.device_type == DeviceType.CPU]
-    makers = _makers_of_nodes(events)
+    forward = _forward_operations(events)
     for event in events:
-        part = _part_of(event, makers)
+        part = _part_of(event, forward)
         yield "norms, activations" if part == "decoder" and event.name not in PRODUCTS else part, event
 
 
@@ -113,15 +113,15 @@ def _is_attention(event: Any) -> bool:
     return event.name.startswith(ATTENTION)
 
 
-def _makers_of_nodes(events: list[Any]) -> dict[NodeKey, Any]:
+def _forward_operations(events: list[Any]) -> dict[NodeKey, Any]:
     """The operation that made each node of the graph: the last one to carry its number."""
-    makers: dict[NodeKey, Any] = {}
+    forward: dict[NodeKey, Any] = {}
     for event in events:
         if event.sequence_nr >= 0 and not _runs_node(event):
             key = (event.thread, event.sequence_nr)
-            if key not in makers or event.time_range.start >= makers[key].time_range.start:
-                makers[key] = event
-    return makers
+            if key not in forward or event.time_range.start >= forward[key].time_range.start:
+                forward[key] = event
+    return forward
 
 
 def _runs_node(event: Any) -> bool:
@@ -130,7 +130,8 @@ def _runs_node(event: Any) -> bool:
     return event.name.startswith(NODE) or (parent is not None and parent.name.startswith(NODE))
 
 
-def _part_of(event: Any, makers: dict[NodeKey, Any], followed: int = 0) -> str:
+def _part_of(event: Any, forward: dict[NodeKey, Any], passes: int = 0) -> str:
+    """The innermost range around an event, or, of a node that runs backward, around the operation that made it."""
     attention = False
     while event is not None:
         if event.name.startswith(RANGE):
@@ -140,8 +141,8 @@ def _part_of(event: Any, makers: dict[NodeKey, Any], followed: int = 0) -> str:
             return "optimiser"
         attention |= _is_attention(event)
         if event.name.startswith(NODE):
-            maker = makers.get((event.fwd_thread, event.sequence_nr))
+            origin = forward.get((event.fwd_thread, event.sequence_nr))
             # A backward pass inside a backward pass leads back twice at most: recomputation, then its forward.
-            return "rest" if maker is None or followed >= 4 else _part_of(maker, makers, followed + 1)
+            return "rest" if origin is None or passes >= 4 else _part_of(origin, forward, passes + 1)
         event = event.cpu_parent
     return "rest"

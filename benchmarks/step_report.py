@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from step_cases import Case
 from step_profile import PARTS
 
+from gasp_fast.benchmarking.report import device_and_date, versions
 from gasp_fast.files import write_atomically
 
 PACKAGES = ("gasp-fast", "torch", "triton", "transformers", "peft", "accelerate", "liger-kernel", "flash-attn")
@@ -51,20 +51,15 @@ def verdicts(result: Record) -> list[Record]:
         frames = max(record["frames"] for record in measured if record["family"] == family)
         with_geometry = _default(measured, family, frames, geometry=True)
         plain = _default(measured, family, frames, geometry=False)
-        for quantity, key, bound in (
-            ("time", "step_seconds", GEOMETRY_TIME),
-            ("peak memory", "peak_memory", GEOMETRY_MEMORY),
-        ):
+        bounds = (("time", "step_seconds", GEOMETRY_TIME), ("peak memory", "peak_memory", GEOMETRY_MEMORY))
+        for quantity, key, bound in bounds:
             share = 1 - plain[key] / with_geometry[key] if with_geometry and plain and plain[key] else None
             targets.append(_at_most(f"{family}, {frames} frames: geometry's share of {quantity}", share, bound))
         mfu = [r["mfu"] for r in measured if r["family"] == family and r["geometry"]]
         targets.append(_at_least(f"{family}: best MFU with geometry", mfu, MFU))
-    rates = [
-        r["sequences_per_s"]
-        for r in measured
-        if (r["family"], r["frames"], r["geometry"]) == ("llava_next_video", 16, True)
-    ]
-    targets.append(_at_least("LLaVA, 16 frames: sequences/s (wanted of an H200)", rates, RATE))
+    llava = ("llava_next_video", 16, True)
+    rates = [r["sequences_per_s"] for r in measured if (r["family"], r["frames"], r["geometry"]) == llava]
+    targets.append(_at_least("LLaVA, 16 frames: sequences/s (of an H200)", rates, RATE))
     errors = [abs(r["plan_error"]) for r in measured if "plan_error" in r and _is_default(r)]
     targets.append(_at_most("plan: worst error on the recipes' steps", max(errors, default=None), PLAN_ERROR))
     return targets
@@ -72,40 +67,33 @@ def verdicts(result: Record) -> list[Record]:
 
 def _default(measured: list[Record], family: str, frames: int, geometry: bool) -> Record | None:
     """The case with the recipes' settings."""
-    return next(
-        (
-            record
-            for record in measured
-            if (record["family"], record["frames"], record["geometry"]) == (family, frames, geometry)
-            and _is_default(record)
-        ),
-        None,
-    )
+    case = (family, frames, geometry)
+    fitting = (r for r in measured if (r["family"], r["frames"], r["geometry"]) == case and _is_default(r))
+    return next(fitting, None)
 
 
 def _is_default(record: Record) -> bool:
-    return (record["checkpointing"], record["attention"], record["heads"], record["liger"], record["at_once"]) == (
-        "non_reentrant", "sdpa", "tf32", False, 1,
-    )  # fmt: skip
+    settings = ("checkpointing", "attention", "heads", "liger", "at_once")
+    return all(record[name] == getattr(Case, name) for name in settings)  # the class holds the defaults
 
 
 def _at_most(target: str, value: float | None, bound: float) -> Record:
     met = None if value is None else bool(value <= bound)
-    return {"target": target, "wanted": f"at most {bound:g}", "found": value, "met": met}
+    return {"target": target, "bound": f"at most {bound:g}", "value": value, "met": met}
 
 
 def _at_least(target: str, values: list[float], bound: float) -> Record:
     value = max(values, default=None)
     met = None if value is None else bool(value >= bound)
-    return {"target": target, "wanted": f"at least {bound:g}", "found": value, "met": met}
+    return {"target": target, "bound": f"at least {bound:g}", "value": value, "met": met}
 
 
 def print_targets(result: Record) -> None:
     """Each target with its verdict, and the cases for which there was no time."""
     for target in result.get("targets", ()):
         verdict = {True: "met", False: "MISSED", None: "not measured"}[target["met"]]
-        value = "" if target["found"] is None else f"{target['found']:.3g}, "
-        print(f"{verdict:>12}  {target['target']}: {value}wanted {target['wanted']}")
+        value = "" if target["value"] is None else f"{target['value']:.3g}, "
+        print(f"{verdict:>12}  {target['target']}: {value}target {target['bound']}")
     if result["out_of_time"]:
         print(f"out of time: {'; '.join(result['out_of_time'])}")
 
@@ -116,37 +104,25 @@ def print_targets(result: Record) -> None:
 def save(result: Record, out: Path) -> Path:
     """Write `step-DEVICE-DATE.json`, and its plot if any case was measured."""
     out.mkdir(parents=True, exist_ok=True)
-    date = datetime.date.today().isoformat()
-    device = re.sub(r"[^A-Za-z0-9.]+", "-", result["machine"].split(",")[0])
-    path = out / f"step-{device}-{date}.json"
-    versions = {name: _version(name) for name in PACKAGES}
-    write_atomically(path, (json.dumps({"date": date, "versions": versions, **result}, indent=1) + "\n").encode())
+    path = out / f"step-{device_and_date(result['machine'])}.json"
+    about = {"date": datetime.date.today().isoformat(), "versions": versions(*PACKAGES)}
+    write_atomically(path, (json.dumps({**about, **result}, indent=1) + "\n").encode())
     plot(result, path.with_suffix(".png"))
     return path
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def plot(result: Record, path: Path) -> None:
     """Seconds of a sequence in every case, and by part in those that were profiled."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     measured = [record for record in result["cases"] if "failed" not in record]
     profiled = [record for record in measured if "seconds_by_part" in record]
     if not measured:
         return
     rows = (len(measured), max(1, len(profiled)))
-    figure, (every, parts) = pyplot.subplots(
-        2, 1, figsize=(9, 2 + 0.32 * sum(rows)), height_ratios=[rows[0], rows[1] + 1], layout="constrained"
-    )
+    figure = Figure(figsize=(9, 2 + 0.32 * sum(rows)), layout="constrained")
+    every, parts = figure.subplots(2, 1, height_ratios=[rows[0], rows[1] + 1])
     seconds = [1 / record["sequences_per_s"] for record in measured]
     every.barh(range(len(measured)), seconds, color=["#0072B2" if r["geometry"] else "#BBBBBB" for r in measured])
     for place, (value, record) in enumerate(zip(seconds, measured, strict=True)):
@@ -154,10 +130,9 @@ def plot(result: Record, path: Path) -> None:
     every.set_yticks(range(len(measured)), [record["name"] for record in measured], fontsize=7)
     every.set_xlim(0, 1.15 * max(seconds))
     every.set_xlabel("seconds of a sequence, its share of the optimiser included (grey: without geometry)", fontsize=8)
-    colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for place, record in enumerate(profiled):
         left = 0.0
-        for part, colour in zip(PARTS, colours, strict=True):
+        for part, colour in zip(PARTS, colormaps["tab10"].colors, strict=True):
             width = record["seconds_by_part"].get(part, 0.0)
             parts.barh(place, width, left=left, color=colour, label=part if place == 0 else None)
             left += width
@@ -169,4 +144,3 @@ def plot(result: Record, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"gasp_fast training step on {result['machine']}", fontsize=10)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -54,23 +54,15 @@ class Llava(Backbone):
 
 def tiny_llava(folder: Path) -> Path:
     """A random LLaVA 1.5 and its real processor in `folder`: 112 x 112 pixels are 14 x 14 tokens."""
-    from transformers import (
-        AutoProcessor,
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+    import transformers as hf
 
     with tempfile.TemporaryDirectory() as other:  # its tokenizer and chat template also fit LLaVA 1.5
         llava_video = build_tiny(Path(other) / "model", TinyConfig(model_type="llava_next_video"))
-        processor = AutoProcessor.from_pretrained(llava_video)
-    vision = CLIPVisionConfig(
+        processor = hf.AutoProcessor.from_pretrained(llava_video)
+    vision = hf.CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=112, patch_size=8
     )
-    text = LlamaConfig(
+    text = hf.LlamaConfig(
         vocab_size=len(processor.tokenizer),
         hidden_size=128,
         intermediate_size=256,
@@ -82,12 +74,12 @@ def tiny_llava(folder: Path) -> Path:
     )
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id)
+    model = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id)
     )
     model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}),
+    hf.LlavaProcessor(
+        image_processor=hf.CLIPImageProcessor(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}),
         tokenizer=processor.tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -40,7 +39,7 @@ to {after:.0%}. The effect of the depth loss on the PCK@2 of such a small model 
 """
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all results; replaced (demo)")
     parser.add_argument("--scenes", type=int, default=80, help="rooms to render (80)")
@@ -77,7 +76,7 @@ def main() -> int:
     command("gasp-fast", "export", run_folder(out, "full"), "--out", out / "export")
 
     heading("6/6  results")
-    return conclude(out, reports, steps, time.monotonic() - start)
+    conclude(out, reports, steps, time.monotonic() - start)
 
 
 def new_folder(out: Path) -> None:
@@ -120,8 +119,8 @@ def evaluate(out: Path, name: str, model: Path, sequences: int) -> Path:
     return folder
 
 
-def conclude(out: Path, folders: dict[str, Path], steps: int, seconds: float) -> int:
-    """Writes the page, prints the table, and returns the exit code."""
+def conclude(out: Path, folders: dict[str, Path], steps: int, seconds: float) -> None:
+    """Writes the page, prints the table, and stops with an error if training failed."""
     from rich.console import Console
 
     from gasp_fast.backbones import load_backbone
@@ -140,11 +139,7 @@ def conclude(out: Path, folders: dict[str, Path], steps: int, seconds: float) ->
     print(f"\n{seconds / 60:.1f} minutes; results: {page}")
     print("next, on a GPU: gasp-fast doctor; python -m gasp_fast.train configs/qwen2_5_vl_7b.yaml --dry-run")
     if after - before < GAIN:
-        print(
-            f"demo: PCK@2 went from {before:.3f} to {after:.3f}, a gain below {GAIN}: training failed", file=sys.stderr
-        )
-        return 1
-    return 0
+        raise SystemExit(f"demo: PCK@2 went from {before:.3f} to {after:.3f}, a gain below {GAIN}: training failed")
 
 
 def command(program: str, *words: object) -> None:
@@ -175,4 +170,4 @@ def silence_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

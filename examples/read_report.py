@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gasp_fast.evaluation.report import read_report
 
 
@@ -33,18 +35,15 @@ def plot(report: dict[str, Any], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     temporal = report["temporal"]
+    pck, identity = (np.array(temporal[name], dtype=float) for name in ("pck", "identity"))  # None becomes NaN
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(temporal["gaps"], _floats(temporal["pck"]), marker="o", label=f"layer {temporal['layer']}")
-    axis.plot(temporal["gaps"], _floats(temporal["identity"]), "--", color="0.4", label="same position (identity)")
+    axis.plot(temporal["gaps"], pck, marker="o", label=f"layer {temporal['layer']}")
+    axis.plot(temporal["gaps"], identity, "--", color="0.4", label="same position (identity)")
     axis.set(xlabel="gap (frames)", ylabel="PCK@2", ylim=(0, 1))
     axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
     return path
-
-
-def _floats(values: list[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
 
 
 def small_report(folder: Path) -> Path:

@@ -23,9 +23,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,11 +36,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .backbones import Backbone, Conversation, load_backbone
-from .files import write_atomically
+from .backbones.base_model import DTYPES
+from .files import complete_folder, write_atomically
 from .run_folder import CONFIG, weights_folder
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = 1e-4  # of a logit, in fp32
 REPORT = "gasp_export.json"
 # Parts of names that no weight of a plain model has.
@@ -107,7 +106,7 @@ def export(
     merge_difference = _difference(_logits(merged, inputs), trained_logits)
     _check_difference("merged weights", merge_difference, tolerance)
 
-    with _complete_folder(out) as partial:
+    with complete_folder(out) as partial:
         progress("writing")
         merged.to(DTYPES[stored]).save_pretrained(partial)
         backbone.processor.save_pretrained(partial)
@@ -131,20 +130,6 @@ def export(
         )
         write_atomically(partial / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
     return report
-
-
-@contextmanager
-def _complete_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that is renamed to `out` if the block succeeds, and removed if it fails."""
-    for leftover in out.parent.glob(f".{out.name}.*.partial"):  # of killed exports
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ---- the checkpoint -------------------------------------------------------------------------------------------------

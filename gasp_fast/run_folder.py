@@ -42,18 +42,9 @@ def _holds_weights(folder: Path) -> bool:
     return adapters or ((folder / "config.json").is_file() and any(folder.glob("model*.safetensors")))
 
 
-def run_containing(source: str | os.PathLike[str]) -> Path | None:
-    """The run that `source` is, or is a checkpoint of; None for any other model."""
-    source = Path(source)
-    for folder in (source, source.parent):
-        if (folder / CONFIG).is_file() and (folder / LOG).is_file():
-            return folder
-    return None
-
-
 def result_folder(source: str | os.PathLike[str], name: str) -> Path:
-    """The default folder for a result of `source`: `name` in its run."""
-    run = run_containing(source)
-    if run is None:
-        raise ValueError(f"{str(source)!r} is no run of gasp_fast.train that could hold the {name}; give --out DIR")
-    return run / name
+    """The default folder for a result of `source`, which is a run or one of its checkpoints: `name` in the run."""
+    for folder in (Path(source), Path(source).parent):
+        if (folder / CONFIG).is_file() and (folder / LOG).is_file():
+            return folder / name
+    raise ValueError(f"{str(source)!r} is no run of gasp_fast.train that could hold the {name}; give --out DIR")

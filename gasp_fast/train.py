@@ -20,12 +20,13 @@ from pathlib import Path
 
 from gasp_fast.config.loader import load_config, to_yaml
 from gasp_fast.files import write_atomically
+from gasp_fast.planning.training_setup import Sharding
 from gasp_fast.run_folder import CONFIG
 from gasp_fast.training import checkpoints, distributed, dry_run, guards
 from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.model import build_model
-from gasp_fast.training.stream import SampleStream, Share, steps_of
+from gasp_fast.training.stream import SampleStream, Share
 
 
 def train(config: TrainConfig, *, try_one_step: bool = False) -> None:
@@ -38,10 +39,10 @@ def train(config: TrainConfig, *, try_one_step: bool = False) -> None:
     with guards.alone_in(out) if processes.first and not try_one_step else nullcontext():
         resume = None if try_one_step else checkpoints.to_resume(out, config.run.resume)
         if resume is not None:
-            guards.check_resume(config, processes.world_size, distributed.zero_stage(deepspeed), resume)
+            guards.check_resume(config, processes.world_size, Sharding.of(deepspeed).stage, resume)
         stream = SampleStream(config.data)
         share = Share(processes.rank, processes.world_size, config.train.batch_size, config.train.micro_batch_size)
-        steps = steps_of(config.train, stream)
+        steps = config.train.steps_of(stream.epoch)
         model = build_model(config, processes.device)
         if config.train.mode == "lora":
             guards.check_adapters(model)

@@ -10,7 +10,7 @@ from torch import nn
 
 from .base import Backbone, load_backbone, unwrap
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """LLaVA-NeXT-Video: its pixel -> token map and the processor's arguments.
 
 Frames are passed as a video: each frame becomes one pooled grid of tokens, row by row, with nothing between the frames,
-so frame `f` of `n` tokens owns tokens `[n f, n (f + 1))`. All videos of a batch have the same number of frames, because
+so frame `f` of `n` tokens is tokens `[n f, n (f + 1))`. All videos of a batch have the same number of frames, because
 the model takes them as one tensor.
 
 Pixel -> token: the short edge is resized to a fixed size (the long edge follows, rounded down, so that the two axes

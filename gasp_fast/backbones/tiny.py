@@ -8,8 +8,6 @@ within minutes.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,12 @@ from typing import Any
 
 import torch
 
+from gasp_fast.files import complete_folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """Sizes of a model. The defaults are tiny; the last fields serve to describe real sizes, see `REAL`."""
+    """Sizes of a model. The defaults are tiny; the last fields serve to describe real sizes, see `SIZES_7B`."""
 
     model_type: str = "qwen2_5_vl"
     hidden_size: int = 128
@@ -42,7 +42,7 @@ class TinyConfig:
 
 
 # The sizes of both 7B models (with a tiny tokenizer), for benchmarks and FLOP counts with random weights.
-REAL = {
+SIZES_7B = {
     "qwen2_5_vl": TinyConfig(
         model_type="qwen2_5_vl", hidden_size=3584, layers=28, query_heads=28, key_heads=4, intermediate_size=18944,
         embeddings=152064, vision_depth=32, vision_hidden_size=1280, vision_heads=16, vision_intermediate_size=3420,
@@ -56,17 +56,12 @@ REAL = {
 }  # fmt: skip
 
 
-def build_tiny(folder: str | os.PathLike[str], config: TinyConfig | None = None) -> Path:
-    """Write a tiny model and its processor to `folder`, for `from_pretrained`. An error leaves no folder behind."""
-    return _write(folder, TinyConfig() if config is None else config, weights=True)
+def build_tiny(folder: str | os.PathLike[str], config: TinyConfig | None = None, weights: bool = True) -> Path:
+    """Write a tiny model and its processor to `folder`, for `from_pretrained`. An error leaves no folder behind.
 
-
-def build_without_weights(folder: str | os.PathLike[str], config: TinyConfig) -> Path:
-    """Write only configuration and processor to `folder`, for a model whose weights are created in memory."""
-    return _write(folder, config, weights=False)
-
-
-def _write(folder: str | os.PathLike[str], config: TinyConfig, weights: bool) -> Path:
+    Without `weights`, write only configuration and processor, for a model whose weights are created in memory.
+    """
+    config = TinyConfig() if config is None else config
     if config.model_type not in _BUILDERS:
         raise ValueError(
             f"model_type = {config.model_type!r} has no tiny version; choose one of {', '.join(_BUILDERS)}"
@@ -74,22 +69,15 @@ def _write(folder: str | os.PathLike[str], config: TinyConfig, weights: bool) ->
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"folder = {str(folder)!r} exists already; remove it, or name another one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     model_class, model_config, processor = _BUILDERS[config.model_type](config)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with complete_folder(folder) as partial:
         if weights:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                model_class(model_config).save_pretrained(unfinished)
+                model_class(model_config).save_pretrained(partial)
         else:
-            model_config.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+            model_config.save_pretrained(partial)
+        processor.save_pretrained(partial)
     return folder
 
 
@@ -109,18 +97,15 @@ def _qwen2_5_vl(config: TinyConfig) -> tuple[Any, Any, Any]:
     block = 2 * config.patch_size
     pixels = {"shortest_edge": 4 * block**2, "longest_edge": config.frame_size**2}
     patches: dict[str, Any] = {
-        "patch_size": config.patch_size,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "size": pixels,
-    }
+        "patch_size": config.patch_size, "merge_size": 2, "temporal_patch_size": 2, "size": pixels
+    }  # fmt: skip
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**patches),
         video_processor=Qwen2VLVideoProcessor(**patches),
         tokenizer=tokenizer,
         chat_template=_QWEN_TEMPLATE,
     )
-    frequencies = config.hidden_size // config.query_heads // 2  # of rotary embedding, shared out 2 : 3 : 3 as in 7B
+    frequencies = config.hidden_size // config.query_heads // 2  # of rotary embedding, divided 2 : 3 : 3 as in 7B
     spatial = 3 * frequencies // 8
     model_config = Qwen2_5_VLConfig(
         text_config={

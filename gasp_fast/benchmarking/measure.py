@@ -8,12 +8,10 @@ wrong on a smaller problem is not timed.
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,15 +33,6 @@ class Row:
     forward: list[float] = field(default_factory=list)  # one time a round
     both: list[float] = field(default_factory=list)  # forward and backward
     peak_mib: float | None = None
-
-    def median(self, which: Literal["forward", "both"]) -> float | None:
-        samples = self.forward if which == "forward" else self.both
-        return statistics.median(samples) if samples else None
-
-    def backward(self) -> float | None:
-        """Median of forward and backward, less that of a forward pass without gradient."""
-        forward, both = self.median("forward"), self.median("both")
-        return None if forward is None or both is None else both - forward
 
 
 @dataclass

@@ -6,10 +6,11 @@ import datetime
 import json
 import re
 import statistics
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,13 +34,13 @@ def print_table(result: Result, console: Console) -> None:
     for title in ("variant", "solves", "error", "forward ms", "× one", "both ms", "× three", "extra MiB"):
         table.add_column(title, justify="left" if title in ("variant", "solves") else "right", no_wrap=True)
     for row in result.rows:
-        forward, both = row.median("forward"), row.median("both")
-        if forward is None or both is None:
+        if row.note:
             continue
+        forward, both = statistics.median(row.forward), statistics.median(row.both)
         table.add_row(
             row.variant,
             row.solves,
-            _error(row),
+            f"{row.error:.0e}",
             f"{forward:.2f}",
             f"{forward / one:.2f}",
             f"{both:.2f}",
@@ -53,7 +54,7 @@ def as_json(results: list[Result], device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(device),
-        "versions": {name: _version(name) for name in ("gasp-fast", "torch", "triton", "numpy")},
+        "versions": versions("gasp-fast", "torch", "triton", "numpy"),
         "workloads": [_workload_json(result) for result in results],
     }
 
@@ -65,27 +66,35 @@ def machine(device: torch.device) -> str:
     return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
+def versions(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package; None where it is not installed."""
+    installed = {name: next(iter(Distribution.discover(name=name)), None) for name in packages}
+    return {name: distribution.version if distribution else None for name, distribution in installed.items()}
+
+
+def device_and_date(machine: str) -> str:
+    """DEVICE-DATE, for the name of a file."""
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', machine.split(',')[0])}-{datetime.date.today()}"
+
+
 def save(results: list[Result], device: torch.device, out: Path) -> list[Path]:
     """Write `DEVICE-DATE.json` and `DEVICE-DATE.png` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", machine(device).split(",")[0]) + f"-{datetime.date.today()}"
-    text = json.dumps(as_json(results, device), indent=1)
+    name = device_and_date(machine(device))
     paths = [out / f"{name}.json", out / f"{name}.png"]
-    paths[0].write_text(text + "\n")
+    paths[0].write_text(json.dumps(as_json(results, device), indent=1) + "\n")
     plot(results, device, paths[1])
     return paths
 
 
 def plot(results: list[Result], device: torch.device, path: Path) -> None:
     """Bars of forward + backward as multiples of three bare products, a panel for each workload."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row.variant for result in results for row in result.rows))
     colours = dict(zip(names, ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"], strict=False))
-    figure, panels = pyplot.subplots(1, len(results), figsize=(4.2 * len(results), 3.6), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(results), 3.6), layout="tight")
+    panels = figure.subplots(1, len(results), squeeze=False)
     for panel, result in zip(panels[0], results, strict=True):
         three = statistics.median(result.three_products)
         rows = [row for row in result.rows if row.both]
@@ -102,9 +111,7 @@ def plot(results: list[Result], device: torch.device, path: Path) -> None:
         panel.set_xlabel("forward + backward / three bare products", fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"gasp_fast loss on {machine(device)}", fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _workload_json(result: Result) -> dict[str, Any]:
@@ -127,12 +134,12 @@ def _workload_json(result: Result) -> dict[str, Any]:
 
 def _row_json(row: Row, one: float, three: float) -> dict[str, Any]:
     record: dict[str, Any] = {"name": row.variant, "solves": row.solves, "note": row.note, "error": row.error}
-    forward, both = row.median("forward"), row.median("both")
-    if forward is not None and both is not None:
+    if not row.note:
+        forward, both = statistics.median(row.forward), statistics.median(row.both)
         record |= {
             "forward_ms": _quantiles(row.forward),
             "both_ms": _quantiles(row.both),
-            "backward_ms": row.backward(),
+            "backward_ms": both - forward,  # less a forward pass without gradient
             "forward_ratio": forward / one,
             "both_ratio": both / three,
             "extra_mib": row.peak_mib,
@@ -141,18 +148,4 @@ def _row_json(row: Row, one: float, three: float) -> dict[str, Any]:
 
 
 def _quantiles(samples: list[float]) -> dict[str, float]:
-    if len(samples) == 1:
-        return {"p20": samples[0], "p50": samples[0], "p80": samples[0]}
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return {"p20": fifths[0], "p50": statistics.median(samples), "p80": fifths[3]}
-
-
-def _error(row: Row) -> str:
-    return "" if row.error is None else f"{row.error:.0e}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return dict(zip(("p20", "p50", "p80"), np.quantile(samples, (0.2, 0.5, 0.8)).tolist(), strict=True))

@@ -10,18 +10,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
 from gasp_fast.loss.naive import naive_loss
 
 from .workloads import Problem
 
-TEMPERATURE = 0.07
 Loss = Callable[[Tensor, Matches], Tensor]  # embeddings [L, N, D] -> scalar
 
 
@@ -34,7 +35,7 @@ class Variant:
 
 
 def ours(embeddings: Tensor, matches: Matches) -> Tensor:
-    return gasp_loss(embeddings, matches, TEMPERATURE).loss
+    return gasp_loss(embeddings, matches).loss
 
 
 def dense(embeddings: Tensor, matches: Matches) -> Tensor:
@@ -43,15 +44,15 @@ def dense(embeddings: Tensor, matches: Matches) -> Tensor:
     layers, tokens, _ = embeddings.shape
     frames, rows = index.rows.longest, index.rows.row_token
     unit = F.normalize(embeddings, dim=-1)
-    s = unit[:, rows] @ unit.mT / TEMPERATURE  # [L, A, N]
+    s = unit[:, rows] @ unit.mT / LossConfig.temperature  # [L, A, N]
     own = torch.arange(tokens, device=s.device) == rows[:, None]
     s = s.masked_fill(own, float("-inf"))
     corr = s.logsumexp(-1)[:, index.row] - s[:, index.row, index.target]  # [L, M]
     known = s.masked_fill(~index.known, float("-inf")).unflatten(-1, (frames, -1))  # [L, A, F, n]
     expected = (known.softmax(-1) * index.values[:, 0].view(frames, -1)).sum(-1)  # [L, A, F]
     expected = expected[:, index.row, index.target // (tokens // frames)]  # [L, M]
-    depth = (index.depth - expected).abs() / (index.depth + expected + 1e-6) * index.has_depth
-    return 0.3 * corr.mean() + depth.sum() / index.depth_count / layers
+    depth = (index.depth - expected).abs() / (index.depth + expected + LossConfig.eps) * index.has_depth
+    return LossConfig.corr_weight * corr.mean() + depth.sum() / index.depth_count / layers
 
 
 _compiled: list[Loss] = []
@@ -65,39 +66,31 @@ def compiled_dense(embeddings: Tensor, matches: Matches) -> Tensor:
 
 def dense_infonce(embeddings: Tensor, matches: Matches) -> Tensor:
     """What the other libraries compute, in dense PyTorch: their reference."""
-    anchors, unit, target = _as_classification(embeddings, matches)
-    losses = [F.cross_entropy((a @ u.mT).float(), target) for a, u in zip(anchors, unit, strict=True)]
-    return torch.stack(losses).mean()
+    return _infonce(lambda a, u, target: F.cross_entropy((a @ u.mT).float(), target), embeddings, matches)
 
 
 def cut_cross_entropy(embeddings: Tensor, matches: Matches) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    anchors, unit, target = _as_classification(embeddings, matches)
     # Off: its gradient filter skips small entries, which is a different, inexact problem.
-    losses = [linear_cross_entropy(a, u, target, filter_eps=None) for a, u in zip(anchors, unit, strict=True)]
-    return torch.stack(losses).mean()
+    return _infonce(partial(linear_cross_entropy, filter_eps=None), embeddings, matches)
 
 
 def liger(embeddings: Tensor, matches: Matches) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    anchors, unit, target = _as_classification(embeddings, matches)
     criterion = LigerFusedLinearCrossEntropyLoss()
-    losses = [criterion(u, a, target) for a, u in zip(anchors, unit, strict=True)]
-    return torch.stack(losses).mean()
+    return _infonce(lambda a, u, target: criterion(u, a, target), embeddings, matches)
 
 
 def inf_cl(embeddings: Tensor, matches: Matches) -> Tensor:
     from inf_cl import cal_flash_loss
 
-    anchors, unit, target = _as_classification(embeddings, matches)
-    losses = [cal_flash_loss(a, u, labels=target).mean() for a, u in zip(anchors, unit, strict=True)]
-    return torch.stack(losses).mean()
+    return _infonce(lambda a, u, target: cal_flash_loss(a, u, labels=target).mean(), embeddings, matches)
 
 
 def naive(embeddings: Tensor, matches: Matches) -> Tensor:
-    return naive_loss(embeddings, matches, TEMPERATURE).loss
+    return naive_loss(embeddings, matches, LossConfig.temperature).loss
 
 
 def reference(solves: str) -> Loss:
@@ -105,12 +98,13 @@ def reference(solves: str) -> Loss:
     return {"full": naive, "infonce": dense_infonce}[solves]
 
 
-def _as_classification(embeddings: Tensor, matches: Matches) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors over temperature [L, A, D], all tokens [L, N, D], and the first target of each anchor [A]."""
+def _infonce(layer_loss: Callable[..., Tensor], embeddings: Tensor, matches: Matches) -> Tensor:
+    """Mean over layers of `layer_loss(anchors / temperature [A, D], all tokens [N, D], first target of each [A])`."""
     index = matches.index
     unit = F.normalize(embeddings, dim=-1)
-    first = index.run_start[:: index.rows.longest][:-1]
-    return unit[:, index.rows.row_token] / TEMPERATURE, unit, index.target[first]
+    anchors = unit[:, index.rows.row_token] / LossConfig.temperature
+    target = index.target[index.run_start[:: index.rows.longest][:-1]]
+    return torch.stack([layer_loss(a, u, target) for a, u in zip(anchors, unit, strict=True)]).mean()
 
 
 def _anywhere(device: torch.device) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gasp_fast.loss.matches import Matches
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Workload:
     """`A` anchors of one sequence, each with a match in every other frame; all frames of one size."""
 
@@ -74,40 +74,27 @@ class Workload:
             embeddings = torch.randn(shape, generator=on_device, device=device, dtype=self.dtype)
         else:
             embeddings = torch.randn(self.layers, tokens, self.width, generator=generator).to(self.dtype)
-        return Problem(self, embeddings, matches.to(device))
+        return Problem(embeddings, matches.to(device))
 
 
 @dataclass(frozen=True)
 class Problem:
-    workload: Workload
     embeddings: Tensor  # [L, N, D]
     matches: Matches
-
-
-def _workload(name: str, layers: int, anchors: int, tokens: int, width: int, frames: int, dtype: str) -> Workload:
-    return Workload(
-        name=name,
-        layers=layers,
-        anchors=anchors,
-        tokens=tokens,
-        width=width,
-        frames=frames,
-        dtype=getattr(torch, dtype),
-    )
 
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        _workload("cpu-wide", 2, 512, 2304, 3584, 16, "float32"),
-        _workload("cpu-wide-bf16", 2, 512, 2304, 3584, 16, "bfloat16"),
-        _workload("cpu-narrow", 4, 512, 2304, 256, 16, "float32"),
-        _workload("w1", 28, 6912, 24 * 576, 3584, 24, "bfloat16"),  # Qwen, fine grid, all pairs
-        _workload("w2", 32, 1024, 16 * 144, 4096, 16, "bfloat16"),  # LLaVA, coarse grid
-        _workload("w3", 28, 2304, 16 * 256, 3584, 16, "bfloat16"),
-        _workload("w4", 28, 6912, 24 * 576, 256, 24, "bfloat16"),
-        _workload("w5", 1, 65536, 131072, 1024, 2, "bfloat16"),  # a plain contrastive loss between two halves
-        _workload("tiny", 2, 48, 4 * 36, 64, 4, "float32"),
+        Workload("cpu-wide", 2, 512, 2304, 3584, 16, torch.float32),
+        Workload("cpu-wide-bf16", 2, 512, 2304, 3584, 16, torch.bfloat16),
+        Workload("cpu-narrow", 4, 512, 2304, 256, 16, torch.float32),
+        Workload("w1", 28, 6912, 24 * 576, 3584, 24, torch.bfloat16),  # Qwen, fine grid, all pairs
+        Workload("w2", 32, 1024, 16 * 144, 4096, 16, torch.bfloat16),  # LLaVA, coarse grid
+        Workload("w3", 28, 2304, 16 * 256, 3584, 16, torch.bfloat16),
+        Workload("w4", 28, 6912, 24 * 576, 256, 24, torch.bfloat16),
+        Workload("w5", 1, 65536, 131072, 1024, 2, torch.bfloat16),  # a plain contrastive loss between two halves
+        Workload("tiny", 2, 48, 4 * 36, 64, 4, torch.float32),
     )
 }
 CPU_SET = ("cpu-wide", "cpu-wide-bf16", "cpu-narrow")

@@ -21,7 +21,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from gasp_fast.evaluation.evaluate import EvaluationConfig
-    from gasp_fast.evaluation.evaluated_model import EvaluatedModel
 
 HELP = "measure point correspondence of a model, layer by layer"
 
@@ -70,8 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import torch
+
     from gasp_fast.evaluation.dataset import EvaluationSet
     from gasp_fast.evaluation.evaluate import evaluate
+    from gasp_fast.evaluation.evaluated_model import load_evaluated_model
     from gasp_fast.evaluation.gallery import draw_gallery
     from gasp_fast.evaluation.report import write_report
     from gasp_fast.evaluation.tables import terminal_table
@@ -81,18 +83,21 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     config = _config(arguments)
     dataset = EvaluationSet(arguments.scenes, config.data)  # before the model, which takes longer to load
-    evaluated = _model(arguments, initial_heads="head" in config.features)
+    evaluated = load_evaluated_model(
+        arguments.model,
+        device=arguments.device,
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        frame_pixels=arguments.frame_pixels,
+        initial_heads="head" in config.features,
+    )
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("sequences"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=len(dataset))
-        evaluation = evaluate(
-            evaluated,
-            dataset,
-            config,
-            out,
-            fresh=arguments.fresh,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        evaluation = evaluate(evaluated, dataset, config, out, fresh=arguments.fresh, progress=show)
     pictures = draw_gallery(evaluated, dataset, config, evaluation, out / "pictures", arguments.pictures)
     page = write_report(evaluation.report, out, pictures)
     console.print(terminal_table({evaluated.name: evaluation.report}))
@@ -119,18 +124,4 @@ def _config(arguments: argparse.Namespace) -> EvaluationConfig:
     names = () if arguments.features == "auto" else tuple(name.strip() for name in arguments.features.split(","))
     return EvaluationConfig(
         data=data, features=names, rope=arguments.rope, temperature=arguments.temperature, batch=arguments.batch
-    )
-
-
-def _model(arguments: argparse.Namespace, initial_heads: bool) -> EvaluatedModel:
-    import torch
-
-    from gasp_fast.evaluation.evaluated_model import load_evaluated_model
-
-    return load_evaluated_model(
-        arguments.model,
-        device=arguments.device,
-        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
-        frame_pixels=arguments.frame_pixels,
-        initial_heads=initial_heads,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
@@ -20,14 +21,13 @@ HELP = "export a trained model for plain Hugging Face transformers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from gasp_fast.export import TOLERANCE, Stored
+
     parser.add_argument("run", type=Path, metavar="RUN", help="a run (its newest checkpoint), or a checkpoint")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; new or empty (default: RUN/export)")
     parser.add_argument("--base", metavar="MODEL", help="model it was trained from (default: as the run's config.yaml)")
     parser.add_argument(
-        "--dtype",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="of the stored weights; auto: the base model's",
+        "--dtype", choices=get_args(Stored), default="auto", help="of the stored weights; auto: the base model's"
     )
     parser.add_argument(
         "--device", metavar="NAME", help="device for computing: cpu, cuda, cuda:1 … (default: cuda if there is one)"
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=1e-4,
+        default=TOLERANCE,
         metavar="X",
         help="largest difference of a logit by merging, in fp32",
     )

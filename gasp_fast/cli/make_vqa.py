@@ -43,14 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = VQAConfig(turns=arguments.turns, longest_side=arguments.longest_side, seed=arguments.seed)
     part = parse_part(arguments.part)
-    plan = AnnotationReader(arguments.tracks).plan
-    numbers = shards_in_part(plan.shards, part)
+    settings = AnnotationReader(arguments.tracks).settings
+    numbers = shards_in_part(settings.shards, part)
     shards = make_vqa(arguments.scenes, arguments.tracks, arguments.out, config, arguments.workers, part)
     columns = (TextColumn("writing questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         for _ in progress.track(shards, total=len(numbers)):
             pass
-    total = sum(len(plan.sequences_in_shard(number)) for number in numbers)
+    total = sum(len(settings.sequences_in_shard(number)) for number in numbers)
     lists = [omitted_path(arguments.out, number) for number in numbers]
     omitted = [line for path in lists if path.exists() for line in path.read_text().splitlines()]
     print(f"{arguments.out}: {total - len(omitted):,} records of {total:,} sequences")

@@ -31,8 +31,8 @@ HELP = "estimate memory, time and GPU-hours of a recipe"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a recipe: configs/*.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
-    parser.add_argument("--gpus", type=int, default=32, metavar="N", help="number of GPUs (default: 32)")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="type of GPU (default: h200)")
+    parser.add_argument("--gpus", type=int, default=32, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="type of GPU")
     parser.add_argument(
         "--frame-tokens", type=int, metavar="N", help="visual tokens of a frame (default: the recipe's)"
     )

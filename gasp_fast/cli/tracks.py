@@ -1,8 +1,8 @@
 """Compute the point tracks of training sequences once, and store them in shards.
 
-Reads a folder of scenes with depth. Writes into --out a plan and checksummed shards. A stopped run continues with the
-missing shards and gives the same bytes. One folder holds one grid: coarse and fine are two runs. Exit code 1 if no
-sequence has tracks, or if --verify finds a shard damaged or missing.
+Reads a folder of scenes with depth. Writes into --out the settings (plan.json) and checksummed shards. A stopped run
+continues with the missing shards and gives the same bytes. One folder holds one grid: coarse and fine are two runs.
+Exit code 1 if no sequence has tracks, or if --verify finds a shard damaged or missing.
 
 examples:
   gasp-fast tracks scenes --out tracks --dry-run
@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gasp_fast.processes import usable_cores
 
 if TYPE_CHECKING:
-    from gasp_fast.data.annotations.plan import AnnotationPlan
     from gasp_fast.data.annotations.read import AnnotationReader
+    from gasp_fast.data.annotations.settings import AnnotationSettings
 
 SAMPLE = 20_000  # sequences drawn for the statistics of a dry run
 HELP = "compute the tracks of training sequences once and store them in shards; resumable, parallel"
@@ -61,22 +61,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.verify:
         return _verify(AnnotationReader(arguments.out))
-    plan = _plan(arguments)
-    print(f"{len(plan):,} sequences of {len(plan.scenes):,} scenes in {plan.shards:,} shards")
-    print(f"at most about {decimal(plan.expected_bytes)}, {plan.expected_bytes / len(plan):,.0f} bytes a sequence")
+    settings = _settings(arguments)
+    print(f"{len(settings):,} sequences of {len(settings.scenes):,} scenes in {settings.shards:,} shards")
+    expected = settings.expected_bytes
+    print(f"at most about {decimal(expected)}, {expected / len(settings):,.0f} bytes a sequence")
     if arguments.dry_run:
-        print(f"{'a sample of ' if len(plan.sampler) > SAMPLE else ''}an epoch: {plan.sampler.statistics(0, SAMPLE)}")
+        sampler = settings.sampler
+        print(f"{'a sample of ' if len(sampler) > SAMPLE else ''}an epoch: {sampler.statistics(0, SAMPLE)}")
         return 0
     part = parse_part(arguments.part)
     with _progress("computing tracks") as progress:
-        shards = annotate(arguments.scenes, arguments.out, plan, arguments.workers, part)
-        for _ in progress.track(shards, total=len(shards_in_part(plan.shards, part))):
+        shards = annotate(arguments.scenes, arguments.out, settings, arguments.workers, part)
+        for _ in progress.track(shards, total=len(shards_in_part(settings.shards, part))):
             pass
     return _report(arguments.out) if part == (0, 1) else 0
 
 
-def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
-    from gasp_fast.data.annotations.plan import AnnotationPlan
+def _settings(arguments: argparse.Namespace) -> AnnotationSettings:
+    from gasp_fast.data.annotations.settings import AnnotationSettings
     from gasp_fast.data.scenes.library import SceneEntry, find_scenes, folder_name, survey
     from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
 
@@ -102,7 +104,7 @@ def _plan(arguments: argparse.Namespace) -> AnnotationPlan:
         per_scene=arguments.per_scene,
         seed=arguments.seed,
     )
-    return AnnotationPlan(
+    return AnnotationSettings(
         scenes=tuple(usable),
         sequences=sequences,
         grid=arguments.grid,
@@ -117,7 +119,7 @@ def _report(out: Path) -> int:
     from gasp_fast.data.annotations.shard import shard_path
 
     cache = AnnotationReader(out)
-    size = sum(shard_path(out, number).stat().st_size for number in range(cache.plan.shards))
+    size = sum(shard_path(out, number).stat().st_size for number in range(cache.settings.shards))
     failed = cache.failed()
     print(f"{out}: {len(cache):,} sequences, {decimal(size)}, {size / len(cache):,.0f} bytes a sequence")
     for reason in sorted(set(failed.values())):
@@ -129,7 +131,7 @@ def _report(out: Path) -> int:
 
 def _verify(cache: AnnotationReader) -> int:
     with _progress("verifying") as progress:
-        results = list(progress.track(cache.verify(), total=cache.plan.shards))
+        results = list(progress.track(cache.verify(), total=cache.settings.shards))
     bad = [number for number, good in results if not good]
     print(f"{len(results) - len(bad):,} of {len(results):,} shards are good")
     if bad:

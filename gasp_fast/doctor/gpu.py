@@ -67,8 +67,8 @@ def devices() -> Iterator[Finding]:
 
 
 def triton() -> Iterator[Finding]:
-    wanted = installed.range_of("triton")
-    finding = packages.package("triton", wanted, installed.pip_install(f"triton{wanted}"))
+    specifier = installed.range_of("triton")
+    finding = packages.package("triton", specifier, installed.pip_install(f"triton{specifier}"))
     if finding.state == MISSING and not usable():
         yield Finding(MISSING, "triton", "not installed; only used on a GPU")
     elif finding.state == OK and not usable():
@@ -103,21 +103,21 @@ def cuda_kernels() -> Iterator[Finding]:
 
 def attention_and_layers() -> Iterator[Finding]:
     """Optional packages that make the base model faster, by the module names that transformers looks for."""
-    wanted = installed.range_of("flash-attn")
-    flash = installed.pip_install(f"flash-attn{wanted}", "--no-build-isolation")
-    yield _extra("FlashAttention 2", "flash-attn", "flash_attn", wanted, flash)
+    specifier = installed.range_of("flash-attn")
+    flash = installed.pip_install(f"flash-attn{specifier}", "--no-build-isolation")
+    yield _extra("FlashAttention 2", "flash-attn", "flash_attn", specifier, flash)
     hopper = installed.pip_install("--no-build-isolation", FLASH_ATTENTION_3)
     yield _extra("FlashAttention 3", "flash-attn-3", "flash_attn_interface", "", hopper)
     yield _extra("Liger", "liger-kernel", "liger_kernel", "", installed.pip_install("liger-kernel"))
 
 
-def _extra(label: str, distribution: str, module: str, wanted: str, cure: str) -> Finding:
+def _extra(label: str, distribution: str, module: str, specifier: str, cure: str) -> Finding:
     version = installed.version_of(distribution)
     if version is None or not installed.has_module(module):
         use = "optional" if usable() else "only used on a GPU"
         return Finding(MISSING, label, f"not installed; {use}", cure if usable() else "")
-    if not satisfies(version, wanted):
-        return Finding(BROKEN, label, f"{version} is out of range (needs {wanted})", cure)
+    if not satisfies(version, specifier):
+        return Finding(BROKEN, label, f"{version} is out of range (needs {specifier})", cure)
     if usable():
         try:
             importlib.import_module(module)
@@ -176,9 +176,9 @@ def _has_code(architectures: list[str], major: int, minor: int) -> bool:
 
 def _torch_command(supported: tuple[int, int] | None) -> str:
     """Installs torch from the index of the driver's CUDA major version; a driver supports all its minor versions."""
-    wanted, major = installed.range_of("torch"), supported[0] if supported else 13
+    specifier, major = installed.range_of("torch"), supported[0] if supported else 13
     index = INDEX.format({12: "126", 13: "130"}.get(major, f"{major}0"))
-    return installed.pip_install("--force-reinstall", f"torch{wanted}", "torchvision", "--index-url", index)
+    return installed.pip_install("--force-reinstall", f"torch{specifier}", "torchvision", "--index-url", index)
 
 
 def _dots(version: tuple[int, int]) -> str:

@@ -44,10 +44,10 @@ def range_of(name: str) -> str:
     return next((str(one.specifier) for one in requirements(OURS) if canonicalize_name(one.name) == name), "")
 
 
-def satisfies(version: str, wanted: SpecifierSet | str) -> bool:
+def satisfies(version: str, specifier: SpecifierSet | str) -> bool:
     """Whether the version is in the range. A pre-release may be."""
     try:
-        return SpecifierSet(str(wanted)).contains(version, prereleases=True)
+        return SpecifierSet(str(specifier)).contains(version, prereleases=True)
     except InvalidVersion:
         return False
 

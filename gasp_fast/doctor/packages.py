@@ -33,10 +33,10 @@ def installation() -> Iterator[Finding]:
 
 def python() -> Iterator[Finding]:
     ours = installed.find(OURS)
-    wanted = (ours.metadata["Requires-Python"] or "") if ours else ""
-    fits = satisfies(platform.python_version(), wanted)
+    specifier = (ours.metadata["Requires-Python"] or "") if ours else ""
+    fits = satisfies(platform.python_version(), specifier)
     found = f"{platform.python_version()}, {sys.executable}"
-    yield Finding(OK if fits else BROKEN, "Python", found if fits else f"{found}; gasp-fast needs {wanted}")
+    yield Finding(OK if fits else BROKEN, "Python", found if fits else f"{found}; gasp-fast needs {specifier}")
 
 
 def of_extra(extra: str) -> Iterator[Finding]:
@@ -46,16 +46,16 @@ def of_extra(extra: str) -> Iterator[Finding]:
         yield package(name, str(requirement.specifier), installed.install_command(extra), required=not extra)
 
 
-def package(name: str, wanted: str, cure: str, required: bool = False) -> Finding:
+def package(name: str, specifier: str, cure: str, required: bool = False) -> Finding:
     """Whether the package is installed, in range, with the versions that it requires itself, and works."""
-    version, needs = installed.version_of(name), f" (needs {wanted})" if wanted else ""
+    version, needs = installed.version_of(name), f" (needs {specifier})" if specifier else ""
     if not installed.has_module(name):
         if version:
             return Finding(BROKEN, name, f"{version} is recorded as installed, but its files are missing", cure)
         return Finding(BROKEN if required else MISSING, name, f"not installed{needs}", cure)
     if version is None:
         return Finding(OK, name, f"installed, version not known{needs}")
-    if not satisfies(version, wanted):
+    if not satisfies(version, specifier):
         return Finding(BROKEN, name, f"{version} is out of range{needs}", cure)
     if wrong := installed.conflicts(name):
         return Finding(BROKEN, name, f"{version} needs {', '.join(wrong)}", cure)

@@ -73,10 +73,10 @@ class EvaluationSet:
     def frames(self, index: int) -> tuple[int, ...]:
         """Frame numbers in the scene: the anchor frame, then the later frames in ascending order."""
         length = self.scene_entry(index).frames
-        draw = random.Random(f"question/{self.config.seed}/{index}")
+        rng = random.Random(f"question/{self.config.seed}/{index}")
         reach = min(self.config.max_gap, length - 1)
-        gaps = sorted(range(1, reach + 1), key=lambda _: draw.random())[: self.config.frames - 1]
-        anchor = int(draw.random() * (length - max(gaps)))
+        gaps = sorted(range(1, reach + 1), key=lambda _: rng.random())[: self.config.frames - 1]
+        anchor = int(rng.random() * (length - max(gaps)))
         return (anchor, *sorted(anchor + gap for gap in gaps))
 
     def sample(self, index: int) -> Sample:
@@ -95,11 +95,11 @@ def _usable_scenes(library: Path, config: EvaluationSetConfig) -> list[SceneEntr
         raise ValueError(
             f"held_out = {config.held_out} leaves none of the scenes of {library}; raise it, or give 0 to take all"
         )
-    draw = random.Random(f"scenes/{config.seed}")
+    rng = random.Random(f"scenes/{config.seed}")
     usable: list[SceneEntry] = []
     short: list[SceneEntry] = []
     unreadable: list[tuple[str, str]] = []  # name, reason
-    for entry in survey(library, sorted(names, key=lambda _: draw.random())):
+    for entry in survey(library, sorted(names, key=lambda _: rng.random())):
         if not isinstance(entry, SceneEntry):
             unreadable.append(entry)
         elif entry.frames < config.frames:

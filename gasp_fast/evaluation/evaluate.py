@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gasp_fast.collator import Sample
+from gasp_fast.loss.config import LossConfig
+from gasp_fast.loss.function import PCK_RADIUS
 
 from .dataset import EvaluationSet, EvaluationSetConfig
 from .evaluated_model import EvaluatedModel
@@ -31,8 +33,7 @@ class EvaluationConfig:
     data: EvaluationSetConfig = field(default_factory=EvaluationSetConfig)
     features: tuple[Kind, ...] = ()  # empty: every kind that the model has; the first leads the report
     rope: Rope = "before"
-    radius: float = 2.0  # patches
-    temperature: float = 0.07
+    temperature: float = LossConfig.temperature
     batch: int = 4  # sequences in one forward pass
 
     def __post_init__(self) -> None:
@@ -63,10 +64,11 @@ def evaluate(
 ) -> Evaluation:
     """Runs the model on every sequence without predictions in `out`, then computes the metrics of all sequences."""
     kinds = config.features or tuple(kind for kind in KINDS if kind != "head" or evaluated.heads is not None)
-    predictor = Predictor(evaluated, kinds, config.rope, config.temperature, config.radius)
+    predictor = Predictor(evaluated, kinds, config.rope, config.temperature)
     if fresh:
         shutil.rmtree(out / FOLDER, ignore_errors=True)
-    store = PredictionStore(out, _settings(evaluated, dataset, config, kinds), kinds)
+    store = PredictionStore(out, kinds)
+    store.begin(_settings(evaluated, dataset, config, kinds))
     predictions = {index: one for index in range(len(dataset)) if (one := store.load(index)) is not None}
     missing = [index for index in range(len(dataset)) if index not in predictions]
     progress(len(predictions), len(dataset))
@@ -87,25 +89,24 @@ def _prefetched(dataset: EvaluationSet, indices: list[int], size: int) -> Iterat
     def read(batch: list[int]) -> list[Sample]:
         return [dataset.sample(index) for index in batch]
 
-    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(read, indices[:size])
-        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        for start in range(0, len(indices), size):
             samples = pending.result()
-            pending = pool.submit(read, following)
-            yield batch, samples
+            pending = pool.submit(read, indices[start + size : start + 2 * size])
+            yield indices[start : start + size], samples
 
 
 def _settings(
     evaluated: EvaluatedModel, dataset: EvaluationSet, config: EvaluationConfig, kinds: tuple[Kind, ...]
 ) -> dict[str, Any]:
     """Everything the predictions depend on."""
-    settings = asdict(config)
-    del settings["batch"]
     return {
-        **settings.pop("data"),
-        **settings,
+        **asdict(config.data),
         "features": list(kinds),
+        "rope": config.rope,
+        "radius": float(PCK_RADIUS),
+        "temperature": config.temperature,
         "model": evaluated.name,
         "weights": evaluated.fingerprint,
         "heads": evaluated.heads_origin,
@@ -147,7 +148,7 @@ def _report(
         "settings": {
             **{name: getattr(config.data, name) for name in ("max_gap", "keep", "held_out", "seed")},
             "rope": config.rope,
-            "radius": config.radius,
+            "radius": float(PCK_RADIUS),
             "temperature": config.temperature,
         },
         "by_features": by_kind,

@@ -76,8 +76,8 @@ def _weights_folder(source: Path) -> Path | None:
     if (source / "config.json").is_file():  # a plain model; loading it says what is wrong with it
         return source
     for folder in (source, source / EXPORT):
-        if (found := weights_folder(folder)) is not None:
-            return found
+        if (weights := weights_folder(folder)) is not None:
+            return weights
     raise OSError(f"model = {str(source)!r} holds no model, adapter or run; pass a saved model's folder, or a hub name")
 
 

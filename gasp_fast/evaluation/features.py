@@ -74,21 +74,18 @@ def _hidden_capture(
 ) -> LayerCapture:
     """Features `hidden` and `head`."""
     backbone, model, heads = evaluated.backbone, evaluated.model, evaluated.heads
-    hidden_layers = layers_with("hidden", backbone, heads) if "hidden" in kinds else []
-    head_layers = layers_with("head", backbone, heads) if "head" in kinds else []
+    layers = {kind: layers_with(kind, backbone, heads) for kind in kinds if kind != "qk"}
 
     def on_state(layer: int, state: Tensor) -> None:  # state [B, S, D]
         tokens = state.flatten(0, 1).index_select(0, positions)  # [N, D]
-        if layer in hidden_layers:
+        if layer in layers.get("hidden", ()):
             consumer("hidden", layer, tokens, tokens)
-        if layer in head_layers:
-            assert heads is not None
+        if heads is not None and layer in layers.get("head", ()):
             embeddings = heads(layer, tokens)
             consumer("head", layer, embeddings, embeddings)
 
     decoder_layers: Any = backbone.decoder_layers(model)
-    layers = {*hidden_layers, *head_layers}
-    return LayerCapture(decoder_layers, backbone.final_norm(model), layers, on_state)
+    return LayerCapture(decoder_layers, backbone.final_norm(model), set().union(*layers.values()), on_state)
 
 
 def _capture_projections(hooks: ExitStack, evaluated: EvaluatedModel, positions: Tensor, consumer: Consumer) -> None:

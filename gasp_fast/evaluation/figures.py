@@ -2,7 +2,7 @@
 
 Curves are means over sequences; shades are their standard deviation. Models differ by colour and by marker, so the
 figure can be read without colour; all models share the axes. The PCK panel also shows the identity baseline and the
-PCK of moved points.
+PCK of moved points. Undefined values are None in a report and become NaN, which matplotlib leaves out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 # Colours of Okabe and Ito, which colour-blind readers can distinguish, without the yellow: too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -24,17 +23,17 @@ UNDEFINED = "undefined:\nall correct, all wrong, or constant confidence"
 Metrics = Mapping[str, Any]  # an entry of `by_features`
 
 
-def draw_figure(reports: Mapping[str, Mapping[str, Any]], kind: str, path: Path) -> Path:
-    """Draws the features of `kind` of each report, named by its key in the legend."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_figure(reports: Mapping[str, Mapping[str, Any]], kind: str, path: Path) -> None:
+    """Draws the PNG of the features of `kind` of each report, named by its key in the legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13.5, 4.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     metrics = {name: report["by_features"][kind] for name, report in reports.items()}
     single = len(metrics) == 1
-    for style, (name, one) in zip(_styles(len(metrics)), metrics.items(), strict=True):
+    for number, (name, one) in enumerate(metrics.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        style = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.8}
         _draw_pck(axes[0], one, style, "all points" if single else name)
         _draw_rho(axes[1], one, style, name)
         label = f"layer {one['temporal']['layer']} (best)" if single else f"{name}, layer {one['temporal']['layer']}"
@@ -46,8 +45,7 @@ def draw_figure(reports: Mapping[str, Mapping[str, Any]], kind: str, path: Path)
     for axis in (axes[0], axes[2]) if single else axes:
         axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     figure.suptitle(_title(reports, kind), fontsize=12)
-    figure.savefig(path)
-    return path
+    figure.savefig(path, format="png")
 
 
 def _title(reports: Mapping[str, Mapping[str, Any]], kind: str) -> str:
@@ -56,17 +54,10 @@ def _title(reports: Mapping[str, Mapping[str, Any]], kind: str) -> str:
     return f"{next(iter(reports))}: {text}" if len(reports) == 1 else text[0].upper() + text[1:]
 
 
-def _styles(count: int) -> list[dict[str, Any]]:
-    return [
-        {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4.5, "linewidth": 1.8}
-        for n in range(count)
-    ]
-
-
 def _draw_pck(axis: Any, metrics: Metrics, style: Mapping[str, Any], label: str) -> None:
     layers = metrics["layers"]
     _line(axis, layers, metrics["pck"]["per_layer"], metrics["pck"]["per_layer_std"], style, label)
-    moved = _floats(metrics["pck_moved"]["per_layer"])
+    moved = np.array(metrics["pck_moved"]["per_layer"], dtype=float)
     axis.plot(layers, moved, color=style["color"], linestyle=(0, (1.2, 1.4)), linewidth=1.8)
     axis.set(title="PCK@2 by layer", xlabel="layer", ylabel="PCK@2")
 
@@ -80,10 +71,10 @@ def _draw_rho(axis: Any, metrics: Metrics, style: Mapping[str, Any], label: str)
 def _draw_temporal(axis: Any, metrics: Metrics, style: Mapping[str, Any], label: str, with_mean: bool) -> None:
     temporal = metrics["temporal"]
     # Where the PCK at gap 1 is zero or undefined there is no relative PCK, and no curve.
-    deviation = _floats(temporal["pck_std"]) / (temporal["pck"][0] or np.nan)
+    deviation = np.array(temporal["pck_std"], dtype=float) / (temporal["pck"][0] or np.nan)
     _line(axis, temporal["gaps"], temporal["normalized"], deviation, style, label)
     if with_mean:
-        mean = _floats(temporal["mean_over_layers"]["normalized"])
+        mean = np.array(temporal["mean_over_layers"]["normalized"], dtype=float)
         axis.plot(temporal["gaps"], mean, color=COLOURS[1], marker=MARKERS[1], markersize=3.5, label="mean over layers")
     axis.set(title="PCK@2 by temporal gap", xlabel="gap (frames)", ylabel="PCK@2 relative to gap 1")
 
@@ -97,7 +88,7 @@ def _draw_baselines(axes: Any, metrics: Sequence[Metrics]) -> None:
     axes[1].axhline(0, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
     temporal = metrics[0]["temporal"]
     if temporal["identity"][0]:
-        relative = _floats(temporal["identity"]) / temporal["identity"][0]
+        relative = np.array(temporal["identity"], dtype=float) / temporal["identity"][0]
         axes[2].plot(temporal["gaps"], relative, color=GREY, linestyle="--", linewidth=1.4, label=BASELINE, zorder=1)
 
 
@@ -108,7 +99,7 @@ def _set_axes(axes: Any, metrics: Sequence[Metrics]) -> None:
     axes[0].set_ylim(0, 1)
     rho = [value for one in metrics for value in one["rho"]["per_layer"] if value is not None]
     axes[1].set_ylim(min(-0.3, min(rho, default=0.0) - 0.1), 1)
-    relative = np.concatenate([_floats(one["temporal"]["normalized"]) for one in metrics])
+    relative = np.concatenate([np.array(one["temporal"]["normalized"], dtype=float) for one in metrics])
     highest = np.nanmax(relative) if np.isfinite(relative).any() else 1.0
     axes[2].set_ylim(0, 1.1 * max(1.0, float(highest)))  # with few sequences the curve can rise above 1
     for axis in axes:
@@ -126,10 +117,6 @@ def _set_axes(axes: Any, metrics: Sequence[Metrics]) -> None:
 def _line(
     axis: Any, x: Sequence[int], values: Sequence[Any], deviation: Any, style: Mapping[str, Any], label: str
 ) -> None:
-    y, spread = _floats(values), _floats(deviation)
+    y, spread = np.array(values, dtype=float), np.array(deviation, dtype=float)
     axis.plot(x, y, label=label, **style)
     axis.fill_between(x, y - spread, y + spread, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def _floats(values: Any) -> NDArray[np.float64]:
-    return np.array([np.nan if value is None else value for value in values], dtype=float)

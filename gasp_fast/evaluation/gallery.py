@@ -20,7 +20,7 @@ from .evaluated_model import EvaluatedModel
 from .figures import KIND_NAMES
 from .pictures import DrawnSequence, draw_heat_map, draw_predictions
 from .predict import heat_maps
-from .predictions import Predictions, read_predictions
+from .predictions import Predictions, PredictionStore
 from .report import Picture, read_report
 
 
@@ -63,7 +63,7 @@ def draw_comparison(
     last = next(reversed(reports))
     kind = reports[last]["features"]
     dataset = EvaluationSet(scenes, _dataset_config(reports[last]))
-    predictions = {name: read_predictions(out, kind, len(dataset)) for name, out in outs.items()}
+    predictions = {name: PredictionStore(out, [kind]).load_all(len(dataset)) for name, out in outs.items()}
     rows = {
         name: report["by_features"][kind]["layers"].index(report["by_features"][kind]["pck"]["peak_layer"])
         for name, report in reports.items()

@@ -21,18 +21,19 @@ class Matcher:
     """
 
     def __init__(self, matches: Matches, temperature: float, device: torch.device) -> None:
-        offsets, frames = matches.frame_offsets, matches.frame_offsets.shape[0] - 1
-        starts = torch.tensor([0, frames]) if matches.sequence_offsets is None else matches.sequence_offsets
-        self._temperature = temperature
-        self._anchors, row = torch.unique(matches.anchor, return_inverse=True)  # [A], [M]
+        offsets, starts = matches.frame_offsets, matches.sequence_offsets
+        if starts is None:
+            starts = torch.tensor([0, len(offsets) - 1])
+        anchors, row = torch.unique(matches.anchor, return_inverse=True)  # [A], [M]
         frame = torch.searchsorted(offsets[1:].contiguous(), matches.target, right=True)  # [M]
         sequence = torch.searchsorted(starts[1:].contiguous(), frame, right=True)  # [M]
-        self._offsets, self._starts = offsets, starts
+        self._temperature = temperature
         self._row = row.to(device)
         self._frame = (frame - starts[sequence]).to(device)
-        self._joint = _JointTable(self._anchors, offsets, starts)
-        self._anchor_rows, self._order, self._token = (
-            tensor.to(device) for tensor in (self._anchors, self._joint.order, self._joint.token)
+        self._one_table = anchors, offsets, starts
+        self._joint = _JointTable(anchors, offsets, starts)
+        self._anchors, self._order, self._token = (
+            tensor.to(device) for tensor in (anchors, self._joint.order, self._joint.token)
         )
 
     def __call__(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,17 +42,14 @@ class Matcher:
         The probability is a softmax over the tokens of the target's frame.
         """
         if queries is keys:
-            match = frame_match(
-                keys, self._anchors, self._offsets, sequence_offsets=self._starts, temperature=self._temperature
-            )
-            best = match.best[0]  # [A, F]
+            table, (anchors, offsets, starts) = keys, self._one_table
         else:
-            table = torch.cat([keys, queries.index_select(0, self._anchor_rows)]).index_select(0, self._order)
-            joint = self._joint
-            match = frame_match(
-                table, joint.anchors, joint.offsets, sequence_offsets=joint.starts, temperature=self._temperature
-            )
-            best = self._token[match.best[0].clamp(min=0)]
+            table = torch.cat([keys, queries.index_select(0, self._anchors)]).index_select(0, self._order)
+            anchors, offsets, starts = self._joint.anchors, self._joint.offsets, self._joint.starts
+        match = frame_match(table, anchors, offsets, sequence_offsets=starts, temperature=self._temperature)
+        best = match.best[0]  # [A, F]
+        if queries is not keys:
+            best = self._token[best.clamp(min=0)]
         return best[self._row, self._frame], match.confidence[0][self._row, self._frame]
 
 
@@ -60,22 +58,17 @@ class _JointTable:
 
     def __init__(self, anchors: Tensor, offsets: Tensor, starts: Tensor) -> None:
         tokens, sequences = int(offsets[-1]), len(starts) - 1
-        ends = offsets[starts].tolist()  # [B + 1], token range of each sequence
-        anchor_ends = torch.searchsorted(anchors, offsets[starts]).tolist()  # [B + 1], range of its anchors
-        order: list[Tensor] = []
-        joint_anchors: list[Tensor] = []
-        sizes: list[int] = []
-        length = 0
-        for b in range(sequences):
-            key = torch.arange(ends[b], ends[b + 1])
-            query = torch.arange(anchor_ends[b], anchor_ends[b + 1])
-            order += [key, tokens + query]
-            joint_anchors.append(torch.arange(len(query)) + length + len(key))
-            length += len(key) + len(query)
-            sizes += [*torch.diff(offsets[starts[b] : starts[b + 1] + 1]).tolist(), len(query)]
-        self.order = torch.cat(order)  # row of the table -> row of [keys, queries of the anchors]
-        self.anchors = torch.cat(joint_anchors)  # [A], rows of the table
-        self.offsets = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
+        ends = offsets[starts[1:]]  # [B], end of each sequence's tokens
+        key_sequence = torch.searchsorted(ends, torch.arange(tokens), right=True)  # [N], sequence of each key
+        query_sequence = torch.searchsorted(ends, anchors, right=True)  # [A]
+        frame_sequence = torch.repeat_interleave(torch.arange(sequences), starts.diff())  # [F]
+        # Stable sorts by sequence put the queries of each sequence behind its keys, and their frame behind its frames.
+        # `order`: row of the table -> row of [keys, queries].
+        self.order = torch.cat([key_sequence, query_sequence]).argsort(stable=True)
+        self.anchors = (self.order >= tokens).nonzero()[:, 0]  # [A], rows of the table
+        frames = torch.cat([frame_sequence, torch.arange(sequences)]).argsort(stable=True)
+        sizes = torch.cat([offsets.diff(), query_sequence.bincount(minlength=sequences)])[frames]  # [F + B]
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
         self.starts = starts + torch.arange(sequences + 1)  # one frame more in each sequence
         self.token = torch.where(self.order < tokens, self.order, -1)  # row of the table -> token of the batch
 

@@ -39,9 +39,6 @@ class Outcomes:
     gap: NDArray[np.integer]  # [M], frames between the two
     moved: NDArray[np.bool_]  # [M]
 
-    def __len__(self) -> int:
-        return len(self.gap)
-
 
 def within(xy: NDArray[Any], truth: NDArray[Any], radius: float) -> NDArray[np.bool_]:
     """Whether positions `[..., 2]` on the token grid are at most `radius` patches apart."""
@@ -50,18 +47,17 @@ def within(xy: NDArray[Any], truth: NDArray[Any], radius: float) -> NDArray[np.b
 
 
 def summary(sequences: Sequence[Outcomes], layers: Sequence[int], max_gap: int) -> dict[str, Any]:
-    """All metrics of one kind of features; `layers` are the layer numbers of the report, from 1."""
-    sequences = [one for one in sequences if len(one)]
-    if not sequences:
-        raise ValueError("no sequence has a query point that is visible in a second frame; there is nothing to measure")
+    """All metrics of one kind of features; `layers` are the layer numbers of the report, from 1.
+
+    Every sequence has at least one correspondence.
+    """
     pck = np.stack([one.correct.mean(1) for one in sequences])  # [B, L]
     per_layer = pck.mean(0)
     best = int(per_layer.argmax())
     moved = [one.correct[:, one.moved].mean(1) for one in sequences if one.moved.any()]
-    by_layer = _pooled_by_layer(sequences)
-    rho_per_sequence = [
-        [correlation(*layer) for layer in zip(one.confidence, one.correct, strict=True)] for one in sequences
-    ]
+    confidence = np.concatenate([one.confidence for one in sequences], axis=1)  # [L, all correspondences]
+    correct = np.concatenate([one.correct for one in sequences], axis=1)
+    rho_per_sequence = [list(map(correlation, one.confidence, one.correct)) for one in sequences]  # [B][L]
     return {
         "layers": list(layers),
         "pck": {
@@ -78,17 +74,17 @@ def summary(sequences: Sequence[Outcomes], layers: Sequence[int], max_gap: int) 
         },
         "identity": float(np.mean([1 - one.moved.mean() for one in sequences])),
         "rho": {
-            "per_layer": [correlation(*layer) for layer in by_layer],
+            "per_layer": list(map(correlation, confidence, correct)),
             "per_layer_std": [_deviation(values) for values in zip(*rho_per_sequence, strict=True)],
         },
-        "calibration_gap": {"per_layer": [calibration_gap(*layer) for layer in by_layer]},
+        "calibration_gap": {"per_layer": list(map(calibration_gap, confidence, correct))},
         "temporal": {"layer": int(layers[best]), **temporal(sequences, best, max_gap)},
     }
 
 
 def correlation(confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Metric:
     """Pearson correlation; None where either side is constant."""
-    if not len(correct) or correct.all() or not correct.any():
+    if correct.all() or not correct.any():
         return None
     x = confidence.astype(np.float64)
     if np.ptp(x) <= ROUNDING * np.abs(x).max():
@@ -99,7 +95,7 @@ def correlation(confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Metric:
 
 def calibration_gap(confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Metric:
     """Mean confidence of correct minus that of wrong predictions; None where one of the two is missing."""
-    if not len(correct) or correct.all() or not correct.any():
+    if correct.all() or not correct.any():
         return None
     return float(confidence[correct].mean(dtype=np.float64) - confidence[~correct].mean(dtype=np.float64))
 
@@ -115,16 +111,16 @@ def temporal(sequences: Sequence[Outcomes], best: int, max_gap: int) -> dict[str
             if (one.gap == gap).any()
         ]
         at_gap.append(np.array(rows))
-    of_best = [float(rows[:, best].mean()) if len(rows) else None for rows in at_gap]
-    of_mean = [float(rows[:, :-1].mean()) if len(rows) else None for rows in at_gap]
+    best_pck = [float(rows[:, best].mean()) if len(rows) else None for rows in at_gap]
+    mean_pck = [float(rows[:, :-1].mean()) if len(rows) else None for rows in at_gap]
     identity = [float(rows[:, -1].mean()) if len(rows) else None for rows in at_gap]
     return {
         "gaps": gaps,
         "sequences": [len(rows) for rows in at_gap],
-        "pck": of_best,
+        "pck": best_pck,
         "pck_std": [float(rows[:, best].std()) if len(rows) else None for rows in at_gap],
-        "normalized": _normalized(of_best),
-        "mean_over_layers": {"pck": of_mean, "normalized": _normalized(of_mean)},
+        "normalized": _normalized(best_pck),
+        "mean_over_layers": {"pck": mean_pck, "normalized": _normalized(mean_pck)},
         "identity": identity,
     }
 
@@ -133,13 +129,6 @@ def _normalized(by_gap: Sequence[Metric]) -> list[Metric]:
     """Divided by the value at gap 1."""
     first = by_gap[0]
     return [None if value is None or not first else value / first for value in by_gap]
-
-
-def _pooled_by_layer(sequences: Sequence[Outcomes]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-    """For each layer, confidence and correctness of the predictions of all sequences."""
-    confidence = np.concatenate([one.confidence for one in sequences], axis=1)
-    correct = np.concatenate([one.correct for one in sequences], axis=1)
-    return list(zip(confidence, correct, strict=True))
 
 
 def _deviation(values: Sequence[Metric]) -> Metric:

@@ -96,8 +96,10 @@ def _draw_frame(axis: Any, sequence: DrawnSequence, frame: int, displacement: Ma
     pixel, correct = sequence.pixel(sequence.best[here]), sequence.correct[here]
     colour = np.array([displacement[int(a)] for a in sequence.anchor[here]])
     _show(axis, sequence.frames[frame])
-    _error_lines(axis, pixel[~correct], sequence.pixel(sequence.target[here])[~correct])
-    _crosses(axis, pixel[~correct], colour[~correct], norm)
+    wrong, truth = pixel[~correct], sequence.pixel(sequence.target[here])[~correct]
+    axis.plot(*np.stack([wrong, truth]).transpose(2, 0, 1), color="black", linewidth=0.7, alpha=0.45)
+    axis.scatter(*wrong.T, c=WRONG_EDGE, marker="x", s=34, linewidths=3.2)
+    axis.scatter(*wrong.T, c=colour[~correct], cmap=DISPLACEMENTS, norm=norm, marker="x", s=34, linewidths=1.6)
     _dots(axis, pixel[correct], colour[correct], norm)
     return float(correct.mean())
 
@@ -120,7 +122,8 @@ def draw_heat_map(
     axes[0][0].set_title(f"query point in frame {sequence.numbers[0]}", fontsize=10)
     for axis, frame in zip(axes[0][1:], shown, strict=True):
         grid = sequence.grids[frame]
-        _show(axis, _grey(sequence.frames[frame]))
+        grey = sequence.frames[frame].mean(axis=2, keepdims=True)
+        _show(axis, np.repeat(grey, 3, axis=2).astype(np.uint8))
         axis.imshow(
             maps[frame],
             extent=(grid.left, grid.right, grid.bottom, grid.top),
@@ -148,7 +151,6 @@ def _layout(sequence: DrawnSequence, columns: int, rows: int) -> tuple[Any, Any,
 
     Placed in inches, so that photographs keep their aspect ratio and nothing overlaps.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height, width = sequence.frames[0].shape[:2]
@@ -158,7 +160,6 @@ def _layout(sequence: DrawnSequence, columns: int, rows: int) -> tuple[Any, Any,
     count = columns + 1
     total = (left + count * panel + columns * gap + right, top + rows * panel_height + (rows - 1) * row_gap + bottom)
     figure = Figure(figsize=total, dpi=120)
-    FigureCanvasAgg(figure)
 
     def box(x: float, y: float, wide: float, high: float) -> Any:  # inches from the top left
         return figure.add_axes((x / total[0], 1 - (y + high) / total[1], wide / total[0], high / total[1]))
@@ -177,30 +178,13 @@ def _set_title(figure: Any, text: str) -> None:
 
 def _show(axis: Any, image: NDArray[np.uint8]) -> None:
     height, width = image.shape[:2]
-    axis.imshow(_paler(image), extent=(0, width, height, 0))
+    paler = (0.65 * image + 0.35 * 255).astype(np.uint8)  # brighter and with less contrast, so that marks are visible
+    axis.imshow(paler, extent=(0, width, height, 0))
     axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-
-
-def _paler(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Brighter and with less contrast, so that marks are visible."""
-    return (0.65 * image + 0.35 * 255).astype(np.uint8)
-
-
-def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
 
 
 def _dots(axis: Any, pixel: NDArray[np.floating], colour: Any, norm: Any) -> None:
     axis.scatter(*pixel.T, c=colour, cmap=DISPLACEMENTS, norm=norm, s=42, edgecolors=CORRECT_EDGE, linewidths=1.0)
-
-
-def _crosses(axis: Any, pixel: NDArray[np.floating], colour: Any, norm: Any) -> None:
-    axis.scatter(*pixel.T, c=WRONG_EDGE, marker="x", s=34, linewidths=3.2)
-    axis.scatter(*pixel.T, c=colour, cmap=DISPLACEMENTS, norm=norm, marker="x", s=34, linewidths=1.6)
-
-
-def _error_lines(axis: Any, pixel: NDArray[np.floating], truth: NDArray[np.floating]) -> None:
-    axis.plot(*np.stack([pixel, truth]).transpose(2, 0, 1), color="black", linewidth=0.7, alpha=0.45)
 
 
 def _ring(axis: Any, pixel: NDArray[np.floating]) -> None:

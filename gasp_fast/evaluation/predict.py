@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gasp_fast.collator import Collator, CollatorConfig, Sample
+from gasp_fast.loss.function import PCK_RADIUS
 
 from .evaluated_model import EvaluatedModel
 from .features import Kind, Rope, layers_with, run_with_features
@@ -22,11 +23,9 @@ from .predictions import Predictions
 class Predictor:
     """Predicts where query points are in later frames, with each layer's features."""
 
-    def __init__(
-        self, evaluated: EvaluatedModel, kinds: Sequence[Kind], rope: Rope, temperature: float, radius: float
-    ) -> None:
+    def __init__(self, evaluated: EvaluatedModel, kinds: Sequence[Kind], rope: Rope, temperature: float) -> None:
         self.layers = {kind: layers_with(kind, evaluated.backbone, evaluated.heads) for kind in kinds}  # from 0
-        self._evaluated, self._rope, self._temperature, self._radius = evaluated, rope, temperature, radius
+        self._evaluated, self._rope, self._temperature = evaluated, rope, temperature
         self._collator = Collator(evaluated.backbone, CollatorConfig(anchors="first"))
 
     def __call__(self, frames: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> list[Predictions]:
@@ -41,7 +40,7 @@ class Predictor:
             return predictions
         best_tokens = self.best_tokens(batch)
         for sequence, index in enumerate(tracked):
-            predictions[index] = self._of_sequence(batch, best_tokens, sequence, frames[index])
+            predictions[index] = self._sequence_predictions(batch, best_tokens, sequence, frames[index])
         return predictions
 
     def best_tokens(self, batch: dict[str, Any]) -> dict[Kind, tuple[Tensor, Tensor]]:
@@ -61,7 +60,7 @@ class Predictor:
             for kind, layers in self.layers.items()
         }
 
-    def _of_sequence(
+    def _sequence_predictions(
         self,
         batch: dict[str, Any],
         best_tokens: dict[Kind, tuple[Tensor, Tensor]],
@@ -81,9 +80,9 @@ class Predictor:
             anchor=anchor - first,
             target=target - first,
             gap=gap,
-            moved=~within(xy[anchor], xy[target], self._radius),
+            moved=~within(xy[anchor], xy[target], PCK_RADIUS),
             best={kind: (tokens - first).astype(np.int32) for kind, tokens in best.items()},
-            correct={kind: within(xy[tokens], xy[target], self._radius) for kind, tokens in best.items()},
+            correct={kind: within(xy[tokens], xy[target], PCK_RADIUS) for kind, tokens in best.items()},
             confidence={kind: confidence[:, chosen].numpy() for kind, (_, confidence) in best_tokens.items()},
         )
 

@@ -1,12 +1,11 @@
 """Predictions of a sequence, and their files, which make an evaluation resumable.
 
-A folder `answers/` holds `plan.json`, everything the predictions depend on, and one file `00000.npz`, ... for each
-sequence, written atomically. A file that is there is complete; one that cannot be read is computed again.
+A folder `answers/` holds `plan.json`, the settings that the predictions depend on, and for each sequence one file
+(`00000.npz`, ...), written atomically. An existing file is complete; one that cannot be read is computed again.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gasp_fast.files import write_atomically
+from gasp_fast.data.errors import difference
+from gasp_fast.files import replacing, write_atomically
 
 from .metrics import Outcomes
 
@@ -57,65 +57,50 @@ class Predictions:
 
 
 class PredictionStore:
-    """The prediction files of one evaluation."""
+    """The prediction files of the evaluation in `out`, for some kinds of features."""
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], kinds: Sequence[str]) -> None:
-        """Creates the folder in `out`, or continues one that was created with the same settings."""
-        self.folder = out / FOLDER
+    def __init__(self, out: Path, kinds: Sequence[str]) -> None:
+        self.out = out
         self._kinds = list(kinds)
-        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Creates the folder, or continues one that was created with the same settings."""
+        path = self.out / FOLDER / "plan.json"
         now = json.loads(json.dumps({"version": VERSION, **settings}))
-        path = self.folder / "plan.json"
-        if path.exists():
-            before = json.loads(path.read_text())
-            different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            if different:
-                key = different[0]
-                raise ValueError(
-                    f"{out} holds an evaluation with other settings ({key}: {_short(before.get(key))} there, "
-                    f"{_short(now.get(key))} now); give another --out, or --fresh to start again"
-                )
-        else:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, (json.dumps(now, indent=1) + "\n").encode())
+        elif change := difference(json.loads(path.read_text()), now):
+            raise ValueError(
+                f"{self.out} holds an evaluation with other settings ({change}); give another --out, or --fresh to "
+                "start again"
+            )
+
+    def path(self, index: int) -> Path:
+        return self.out / FOLDER / f"{index:05d}.npz"
 
     def save(self, index: int, predictions: Predictions) -> None:
         arrays: dict[str, Any] = {name: getattr(predictions, name) for name in _SHARED}
         for name in _BY_KIND:
             arrays.update({f"{name}.{kind}": array for kind, array in getattr(predictions, name).items()})
-        file = io.BytesIO()
-        np.savez_compressed(file, **arrays)
-        write_atomically(_path(self.folder, index), file.getvalue())
+        with replacing(self.path(index)) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
     def load(self, index: int) -> Predictions | None:
         """None if the sequence has no file yet, or a damaged one."""
-        return _load(_path(self.folder, index), self._kinds)
+        try:
+            with np.load(self.path(index), allow_pickle=False) as file:
+                shared = [file[name] for name in _SHARED]
+                by_kind = ({kind: file[f"{name}.{kind}"] for kind in self._kinds} for name in _BY_KIND)
+                return Predictions(*shared, *by_kind)
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
 
-
-def read_predictions(out: Path, kind: str, sequences: int) -> list[Predictions]:
-    """The predictions of a finished evaluation in `out`, for one kind of features."""
-    all_predictions = []
-    for index in range(sequences):
-        path = _path(out / FOLDER, index)
-        predictions = _load(path, [kind])
-        if predictions is None:
-            raise OSError(f"{path} cannot be read; run gasp-fast evaluate again")
-        all_predictions.append(predictions)
-    return all_predictions
-
-
-def _path(folder: Path, index: int) -> Path:
-    return folder / f"{index:05d}.npz"
-
-
-def _load(path: Path, kinds: Sequence[str]) -> Predictions | None:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            shared = [file[name] for name in _SHARED]
-            return Predictions(*shared, *({kind: file[f"{name}.{kind}"] for kind in kinds} for name in _BY_KIND))
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    def load_all(self, sequences: int) -> list[Predictions]:
+        """The predictions of a finished evaluation."""
+        loaded = []
+        for index in range(sequences):
+            if (predictions := self.load(index)) is None:
+                raise OSError(f"{self.path(index)} cannot be read; run gasp-fast evaluate again")
+            loaded.append(predictions)
+        return loaded

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gasp_fast.files import write_atomically
+from gasp_fast.files import replacing, write_atomically
 
 from .figures import KIND_NAMES, draw_figure
 from .tables import COLUMNS, Report, html_table
@@ -86,9 +86,8 @@ def _differences(reports: Mapping[str, Report]) -> list[str]:
 
 
 def _figure(reports: Mapping[str, Report], kind: str, path: Path) -> Picture:
-    partial = path.with_name(f".{path.stem}.partial.png")
-    draw_figure(reports, kind, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        draw_figure(reports, kind, partial)
     return KIND_NAMES[kind].capitalize(), path
 
 

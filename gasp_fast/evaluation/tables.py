@@ -28,7 +28,9 @@ def table_rows(reports: Mapping[str, Report], kinds: Sequence[str] | None = None
         for name, report in reports.items()
         for kind in kinds or report["by_features"]
     ]
-    largest = _largest_shared_gap([metrics["temporal"] for _, _, metrics in chosen])
+    temporals = [metrics["temporal"] for _, _, metrics in chosen]
+    defined = [{gap for gap, pck in zip(one["gaps"], one["pck"], strict=True) if pck is not None} for one in temporals]
+    largest = max(set.intersection(*defined), default=1)  # the largest gap at which all have correspondences
     rows = [["model", "features", *list(COLUMNS)[:-1], "gap 1", f"gap {largest}"]]
     for name, kind, metrics in chosen:
         layer, temporal = metrics["pck"]["peak_layer"], metrics["temporal"]
@@ -43,14 +45,6 @@ def table_rows(reports: Mapping[str, Report], kinds: Sequence[str] | None = None
         )
         rows.append([name, kind, _number(metrics["pck"]["peak"]), str(layer), *map(_number, values)])
     return rows
-
-
-def _largest_shared_gap(temporals: Sequence[Mapping[str, Any]]) -> int:
-    """The largest gap at which every report has correspondences."""
-    shared = set.intersection(
-        *({gap for gap, pck in zip(one["gaps"], one["pck"], strict=True) if pck is not None} for one in temporals)
-    )
-    return max(shared, default=1)
 
 
 def _number(value: float | None) -> str:

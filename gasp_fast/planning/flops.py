@@ -14,7 +14,8 @@ addition are two):
 Backward costs once the forward where weights are frozen (only the input's gradient is computed), twice where they are
 trained, and in attention. A frozen vision tower has no backward. Forward and backward are the model FLOPs, and all
 that MFU counts. Recomputation comes on top: attention's backward computes its scores again (half of its forward), and
-under checkpointing decoder, attention, adapters and a trained vision tower run forward once more; the rest never does.
+under checkpointing decoder, attention, adapters and a trained vision tower run forward once more. The rest is not
+recomputed.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def mean_flops(setup: TrainingSetup, mix: SequenceMix) -> dict[str, Flops]:
 def _vision_forward(shape: ModelShape, sequence: SequenceSize) -> float:
     patches = PATCHES * sequence.visual
     blocks = shape.vision_block_weights * shape.vision_layers
-    of_frame = patches // max(1, sequence.frames)
+    frame_patches = patches // max(1, sequence.frames)
     windowed = shape.vision_layers - shape.vision_full_layers
-    keys = shape.vision_full_layers * of_frame + windowed * min(WINDOW, of_frame)  # summed over layers
+    keys = shape.vision_full_layers * frame_patches + windowed * min(WINDOW, frame_patches)  # summed over layers
     rest = shape.vision_parameters - blocks  # the projector, nearly all of it
     return 2.0 * patches * blocks + 4.0 * patches * keys * shape.vision_hidden + 2.0 * sequence.visual * rest

@@ -71,10 +71,10 @@ def activation_bytes(setup: TrainingSetup) -> float:
 
 def _decoder_bytes(setup: TrainingSetup, tokens: int) -> tuple[float, float]:
     """Saved by the decoder layers, and the working set of one layer."""
-    of_layer, layers = tokens * activation_bytes(setup), setup.shape.layers
+    layer_bytes, layers = tokens * activation_bytes(setup), setup.shape.layers
     if setup.checkpointing:  # saves the layers' inputs; holds one layer's activations again, and their gradients
-        return float(tokens * _residual_bytes(setup) * setup.shape.hidden * layers), 1.5 * of_layer
-    return of_layer * layers, 0.5 * of_layer
+        return float(tokens * _residual_bytes(setup) * setup.shape.hidden * layers), 1.5 * layer_bytes
+    return layer_bytes * layers, 0.5 * layer_bytes
 
 
 def _residual_bytes(setup: TrainingSetup) -> int:

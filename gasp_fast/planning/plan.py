@@ -67,8 +67,8 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOPs over what a GPU could do at its bf16 peak in the time of a step."""
-        of_gpu = self.setup.batch_size // self.gpus * sum(flops.model for flops in self.flops.values())
-        return of_gpu / self.step_seconds / self.gpu.bf16
+        needed = self.setup.batch_size // self.gpus * sum(flops.model for flops in self.flops.values())
+        return needed / self.step_seconds / self.gpu.bf16
 
     @property
     def rate(self) -> float:

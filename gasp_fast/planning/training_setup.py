@@ -90,14 +90,18 @@ class TrainingSetup:
         )
 
     def accumulation(self, gpus: int) -> int:
-        """Micro-batches of each GPU in an optimiser step."""
-        at_once = gpus * self.micro_batch_size
-        if gpus < 1 or self.batch_size % at_once:
-            raise ValueError(
-                f"train.batch_size = {self.batch_size} does not divide over gpus = {gpus} with "
-                f"train.micro_batch_size = {self.micro_batch_size}; use a multiple of {at_once}"
-            )
-        return self.batch_size // at_once
+        return micro_batches(self.batch_size, self.micro_batch_size, gpus)
+
+
+def micro_batches(batch_size: int, micro_batch_size: int, processes: int) -> int:
+    """Micro-batches of each process in an optimiser step."""
+    at_once = processes * micro_batch_size
+    if batch_size % at_once:
+        raise ValueError(
+            f"train.batch_size = {batch_size} does not divide over {processes} processes (one a GPU) with "
+            f"train.micro_batch_size = {micro_batch_size}; use a multiple of {at_once}"
+        )
+    return batch_size // at_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +111,9 @@ class SequenceSize:
     frames: int
     tokens: int  # S, text and visual
     visual: int  # N, visual tokens
-    tracked: int  # N again, or 0 without tracks
-    anchors: int  # A, visual tokens that are anchors of matches
-    labelled: int  # tokens that the language loss counts
+    tracked: int = 0  # N again, or 0 without tracks
+    anchors: int = 0  # A, visual tokens that are anchors of matches
+    labelled: int = 0  # tokens that the language loss counts
 
 
 SequenceMix = list[tuple[float, SequenceSize]]  # the sizes that a run draws, each with its probability

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -31,14 +31,10 @@ def read_heads(path: str | os.PathLike[str]) -> CorrespondenceHeads:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         compute = json.loads((file.metadata() or {}).get("compute", '"fp32"'))
     by_layer = {}
-    for layer in _layers_of(tensors):
+    for layer in {int(name.split(".")[1]) for name in tensors if name.startswith("by_layer.")}:
         mid, hidden = tensors[f"by_layer.{layer}.first.weight"].shape
         out = tensors[f"by_layer.{layer}.second.weight"].shape[0]
         by_layer[layer] = CorrespondenceHead(hidden, mid, out, compute)
     heads = CorrespondenceHeads(by_layer)
     heads.load_state_dict({name: tensor for name, tensor in tensors.items() if name.startswith("by_layer.")})
     return heads
-
-
-def _layers_of(names: Iterable[str]) -> list[int]:
-    return sorted({int(name.split(".")[1]) for name in names if name.startswith("by_layer.")})

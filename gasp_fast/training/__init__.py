@@ -1,12 +1,10 @@
 """Training on one process, under DDP or under DeepSpeed.
 
 loop.py         the training loop: batches, forward, backward, clip, step, log, save
-config.py       `TrainConfig`: a run as a recipe describes it
+config.py       `TrainConfig`: a run as a recipe describes it; weights of the losses
 model.py        the model and its supervision in one module, with the forward pass of a step
-objective.py    weights of the losses
 sources.py      samples from tracked scenes and from questions about videos
 stream.py       which sample comes at which step on which process; the data loader
-modality.py     every process runs the same modules, whatever its batch contains
 optim.py        optimizer and parameter groups
 state.py        model, optimizer and schedule on the device; how they are saved and loaded
 weights.py      trained weights on disk

@@ -10,11 +10,24 @@ from dataclasses import dataclass, field
 
 from gasp_fast.backbones.adapters import AdapterConfig
 from gasp_fast.backbones.base_model import ModelConfig
+from gasp_fast.loss.config import LossConfig
 from gasp_fast.supervision.heads import HeadsConfig
 
-from .objective import ObjectiveConfig
 from .optim import OptimisationConfig
 from .stream import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(LossConfig):
+    """`lm_weight * lm + corr_weight * corr + depth_weight * depth`. Without the last two weights there are no heads."""
+
+    lm_weight: float = 1.0
+    learnable_temperature: bool = False  # train the temperature, beginning at `temperature`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lm_weight >= 0:
+            raise ValueError(f"loss.lm_weight = {self.lm_weight} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,19 +135,15 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
     return tree
 
 
-def zero_stage(deepspeed: dict[str, Any] | None) -> int:
-    return 0 if deepspeed is None else int(deepspeed["zero_optimization"].get("stage", 0))
-
-
 def fill_deepspeed(deepspeed: dict[str, Any], share: Share, clip: float, hidden_size: int) -> dict[str, Any]:
     """`deepspeed` with the run's values in place of every "auto". Raises where the file contradicts the recipe."""
-    of_run = {
+    from_recipe = {
         "train_batch_size": share.batch_size,
         "train_micro_batch_size_per_gpu": share.micro_batch_size,
         "gradient_accumulation_steps": share.accumulation,
         "gradient_clipping": clip,
     }
-    for name, value in of_run.items():
+    for name, value in from_recipe.items():
         if deepspeed.get(name, "auto") not in ("auto", value):
             raise ValueError(
                 f'the deepspeed file has {name} = {deepspeed[name]}, the recipe makes it {value}; write "auto" there'
@@ -160,7 +156,7 @@ def fill_deepspeed(deepspeed: dict[str, Any], share: Share, clip: float, hidden_
     zero = deepspeed["zero_optimization"]
     return {
         **deepspeed,
-        **{name: value for name, value in of_run.items() if deepspeed.get(name) == "auto"},
+        **{name: value for name, value in from_recipe.items() if deepspeed.get(name) == "auto"},
         "zero_optimization": {**zero, **{name: v for name, v in bucket_sizes.items() if zero.get(name) == "auto"}},
     }
 
@@ -185,7 +181,7 @@ def make_accelerator(
             project_dir=config.run.out,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
-                    # Every trained weight takes part in every step (`modality.py`), except for those that a model
+                    # Every trained weight takes part in every step (`model.py`), except for those that a model
                     # itself never uses, of which a fully trained one may have some.
                     find_unused_parameters=config.train.mode == "full",
                     broadcast_buffers=False,

@@ -126,14 +126,14 @@ class LearningGuard:
         self.answers = self.answers + outputs["answers"]
 
     def check(self) -> None:
-        """Raise if a weight has not moved that a loss depends on."""
+        """Raise if a weight that a loss depends on has not changed."""
         now, saw_answers = self._sums(), self.language and bool(self.answers)
         reached = [name for name in now if self._is_reached(name, saw_answers)]
-        still = [name for name in reached if now[name] == self.before[name]]
-        if still:
+        fixed = [name for name in reached if now[name] == self.before[name]]
+        if fixed:
             raise GuardError(
-                f"{len(still)} of {len(reached)} watched weights have not moved after {self.steps} steps, the first is "
-                f"{still[0]}: no gradient reaches them. Look at train.checkpointing, heads.layers and the loss weights"
+                f"{len(fixed)} of {len(reached)} watched weights have not moved after {self.steps} steps, the first is "
+                f"{fixed[0]}: no gradient reaches them. Look at train.checkpointing, heads.layers and the loss weights"
             )
 
     def _is_reached(self, name: str, saw_answers: bool) -> bool:
@@ -145,13 +145,13 @@ class LearningGuard:
 
 
 def check_bad_steps(
-    config: RunConfig, seen: int, cause: str, batches: Sequence[dict[str, Any]], batch_file: Path
+    config: RunConfig, count: int, cause: str, batches: Sequence[dict[str, Any]], batch_file: Path
 ) -> None:
-    """After more steps without a finite gradient than allowed, save this process's batches and stop the run."""
-    if seen > config.bad_steps:
+    """If more steps than allowed (`count`) had no finite gradient, save this process's batches and stop the run."""
+    if count > config.bad_steps:
         torch.save(list(batches), batch_file)
         raise GuardError(
-            f"{cause}; {seen} such steps, run.bad_steps = {config.bad_steps} may be skipped. "
+            f"{cause}; {count} such steps, run.bad_steps = {config.bad_steps} may be skipped. "
             f"The batch is in {batch_file}"
         )
 
@@ -161,7 +161,7 @@ def check_resume(config: TrainConfig, world_size: int, stage: int, folder: Path)
     about = read_about(folder)
     now = {"ranks": world_size, "zero_stage": stage, "mode": config.train.mode, "batch_size": config.train.batch_size}
     for name, value in now.items():
-        # Without ZeRO nothing is split, and any number of processes can go on.
+        # Without ZeRO nothing is split, and any number of processes can resume.
         if about[name] != value and not (name == "ranks" and stage == about["zero_stage"] == 0):
             raise GuardError(
                 f"{folder} was written with {name} = {about[name]}, this run has {value}; use the same value to "

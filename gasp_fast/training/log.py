@@ -25,8 +25,8 @@ from typing import Any
 
 import rich.progress
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather
 from rich.console import Console
 from torch import Tensor
 
@@ -49,7 +49,7 @@ class Meter:
     def __init__(self, layers: int, device: torch.device) -> None:
         self.device = device
         self.widths = [1] * len(SUMS) + [layers] * len(LAYER_SUMS)
-        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 3 L], for one all-reduce
+        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 3 L]
         self.sums = self._columns(self.packed)  # views of `packed`
         self.start = time.perf_counter()
 
@@ -72,12 +72,11 @@ class Meter:
 
     def state(self) -> list[list[float]]:
         """The sums of every process, and the seconds since the last line, `[processes][sums + 1]`. All must call."""
-        own = torch.cat([self.packed, self.packed.new_tensor([time.perf_counter() - self.start])])
-        gathered = [own]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-            dist.all_gather(gathered, own)
-        return [one.tolist() for one in gathered]
+        return self._gathered(time.perf_counter() - self.start).tolist()
+
+    def _gathered(self, value: float) -> Tensor:
+        """The sums of every process, and a value of each, [processes, sums + 1]."""
+        return gather(torch.cat([self.packed, self.packed.new_tensor([value])])[None]).cpu()
 
     def restore(self, state: list[list[float]], rank: int, world_size: int) -> None:
         """Go on from `state`. If it was written by another number of processes, the first one takes all sums."""
@@ -88,13 +87,9 @@ class Meter:
 
     def reduce_and_reset(self) -> dict[str, Any]:
         """The means over all processes; the sums begin anew. All processes must call."""
-        memory = torch.tensor(float(_peak_memory(self.device)), dtype=torch.float64, device=self.device)
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if world_size > 1:
-            dist.all_reduce(self.packed)
-            dist.all_reduce(memory, dist.ReduceOp.MAX)
+        gathered = self._gathered(_peak_memory(self.device))
         seconds = time.perf_counter() - self.start
-        columns = self._columns(self.packed.cpu())
+        columns = self._columns(gathered[:, :-1].sum(0))
         sums = {name: columns[name].item() for name in SUMS}
         layers = {name: [_ratio(total, sums["matched"]) for total in columns[name].tolist()] for name in LAYER_SUMS}
         record = {
@@ -104,8 +99,8 @@ class Meter:
             "depth": _mean(layers["depth"]),
             **{f"{name}_per_layer": layers[name] for name in LAYER_SUMS},
             "tokens_per_s": sums["tokens"] / seconds,
-            "mfu": sums["flops"] / seconds / (world_size * peak_flops(self.device)),
-            "peak_memory": int(memory.item()),
+            "mfu": sums["flops"] / seconds / (len(gathered) * peak_flops(self.device)),
+            "peak_memory": int(gathered[:, -1].max()),
         }
         self.packed.zero_()
         self.start = time.perf_counter()
@@ -178,7 +173,7 @@ class LogFile:
 
     def __init__(self, folder: Path, done: int) -> None:
         self.path = folder / LOG
-        kept = []
+        lines = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
@@ -186,8 +181,8 @@ class LogFile:
                 except ValueError:  # the last line of a killed run may be half a line
                     continue
                 if record["step"] <= done:
-                    kept.append(line)
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
+                    lines.append(line)
+        write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def write(self, record: dict[str, Any]) -> None:
         with open(self.path, "a") as file:

@@ -14,9 +14,11 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
+from gasp_fast.planning.training_setup import Sharding
+
 from . import checkpoints, guards
 from .config import TrainConfig
-from .distributed import Processes, zero_stage
+from .distributed import Processes
 from .log import Meter, RunLog, finite, score_of
 from .model import SupervisedModel
 from .state import TrainState
@@ -46,7 +48,7 @@ class TrainingLoop:
         self.share = share
         self.steps = steps
         self.processes = processes
-        self.zero_stage = zero_stage(deepspeed)
+        self.zero_stage = Sharding.of(deepspeed).stage
         self.out = Path(config.run.out)
         self.batch_flops = BatchFlops(config, model)  # before the model is sharded
         self.state = TrainState(config, model, share, steps, processes, deepspeed)
@@ -84,7 +86,7 @@ class TrainingLoop:
         return self.update(step, micro_batches)
 
     def forward_backward(self, batch: Batch) -> None:
-        """Add the gradient of one micro-batch. Below ZeRO-2, processes exchange gradients at a step's last one only."""
+        """Add the gradient of a micro-batch. Below ZeRO-2, gradients are exchanged after the last one of a step."""
         state, flops = self.state, self.batch_flops(batch)
         batch = {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
         with state.accelerator.accumulate(state.engine):
@@ -92,7 +94,7 @@ class TrainingLoop:
             self.meter.add(outputs, len(batch["matches"]), batch["input_ids"].numel(), flops)
             if self.learning is not None:
                 self.learning.add(outputs, batch["matches"])
-            state.accelerator.backward(outputs["loss"])  # at a step's last one, DeepSpeed also clips and steps in here
+            state.accelerator.backward(outputs["loss"])  # after the last micro-batch, DeepSpeed also clips and steps
 
     def update(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:
         """Clip the gradient, step the optimiser and the schedule. A gradient that is not finite changes no weight.

@@ -42,6 +42,10 @@ class OptimisationConfig:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"train.warmup = {self.warmup} is a share of all steps; give 0 <= warmup < 1")
 
+    def steps_of(self, epoch: float) -> int:
+        """Optimiser steps of the run, where a pass through the first source takes `epoch` sequences in all."""
+        return self.steps if self.steps is not None else max(1, round(self.epochs * epoch) // self.batch_size)
+
 
 @dataclass(frozen=True)
 class Group:

@@ -52,14 +52,14 @@ class TrackedScenes:
         self.open = OpenScenes(self.root)
         if config.annotations:
             self.caches = [AnnotationReader(folder) for folder in config.annotations]
-            plan = self.caches[0].plan
+            settings = self.caches[0].settings
             for cache in self.caches[1:]:
-                if (cache.plan.scenes, cache.plan.sequences) != (plan.scenes, plan.sequences):
+                if (cache.settings.scenes, cache.settings.sequences) != (settings.scenes, settings.sequences):
                     raise ValueError(
                         f"{cache.folder} annotates other sequences than {self.caches[0].folder}; annotations that are "
                         "used together must differ in their grid only"
                     )
-            self.names, self.sampler, self.epochs = [s.name for s in plan.scenes], plan.sampler, plan.epochs
+            self.names, self.sampler, self.epochs = [s.name for s in settings.scenes], settings.sampler, settings.epochs
         else:
             self.caches, self.epochs = [], 0
             entries = []
@@ -76,18 +76,18 @@ class TrackedScenes:
             self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, self.names)
         # By the folder's own name, as in `gasp-fast tracks` and `evaluate`: it is the same wherever the library is.
         folder_names = [folder_name(self.root, name) for name in self.names]
-        self._kept = [n for n, name in enumerate(folder_names) if not is_held_out(name, config.held_out)]
-        if not self._kept:
+        self._trained = [n for n, name in enumerate(folder_names) if not is_held_out(name, config.held_out)]
+        if not self._trained:
             raise ValueError(
                 f"data.scenes.held_out = {config.held_out} leaves none of {len(self.names)} scenes for training; "
                 "lower it or add scenes"
             )
 
     def __len__(self) -> int:
-        return len(self._kept) * self.sampler.config.per_scene
+        return len(self._trained) * self.sampler.config.per_scene
 
     def sample(self, epoch: int, index: int, position: int) -> Sample:
-        """The sequence, or the next one whose scene can be read."""
+        """The sequence `index`, or the first after it whose scene can be read."""
         for attempt in range(min(TRIES, len(self))):
             sequence = self._sequence((index + attempt) % len(self))
             name = self.names[sequence // self.sampler.config.per_scene]
@@ -103,8 +103,8 @@ class TrackedScenes:
 
     def _sequence(self, index: int) -> int:
         """The number of a training sequence among those of all scenes, held out ones included."""
-        kept, place = divmod(index, self.sampler.config.per_scene)
-        return self._kept[kept] * self.sampler.config.per_scene + place
+        scene, place = divmod(index, self.sampler.config.per_scene)
+        return self._trained[scene] * self.sampler.config.per_scene + place
 
     def _tracks(self, epoch: int, sequence: int) -> list[Tracks]:
         if self.caches:
@@ -161,6 +161,6 @@ class VideoQuestions:
 
     def sample(self, epoch: int, index: int, position: int) -> Sample:
         config = self.config
-        found = self.records.sample(index, config.frames, timeout=config.timeout, longest_side=config.longest_side)
-        turns = [{"from": turn.speaker, "value": turn.text} for turn in found.record.turns]
-        return Sample(frames=list(found.video.frames), messages=messages_from_record(turns), position=position)
+        question = self.records.sample(index, config.frames, timeout=config.timeout, longest_side=config.longest_side)
+        turns = [{"from": turn.speaker, "value": turn.text} for turn in question.record.turns]
+        return Sample(frames=list(question.frames), messages=messages_from_record(turns), position=position)

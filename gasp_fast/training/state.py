@@ -20,9 +20,9 @@ from .weights import read_weights, write_weights
 
 
 class TrainState:
-    """A model made ready to train on one process, under DDP or under DeepSpeed.
+    """A model, prepared for training on one process, under DDP or under DeepSpeed.
 
-    `model` is ours; `engine` is what a step calls: the model itself, or DDP's or DeepSpeed's wrapper of it.
+    A step calls `engine`: `model` itself, or DDP's or DeepSpeed's wrapper of it.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ def gather_heads_together(model: nn.Module) -> None:
     """Under ZeRO-3, gather the weights of a supervised layer at once and keep them until its backward has run."""
     from deepspeed.utils import set_z3_leaf_modules
 
-    from gasp_fast.supervision.streamed import SupervisedLayer
+    from gasp_fast.supervision.geometric import SupervisedLayer
 
     if any(isinstance(module, SupervisedLayer) for module in model.modules()):
         set_z3_leaf_modules(model, [SupervisedLayer])

@@ -1,27 +1,28 @@
 """The stream of training samples: which sample is at which position, and which process takes it at which step.
 
 A sample is a function of its position in the stream, and the positions of a step are a function of the step's number.
-So the number of steps is all that an exact resume needs to know of the data, and a step has the same samples on one
-process and on thirty-two:
+So an exact resume needs only the number of steps, and a step has the same samples on one process and on thirty-two:
 
     position = step · batch_size + (micro_batch · world_size + rank) · micro_batch_size + place    (all from 0)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gasp_fast.backbones import Backbone
 from gasp_fast.collator import Collator, CollatorConfig, Sample
 from gasp_fast.data.mixture import Mixture, Source
+from gasp_fast.planning.training_setup import micro_batches
 
-from .modality import SteadyCollator
-from .optim import OptimisationConfig
 from .sources import QAConfig, Samples, ScenesConfig, TrackedScenes, VideoQuestions
+
+BLANK = 56  # pixels along each side of the blank frame: small, but large enough for every processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,46 +37,43 @@ class DataConfig:
     seed: int = 0  # of the order of samples
 
     def __post_init__(self) -> None:
-        if not (self.scenes.root or self.qa.root or self.vqa.root):
+        if not self.used:
             raise ValueError("data names no source; give data.scenes.root, data.qa.root or data.vqa.root")
         if self.workers < 0:
             raise ValueError(f"data.workers = {self.workers} must be 0 or more")
 
-
-def open_sources(config: DataConfig) -> dict[str, tuple[Samples, float]]:
-    """The sources that have a root, with their weights."""
-    sources: dict[str, tuple[Samples, float]] = {}
-    if config.scenes.root:
-        sources["scenes"] = (TrackedScenes(config.scenes), config.scenes.weight)
-    if config.qa.root:
-        sources["qa"] = (VideoQuestions(config.qa), config.qa.weight)
-    if config.vqa.root:
-        sources["vqa"] = (VideoQuestions(config.vqa), config.vqa.weight)
-    return sources
+    @property
+    def used(self) -> dict[str, ScenesConfig | QAConfig]:
+        """The sources that have a root, by name."""
+        sources: dict[str, ScenesConfig | QAConfig] = {"scenes": self.scenes, "qa": self.qa, "vqa": self.vqa}
+        return {name: source for name, source in sources.items() if source.root}
 
 
 class SampleStream(Dataset[Sample]):
     """The endless interleaving of the sources, by position. Pickles into loader workers."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.sources = open_sources(config)
-        lengths = {name: Source(len(samples), weight) for name, (samples, weight) in self.sources.items()}
+        self.sources: dict[str, Samples] = {
+            name: TrackedScenes(source) if isinstance(source, ScenesConfig) else VideoQuestions(source)
+            for name, source in config.used.items()
+        }
+        lengths = {name: Source(len(self.sources[name]), source.weight) for name, source in config.used.items()}
         self.mixture = Mixture(lengths, config.seed)
 
     def __getitem__(self, position: int) -> Sample:
         draw = self.mixture.draw(position)
-        return self.sources[draw.source][0].sample(draw.epoch, draw.index, position)
+        return self.sources[draw.source].sample(draw.epoch, draw.index, position)
 
     def describe(self, position: int) -> str:
         """Name the sample at a position, for messages."""
         draw = self.mixture.draw(position)
         return f"{draw.source}[{draw.index}] of epoch {draw.epoch}"
 
-    def length(self, epochs: float) -> int:
-        """Positions in `epochs` passes through the first source, which is the scenes if there are scenes."""
+    @property
+    def epoch(self) -> int:
+        """Positions in a pass through the first source, which is the scenes if there are scenes."""
         name, source = next(iter(self.mixture.sources.items()))
-        only = len(self.mixture.sources) == 1
-        return max(1, round(epochs * (source.length if only else self.mixture.positions_of_epoch(name))))
+        return source.length if len(self.mixture.sources) == 1 else self.mixture.positions_of_epoch(name)
 
 
 @dataclass(frozen=True)
@@ -88,17 +86,12 @@ class Share:
     micro_batch_size: int
 
     def __post_init__(self) -> None:
-        once = self.world_size * self.micro_batch_size
-        if self.batch_size % once:
-            raise ValueError(
-                f"train.batch_size = {self.batch_size} does not divide over {self.world_size} processes with "
-                f"train.micro_batch_size = {self.micro_batch_size}; use a multiple of {once}"
-            )
+        micro_batches(self.batch_size, self.micro_batch_size, self.world_size)  # raises where it does not divide
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of this process in a step."""
-        return self.batch_size // (self.world_size * self.micro_batch_size)
+        return micro_batches(self.batch_size, self.micro_batch_size, self.world_size)
 
     def positions(self, batch: int) -> list[int]:
         """Positions of this process's micro-batch number `batch`, counted from the beginning of the run."""
@@ -108,7 +101,7 @@ class Share:
 
 
 class StreamBatches(Sampler[list[int]]):
-    """The micro-batches of one process from after step `done` to step `steps`, as positions in the stream."""
+    """The micro-batches of one process for the steps after `done` up to `steps`, as positions in the stream."""
 
     def __init__(self, share: Share, steps: int, done: int = 0) -> None:
         self.share = share
@@ -121,6 +114,18 @@ class StreamBatches(Sampler[list[int]]):
         return map(self.share.positions, self.batches)
 
 
+class SteadyCollator:
+    """A `Collator` whose batches always have at least one frame. Loader workers get it pickled."""
+
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        if not any(len(sample.frames) for sample in samples):
+            samples = [*samples, Sample(frames=[np.full((BLANK, BLANK, 3), 127, np.uint8)])]
+        return self.collate(samples)
+
+
 def make_loader(
     config: DataConfig,
     stream: SampleStream,
@@ -130,7 +135,7 @@ def make_loader(
     pin_memory: bool,
     done: int = 0,
 ) -> DataLoader[Any]:
-    """Loads the micro-batches of this process, from after step `done` on."""
+    """Loads the micro-batches of this process, from the step after `done` on."""
     return DataLoader(
         stream,
         batch_sampler=StreamBatches(share, steps, done),
@@ -140,8 +145,3 @@ def make_loader(
         # A fork would copy the threads and the GPU context of this process, which do not survive that.
         multiprocessing_context="forkserver" if config.workers else None,
     )
-
-
-def steps_of(train: OptimisationConfig, stream: SampleStream) -> int:
-    """Number of optimiser steps of the run."""
-    return train.steps if train.steps is not None else max(1, stream.length(train.epochs) // train.batch_size)

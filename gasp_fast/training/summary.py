@@ -56,13 +56,11 @@ def as_table(records: Sequence[Record]) -> Table:
 
 def draw(records: Sequence[Record], path: Path) -> Path:
     """Draw losses, PCK of each supervised layer, and the norm of the gradient over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     pck = _floats([record["pck_per_layer"] for record in records])  # [steps, L]
     panels = 3 if pck.size and not np.isnan(pck).all() else 2
     figure = Figure(figsize=(4.6 * panels, 3.9), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels)
     steps = _floats([record["step"] for record in records])
     for key, name in NAMES.items():

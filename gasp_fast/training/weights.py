@@ -28,7 +28,6 @@ def gathered(parameter: nn.Parameter) -> Tensor:
 
 def write_weights(model: SupervisedModel, folder: Path, first: bool) -> None:
     """Gather the trained weights one by one into the CPU memory of the first process, which writes them."""
-    lora = hasattr(model.model, "peft_config")
     weights: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -41,7 +40,7 @@ def write_weights(model: SupervisedModel, folder: Path, first: bool) -> None:
     if not first:
         return
     inner: Any = model.model
-    if lora:
+    if hasattr(inner, "peft_config"):
         inner.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     else:
         inner.save_pretrained(folder, state_dict=weights)

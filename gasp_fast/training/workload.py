@@ -10,8 +10,8 @@ import torch
 
 from gasp_fast.backbones import unwrap
 from gasp_fast.backbones.chat import IGNORE
-from gasp_fast.data.annotations.plan import PLAN_FILE
 from gasp_fast.data.annotations.read import AnnotationReader
+from gasp_fast.data.annotations.settings import SETTINGS_FILE
 from gasp_fast.loss.matches import Matches
 from gasp_fast.planning.assumptions import Assumptions
 from gasp_fast.planning.flops import model_flops
@@ -23,6 +23,7 @@ from gasp_fast.supervision.heads import parse_layers
 
 from .config import TrainConfig
 from .distributed import read_deepspeed
+from .sources import QAConfig
 
 if TYPE_CHECKING:
     from .model import SupervisedModel
@@ -61,17 +62,24 @@ def plan_run(
     """The plan of a run. `frame_tokens` and `sequences` (of an epoch of the first source) override the recipe's."""
     assumptions = Assumptions() if assumptions is None else assumptions
     mix = sequence_mix(config, frame_tokens or frame_tokens_of(config, shape, assumptions), assumptions)
-    steps = steps_of_run(config, sequences or annotated_sequences(config) or PAPER_SEQUENCES)
+    steps = config.train.steps_of(epoch_of(config, sequences or annotated_sequences(config) or PAPER_SEQUENCES))
     return make_plan(training_setup(config, shape), mix, steps, gpus, gpu, assumptions)
 
 
 def sequence_mix(config: TrainConfig, frame_tokens: int, assumptions: Assumptions) -> SequenceMix:
     """The sequences that a run draws: one size for each number of frames, and one for each source of questions."""
-    data, drawn = config.data, config.data.scenes.sequences
+    sources = [source for source in config.data.used.values() if source.weight]
+    total = sum(source.weight for source in sources)
     mix: SequenceMix = []
-    total = sum(source.weight for source in (data.scenes, data.qa, data.vqa) if source.root)
-    if data.scenes.root and data.scenes.weight:
-        counts = range(drawn.min_frames, drawn.max_frames + 1)
+    for source in sources:
+        if isinstance(source, QAConfig):
+            visual, text = source.frames * frame_tokens, assumptions.qa_tokens
+            size = SequenceSize(
+                frames=source.frames, tokens=visual + text, visual=visual, labelled=assumptions.labelled
+            )
+            mix.append((source.weight / total, size))
+            continue
+        counts = range(source.sequences.min_frames, source.sequences.max_frames + 1)
         for frames in counts:
             visual = frames * frame_tokens
             size = SequenceSize(
@@ -80,21 +88,8 @@ def sequence_mix(config: TrainConfig, frame_tokens: int, assumptions: Assumption
                 visual=visual,
                 tracked=visual if config.loss.geometric else 0,
                 anchors=_anchors(config, frames, frame_tokens, assumptions) if config.loss.geometric else 0,
-                labelled=0,
             )
-            mix.append((data.scenes.weight / total / len(counts), size))
-    for questions in (data.qa, data.vqa):
-        if questions.root and questions.weight:
-            visual = questions.frames * frame_tokens
-            size = SequenceSize(
-                frames=questions.frames,
-                tokens=visual + assumptions.qa_tokens,
-                visual=visual,
-                tracked=0,
-                anchors=0,
-                labelled=assumptions.labelled,
-            )
-            mix.append((questions.weight / total, size))
+            mix.append((source.weight / total / len(counts), size))
     return mix
 
 
@@ -116,22 +111,18 @@ def frame_tokens_of(config: TrainConfig, shape: ModelShape, assumptions: Assumpt
     return max(1, pixels // (PATCHES * shape.patch**2))
 
 
-def steps_of_run(config: TrainConfig, sequences: int) -> int:
-    """Optimiser steps of the run, where an epoch of the first source has `sequences` sequences."""
-    if config.train.steps is not None:
-        return config.train.steps
-    data = config.data
-    sources = [source for source in (data.scenes, data.qa, data.vqa) if source.root and source.weight]
-    positions = sequences * sum(source.weight for source in sources) / sources[0].weight
-    return max(1, int(config.train.epochs * positions) // config.train.batch_size)
+def epoch_of(config: TrainConfig, sequences: int) -> float:
+    """Sequences of all sources in an epoch of the first one, which has `sequences` itself."""
+    weights = [source.weight for source in config.data.used.values() if source.weight]
+    return sequences * sum(weights) / weights[0]
 
 
 def annotated_sequences(config: TrainConfig) -> int | None:
     """Sequences of an epoch of the scenes, if their annotations are on this machine."""
     if config.data.scenes.root and config.data.scenes.annotations:
         folder = Path(config.data.scenes.annotations[0])
-        if (folder / PLAN_FILE).is_file():
-            return len(AnnotationReader(folder).plan.sampler)
+        if (folder / SETTINGS_FILE).is_file():
+            return len(AnnotationReader(folder).settings.sampler)
     return None
 
 
@@ -152,7 +143,7 @@ class BatchFlops:
         """The sizes of the sequences of a batch on the CPU, padding included.
 
         Where frames have no fixed number of tokens, they are counted by the text between them. The sizes of tracks are
-        assigned to the first rows, not to their own: only sums over the batch are right.
+        assigned to the first rows, whichever rows they belong to: the count of a batch is a sum over its rows.
         """
         visual = batch["input_ids"] == self.visual_token_id  # [B, S]
         tokens = visual.sum(1).tolist()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gasp_fast.backbones.tiny import REAL, build_without_weights
+from gasp_fast.backbones.tiny import SIZES_7B, build_tiny
 from gasp_fast.planning.gpus import GPUS
 from gasp_fast.planning.shapes import LLAVA_NEXT_VIDEO_7B, QWEN2_5_VL_7B, shape_from_source
 from gasp_fast.training.model import build_model
@@ -63,7 +63,7 @@ def test_every_case_is_measured_or_gives_the_reason(result: dict[str, Any], out:
 @pytest.mark.alone
 def test_a_profile_has_every_part(result: dict[str, Any]) -> None:
     profiles = [record for record in result["cases"] if "seconds_by_part" in record]
-    assert {record["family"] for record in profiles} == set(REAL)
+    assert {record["family"] for record in profiles} == set(SIZES_7B)
     for record in profiles:
         parts = record["seconds_by_part"]
         assert parts.keys() == set(step_profile.PARTS)
@@ -121,7 +121,7 @@ def test_what_one_case_replaces_in_transformers_is_restored_for_the_next(monkeyp
 
 def test_the_real_shapes_are_those_of_the_real_models(tmp_path: Path) -> None:
     for name, known in (("qwen2_5_vl", QWEN2_5_VL_7B), ("llava_next_video", LLAVA_NEXT_VIDEO_7B)):
-        assert shape_from_source(str(build_without_weights(tmp_path / name, REAL[name]))) == known
+        assert shape_from_source(str(build_tiny(tmp_path / name, SIZES_7B[name], weights=False))) == known
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_targets_are_met_missed_or_not_measured() -> None:
         "llava_next_video, 16 frames: geometry's share of time": None,
         "llava_next_video, 16 frames: geometry's share of peak memory": None,
         "llava_next_video: best MFU with geometry": True,
-        "LLaVA, 16 frames: sequences/s (wanted of an H200)": True,
+        "LLaVA, 16 frames: sequences/s (of an H200)": True,
         "plan: worst error on the recipes' steps": False,
     }
-    assert verdicts["qwen2_5_vl, 24 frames: geometry's share of time"]["found"] == pytest.approx(0.09)
+    assert verdicts["qwen2_5_vl, 24 frames: geometry's share of time"]["value"] == pytest.approx(0.09)

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import dataclasses
+import importlib
 import io
 import json
 import pkgutil
@@ -106,6 +108,25 @@ def test_examples_are_commands_that_the_parser_takes(name):
         words = shlex.split(" ".join(words).replace("source <(", "").rstrip(")")) if words[0] == "source" else words
         assert words[:2] == ["gasp-fast", name]
         parser_of(name).parse_args(words[2:])  # exits where it does not
+
+
+@pytest.mark.parametrize(
+    ("name", "configurations"),
+    [
+        ("evaluate", ["evaluation.dataset.EvaluationSetConfig", "evaluation.evaluate.EvaluationConfig"]),
+        ("tracks", ["data.tracks.sequences.SequenceConfig", "data.annotations.settings.AnnotationSettings"]),
+        ("make-vqa", ["data.questions.from_tracks.VQAConfig"]),
+    ],
+)
+def test_defaults_of_options_are_those_of_the_configuration(name, configurations):
+    """Parsers repeat them, because `--help` must not import what the configuration needs."""
+    options = {action.dest: action.default for action in options_of(name)}
+    for configuration in configurations:
+        module, _, cls = configuration.rpartition(".")
+        fields = dataclasses.fields(getattr(importlib.import_module(f"gasp_fast.{module}"), cls))
+        for field in fields:
+            if options.get(field.name) is not None and field.name != "features":
+                assert options[field.name] == field.default, field.name
 
 
 def test_help_states_each_default_once():

@@ -114,6 +114,7 @@ def test_a_stopped_evaluation_resumes(models, dataset, config, tmp_path):
     resumed = evaluate(model, dataset, config, tmp_path / "part", progress=lambda *pair: seen.append(pair)).report
     assert seen[0] == (2, 5) and seen[-1] == (5, 5)
     assert resumed == whole
+    assert evaluate(model, dataset, config, tmp_path / "part").report == whole  # nothing is left to compute
     for name, time_before in saved.items():
         assert (tmp_path / "part" / "answers" / name).stat().st_mtime_ns == time_before
 
@@ -171,7 +172,7 @@ def test_evaluating_28_layers_costs_at_most_a_third_of_a_forward_pass_more(tmp_p
     list(render_scenes(tmp_path / "scenes", 1, config=SyntheticConfig(frames=12), workers=1))
     dataset = EvaluationSet(tmp_path / "scenes", EvaluationSetConfig(sequences=1, max_gap=10))
     batch = Collator(model.backbone, CollatorConfig(anchors="first"))([dataset.sample(0)])
-    predictor = Predictor(model, KINDS, "before", temperature=0.07, radius=2.0)
+    predictor = Predictor(model, KINDS, "before", temperature=0.07)
 
     def cost(work: Callable[[], object]) -> float:
         start = time.process_time()

@@ -204,12 +204,3 @@ def test_temporal_metrics_equal_brute_force_and_are_of_the_best_layer():
         assert metrics["temporal"]["normalized"][gap - 1] == pytest.approx(got / metrics["temporal"]["pck"][0])
         mean = metrics["temporal"]["mean_over_layers"]["pck"]
         assert mean[gap - 1] == pytest.approx(brute_force.mean(layer_means))
-
-
-def test_no_correspondence_at_all_is_an_error():
-    with pytest.raises(ValueError, match="nothing to measure"):
-        summary(
-            [Outcomes(np.zeros((1, 0), bool), np.zeros((1, 0), np.float32), np.zeros(0, int), np.zeros(0, bool))],
-            [1],
-            2,
-        )

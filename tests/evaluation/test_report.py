@@ -91,7 +91,7 @@ def test_compared_models_share_axes_and_differ_by_colour_and_marker(reports, tmp
     from gasp_fast.evaluation.figures import draw_figure
 
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, format: figures.append(self))
     first, second = map(read_report, reports)
     draw_figure({"a": first, "b": second}, "head", tmp_path / "x.png")
     pck, rho, temporal = figures[0].axes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gasp_fast.files import replacing, sweep_partials, write_atomically
+from gasp_fast.files import complete_folder, replacing, sweep_partials, write_atomically
 
 
 def test_content_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -30,3 +30,14 @@ def test_what_killed_processes_left_of_a_file_is_swept_and_nothing_else(tmp_path
         (tmp_path / name).touch()
     sweep_partials(tmp_path / "a.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.12.partial", "a.json"]
+
+
+def test_a_folder_is_complete_or_absent_and_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".model.12.partial").mkdir()
+    with pytest.raises(KeyboardInterrupt), complete_folder(tmp_path / "model") as partial:
+        (partial / "weights").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with complete_folder(tmp_path / "new" / "model") as partial:
+        (partial / "weights").write_bytes(b"all")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [Path("new/model/weights")]

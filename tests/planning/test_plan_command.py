@@ -47,7 +47,7 @@ def test_measured_efficiencies_replace_the_assumed_ones(tmp_path: Path, capsys: 
 
 
 def test_what_cannot_be_planned_is_a_clear_error() -> None:
-    with pytest.raises(ValueError, match="does not divide over gpus = 48"):
+    with pytest.raises(ValueError, match="does not divide over 48 processes"):
         run(zero("zero1"), "--gpus", "48")
     with pytest.raises(ValueError, match="--sequences 0"):
         run("--sequences", "0")

@@ -12,7 +12,13 @@ import torch
 from gasp_fast.backbones import Backbone, Conversation, load_backbone, tiny
 
 torch.set_num_threads(1)
-FAMILIES = ("qwen2_5_vl", "llava_next_video", "llava")
+# model_type: `token_pixels`, `vision_method` and `vision_inputs` of the `Family`
+FAMILIES: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "qwen2_5_vl": (16, "get_image_features", ("pixel_values", "image_grid_thw")),
+    "llava_next_video": (16, "get_video_features", ("pixel_values_videos",)),
+    "llava": (8, "get_image_features", ("pixel_values",)),
+}
+SHIPPED = ("qwen2_5_vl", "llava_next_video")
 
 
 @dataclass(frozen=True)
@@ -22,29 +28,22 @@ class Family:
     backbone: Backbone
     model: Any
     folder: Path
-
-    @property
-    def token_pixels(self) -> int:
-        """Edge of a token in pixels of the resized frame."""
-        return 8 if self.backbone.model_type == "llava" else 16
+    token_pixels: int  # edge of a token in pixels of the resized frame
+    vision_method: str  # method of the inner model that computes its visual features
+    vision_inputs: tuple[str, ...]  # its arguments; the first are the pixel values
 
     def visual_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The features that the model's vision side computes from the inputs, `[N, D]` in its own order."""
-        inner = self.model.model
-        if self.backbone.model_type == "qwen2_5_vl":
-            features = inner.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-        elif self.backbone.model_type == "llava_next_video":
-            features = inner.get_video_features(inputs["pixel_values_videos"], return_dict=True)
-        else:
-            features = inner.get_image_features(inputs["pixel_values"], return_dict=True)
+        compute = getattr(self.model.model, self.vision_method)
+        features = compute(*(inputs[name] for name in self.vision_inputs), return_dict=True)
         return torch.cat([part.reshape(-1, part.shape[-1]) for part in features.pooler_output])
 
     def pixels_by_token(self, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
         """The processor's pixel values grouped by token, `[frames, tokens, values]`."""
-        if self.backbone.model_type == "qwen2_5_vl":  # patches of one merge block are adjacent
-            return inputs["pixel_values"].reshape(-1, tokens, 4 * inputs["pixel_values"].shape[-1])
-        frames = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
-        frames = frames.reshape(-1, *frames.shape[-3:])  # [F, 3, S, S]
+        pixels = inputs[self.vision_inputs[0]]
+        if pixels.dim() == 2:  # [patches, values]; the four patches of a token are adjacent
+            return pixels.reshape(-1, tokens, 4 * pixels.shape[-1])
+        frames = pixels.reshape(-1, *pixels.shape[-3:])  # [F, 3, S, S]
         cell = frames.shape[-1] // round(tokens**0.5)
         blocks = frames.unfold(2, cell, cell).unfold(3, cell, cell)  # [F, 3, rows, columns, cell, cell]
         return blocks.permute(0, 2, 3, 1, 4, 5).reshape(len(frames), tokens, -1)
@@ -64,14 +63,14 @@ def _third_backbone() -> Any:
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     example = _third_backbone()
     by_name = {}
-    for name in FAMILIES:
+    for name, facts in FAMILIES.items():
         folder = tmp_path_factory.mktemp("tiny") / name
-        if name == example.Llava.model_type:
-            example.tiny_llava(folder)
-        else:
+        if name in SHIPPED:
             tiny.build_tiny(folder, tiny.TinyConfig(model_type=name))
+        else:
+            example.tiny_llava(folder)
         backbone = load_backbone(folder)
-        by_name[name] = Family(backbone, backbone.load_model(dtype=torch.float32).eval(), folder)
+        by_name[name] = Family(backbone, backbone.load_model(dtype=torch.float32).eval(), folder, *facts)
     return by_name
 
 
@@ -81,7 +80,7 @@ def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Famil
     return families[request.param]
 
 
-@pytest.fixture(params=FAMILIES[:2])
+@pytest.fixture(params=SHIPPED)
 def shipped(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
     """Each family that the package ships."""
     return families[request.param]

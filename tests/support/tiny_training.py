@@ -16,8 +16,7 @@ from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_s
 from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.supervision.heads import HeadsConfig
-from gasp_fast.training.config import RunConfig, TrainConfig
-from gasp_fast.training.objective import ObjectiveConfig
+from gasp_fast.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from gasp_fast.training.optim import OptimisationConfig
 from gasp_fast.training.sources import QAConfig, ScenesConfig
 from gasp_fast.training.stream import DataConfig

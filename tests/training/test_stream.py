@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gasp_fast.data.annotations.plan import AnnotationPlan
+from gasp_fast.data.annotations.settings import AnnotationSettings
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.scenes.library import find_scenes, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
 from gasp_fast.training import sources
 from gasp_fast.training.sources import OpenScenes, TrackedScenes
-from gasp_fast.training.stream import SampleStream, Share, StreamBatches, steps_of
+from gasp_fast.training.stream import SampleStream, Share, StreamBatches
 
 SEQUENCES = SequenceConfig(min_frames=3, max_frames=3, window=4, per_scene=4)
 
@@ -41,8 +41,8 @@ def test_scenes_and_questions_alternate_by_weight(config):
 
 def annotated(assets, out, grid):
     entries = tuple(survey(assets.scenes, find_scenes(assets.scenes)))
-    plan = AnnotationPlan(scenes=entries, sequences=SEQUENCES, grid=grid, shard_size=5)
-    list(annotate(assets.scenes, out, plan))
+    settings = AnnotationSettings(scenes=entries, sequences=SEQUENCES, grid=grid, shard_size=5)
+    list(annotate(assets.scenes, out, settings))
     return str(out)
 
 
@@ -57,7 +57,7 @@ def test_annotations_give_the_tracks_of_tracking_on_the_fly(config, assets, tmp_
 def test_annotations_of_different_sequences_cannot_be_combined(config, assets, tmp_path):
     first = annotated(assets, tmp_path / "a", 4)
     entries = tuple(survey(assets.scenes, find_scenes(assets.scenes)))
-    other = AnnotationPlan(scenes=entries, sequences=replace(SEQUENCES, seed=1), grid=8)
+    other = AnnotationSettings(scenes=entries, sequences=replace(SEQUENCES, seed=1), grid=8)
     list(annotate(assets.scenes, tmp_path / "b", other))
     with pytest.raises(ValueError, match="annotates other sequences"):
         TrackedScenes(config(scenes={"annotations": (first, str(tmp_path / "b"))}).data.scenes)
@@ -116,7 +116,7 @@ def test_a_library_without_a_readable_scene_is_an_error(config, assets, tmp_path
 def test_epochs_are_passes_through_the_scenes(config):
     settings = config(train={"steps": None, "epochs": 2.0, "batch_size": 4})
     stream = SampleStream(settings.data)
-    assert steps_of(settings.train, stream) == 2 * 16 // 4
+    assert settings.train.steps_of(stream.epoch) == 2 * 16 // 4
     drawn = [stream.mixture.draw(position) for position in range(32)]
     assert sorted(d.index for d in drawn[:16]) == sorted(d.index for d in drawn[16:]) == list(range(16))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from gasp_fast.cli import main as gasp_fast
-from gasp_fast.run_folder import CONFIG, FIGURE, LOG, checkpoint_folders, result_folder, run_containing
+from gasp_fast.run_folder import CONFIG, FIGURE, LOG, checkpoint_folders, result_folder
 from gasp_fast.training import log
 from gasp_fast.training.log import Meter, Progress
 from gasp_fast.training.summary import as_table, draw, summarise
@@ -90,12 +90,12 @@ def test_results_of_a_run_are_written_into_its_folder(tmp_path, capsys):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", ".checkpoint-11.partial"):
         (run / name).mkdir(parents=True)
     assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-9", "checkpoint-10"]
-    assert run_containing(run) is None
+    for other in (run, "Qwen/Qwen2.5-VL-7B-Instruct"):
+        with pytest.raises(ValueError, match=r"no run of gasp_fast\.train"):
+            result_folder(other, "report")
     (run / CONFIG).touch()
     (run / LOG).touch()
-    assert run_containing(run) == run_containing(run / "checkpoint-9") == run
-    assert result_folder(run / "checkpoint-9", "report") == run / "report"
-    assert run_containing("Qwen/Qwen2.5-VL-7B-Instruct") is None
+    assert result_folder(run, "report") == result_folder(run / "checkpoint-9", "report") == run / "report"
     assert gasp_fast(["evaluate", "--model", str(tmp_path), "--scenes", str(tmp_path)]) == 1
     assert "no run of gasp_fast.train that could hold the report; give --out DIR" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from gasp_fast.data.tracks.build import Tracks
 
-from .plan import read_plan
+from .settings import read_settings
 from .shard import checksum, read_header, shard_path
 
 OPEN_SHARDS = 16
@@ -39,18 +39,18 @@ class AnnotationReader:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         try:
-            self.plan = read_plan(self.folder)
+            self.settings = read_settings(self.folder)
         except FileNotFoundError:
             raise OSError(f"{self.folder}: no annotations here; make them with gasp-fast tracks") from None
         self._shards: OrderedDict[int, Any] = OrderedDict()  # open, the least recently used first
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.settings)
 
     def __getitem__(self, index: int) -> Annotation:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {self.folder}, which has {len(self)}")
-        number, place = divmod(index, self.plan.shard_size)
+        number, place = divmod(index, self.settings.shard_size)
         shard = self._shard(number)
 
         def rows(name: str, offsets: str) -> NDArray[Any]:
@@ -70,7 +70,7 @@ class AnnotationReader:
             visible=rows("visible", "cell_offsets").astype(bool).reshape(shape),
             depth=rows("depth", "cell_offsets").reshape(shape),
         )
-        return Annotation(self.plan.scenes[int(shard.get_slice("scene")[place : place + 1][0])].name, tracks)
+        return Annotation(self.settings.scenes[int(shard.get_slice("scene")[place : place + 1][0])].name, tracks)
 
     def _shard(self, number: int) -> Any:
         if number in self._shards:
@@ -78,13 +78,13 @@ class AnnotationReader:
             return self._shards[number]
         path = shard_path(self.folder, number)
         if not path.exists():
-            raise OSError(f"{path}: shard {number} of {self.plan.shards} is missing; finish with gasp-fast tracks")
+            raise OSError(f"{path}: shard {number} of {self.settings.shards} is missing; finish with gasp-fast tracks")
         try:
             shard = safe_open(path, "numpy")
         except Exception as error:
             raise OSError(f"{path}: damaged ({error}); delete it and run gasp-fast tracks again") from error
-        if read_header(shard).get("plan") != self.plan.digest:
-            raise ValueError(f"{path}: belongs to another plan; delete it and run gasp-fast tracks again")
+        if read_header(shard).get("plan") != self.settings.digest:
+            raise ValueError(f"{path}: was made with other settings; delete it and run gasp-fast tracks again")
         self._shards[number] = shard
         while len(self._shards) > OPEN_SHARDS:
             self._shards.popitem(last=False)
@@ -93,13 +93,13 @@ class AnnotationReader:
     def failed(self) -> dict[int, str]:
         """The sequences without tracks, because their scene could not be read, and the reasons."""
         reasons: dict[int, str] = {}
-        for number in range(self.plan.shards):
+        for number in range(self.settings.shards):
             reasons |= {int(index): reason for index, reason in read_header(self._shard(number))["failed"].items()}
         return reasons
 
     def verify(self) -> Iterator[tuple[int, bool]]:
         """Yields each shard's number and whether its arrays match the checksum."""
-        for number in range(self.plan.shards):
+        for number in range(self.settings.shards):
             try:
                 shard = self._shard(number)
                 arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)

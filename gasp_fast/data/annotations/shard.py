@@ -1,8 +1,8 @@
 """One shard: the tracks of consecutive sequences in a safetensors file.
 
 The sequences lie back to back; three tables of offsets give where the frames, tracks and cells (track x frame) of each
-begin. The header holds the version, the digest of the plan, a checksum of all arrays, and the sequences that failed,
-with the reason.
+begin. The header holds the version, the digest of the settings (as `plan`), a checksum of all arrays, and the sequences
+that failed, with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from gasp_fast.data.tracks.build import Tracks
 
-from .plan import VERSION
+from .settings import VERSION
 
 Arrays = dict[str, NDArray[Any]]
 _KEY = "gasp_fast"  # of the header in the safetensors metadata
@@ -30,7 +30,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shard_arrays(scenes: Sequence[int], tracks: Sequence[Tracks]) -> Arrays:
-    """The arrays of a shard; `scenes[s]` is the scene of sequence `s` in the plan."""
+    """The arrays of a shard; `scenes[s]` is the scene of sequence `s` in the settings."""
 
     def offsets(counts: list[int]) -> NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -48,9 +48,9 @@ def shard_arrays(scenes: Sequence[int], tracks: Sequence[Tracks]) -> Arrays:
     }
 
 
-def shard_bytes(arrays: Arrays, plan_digest: str, failed: dict[str, str]) -> bytes:
+def shard_bytes(arrays: Arrays, settings_digest: str, failed: dict[str, str]) -> bytes:
     """The content of a shard file."""
-    header = {"version": VERSION, "plan": plan_digest, "checksum": checksum(arrays), "failed": failed}
+    header = {"version": VERSION, "plan": settings_digest, "checksum": checksum(arrays), "failed": failed}
     # A single metadata key: safetensors writes several in an order that differs from run to run.
     return save(arrays, {_KEY: json.dumps(header)})
 

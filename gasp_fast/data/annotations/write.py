@@ -1,6 +1,6 @@
-"""Computes the tracks of all sequences of a plan and writes them into shards.
+"""Computes the tracks of all sequences of `AnnotationSettings` and writes them into shards.
 
-A shard is a pure function of the plan and the scenes. Hence:
+A shard is a pure function of the settings and the scenes. Hence:
 
 - Shards are computed in any order, by any number of processes or machines, and have the same bytes.
 - A shard is written atomically: a killed run leaves complete shards only, and the next run computes the missing ones.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,65 +24,65 @@ from gasp_fast.files import sweep_partials, write_atomically
 from gasp_fast.processes import in_processes
 
 from .parts import shards_in_part
-from .plan import PLAN_FILE, AnnotationPlan, store_plan
+from .settings import SETTINGS_FILE, AnnotationSettings, store_settings
 from .shard import read_header, shard_arrays, shard_bytes, shard_path
 
 
 def annotate(
-    library: Path, folder: Path, plan: AnnotationPlan, workers: int = 1, part: tuple[int, int] = (0, 1)
+    library: Path, folder: Path, settings: AnnotationSettings, workers: int = 1, part: tuple[int, int] = (0, 1)
 ) -> Iterator[int]:
     """Computes the missing shards of `folder`, and yields the number of each shard once it exists.
 
     `part = (i, n)` computes only every n-th shard, so that n machines with a common disk share the work.
     """
-    numbers = shards_in_part(plan.shards, part)
+    numbers = shards_in_part(settings.shards, part)
     if part == (0, 1):
-        sweep_partials(folder / PLAN_FILE)  # with several parts, another machine may be writing it now
-    store_plan(folder, plan)
+        sweep_partials(folder / SETTINGS_FILE)  # with several parts, another machine may be writing it now
+    store_settings(folder, settings)
     missing = []
     for number in numbers:
-        if _is_valid(folder, number, plan):
+        if _is_valid(folder, number, settings):
             yield number
         else:
             missing.append(number)
             sweep_partials(shard_path(folder, number))
-    for number, _ in in_processes(partial(write_shard, library, folder, plan), missing, workers):
+    for number, _ in in_processes(partial(write_shard, library, folder, settings), missing, workers):
         yield number
 
 
-def write_shard(library: Path, folder: Path, plan: AnnotationPlan, number: int) -> None:
+def write_shard(library: Path, folder: Path, settings: AnnotationSettings, number: int) -> None:
     """Computes and writes one shard. A sequence whose scene cannot be read has no tracks; the header says why."""
     scenes: list[int] = []
     tracks: list[Tracks] = []
     failed: dict[str, str] = {}
-    opened: tuple[int, Scene | str] = (-1, "")
-    for index in plan.sequences_in_shard(number):
-        drawn = plan.sampler.draw(*divmod(index, len(plan.sampler)))
-        entry = plan.scenes[drawn.scene]
-        if opened[0] != drawn.scene:
-            opened = drawn.scene, _open_planned(library, entry)
-        scene = opened[1]
+    open_scene_of = lru_cache(maxsize=1)(partial(_open_unchanged, library))
+    for index in settings.sequences_in_shard(number):
+        drawn = settings.sampler.draw(*divmod(index, len(settings.sampler)))
+        entry = settings.scenes[drawn.scene]
+        scene = open_scene_of(entry)
         scenes.append(drawn.scene)
         try:
             if isinstance(scene, str):
                 raise OSError(scene)
-            tracks.append(build_tracks(scene, drawn.frames, grid=plan.grid, keep=plan.keep))
+            tracks.append(build_tracks(scene, drawn.frames, grid=settings.grid, keep=settings.keep))
         except (OSError, ValueError) as error:
             reason = str(error).replace(f"{library}{os.sep}", "")  # the bytes must not depend on the library's path
             failed[str(index)] = reason if entry.name in reason else f"{entry.name}: {reason}"
             tracks.append(_no_tracks(drawn.frames))
-    content = shard_bytes(shard_arrays(scenes, tracks), plan.digest, failed)
+    content = shard_bytes(shard_arrays(scenes, tracks), settings.digest, failed)
     write_atomically(shard_path(folder, number), content)
 
 
-def _open_planned(library: Path, entry: SceneEntry) -> Scene | str:
-    """The scene, or the reason why it cannot be read. A scene that differs from the plan is an error."""
+def _open_unchanged(library: Path, entry: SceneEntry) -> Scene | str:
+    """The scene, or the reason why it cannot be read. A scene that changed since the settings were made is an error."""
     try:
         scene = open_scene(library / entry.name)
     except (OSError, ValueError) as error:
         return str(error)
     if scene_digest(scene) != entry.digest:
-        raise ValueError(f"{library / entry.name}: the scene has changed since the plan was made; give another --out")
+        raise ValueError(
+            f"{library / entry.name}: the scene has changed since the annotations were begun; give another --out"
+        )
     return scene
 
 
@@ -97,11 +97,11 @@ def _no_tracks(frames: Sequence[int]) -> Tracks:
     )
 
 
-def _is_valid(folder: Path, number: int, plan: AnnotationPlan) -> bool:
-    """Whether the shard exists, is complete and belongs to this plan. Does not compute its checksum."""
+def _is_valid(folder: Path, number: int, settings: AnnotationSettings) -> bool:
+    """Whether the shard exists, is complete and belongs to these settings. Does not compute its checksum."""
     try:
         with safe_open(shard_path(folder, number), "numpy") as shard:
             header = read_header(shard)
     except Exception:  # safetensors raises its own exception types on damaged files
         return False
-    return header.get("plan") == plan.digest
+    return header.get("plan") == settings.digest

@@ -93,8 +93,8 @@ def align(predicted: np.ndarray, depth: np.ndarray, space: Space) -> Alignment:
 
 def _least_median(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Scale and shift of the line through two points with the smallest median relative error."""
-    draw = np.random.default_rng(0)
-    first, second = draw.integers(len(x), size=(2, PAIRS))
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(len(x), size=(2, PAIRS))
     apart = x[first] != x[second]
     if not apart.any():  # nearly constant predictions: take the smallest and the largest
         first, second, apart = np.array([x.argmin()]), np.array([x.argmax()]), np.array([True])

@@ -7,7 +7,6 @@ whether it predicts depth or inverse depth is found by trying both.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from gasp_fast.data.scenes.depth_maps import read_depth
 from gasp_fast.data.scenes.formats.colmap import DEPTH_FOLDER, find_model
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage, read_model
 from gasp_fast.data.scenes.scene import Scene, camera_centre
-from gasp_fast.files import sweep_partials, write_atomically
+from gasp_fast.files import replacing, sweep_partials
 
 from .alignment import FEWEST_POINTS, LARGEST_ERROR, SPACES, Alignment, Space, align
 
@@ -48,18 +47,18 @@ class SparsePoints:
 
 def has_mvs(scene: Scene) -> bool:
     """Whether the scene's folder holds maps of COLMAP's multi-view stereo."""
-    found = find_model(scene.root)
-    return found is not None and any((found[0] / DEPTH_FOLDER).glob("**/*.geometric.bin"))
+    located = find_model(scene.root)
+    return located is not None and any((located[0] / DEPTH_FOLDER).glob("**/*.geometric.bin"))
 
 
 def depth_from_mvs(scene: Scene, progress: Progress = iter) -> DepthIndex:
     """Resamples the maps of the dense workspace to the frames of `scene`."""
-    found = find_model(scene.root)
-    if found is None or not has_mvs(scene):
+    located = find_model(scene.root)
+    if located is None or not has_mvs(scene):
         raise ValueError(
             f"{scene.root}: no {DEPTH_FOLDER}/*.geometric.bin; run colmap patch_match_stereo, or give --model"
         )
-    workspace, model = found
+    workspace, model = located
     images = _by_frame(scene, read_model(model))
     unit = _unit(scene, images)
     points = sparse_points(scene)
@@ -211,8 +210,7 @@ def _write(
 def _save(depth: np.ndarray, path: Path) -> None:
     known = depth[depth > 0]
     half = known.size and known.min() >= FLOAT16_RANGE[0] and known.max() <= FLOAT16_RANGE[1]
-    content = io.BytesIO()
-    np.save(content, depth.astype(np.float16) if half else depth)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep_partials(path)
-    write_atomically(path, content.getvalue())
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, depth.astype(np.float16) if half else depth)

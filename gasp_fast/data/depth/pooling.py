@@ -12,13 +12,6 @@ import numpy as np
 from gasp_fast.data.compiled import Backend, tracks_extension
 
 
-def grid_edges(length: float, cells: int, start: float = 0.0) -> np.ndarray:  # float64 [cells + 1]
-    """Edges of `cells` equal patches over `length` pixels from `start`: one axis of a processor's resize or crop."""
-    if cells < 1:
-        raise ValueError(f"cells = {cells}; at least 1")
-    return start + np.arange(cells + 1) * (length / cells)
-
-
 def pool_depth(
     depth: Sequence[np.ndarray],
     size: Sequence[tuple[int, int]] | np.ndarray,

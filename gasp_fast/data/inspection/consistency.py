@@ -35,8 +35,8 @@ SEARCH_FACTORS = np.exp(np.linspace(math.log(1e-4), math.log(1e4), 65))
 MARGIN = 0.15
 FEWEST_COMPARED = 0.02  # share of a gap's sampled pixels; with less overlap the gap counts as not agreeing
 
-# Name of each convention, and the function from the pose on disk to the pose under it.
-CONVENTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+Convention = Callable[[np.ndarray], np.ndarray]  # from the pose on disk to the pose under the convention
+CONVENTIONS: dict[str, Convention] = {
     "as it is": lambda pose: pose,
     "poses are inverted: world-to-camera and camera-to-world are mistaken for each other": np.linalg.inv,
     "camera axes are flipped: Blender axes (y up, z back) and OpenCV axes are mistaken": lambda pose: (
@@ -195,9 +195,7 @@ def _depth_camera(scene: Scene, i: int) -> np.ndarray:
     return scene.intrinsics(i) * np.array([width / image_width, height / image_height, 1.0])[:, None]
 
 
-def _count(
-    samples: list[_Sample], to_pose: Callable[[np.ndarray], np.ndarray], factor: float, tolerance: float
-) -> tuple[int, int, int]:
+def _count(samples: list[_Sample], to_pose: Convention, factor: float, tolerance: float) -> tuple[int, int, int]:
     """(agreeing, compared, sampled) pixels, with the poses under a convention and the depth multiplied by `factor`."""
     agreeing = compared = sampled = 0
     for sample in samples:
@@ -216,7 +214,7 @@ def _count(
     return agreeing, compared, sampled
 
 
-def _score(samples: dict[int, list[_Sample]], to_pose: Callable[[np.ndarray], np.ndarray], factor: float) -> float:
+def _score(samples: dict[int, list[_Sample]], to_pose: Convention, factor: float) -> float:
     """Mean agreement over the gaps; a gap with hardly any overlap counts as 0."""
     shares = []
     for members in samples.values():
@@ -226,7 +224,7 @@ def _score(samples: dict[int, list[_Sample]], to_pose: Callable[[np.ndarray], np
 
 
 def _refined(
-    samples: dict[int, list[_Sample]], to_pose: Callable[[np.ndarray], np.ndarray], factor: float, score: float
+    samples: dict[int, list[_Sample]], to_pose: Convention, factor: float, score: float
 ) -> tuple[float, float]:
     """The best factor near `factor`, in ever finer steps, and its score."""
     width = float(np.log(SEARCH_FACTORS[1] / SEARCH_FACTORS[0]))

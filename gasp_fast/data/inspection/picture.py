@@ -30,9 +30,7 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
     frames = _chosen_frames(len(scene), first)
     tracks = build_tracks(scene, frames, grid=grid, keep=1.0)
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     maps = [scene.depth(i) for i in frames]
     known = np.concatenate([one[one > 0] for one in maps])
@@ -41,12 +39,14 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
     numbers = _spread(tracks, NUMBERED)
 
     width, height = scene.image_size(frames[0])
-    figure, axes, bar_axis = _lay_out(Figure, len(frames), height / width)
-    FigureCanvasAgg(figure)
+    figure, axes, bar_axis = _lay_out(len(frames), height / width)
     for f, index in enumerate(frames):
         top, bottom = axes[0, f], axes[1, f]
         wide, tall = scene.image_size(index)
-        top.imshow(_faded(scene.image(index)), extent=(0, wide, tall, 0))
+        image = scene.image(index)
+        # Paler and greyer, so that the points stand out.
+        faded = 0.35 * image + 0.35 * image.mean(axis=2, keepdims=True) + 0.3 * 255
+        top.imshow(faded.astype(np.uint8), extent=(0, wide, tall, 0))
         _draw_points(top, tracks, f, numbers, norm)
         shown = tracks.visible[:, f].mean() if len(tracks) else 0.0
         step = "query frame" if f == 0 else f"{index - frames[0]} frames later, {shown:.0%} of points visible"
@@ -65,12 +65,14 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
     return path
 
 
-def _lay_out(figure_class: Any, columns: int, tall: float) -> tuple[Any, Any, Any]:
+def _lay_out(columns: int, tall: float) -> tuple[Any, Any, Any]:
     """Two rows of panels and a colour bar, placed in inches: exact, and twice as fast as a layout engine."""
+    from matplotlib.figure import Figure
+
     panel, gap, head, margin, bar = 3.6, 0.12, 0.85, 0.12, 0.75
     width = 2 * margin + columns * panel + (columns - 1) * gap + bar
     height = head + 2 * panel * tall + gap + margin
-    figure = figure_class(figsize=(width, height), dpi=110)
+    figure = Figure(figsize=(width, height), dpi=110)
     sides = {"left": margin / width, "right": 1 - (margin + bar) / width}
     ends = {"top": 1 - head / height, "bottom": margin / height}
     spaces = {"wspace": gap / panel, "hspace": gap / (panel * tall)}
@@ -89,12 +91,6 @@ def _chosen_frames(count: int, first: int) -> list[int]:
     if first + STEPS[-1] >= count:
         steps = tuple(dict.fromkeys(np.linspace(0, count - 1 - first, PANELS).round().astype(int).tolist()))
     return [first + step for step in steps]
-
-
-def _faded(image: np.ndarray) -> np.ndarray:
-    """The image paler and greyer, so that the points stand out."""
-    grey = image.mean(axis=2, keepdims=True)
-    return (0.35 * image + 0.35 * grey + 0.3 * 255).astype(np.uint8)
 
 
 def _spread(tracks: Tracks, count: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -227,14 +227,14 @@ def make_vqa(
     Shards, parts and resuming are those of the annotations.
     """
     config = config or VQAConfig()
-    plan = AnnotationReader(annotations).plan
-    about = json.dumps({"annotations": plan.digest, **asdict(config)}, indent=1) + "\n"
+    settings = AnnotationReader(annotations).settings
+    about = json.dumps({"annotations": settings.digest, **asdict(config)}, indent=1) + "\n"
     (out / "videos").mkdir(parents=True, exist_ok=True)
     if (out / ABOUT_FILE).exists() and (out / ABOUT_FILE).read_text() != about:
         raise ValueError(f"{out} was made from other annotations or with other settings; give another --out")
     write_atomically(out / ABOUT_FILE, about.encode())
     missing = []
-    for number in shards_in_part(plan.shards, part):
+    for number in shards_in_part(settings.shards, part):
         if records_path(out, number).exists():
             yield number
         else:
@@ -254,18 +254,16 @@ def omitted_path(out: Path, number: int) -> Path:
 
 def write_shard(library: Path, annotations: Path, out: Path, config: VQAConfig, number: int) -> None:
     """Writes the clips of one shard, then its records; `omitted-….txt` lists sequences without a record, and why."""
-    cache = AnnotationReader(annotations)
+    reader = AnnotationReader(annotations)
     folder = out / "videos" / f"{number:05d}"
     folder.mkdir(parents=True, exist_ok=True)
-    opened: tuple[str, Scene | None] = ("", None)
+    open_once = lru_cache(maxsize=1)(open_scene)  # consecutive sequences share a scene
     records, omitted = [], []
-    for index in cache.plan.sequences_in_shard(number):
-        name, tracks = cache[index].scene, cache[index].tracks
+    for index in reader.settings.sequences_in_shard(number):
+        name, tracks = reader[index].scene, reader[index].tracks
         video = f"videos/{number:05d}/{index:08d}.mp4"
         try:
-            if opened[0] != name or opened[1] is None:
-                opened = (name, open_scene(library / name))
-            questions = _write_sequence(opened[1], tracks, out / video, config, index)  # type: ignore[arg-type]
+            questions = _write_sequence(open_once(library / name), tracks, out / video, config, index)
         except (OSError, ValueError) as error:
             omitted.append(f"{index} {name}: {error}".replace(f"{library}{os.sep}", ""))
             continue

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gasp_fast.data.video.read import Video, read_video
+from gasp_fast.data.video.read import read_video
 
 MOST_BROKEN = 64  # records tried; if none has a readable video, the folder is wrong, not the videos
 SPEAKERS = ("human", "gpt")  # by turns, the human first
@@ -40,7 +40,6 @@ class QARecord:
 
     id: str
     turns: tuple[Turn, ...]
-    data_source: str
     video: str  # relative to the folder of its JSON, or to the root
 
     @classmethod
@@ -63,7 +62,7 @@ class QARecord:
             turns.append(Turn(speaker, turn["value"]))
         if not all(turn.text.strip() for turn in turns if turn.speaker == "gpt"):
             raise ValueError("has an empty answer")
-        return cls(str(fields.get("id", "")), tuple(turns), str(fields.get("data_source", "")), video)
+        return cls(str(fields.get("id", "")), tuple(turns), video)
 
 
 def record_json(identity: str, texts: Sequence[str], data_source: str, video: str) -> dict[str, Any]:
@@ -78,7 +77,7 @@ class QASample:
 
     index: int
     record: QARecord
-    video: Video
+    frames: NDArray[np.uint8]  # [F, H, W, 3]
 
 
 @dataclass
@@ -130,11 +129,11 @@ class VideoQA:
             if record.video in self.broken:
                 continue
             try:
-                video = read_video(self.video_path(place), frames, timeout=timeout, longest_side=longest_side)
+                images = read_video(self.video_path(place), frames, timeout=timeout, longest_side=longest_side)
             except OSError as error:
                 self.broken[record.video] = str(error)
                 continue
-            return QASample(place, record, video)
+            return QASample(place, record, images)
         first = next(iter(self.broken.items()))
         raise OSError(
             f"{self.root}: no readable video in {min(MOST_BROKEN, len(self))} records from {index} on ({first[1]}); "

@@ -15,7 +15,6 @@ from gasp_fast.data.errors import one_line
 
 # A corrupted header may claim any size; no depth camera or stereo pipeline makes maps beyond this.
 LARGEST_MAP = 1 << 26  # pixels
-SUFFIXES = (".npy", ".png", ".exr", ".bin")
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,12 @@ class DepthFile:
     scale: float = 1.0  # the scene's units in one stored unit
     distorted: bool = False  # pixels are those of the distorted photograph, not of the undistorted image
 
-    def read(self) -> np.ndarray:  # float32 [h, w]
-        return read_depth(self.path, self.scale)
-
 
 def read_depth(path: Path, scale: float = 1.0) -> np.ndarray:
     """The map in `path` times `scale`; negative and non-finite values become 0. A bad file is a one-line `OSError`."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{path}: unknown depth format {path.suffix!r}; readable are {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path}: unknown depth format {path.suffix!r}; readable are {', '.join(_READERS)}")
     try:
         stored = reader(path)
     except Exception as error:  # on damaged files the libraries raise anything from SyntaxError to MemoryError

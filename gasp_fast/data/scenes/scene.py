@@ -10,6 +10,7 @@ intrinsics (`lens.py`).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from PIL import Image
 
 from gasp_fast.data.errors import one_line
 
-from .depth_maps import DepthFile
+from .depth_maps import DepthFile, read_depth
 from .frame_cache import DECODED
 from .lens import NO_DISTORTION, Distortion, undistort
 
@@ -142,7 +143,7 @@ class Scene:
     def _decode_depth(self, i: int) -> np.ndarray:
         frame = self.frames[i]
         assert frame.depth is not None
-        depth = frame.depth.read()
+        depth = read_depth(frame.depth.path, frame.depth.scale)
         if frame.depth.distorted and frame.distortion != NO_DISTORTION:
             width, height = self.image_size(i)
             scale = np.array([depth.shape[1] / width, depth.shape[0] / height, 1.0])
@@ -163,6 +164,14 @@ def image_size(path: Path) -> tuple[int, int]:
             return _plausible(image.size)
     except Exception as error:  # Pillow raises everything from SyntaxError to struct.error on damaged files
         raise OSError(f"{path}: cannot read image: {one_line(error)}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; a damaged one is a one-line `ValueError`."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {one_line(error)}") from error
 
 
 def inside(root: Path, path: Path) -> Path:

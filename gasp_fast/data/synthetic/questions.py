@@ -10,7 +10,7 @@ The output folder is one "config" in the layout of LLaVA-Video-178K: JSON lists 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,16 +188,7 @@ def _twins(facts: SceneFacts, rng: np.random.Generator) -> SceneQuestion | None:
     )
 
 
-KINDS: dict[str, Callable[[SceneFacts, np.random.Generator], SceneQuestion | None]] = {
-    "count": _count,
-    "count_colour": _count_colour,
-    "present": _present,
-    "nearer": _nearer,
-    "beside": _beside,
-    "turn": _turn,
-    "approach": _approach,
-    "twins": _twins,
-}
+KINDS = (_count, _count_colour, _present, _nearer, _beside, _turn, _approach, _twins)
 
 
 # ---- records --------------------------------------------------------------------------------------------------------
@@ -206,7 +197,7 @@ KINDS: dict[str, Callable[[SceneFacts, np.random.Generator], SceneQuestion | Non
 def questions_about(facts: SceneFacts) -> list[SceneQuestion]:
     """One question of each kind that has a clear answer, in an order drawn with the scene's seed."""
     rng = np.random.default_rng([facts.seed, 3])
-    questions = [question for kind in KINDS.values() if (question := kind(facts, rng)) is not None]
+    questions = [question for kind in KINDS if (question := kind(facts, rng)) is not None]
     return [questions[place] for place in rng.permutation(len(questions))]
 
 
@@ -245,7 +236,7 @@ def write_qa(scenes: Sequence[Path], out: Path, workers: int = 2) -> Iterator[Pa
 
     records = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for scene, of_scene in zip(scenes, pool.map(one, scenes), strict=True):
-            records += of_scene
+        for scene, scene_records in zip(scenes, pool.map(one, scenes), strict=True):
+            records += scene_records
             yield out / f"{scene.name}.mp4"
     write_atomically(out / "qa.json", (json.dumps(records, indent=1) + "\n").encode())

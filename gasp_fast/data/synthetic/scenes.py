@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gasp_fast.data.compiled import render_extension
+from gasp_fast.files import complete_folder
 
 from .layout import COLOURS, Box, camera_path, is_clear, place_boxes
 from .textures import PATTERNS, SIZE, Grey, make_texture, mip_levels
@@ -167,22 +168,20 @@ def make_scene(seed: int, config: SyntheticConfig | None = None) -> SyntheticSce
 
 def write_scene(scene: SyntheticScene, folder: Path) -> None:
     """Writes the `rgbd` folder under a temporary name and renames it: a killed run leaves no incomplete scene."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in ("color", "depth", "pose"):
-        (partial / part).mkdir(parents=True)
-    seen = np.zeros((len(scene), len(scene.boxes)), int)  # [F, B], pixels of each box
-    for index in range(len(scene)):
-        view, key = scene.render(index), f"{index:06d}"
-        Image.fromarray(view.image).save(partial / "color" / f"{key}.jpg", quality=95)
-        millimetres = np.clip(np.rint(view.depth * 1000), 0, 65535).astype(np.uint16)
-        Image.fromarray(millimetres).save(partial / "depth" / f"{key}.png", compress_level=1)
-        np.savetxt(partial / "pose" / f"{key}.txt", scene.camera_to_world[index], fmt="%.17g")
-        seen[index] = np.bincount(view.surface.ravel() // 6, minlength=len(scene.boxes) + 1)[1:]
-    np.savetxt(partial / "intrinsics.txt", scene.intrinsics, fmt="%.17g")
-    (partial / "meta.json").write_text(json.dumps(_meta(scene, seen), indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with complete_folder(folder) as partial:
+        for part in ("color", "depth", "pose"):
+            (partial / part).mkdir(parents=True)
+        seen = np.zeros((len(scene), len(scene.boxes)), int)  # [F, B], pixels of each box
+        for index in range(len(scene)):
+            view, key = scene.render(index), f"{index:06d}"
+            Image.fromarray(view.image).save(partial / "color" / f"{key}.jpg", quality=95)
+            millimetres = np.clip(np.rint(view.depth * 1000), 0, 65535).astype(np.uint16)
+            Image.fromarray(millimetres).save(partial / "depth" / f"{key}.png", compress_level=1)
+            np.savetxt(partial / "pose" / f"{key}.txt", scene.camera_to_world[index], fmt="%.17g")
+            seen[index] = np.bincount(view.surface.ravel() // 6, minlength=len(scene.boxes) + 1)[1:]
+        np.savetxt(partial / "intrinsics.txt", scene.intrinsics, fmt="%.17g")
+        (partial / "meta.json").write_text(json.dumps(_meta(scene, seen), indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _meta(scene: SyntheticScene, seen: NDArray[np.int_]) -> dict[str, object]:

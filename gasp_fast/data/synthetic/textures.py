@@ -7,6 +7,7 @@ periodic: a pattern whose parts have random shades, so that no two places look t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,22 +39,6 @@ def _cells(rng: np.random.Generator, rows: int, columns: int, stagger: float, jo
     return field
 
 
-def _bricks(rng: np.random.Generator) -> Grey:
-    return _cells(rng, rows=16, columns=8, stagger=0.5, joint=0.008)
-
-
-def _tiles(rng: np.random.Generator) -> Grey:
-    return _cells(rng, rows=8, columns=8, stagger=0.0, joint=0.006)
-
-
-def _planks(rng: np.random.Generator) -> Grey:
-    return _cells(rng, rows=16, columns=2, stagger=0.77, joint=0.005)
-
-
-def _mosaic(rng: np.random.Generator) -> Grey:
-    return _cells(rng, rows=24, columns=24, stagger=0.0, joint=0.004)
-
-
 def _blotches(rng: np.random.Generator) -> Grey:
     broad, fine = (np.tanh(4 * _noise(rng, slope)) for slope in (1.6, 1.3))
     return (broad + 0.6 * fine).astype(np.float32)
@@ -72,10 +57,10 @@ def _spots(rng: np.random.Generator) -> Grey:
 
 
 PATTERNS: dict[str, Callable[[np.random.Generator], Grey]] = {
-    "bricks": _bricks,
-    "tiles": _tiles,
-    "planks": _planks,
-    "mosaic": _mosaic,
+    "bricks": partial(_cells, rows=16, columns=8, stagger=0.5, joint=0.008),
+    "tiles": partial(_cells, rows=8, columns=8, stagger=0.0, joint=0.006),
+    "planks": partial(_cells, rows=16, columns=2, stagger=0.77, joint=0.005),
+    "mosaic": partial(_cells, rows=24, columns=24, stagger=0.0, joint=0.004),
     "blotches": _blotches,
     "spots": _spots,
 }

@@ -47,6 +47,7 @@ class FrameSequence:
 
     scene: int
     frames: tuple[int, ...]
+    drawn_count: int  # of frames; a short scene gives fewer
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,6 @@ class SequenceSampler:
 
     def draw(self, epoch: int, index: int) -> FrameSequence:
         """Sequence `index` of `epoch`."""
-        return self._draw(epoch, index)[0]
-
-    def _draw(self, epoch: int, index: int) -> tuple[FrameSequence, int]:
-        """The sequence, and the number of frames drawn for it; a short scene gives fewer."""
         if not 0 <= index < len(self):
             raise IndexError(f"index = {index}: the epoch has {len(self)} sequences")
         config = self.config
@@ -102,33 +99,25 @@ class SequenceSampler:
         # Only `random()`: Python guarantees that a seeded generator gives the same values in every version.
         uniform = random.Random(f"sequence/{config.seed}/{epoch}/{index}").random
         anchor = int(uniform() * length)
-        count_drawn = config.min_frames + int(uniform() * (config.max_frames - config.min_frames + 1))
+        count = config.min_frames + int(uniform() * (config.max_frames - config.min_frames + 1))
         nearby = range(max(0, anchor - config.window), min(length, anchor + config.window + 1))
-        others = sorted((frame for frame in nearby if frame != anchor), key=lambda _: uniform())[: count_drawn - 1]
-        return FrameSequence(scene, (anchor, *sorted(others))), count_drawn
+        others = sorted((frame for frame in nearby if frame != anchor), key=lambda _: uniform())[: count - 1]
+        return FrameSequence(scene, (anchor, *sorted(others)), count)
 
     def statistics(self, epoch: int, at_most: int | None = None) -> EpochStatistics:
-        """Draws the whole epoch, at about 0.1 ms a sequence, or `at_most` sequences spread evenly over it."""
-        sizes: Counter[int] = Counter()
-        shortened = gaps = frames = 0
-        starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        seen = np.zeros(starts[-1], bool)
+        """Draws and holds the whole epoch (0.1 ms a sequence), or `at_most` sequences spread evenly over it."""
         count = len(self) if at_most is None else min(at_most, len(self))
-        for index in (number * len(self) // count for number in range(count)):
-            sequence, count_drawn = self._draw(epoch, index)
-            anchor, *others = sequence.frames
-            sizes[len(sequence.frames)] += 1
-            shortened += len(sequence.frames) < count_drawn
-            frames += len(sequence.frames)
-            gaps += sum(abs(other - anchor) for other in others)
-            seen[starts[sequence.scene] + np.array(sequence.frames)] = True
+        drawn = [self.draw(epoch, number * len(self) // count) for number in range(count)]
+        sizes = [len(sequence.frames) for sequence in drawn]
+        gaps = sum(abs(frame - sequence.frames[0]) for sequence in drawn for frame in sequence.frames[1:])
+        seen = {(sequence.scene, frame) for sequence in drawn for frame in sequence.frames}
         return EpochStatistics(
             sequences=count,
-            frames=frames,
-            shortened=shortened,
-            frames_per_sequence=dict(sorted(sizes.items())),
-            mean_gap=gaps / (frames - count),
-            coverage=float(seen.mean()),
+            frames=sum(sizes),
+            shortened=sum(len(sequence.frames) < sequence.drawn_count for sequence in drawn),
+            frames_per_sequence=dict(sorted(Counter(sizes).items())),
+            mean_gap=gaps / (sum(sizes) - count),
+            coverage=len(seen) / int(self.lengths.sum(dtype=np.int64)),
         )
 
 

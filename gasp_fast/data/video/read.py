@@ -12,12 +12,12 @@ and blocks nothing, and `max_pixels` bounds the work for one frame.
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -26,24 +26,15 @@ from gasp_fast.data.errors import one_line
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,gif,ogg,h264,hevc,ivf"
 LARGEST_FRAME = 1 << 25  # pixels
 GRACE = 0.5  # seconds after the deadline in which decoding may still end
-Result = TypeVar("Result")
 
 
 class VideoTimeoutError(OSError):
     """Decoding took longer than the timeout."""
 
 
-@dataclass(frozen=True)
-class Video:
-    """Evenly spread frames of a clip, and their times."""
-
-    frames: np.ndarray  # uint8 [F, H, W, 3]
-    times: np.ndarray  # float64 [F], seconds from the start
-    fps: float  # of the file
-    duration: float  # seconds
-
-
-def read_video(path: Path, frames: int, *, timeout: float = 30.0, longest_side: int | None = None) -> Video:
+def read_video(
+    path: Path, frames: int, *, timeout: float = 30.0, longest_side: int | None = None
+) -> np.ndarray:  # uint8 [F, H, W, 3]
     """At most `frames` frames, spread evenly over the file; all of them if it has fewer.
 
     Larger frames are scaled to `longest_side` pixels while decoding. A bad file is a one-line `OSError`; a file that
@@ -59,34 +50,29 @@ def read_video(path: Path, frames: int, *, timeout: float = 30.0, longest_side: 
 
     try:
         return _in_time(lambda: _open_and_read(path, frames, timeout, longest_side), timeout + GRACE)
-    except (TimeoutError, av.error.ExitError):  # ExitError: the deadline passed inside FFmpeg's own reading
+    # ExitError: raised inside FFmpeg at the deadline. Before Python 3.11 futures have their own TimeoutError.
+    except (TimeoutError, concurrent.futures.TimeoutError, av.error.ExitError):
         raise VideoTimeoutError(f"{path}: not decoded after {timeout:g} s") from None
     except Exception as error:
         raise OSError(f"{path}: cannot read video: {one_line(error)}") from error
 
 
-def _in_time(work: Callable[[], Result], seconds: float) -> Result:
+def _in_time(work: Callable[[], np.ndarray], seconds: float) -> np.ndarray:
     """The result or the exception of `work`; a `TimeoutError` if it has neither after `seconds`."""
-    results: list[Result] = []
-    errors: list[Exception] = []
+    future: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            results.append(work())
+            future.set_result(work())
         except Exception as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="video", daemon=True)  # daemon: a stuck thread must not block the exit
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError
-    return results[0]
+    # Not an executor: its threads are not daemons, so a stuck one would block the exit.
+    threading.Thread(target=run, name="video", daemon=True).start()
+    return future.result(seconds)
 
 
-def _open_and_read(path: Path, frames: int, timeout: float, longest_side: int | None) -> Video:
+def _open_and_read(path: Path, frames: int, timeout: float, longest_side: int | None) -> np.ndarray:
     import av
 
     deadline = time.monotonic() + timeout
@@ -97,7 +83,7 @@ def _open_and_read(path: Path, frames: int, timeout: float, longest_side: int | 
         return _read(container, frames, deadline, longest_side)
 
 
-def _read(container: Any, frames: int, deadline: float, longest_side: int | None) -> Video:
+def _read(container: Any, frames: int, deadline: float, longest_side: int | None) -> np.ndarray:
     """Decodes once from the start: exact for every codec, while seeking lands on key frames and sometimes beside them.
 
     The number of frames is known only at the end. So frames are kept at a stride that doubles whenever twice as many as
@@ -109,25 +95,21 @@ def _read(container: Any, frames: int, deadline: float, longest_side: int | None
     stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}
     if stream.codec_context.width * stream.codec_context.height > LARGEST_FRAME:
         raise ValueError(f"implausible size {stream.codec_context.width} x {stream.codec_context.height}")
-    kept: list[tuple[float, np.ndarray]] = []
-    stride, count, last_time = 1, 0, 0.0
-    for frame in container.decode(stream):
+    kept: list[np.ndarray] = []
+    stride = 1
+    for number, frame in enumerate(container.decode(stream)):
         if time.monotonic() > deadline:
             raise TimeoutError
-        last_time = float(frame.time) if frame.time is not None else last_time
-        if count % stride == 0:
-            kept.append((last_time, _pixels(frame, longest_side)))
+        if number % stride == 0:
+            kept.append(_pixels(frame, longest_side))
             if len(kept) >= 2 * frames:
                 kept, stride = kept[::2], stride * 2
-        count += 1
     if not kept:
         raise ValueError("no frame could be decoded")
     chosen = [kept[k] for k in np.unique(np.linspace(0, len(kept) - 1, frames).round().astype(int))]
-    fps = float(stream.average_rate or 0) or (count / last_time if last_time > 0 else 1.0)
-    if len({pixels.shape for _, pixels in chosen}) > 1:
+    if len({pixels.shape for pixels in chosen}) > 1:
         raise ValueError("frames change their size")
-    pixels = np.stack([pixels for _, pixels in chosen])
-    return Video(pixels, np.array([t for t, _ in chosen]), fps, last_time + 1.0 / fps)
+    return np.stack(chosen)
 
 
 def _pixels(frame: Any, longest_side: int | None) -> np.ndarray:

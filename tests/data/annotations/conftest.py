@@ -1,4 +1,4 @@
-"""Scenes, a plan and its annotations, computed once."""
+"""Scenes, settings and their annotations, computed once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gasp_fast.data.annotations.plan import AnnotationPlan
 from gasp_fast.data.annotations.read import AnnotationReader
+from gasp_fast.data.annotations.settings import AnnotationSettings
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.scenes.library import SceneEntry, find_scenes, survey
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
@@ -22,9 +22,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def plan(library: Path) -> AnnotationPlan:
+def settings(library: Path) -> AnnotationSettings:
     entries = [entry for entry in survey(library, find_scenes(library)) if isinstance(entry, SceneEntry)]
-    return AnnotationPlan(
+    return AnnotationSettings(
         scenes=tuple(entries),
         sequences=SequenceConfig(min_frames=4, max_frames=8, per_scene=6, seed=1),
         shard_size=4,
@@ -33,7 +33,7 @@ def plan(library: Path) -> AnnotationPlan:
 
 
 @pytest.fixture(scope="session")
-def cache(library: Path, plan: AnnotationPlan, tmp_path_factory: pytest.TempPathFactory) -> AnnotationReader:
+def cache(library: Path, settings: AnnotationSettings, tmp_path_factory: pytest.TempPathFactory) -> AnnotationReader:
     folder = tmp_path_factory.mktemp("cache")
-    assert list(annotate(library, folder, plan)) == list(range(plan.shards))
+    assert list(annotate(library, folder, settings)) == list(range(settings.shards))
     return AnnotationReader(folder)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gasp_fast.data.annotations.plan import AnnotationPlan, store_plan
 from gasp_fast.data.annotations.read import OPEN_SHARDS, AnnotationReader
+from gasp_fast.data.annotations.settings import AnnotationSettings, store_settings
 from gasp_fast.data.annotations.shard import shard_path
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.scenes.open import open_scene
@@ -22,7 +22,7 @@ from gasp_fast.data.tracks.build import build_tracks
 
 def test_what_is_read_is_what_would_be_computed(library: Path, cache: AnnotationReader) -> None:
     assert len(cache) == 36
-    sampler = cache.plan.sampler
+    sampler = cache.settings.sampler
     for index in (0, 3, 4, 17, 18, 35):
         annotation = cache[index]
         drawn = sampler.draw(*divmod(index, 18))
@@ -45,8 +45,8 @@ def test_a_cache_pickles_into_a_worker(cache: AnnotationReader) -> None:
     np.testing.assert_array_equal(twin[20].tracks.uv, cache[20].tracks.uv)
 
 
-def test_a_flipped_bit_is_found(library: Path, plan: AnnotationPlan, tmp_path: Path) -> None:
-    list(annotate(library, tmp_path, plan))
+def test_a_flipped_bit_is_found(library: Path, settings: AnnotationSettings, tmp_path: Path) -> None:
+    list(annotate(library, tmp_path, settings))
     path = shard_path(tmp_path, 3)
     content = bytearray(path.read_bytes())
     content[-200] ^= 4
@@ -59,22 +59,23 @@ def test_shards_open_lazily_and_memory_stays_flat(tmp_path: Path) -> None:
     """Reads many large shards from end to end: private memory does not grow."""
     program = """
 import sys, pathlib, numpy as np
-from gasp_fast.data.annotations.plan import AnnotationPlan, store_plan
+from gasp_fast.data.annotations.settings import AnnotationSettings, store_settings
 from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.shard import shard_arrays, shard_bytes, shard_path
 from gasp_fast.data.scenes.library import SceneEntry
 from gasp_fast.data.tracks.build import Tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig
 folder = pathlib.Path(sys.argv[1])
-plan = AnnotationPlan(scenes=(SceneEntry("s", 60, "0"),), shard_size=64, sequences=SequenceConfig(per_scene=64 * 40))
-store_plan(folder, plan)
+sequences = SequenceConfig(per_scene=64 * 40)
+settings = AnnotationSettings(scenes=(SceneEntry("s", 60, "0"),), shard_size=64, sequences=sequences)
+store_settings(folder, settings)
 draw = np.random.default_rng(0)
 tracks = []
 for _ in range(64):
     uv = draw.random((300, 24, 2))
     tracks.append(Tracks(np.arange(24), uv[:, 0], uv, uv[..., 0] > 0.5, uv[..., 1]))
-content = shard_bytes(shard_arrays([0] * 64, tracks), plan.digest, {})
-for number in range(plan.shards):
+content = shard_bytes(shard_arrays([0] * 64, tracks), settings.digest, {})
+for number in range(settings.shards):
     shard_path(folder, number).write_bytes(content)
 def private():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -86,7 +87,7 @@ before = private()
 for index in range(len(cache)):
     assert len(cache[index].tracks) == 300
 mapped = {line.split()[-1] for line in open("/proc/self/maps") if "tracks-" in line}
-print(len(content) * plan.shards, private() - before, len(mapped))
+print(len(content) * settings.shards, private() - before, len(mapped))
 """
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc to see the memory of a process")
@@ -97,15 +98,15 @@ print(len(content) * plan.shards, private() - before, len(mapped))
     assert opened == OPEN_SHARDS
 
 
-def test_missing_and_foreign_shards_are_named(library: Path, plan: AnnotationPlan, tmp_path: Path) -> None:
+def test_missing_and_foreign_shards_are_named(library: Path, settings: AnnotationSettings, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no annotations here"):
         AnnotationReader(tmp_path)
-    store_plan(tmp_path, plan)
+    store_settings(tmp_path, settings)
     with pytest.raises(OSError, match="shard 1 of 9 is missing"):
         AnnotationReader(tmp_path)[5]
-    list(annotate(library, tmp_path / "other", replace(plan, grid=4)))
+    list(annotate(library, tmp_path / "other", replace(settings, grid=4)))
     os.replace(shard_path(tmp_path / "other", 1), shard_path(tmp_path, 1))
-    with pytest.raises(ValueError, match="another plan"):
+    with pytest.raises(ValueError, match="other settings"):
         AnnotationReader(tmp_path)[5]
     with pytest.raises(IndexError, match="sequence 36"):
         AnnotationReader(tmp_path)[36]

@@ -19,8 +19,8 @@ import pytest
 from support.commands import run
 
 from gasp_fast.cli import tracks as command
-from gasp_fast.data.annotations.plan import AnnotationPlan
 from gasp_fast.data.annotations.read import AnnotationReader
+from gasp_fast.data.annotations.settings import AnnotationSettings
 from gasp_fast.data.annotations.shard import shard_path
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
@@ -32,12 +32,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_bytes_do_not_depend_on_processes_or_parts(
-    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path
+    library: Path, settings: AnnotationSettings, cache: AnnotationReader, tmp_path
 ):
     parallel, parts = tmp_path / "parallel", tmp_path / "parts"
-    assert sorted(annotate(library, parallel, plan, workers=2)) == list(range(plan.shards))
+    assert sorted(annotate(library, parallel, settings, workers=2)) == list(range(settings.shards))
     for number in (1, 2, 0):
-        assert list(annotate(library, parts, plan, part=(number, 3))) == list(range(number, plan.shards, 3))
+        assert list(annotate(library, parts, settings, part=(number, 3))) == list(range(number, settings.shards, 3))
     assert hashes(parallel) == hashes(parts) == hashes(cache.folder)
 
 
@@ -84,35 +84,35 @@ def shards_in(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("moment", ["half written", "before the rename", "after the rename"])
 def test_killed_within_a_write_it_restarts_to_the_same_bytes(
-    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path: Path, moment: str
+    library: Path, settings: AnnotationSettings, cache: AnnotationReader, tmp_path: Path, moment: str
 ) -> None:
     whole, folder = hashes(cache.folder), tmp_path / "out"
-    for nth in (1, 3, 1, 2):  # the first write is that of the plan
-        assert in_a_fork(lambda nth=nth: (die_at(moment, nth), list(annotate(library, folder, plan))))
+    for nth in (1, 3, 1, 2):  # the first write is that of the settings
+        assert in_a_fork(lambda nth=nth: (die_at(moment, nth), list(annotate(library, folder, settings))))
         assert shards_in(folder).items() <= whole.items()
         assert any(name.startswith(".") for name in hashes(folder)) == (moment != "after the rename")
     made = {path: path.stat().st_mtime_ns for path in folder.glob("tracks-*")}
-    assert 1 <= len(made) < plan.shards
-    list(annotate(library, folder, plan))
+    assert 1 <= len(made) < settings.shards
+    list(annotate(library, folder, settings))
     assert hashes(folder) == whole
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in made.items())  # existing shards are kept
 
 
 def test_killed_at_any_moment_it_restarts_to_the_same_bytes(
-    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path: Path
+    library: Path, settings: AnnotationSettings, cache: AnnotationReader, tmp_path: Path
 ) -> None:
     whole, draw, states = hashes(cache.folder), random.Random(0), set()
     began = time.perf_counter()
-    in_a_fork(lambda: list(annotate(library, tmp_path / "timed", plan)))
+    in_a_fork(lambda: list(annotate(library, tmp_path / "timed", settings)))
     seconds = time.perf_counter() - began
     for attempt in range(5):
         folder = tmp_path / str(attempt)
         for _ in range(4):
-            in_a_fork(lambda folder=folder: list(annotate(library, folder, plan)), draw.uniform(0, seconds / 3))
+            in_a_fork(lambda folder=folder: list(annotate(library, folder, settings)), draw.uniform(0, seconds / 3))
             folder.mkdir(exist_ok=True)
             assert shards_in(folder).items() <= whole.items()
             states.add(frozenset(shards_in(folder)))
-        list(annotate(library, folder, plan))
+        list(annotate(library, folder, settings))
         assert hashes(folder) == whole
     assert len(states) > 3  # the kills hit different moments
 
@@ -151,27 +151,29 @@ def alive(group: int) -> bool:
 
 
 def test_a_truncated_shard_is_computed_again(
-    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path: Path
+    library: Path, settings: AnnotationSettings, cache: AnnotationReader, tmp_path: Path
 ) -> None:
-    list(annotate(library, tmp_path, plan))
+    list(annotate(library, tmp_path, settings))
     path = shard_path(tmp_path, 2)
     path.write_bytes(path.read_bytes()[:-100])
-    list(annotate(library, tmp_path, plan))
+    list(annotate(library, tmp_path, settings))
     assert hashes(tmp_path) == hashes(cache.folder)
 
 
-def test_a_shard_of_another_plan_is_computed_again(
-    library: Path, plan: AnnotationPlan, cache: AnnotationReader, tmp_path
+def test_a_shard_of_other_settings_is_computed_again(
+    library: Path, settings: AnnotationSettings, cache: AnnotationReader, tmp_path
 ):
-    list(annotate(library, tmp_path / "mine", plan))
-    list(annotate(library, tmp_path / "other", replace(plan, grid=4)))
+    list(annotate(library, tmp_path / "mine", settings))
+    list(annotate(library, tmp_path / "other", replace(settings, grid=4)))
     os.replace(shard_path(tmp_path / "other", 1), shard_path(tmp_path / "mine", 1))
-    list(annotate(library, tmp_path / "mine", plan))
+    list(annotate(library, tmp_path / "mine", settings))
     assert hashes(tmp_path / "mine") == hashes(cache.folder)
 
 
-def test_a_scene_that_changed_since_the_plan_stops_the_run(library: Path, plan: AnnotationPlan, tmp_path: Path) -> None:
-    other = replace(plan, scenes=(replace(plan.scenes[0], digest="0" * 16), *plan.scenes[1:]))
+def test_a_scene_that_changed_since_the_settings_were_made_stops_the_run(
+    library: Path, settings: AnnotationSettings, tmp_path: Path
+) -> None:
+    other = replace(settings, scenes=(replace(settings.scenes[0], digest="0" * 16), *settings.scenes[1:]))
     with pytest.raises(ValueError, match="scene-000000: the scene has changed"):
         list(annotate(library, tmp_path, other))
 
@@ -214,7 +216,7 @@ def test_held_out_scenes_are_never_annotated(library: Path, tmp_path: Path) -> N
     share = next(s / 100 for s in range(100) if sum(is_held_out(f"scene-{n:06d}", s / 100) for n in range(3)) == 1)
     words = [str(library), "--out", str(tmp_path), "--min-frames", "4", "--max-frames", "4", "--held-out", str(share)]
     assert run(command, *words) == 0
-    names = [entry.name for entry in AnnotationReader(tmp_path).plan.scenes]
+    names = [entry.name for entry in AnnotationReader(tmp_path).settings.scenes]
     assert names == [f"scene-{n:06d}" for n in range(3) if not is_held_out(f"scene-{n:06d}", share)]
     with pytest.raises(ValueError, match=r"--held-out 1\.0 leaves no scene"):
         run(command, *words[:-1], "1")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.random_views import random_views
 
-from gasp_fast.data.depth.pooling import grid_edges, pool_depth
+from gasp_fast.data.depth.pooling import pool_depth
 
 pytest.importorskip("gasp_fast._tracks", reason="the extension is not built: pip install -e .")
 
@@ -38,7 +38,7 @@ def test_patch_depth_is_the_mean_of_the_known_pixels(backend, seed):
     views.depth[2][::2] = np.inf
     views.depth[3][:] = 0
     width, height = (int(n) for n in views.size.min(axis=0))
-    x_edges, y_edges = grid_edges(width - 5.5, 7, start=2.25), grid_edges(height, 4)
+    x_edges, y_edges = np.linspace(2.25, width - 3.25, 8), np.linspace(0, height, 5)
     ours = pool_depth(views.depth, views.size, x_edges, y_edges, backend=backend, threads=2)
     assert ours.dtype == np.float32 and ours.shape == (5, 4, 7)
     assert not ours[3].any()
@@ -53,7 +53,7 @@ def test_compiled_and_reference_patch_depth_are_equal_to_the_last_bit(seed):
     for one in depth:
         one[draw.random(one.shape) < 0.3] = 0
     size = [(180, 150)] * 4
-    edges = (grid_edges(180, 34), grid_edges(150, 19))
+    edges = (np.linspace(0, 180, 35), np.linspace(0, 150, 20))
     ours, theirs = (pool_depth(depth, size, *edges, backend=backend) for backend in ("cpp", "numpy"))
     assert ours.tobytes() == theirs.tobytes()
 
@@ -61,7 +61,7 @@ def test_compiled_and_reference_patch_depth_are_equal_to_the_last_bit(seed):
 @BACKENDS
 def test_patches_thinner_than_a_pixel_are_unknown_or_whole(backend):
     depth = [np.arange(1, 7, dtype=np.float32).reshape(2, 3)]
-    pooled = pool_depth(depth, [(3, 2)], grid_edges(3, 6), grid_edges(2, 4), backend=backend)[0]
+    pooled = pool_depth(depth, [(3, 2)], np.linspace(0, 3, 7), np.linspace(0, 2, 5), backend=backend)[0]
     assert pooled.tolist() == [[0] * 6, [0, 1, 0, 2, 0, 3], [0] * 6, [0, 4, 0, 5, 0, 6]]
 
 

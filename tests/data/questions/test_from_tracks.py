@@ -14,8 +14,8 @@ from PIL import Image
 from support.exact_scene import exact_tracks
 
 from gasp_fast.cli import make_vqa as command
-from gasp_fast.data.annotations.plan import AnnotationPlan
 from gasp_fast.data.annotations.read import AnnotationReader
+from gasp_fast.data.annotations.settings import AnnotationSettings
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.questions.from_tracks import (
     KINDS,
@@ -49,7 +49,7 @@ def cache(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Annotation
     folder = tmp_path_factory.mktemp("tracks")
     entries = [entry for entry in survey(library, find_scenes(library)) if isinstance(entry, SceneEntry)]
     config = SequenceConfig(min_frames=4, max_frames=8, per_scene=10)
-    list(annotate(library, folder, AnnotationPlan(scenes=tuple(entries), sequences=config, shard_size=7)))
+    list(annotate(library, folder, AnnotationSettings(scenes=tuple(entries), sequences=config, shard_size=7)))
     return AnnotationReader(folder)
 
 
@@ -100,12 +100,12 @@ def test_as_many_records_as_sequences_with_the_same_frames(
         sample = data.sample(index, frames=64)
         assert sample.index == index and sample.record.id == f"{index:08d}"
         frames = cache[index].tracks.frames
-        assert len(sample.video.frames) == len(frames)
+        assert len(sample.frames) == len(frames)
         assert f"shows {len(frames)} images" in sample.record.turns[0].text
         assert len(sample.record.turns) == 8
     scene = make_scene(1, CONFIG)
     unmarked = [i for i in range(10, 20) if "REF" not in str(data.record(i))] or [19]
-    last = data.sample(unmarked[0], frames=64).video.frames[-1].astype(int)
+    last = data.sample(unmarked[0], frames=64).frames[-1].astype(int)
     assert np.abs(last - scene.render(int(cache[unmarked[0]].tracks.frames[-1])).image).mean() < 12
 
 
@@ -243,7 +243,7 @@ def test_the_command_shrinks_clips_and_names_what_it_omits(cache: AnnotationRead
     assert "10 records of 20 sequences" in text
     assert "omitted: 10 scene-000001: scene-000001/color/" in text
     data = VideoQA(out)
-    assert len(data) == 10 and data.sample(0, frames=4).video.frames.shape[1:] == (36, 48, 3)
+    assert len(data) == 10 and data.sample(0, frames=4).frames.shape[1:] == (36, 48, 3)
 
 
 def test_frames_of_a_clip_are_untouched_where_nothing_is_marked(
@@ -251,7 +251,7 @@ def test_frames_of_a_clip_are_untouched_where_nothing_is_marked(
 ) -> None:
     records = {r["id"]: r for path in vqa_folder.glob("*.json") for r in json.loads(path.read_text())}
     record = records["00000000"]
-    frames = read_video(vqa_folder / record["video"], 64).frames.astype(int)
+    frames = read_video(vqa_folder / record["video"], 64).astype(int)
     talk = str(record["conversations"])
     named = {0, int(re.findall(r"in image (\d+) is the same point", talk)[0]) - 1} if "REF" in talk else set()
     for place, frame in enumerate(cache[0].tracks.frames):

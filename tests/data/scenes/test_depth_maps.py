@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from support.scene_formats import write_depth
 
-from gasp_fast.data.scenes.depth_maps import DepthFile, read_depth
+from gasp_fast.data.scenes.depth_maps import read_depth
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".png", ".exr", ".geometric.bin"])
@@ -45,4 +45,4 @@ def test_an_eight_bit_picture_is_no_depth_map(tmp_path):
 
 def test_a_depth_file_is_read_with_its_scale(tmp_path):
     np.save(tmp_path / "d.npy", np.ones((2, 2), np.float16))
-    assert DepthFile(tmp_path / "d.npy", scale=2.0).read().tolist() == [[2, 2], [2, 2]]
+    assert read_depth(tmp_path / "d.npy", scale=2.0).tolist() == [[2, 2], [2, 2]]

@@ -20,6 +20,7 @@ av = pytest.importorskip("av")
 
 
 FRAMES, FPS = 40, 10
+SIXTEEN = (0, 2, 6, 8, 10, 12, 16, 18, 20, 22, 26, 28, 30, 32, 36, 38)  # of the 40 frames
 
 
 @pytest.fixture(scope="session", params=["mp4", "mov", "webm", "avi"])
@@ -38,20 +39,16 @@ def clip(request, tmp_path_factory) -> Path:
     return path
 
 
-def numbers(video) -> np.ndarray:
-    return (video.frames.mean(axis=(1, 2, 3)) - 20) / 5
+def numbers(frames: np.ndarray) -> np.ndarray:
+    """The number of each frame of `clip`, from its grey value."""
+    return (frames.mean(axis=(1, 2, 3)) - 20) / 5
 
 
-def test_frames_are_spread_evenly_and_have_their_times(clip):
-    for wanted in (1, 2, 5, 8, 16):
-        video = read_video(clip, wanted)
-        assert video.frames.shape == (wanted, 48, 64, 3) and video.frames.dtype == np.uint8
-        np.testing.assert_allclose(numbers(video), video.times * FPS, atol=1.0)
-        if wanted > 1:
-            assert video.times[0] == 0 and video.times[-1] >= 0.8 * FRAMES / FPS
-            steps = np.diff(video.times)
-            assert steps.min() > 0 and steps.max() < 2.1 * steps.min() + 1e-9
-    assert video.fps == pytest.approx(FPS) and video.duration == pytest.approx(FRAMES / FPS, abs=0.15)
+def test_frames_are_spread_evenly_from_the_first_on(clip):
+    for expected in ([0], [0, 32], [0, 8, 16, 24, 32], [0, 4, 12, 16, 20, 24, 32, 36], SIXTEEN):
+        frames = read_video(clip, len(expected))
+        assert frames.shape == (len(expected), 48, 64, 3) and frames.dtype == np.uint8
+        np.testing.assert_allclose(numbers(frames), expected, atol=1.0)
 
 
 def test_a_short_clip_gives_all_its_frames(clip):
@@ -59,7 +56,7 @@ def test_a_short_clip_gives_all_its_frames(clip):
 
 
 def test_frames_can_be_shrunk_while_decoding(clip):
-    assert read_video(clip, 3, longest_side=32).frames.shape == (3, 24, 32, 3)
+    assert read_video(clip, 3, longest_side=32).shape == (3, 24, 32, 3)
 
 
 def test_a_clip_that_takes_too_long_is_an_error(clip):
@@ -90,7 +87,7 @@ def test_a_decoder_that_hangs_inside_one_frame_is_abandoned(clip):
     with pytest.raises(VideoTimeoutError, match=r"not decoded after 0\.5 s"):
         read_video(clip, 4, timeout=0.5, longest_side=Hanging(32))
     assert entered.is_set() and time.monotonic() - began < 10
-    assert len(read_video(clip, 4).frames) == 4
+    assert len(read_video(clip, 4)) == 4
     released.set()
 
 
@@ -181,7 +178,7 @@ for case in range(int(sys.argv[3])):
             data[draw.randrange(len(data))] = draw.randrange(256)
     work.write_bytes(data)
     try:
-        assert read_video(work, 4, timeout=5).frames.ndim == 4
+        assert read_video(work, 4, timeout=5).ndim == 4
     except OSError as error:
         assert "\\n" not in str(error) and str(work) in str(error), error
 """

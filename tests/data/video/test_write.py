@@ -21,4 +21,4 @@ def test_an_empty_clip_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_clip_with_odd_sides_loses_its_last_row_and_column(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", [np.full((33, 51, 3), 90, np.uint8)] * 2)
-    assert read_video(tmp_path / "a.mp4", 2).frames.shape == (2, 32, 50, 3)
+    assert read_video(tmp_path / "a.mp4", 2).shape == (2, 32, 50, 3)

@@ -28,21 +28,21 @@ def detect(root: Path) -> bool:
 
 def find_model(root: Path) -> tuple[Path, Path] | None:
     """(workspace, model folder) below `root`; a workspace with stereo depth comes first."""
-    found = [
+    models = [
         (root / workspace, root / workspace / model)
         for workspace in WORKSPACES
         for model in MODELS
         if has_model(root / workspace / model)
     ]
-    with_depth = [pair for pair in found if (pair[0] / DEPTH_FOLDER).is_dir()]
-    return next(iter(with_depth + found), None)
+    with_depth = [pair for pair in models if (pair[0] / DEPTH_FOLDER).is_dir()]
+    return next(iter(with_depth + models), None)
 
 
 def read(root: Path) -> Scene:
-    found = find_model(root)
-    if found is None:
+    located = find_model(root)
+    if located is None:
         raise ValueError(f"{root}: no COLMAP model; looked for {FILES}")
-    workspace, model = found
+    workspace, model = located
     for file in sorted(model.iterdir()):
         inside(root, file)
     images = read_model(model)

@@ -8,13 +8,11 @@ has it, otherwise from `gasp-fast depth`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gasp_fast.data.errors import one_line
 from gasp_fast.data.scenes.depth_maps import DepthFile
 from gasp_fast.data.scenes.scene import (
     IMAGE_SUFFIXES,
@@ -24,6 +22,7 @@ from gasp_fast.data.scenes.scene import (
     build_scene,
     inside,
     pinhole,
+    read_json,
     world_to_camera,
 )
 
@@ -90,10 +89,7 @@ def read(root: Path) -> Scene:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {one_line(error)}") from error
+    meta = read_json(path)
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
         raise ValueError(f"{path}: has no list of frames")
     return meta

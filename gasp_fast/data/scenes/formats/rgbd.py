@@ -6,7 +6,6 @@ colour images; depth in 16 bits, in units of 1 / `depth_scale` of `meta.json` (b
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from gasp_fast.data.scenes.scene import (
     build_scene,
     image_size,
     inside,
+    read_json,
     world_to_camera,
 )
 
@@ -66,10 +66,7 @@ def _meta(root: Path) -> dict[str, Any]:
     path = root / "meta.json"
     if not path.is_file():
         return {}
-    try:
-        meta = json.loads(inside(root, path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {one_line(error)}") from error
+    meta = read_json(inside(root, path))
     if not isinstance(meta, dict):
         raise ValueError(f"{path}: holds {type(meta).__name__}, not an object")
     return meta

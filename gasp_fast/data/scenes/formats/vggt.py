@@ -6,14 +6,13 @@ OpenCV axes, `[N, 3, 4]` or `[N, 4, 4]`; intrinsics for the stored images.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.scenes.depth_maps import DepthFile
-from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, inside
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, inside, read_json
 
 NAME = "vggt"
 FILES = "image_names.json, cam_from_worlds.npy and intrinsics.npy"
@@ -47,10 +46,7 @@ def read(root: Path) -> Scene:
 
 def _names(path: Path) -> list[str]:
     """The file names in `image_names.json`."""
-    try:
-        names = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {one_line(error)}") from error
+    names = read_json(path)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and Path(name).name for name in names):
         raise ValueError(f"{path}: not a list of file names")
     if len(set(names)) != len(names):

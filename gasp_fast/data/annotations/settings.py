@@ -1,4 +1,4 @@
-"""`AnnotationPlan`: everything that determines the content of an annotation folder."""
+"""`AnnotationSettings`: everything that determines the content of an annotation folder."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from gasp_fast.data.errors import one_line
+from gasp_fast.data.errors import difference, one_line
 from gasp_fast.data.scenes.library import SceneEntry
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler
 from gasp_fast.files import write_atomically
 
-VERSION = 1  # of plans and shards
-PLAN_FILE = "plan.json"
+VERSION = 1  # of the settings file and of shards
+SETTINGS_FILE = "plan.json"  # the name in folders written before
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnotationPlan:
+class AnnotationSettings:
     """Scenes, sampler and track grid. With `n` sequences an epoch, sequence `i` is number `i % n` of epoch `i // n`."""
 
     scenes: tuple[SceneEntry, ...]
@@ -63,39 +63,39 @@ class AnnotationPlan:
         return json.dumps({"format": "gasp-fast tracks", "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> AnnotationPlan:
+    def from_json(cls, text: str) -> AnnotationSettings:
         stored = json.loads(text)
         if not isinstance(stored, dict) or stored.pop("format", None) != "gasp-fast tracks" or "version" not in stored:
-            raise ValueError("not a plan of gasp-fast tracks")
+            raise ValueError("not the settings of gasp-fast tracks")
         version = stored.pop("version")
         if version != VERSION:
             raise ValueError(f"has version {version}, this program reads version {VERSION}; make the annotations again")
-        plan: AnnotationPlan = _from_fields(cls, stored)
-        scenes = tuple(_from_fields(SceneEntry, entry) for entry in plan.scenes)
-        return replace(plan, scenes=scenes, sequences=_from_fields(SequenceConfig, plan.sequences))
+        settings: AnnotationSettings = _from_fields(cls, stored)
+        scenes = tuple(_from_fields(SceneEntry, entry) for entry in settings.scenes)
+        return replace(settings, scenes=scenes, sequences=_from_fields(SequenceConfig, settings.sequences))
 
     @cached_property
     def digest(self) -> str:
         return blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
 
-def read_plan(folder: Path) -> AnnotationPlan:
-    """The plan in `folder`. A damaged one is a one-line `ValueError` that names the file."""
-    path = folder / PLAN_FILE
+def read_settings(folder: Path) -> AnnotationSettings:
+    """The settings in `folder`. A damaged file is a one-line `ValueError` that names it."""
+    path = folder / SETTINGS_FILE
     try:
-        return AnnotationPlan.from_json(path.read_text())
+        return AnnotationSettings.from_json(path.read_text())
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot read the plan: {one_line(error)}") from error
+        raise ValueError(f"{path}: cannot read the settings: {one_line(error)}") from error
 
 
-def store_plan(folder: Path, plan: AnnotationPlan) -> None:
-    """Writes the plan into `folder`. A folder that holds another plan is an error that names the first difference."""
+def store_settings(folder: Path, settings: AnnotationSettings) -> None:
+    """Writes the settings into `folder`. If it holds other settings, an error names the first difference."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / PLAN_FILE).exists():
-        if difference := _difference(asdict(read_plan(folder)), asdict(plan)):
-            raise ValueError(f"{folder} holds annotations of another plan ({difference}); give another --out")
+    if (folder / SETTINGS_FILE).exists():
+        if change := difference(asdict(read_settings(folder)), asdict(settings)):
+            raise ValueError(f"{folder} holds annotations made with other settings ({change}); give another --out")
         return
-    write_atomically(folder / PLAN_FILE, plan.to_json().encode())
+    write_atomically(folder / SETTINGS_FILE, settings.to_json().encode())
 
 
 def _from_fields(kind: type[Any], stored: Any) -> Any:
@@ -105,14 +105,3 @@ def _from_fields(kind: type[Any], stored: Any) -> Any:
         keys = stored.keys() ^ names if isinstance(stored, dict) else names
         raise ValueError(f"missing or unknown fields of {kind.__name__}: {', '.join(sorted(keys))}")
     return kind(**stored)
-
-
-def _difference(old: Any, new: Any, name: str = "plan") -> str:
-    """The first difference between two values of a plan, in words; empty if they are equal."""
-    if isinstance(old, dict):
-        return next((d for key in old if (d := _difference(old[key], new[key], key))), "")
-    if isinstance(old, tuple):
-        if len(old) != len(new):
-            return f"{name}: {len(old)} there, {len(new)} now"
-        return next((d for a, b in zip(old, new, strict=True) if (d := _difference(a, b, name))), "")
-    return "" if old == new else f"{name}: {old} there, {new} now"

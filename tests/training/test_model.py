@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from gasp_fast.collator import Collator, Sample
-from gasp_fast.training.modality import SteadyCollator, language_loss
-from gasp_fast.training.model import build_model
-from gasp_fast.training.stream import SampleStream
+from gasp_fast.training.model import build_model, language_loss
+from gasp_fast.training.stream import SampleStream, SteadyCollator
 
 CPU = torch.device("cpu")
 WORDS = [{"role": "user", "content": "How many boxes?"}, {"role": "assistant", "content": "Three."}]

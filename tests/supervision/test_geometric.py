@@ -13,9 +13,9 @@ import torch
 from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
-from gasp_fast.supervision import streamed
+from gasp_fast.supervision import geometric
+from gasp_fast.supervision.geometric import GeometricSupervision
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads
-from gasp_fast.supervision.streamed import GeometricSupervision
 
 
 class CapturedStates:
@@ -92,7 +92,7 @@ def test_at_most_one_layers_activations_are_alive(monkeypatch):
         counts.append(len(alive))
         return gasp_loss(embeddings, *args, **kwargs)
 
-    monkeypatch.setattr(streamed, "gasp_loss", watched)
+    monkeypatch.setattr(geometric, "gasp_loss", watched)
     supervision, states, positions, matches = synthetic_problem(6)
     out = supervision(states, positions, matches)
     gc.collect()

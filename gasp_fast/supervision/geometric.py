@@ -55,7 +55,7 @@ class GeometricSupervision(nn.Module):
         """`loss`, the mean over layers; and `corr`, `depth`, `pck` [L] without gradient.
 
         `positions` [N] are the visual tokens over which `matches` are defined, as flat indices into `B * S`. PCK is the
-        share of matches that are found within two patches; NaN if the matches have no `token_xy`.
+        share of matches whose arg-max is within two patches; NaN if the matches have no `token_xy`.
         """
         # A tensor on the device in both cases: a number would be copied there again for every layer.
         if self.log_temperature is None:
