@@ -20,9 +20,9 @@ def ratios(name: str) -> dict[str, float]:
     ours, eager = result.rows
     assert not ours.note and not eager.note, (ours.note, eager.note)
     return {
-        "three": ours.median("both") / statistics.median(result.three_products),
-        "one": ours.median("forward") / statistics.median(result.one_product),
-        "eager": eager.median("both") / ours.median("both"),
+        "three": statistics.median(ours.both) / statistics.median(result.three_products),
+        "one": statistics.median(ours.forward) / statistics.median(result.one_product),
+        "eager": statistics.median(eager.both) / statistics.median(ours.both),
     }
 
 
