@@ -9,15 +9,12 @@ The extensions take raw pointers and NumPy arrays and include no torch header. T
 works with every torch version.
 """
 
-import shutil
-import subprocess
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 
 
 def extensions() -> list[Pybind11Extension]:
@@ -35,32 +32,8 @@ def extensions() -> list[Pybind11Extension]:
     ]
 
 
-class BuildExtensions(build_ext):
-    """Also compiles each `csrc/*.cu` into a library with a C interface, given nvcc and a CUDA build of torch."""
-
-    def run(self) -> None:
-        super().run()
-        if not can_use_cuda():
-            return
-        for source in sorted((HERE / "csrc").glob("*.cu")):
-            package = HERE if self.inplace else Path(self.build_lib)
-            library = package / "gasp_fast" / f"libgasp_{source.stem}.so"
-            library.parent.mkdir(parents=True, exist_ok=True)
-            command = ["nvcc", "-O3", "-std=c++17", HOPPER, "-shared", "-Xcompiler=-fPIC", "-o", library, source]
-            subprocess.run(list(map(str, command)), check=True)
-
-
-def can_use_cuda() -> bool:
-    """Whether nvcc and a CUDA build of torch are present. An isolated build does not see torch."""
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.version.cuda is not None and shutil.which("nvcc") is not None
-
-
 setup(
     packages=[*find_packages(include=["gasp_fast", "gasp_fast.*"]), "gasp_fast.kernels"],
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtensions},
+    cmdclass={"build_ext": build_ext},
 )

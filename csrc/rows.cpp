@@ -1,387 +1,292 @@
 // The row operations of kernels/rows_torch.py for CPUs: same names, same results.
 //
 // A similarity chunk [R, n] is processed row by row, frame by frame. One frame of one row is a few hundred floats and
-// stays in the L1 cache while it is scaled, searched for its maximum, exponentiated and summed. Threads take fixed
-// blocks of rows and share nothing that is written: the result does not depend on timing. rows_loops.h has the
-// vectorised loops.
+// stays in the L1 cache. Threads take fixed blocks of rows and share nothing that is written: the result does not
+// depend on timing. rows_loops.h has the vectorised loops, rows_norms.h what is done with embeddings.
 //
-// Exponentials are always of `s - (something >= s)`. Each frame has two softmaxes, one over all tokens and one over
-// those of known value; they differ by a factor `exp(lse - known_lse)`, so one exponential serves both unless that
-// factor leaves the range of float (`kFar`): then the known tokens are all negligible in the first softmax and get
-// exponentials of their own.
-
-#include <pybind11/stl.h>
+// Exactness of the statistics. Similarities are cosines over the temperature, so |s| <= 1 / tau. Up to `kBounded`,
+// exp(s), its sum over billions of tokens and its product with any reasonable value stay far inside the range of float:
+// one pass takes exp(s) as it is. Colder softmaxes take the maximum first and exponentiate what lies below it. In both
+// cases `lse` is the maximum plus the log of a sum of at least 1, and the similarity of a match is rounded as the
+// maximum is: the term of a match without competitors is exactly 0. Each frame has two softmaxes, one over all tokens
+// and one over those of known value. One exponential serves both unless the known tokens lie so far below (`kFar`) that
+// their exponentials are zero beside the maximum; then they get exponentials of their own.
+//
+// The row's own token, and its targets where these are ignored, are left out by similarities of minus infinity in place
+// of theirs. The targets' exponentials are then added to the sums over all tokens. Nothing is ever subtracted from a
+// sum, so a negative far below a target keeps all its digits.
+//
+// Exactness of the gradient. exp(s - lse) is 2^(y - h) times 2^(h - lse log2(e)), where h is the integer nearest to
+// lse log2(e): the second factor is near 1, one for the whole frame, and no digit of `lse` is lost. The two softmaxes
+// share exponentials as above.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "arrays.h"
+#include "rows_chunk.h"
 #include "rows_loops.h"
+#include "rows_norms.h"
+#include "rows_terms.h"
 
 namespace {
 
-constexpr float kFar = 40.0f;  // exp(40) and its inverse are well inside the range of float
-constexpr float kNormFloor = 1e-12f;
-
-// ---- RowChunk, MatchRuns, FrameStatistics and TermWeights of kernels/chunk.py, as pointers
-
-struct Chunk {
-    const float* similarity;
-    int64_t rows, tokens;
-    const float* row_scale;
-    const float* token_scale;
-    float inverse_temperature;
-    const int64_t* own_token;
-    bool exclude_own;
-    const int64_t* frame_offsets;
-    int64_t frames;
-    const float* values = nullptr;
-    int64_t width = 0;
-    std::vector<float> known;  // 1 or 0, as numbers: they multiply
-
-    Chunk(const Array<float>& similarity_, const Array<float>& row_scale_, const Array<float>& token_scale_,
-          float temperature, const Array<int64_t>& own_token_, bool exclude_own_, const Array<int64_t>& frame_offsets_,
-          const std::optional<Array<float>>& values_, const std::optional<Array<bool>>& known_)
-        : similarity(similarity_.data()),
-          rows(similarity_.shape(0)),
-          tokens(similarity_.shape(1)),
-          row_scale(row_scale_.data()),
-          token_scale(token_scale_.data()),
-          inverse_temperature(1.0f / temperature),
-          own_token(own_token_.data()),
-          exclude_own(exclude_own_),
-          frame_offsets(frame_offsets_.data()),
-          frames(frame_offsets_.shape(0) - 1) {
-        if (values_) {
-            values = values_->data();
-            width = values_->shape(1);
-            known.assign(tokens, 1.0f);
-            if (known_)
-                for (int64_t k = 0; k < tokens; ++k) known[k] = known_->data()[k] ? 1.0f : 0.0f;
-        }
-    }
-
-    const float* row(int64_t r) const { return similarity + r * tokens; }
-    float factor(int64_t r) const { return row_scale[r] * inverse_temperature; }
-    // The place of the row's own token within [start, end), or -1.
-    int64_t own_in(int64_t r, int64_t start, int64_t end) const {
-        const int64_t own = own_token[r];
-        return exclude_own && own >= start && own < end ? own - start : -1;
-    }
-};
-
-struct MatchRuns {
-    const int64_t* start = nullptr;
-    int64_t longest = 0;
-    const int64_t* order = nullptr;
-    const int64_t* target = nullptr;
-    const float* depth = nullptr;
-    const bool* has_depth = nullptr;
-    int64_t first_token = 0;
-
-    bool any(int64_t r, int64_t f) const { return begin(r, f) < end(r, f); }
-    int64_t begin(int64_t r, int64_t f) const { return start[r * longest + f]; }
-    int64_t end(int64_t r, int64_t f) const { return start[r * longest + f + 1]; }
-};
-
-struct Statistics {
-    float* lse;
-    float* known_lse;
-    float* expected;
-    int64_t* best;
-    float* peak;
-};
-
-// Numbers [1, M], perhaps expanded: any stride.
-struct Strided {
-    const char* data = nullptr;
-    int64_t stride = 0;
-    explicit Strided(const std::optional<py::array_t<float>>& a) {
-        if (!a) return;
-        data = reinterpret_cast<const char*>(a->data());
-        stride = a->strides(0);
-    }
-    float operator[](int64_t m) const { return *reinterpret_cast<const float*>(data + m * stride); }
-};
+constexpr float kFar = 40.0f;  // exp(40) = 2e17 and its inverse are well inside the range of float
 
 // ---- frame_statistics
 
-void statistics_of_frame(const Chunk& c, int64_t r, int64_t f, bool with_values, float* s, Statistics out) {
-    const int64_t start = c.frame_offsets[f], end = c.frame_offsets[f + 1], n = end - start;
-    const int64_t cell = r * c.frames + f;
-    out.lse[cell] = out.known_lse[cell] = out.peak[cell] = kNone;
-    out.best[cell] = -1;
-    for (int64_t v = 0; v < c.width; ++v) out.expected[cell * c.width + v] = 0.0f;
-    const int64_t own = c.own_in(r, start, end);
-    if (n == 0 || (n == 1 && own >= 0)) return;
+// Statistics of the tokens of one frame that are not left out.
+struct Found {
+    float lse = kNone, known_lse = kNone;
+    float peak = kNone;  // in units of log 2
+    int64_t best = -1;   // column in the frame
+    float* expected;     // [width]
 
-    scale_row(c.row(r) + start, c.token_scale + start, c.factor(r), n, s);
-    if (own >= 0) s[own] = kNone;
-    const float m = largest(s, n);
-    const int64_t at = first_equal(s, m, n);
-    out.peak[cell] = m;
-    out.best[cell] = at < n ? start + at : -1;
+    void add(float s, float y, int64_t column, bool known, const float* values, int64_t width) {
+        if (y > peak || (y == peak && column < best)) peak = y, best = column;
+        lse = log_add(lse, s);
+        if (!known) return;
+        const float before = known_lse;
+        known_lse = log_add(before, s);
+        if (known_lse == kNone) return;
+        const float share = std::exp(before - known_lse), own_share = std::exp(s - known_lse);
+        for (int64_t v = 0; v < width; ++v) expected[v] = share * expected[v] + own_share * values[v];
+    }
+    static float log_add(float a, float b) {
+        const float low = a < b ? a : b, high = a < b ? b : a;
+        return high == kNone ? low : high + std::log1p(std::exp(low - high));  // either may be NaN
+    }
+};
+
+// The place of the maximum if there is one: all tokens may be left out, or NaN.
+float or_zero(float peak) { return peak == kNone ? 0.0f : peak; }
+
+// The natural logarithms of `2^y` and of `sum 2^y`; the same where the sum is 1.
+float natural(float y) { return float(y * kLn2); }
+float log_of(float y, float sum) { return float(y * kLn2 + std::log(sum)); }
+
+// One pass: exp(s) itself. `values` are at most one number per token.
+void bounded_statistics(const Chunk& c, int64_t r, int64_t start, int64_t n, bool with_values, Found& found) {
+    const float *x = c.row(r) + start, *scale = c.token_scale + start;
+    const Sums sums = with_values ? valued_sums_of(x, scale, c.log2_factor(r), &c.known[start], &c.values[start], n)
+                                  : sums_of(x, scale, c.log2_factor(r), n);
+    const float reference = or_zero(sums.peak), unit = exp2_of(-reference);
+    found.peak = sums.peak;
+    found.lse = log_of(reference, sums.all * unit);
+    if (!with_values || sums.known == 0.0f) return;
+    found.known_lse = log_of(reference, sums.known * unit);
+    found.expected[0] = sums.moment / sums.known;
+}
+
+// The maximum first; `y` and `among` are scratch.
+void exact_statistics(const Chunk& c, int64_t r, int64_t start, int64_t n, bool with_values, float* y, float* among,
+                      Found& found) {
+    scale_row(c.row(r) + start, c.token_scale + start, c.log2_factor(r), n, y);
     const float* known = c.known.data() + start;
-    const float known_m = with_values ? largest_known(s, known, n) : kNone;
-    if (known_m > kNone && m - known_m >= kFar) {  // exponentials of their own, before `s` is overwritten
-        std::vector<float> among(s, s + n);
-        for (int64_t k = 0; k < n; ++k) among[k] = known[k] != 0.0f ? among[k] : kNone;
-        const float sum = exponentiate(among.data(), known_m, n);
-        out.known_lse[cell] = known_m + std::log(sum);
-        for (int64_t v = 0; v < c.width; ++v)
-            out.expected[cell * c.width + v] =
-                dot3(among.data(), known, c.values + start * c.width + v, n, c.width) / sum;
-    }
-    out.lse[cell] = m + std::log(exponentiate(s, m, n));
-    if (known_m > kNone && !(m - known_m >= kFar)) {
-        const float sum = dot(s, known, n);
-        out.known_lse[cell] = m + std::log(sum);
-        for (int64_t v = 0; v < c.width; ++v)
-            out.expected[cell * c.width + v] = dot3(s, known, c.values + start * c.width + v, n, c.width) / sum;
-    }
+    const float peak = largest(y, n), known_peak = with_values ? largest_known(y, known, n) : peak;
+    const bool far = (peak - known_peak) * kLn2 >= kFar;
+    const float reference = or_zero(peak), known_reference = far ? or_zero(known_peak) : reference;
+    float known_sum = 0.0f;
+    if (far) known_sum = exponentiate_known(y, known, known_reference, n, among);  // before `y` is overwritten
+    found.peak = peak;
+    found.lse = log_of(reference, exponentiate(y, reference, n));
+    if (!with_values) return;
+    if (!far) known_sum = dot(y, known, n, 1);
+    if (known_sum == 0.0f) return;
+    found.known_lse = log_of(known_reference, known_sum);
+    for (int64_t v = 0; v < c.width; ++v)
+        found.expected[v] = dot(far ? among : y, &c.values[start * c.width + v], n, c.width) / known_sum;
 }
 
-void blank(const Chunk& c, int64_t cell, Statistics out) {
-    out.lse[cell] = out.known_lse[cell] = out.peak[cell] = kNone;
-    out.best[cell] = -1;
-    for (int64_t v = 0; v < c.width; ++v) out.expected[cell * c.width + v] = 0.0f;
-}
+struct Scratch {
+    std::vector<float> first, second;  // numbers of a frame
+    std::vector<float> left_out;       // similarities of the ignored targets of a frame
+    explicit Scratch(int64_t widest) : first(widest), second(widest) {}
+};
 
-int64_t longest_frame(const Chunk& c) {
-    int64_t longest = 0;
-    for (int64_t f = 0; f < c.frames; ++f) longest = std::max(longest, c.frame_offsets[f + 1] - c.frame_offsets[f]);
-    return longest;
-}
-
-void frame_statistics(const Chunk& c, const std::optional<Array<int64_t>>& run_start, int64_t longest, bool every_frame,
-                      Array<float> lse, Array<float> known_lse, Array<float> expected, Array<int64_t> best,
-                      Array<float> peak, int threads) {
-    MatchRuns runs;
-    if (run_start) {
-        runs.start = run_start->data();
-        runs.longest = longest;
+// One frame of one row; `matches` are given if any of the row's is in this frame.
+void statistics_of_frame(const Chunk& c, int64_t r, int64_t f, const Matches* matches, bool with_values,
+                         Scratch& scratch, Found& found, float& negative_lse) {
+    const int64_t start = c.frame_offsets[f], n = c.frame_offsets[f + 1] - start, first_token = c.first_token + start;
+    if (n == 0) return;
+    float* x = c.row(r) + start;
+    const float *scale = c.token_scale + start, factor = c.log2_factor(r);
+    const int64_t own = c.own_in(r, start, start + n);
+    if (own >= 0) x[own] = kNone;
+    scratch.left_out.clear();
+    if (matches)
+        matches->for_each_target(r, f, first_token, n, [&](int64_t column, int64_t first, int64_t last) {
+            const float y = x[column] * (scale[column] * factor);
+            std::fill(matches->positive + first, matches->positive + last, natural(y));
+            if (!matches->ignored) return;
+            scratch.left_out.push_back(x[column]);
+            x[column] = kNone;
+        });
+    if (c.bounded() && (!with_values || c.width == 1))
+        bounded_statistics(c, r, start, n, with_values, found);
+    else
+        exact_statistics(c, r, start, n, with_values, scratch.first.data(), scratch.second.data(), found);
+    if (found.peak > kNone) {
+        const int64_t at = position_of(x, scale, factor, found.peak, n);
+        found.best = at < n ? at : -1;
     }
-    const Statistics out{lse.mutable_data(), known_lse.mutable_data(), expected.mutable_data(), best.mutable_data(),
-                         peak.mutable_data()};
+    negative_lse = found.lse;
+    if (scratch.left_out.empty()) return;
+    const float* next = scratch.left_out.data();
+    matches->for_each_target(r, f, first_token, n, [&](int64_t column, int64_t first, int64_t) {
+        x[column] = *next++;
+        const bool known = with_values && c.known[start + column] != 0.0f;
+        found.add(matches->positive[first], x[column] * (scale[column] * factor), column, known,
+                  c.values.data() + (start + column) * c.width, c.width);
+    });
+}
+
+void frame_statistics(const Chunk& c, const Matches* matches, const Statistics& out, int threads) {
     py::gil_scoped_release release;
-    const int64_t widest = longest_frame(c);
+    const int64_t widest = c.longest_frame();
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> scratch(widest);
+        Scratch scratch(widest);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < c.rows; ++r)
             for (int64_t f = 0; f < c.frames; ++f) {
-                const bool matched = !runs.start || runs.any(r, f);
-                if (matched || every_frame)
-                    statistics_of_frame(c, r, f, matched && c.values, scratch.data(), out);
-                else
-                    blank(c, r * c.frames + f, out);
+                const int64_t cell = r * c.frames + f;
+                const bool matched = !matches || matches->any(r, f);
+                Found found;
+                float negative_lse = kNone;
+                found.expected = out.expected + cell * c.width;
+                std::fill(found.expected, found.expected + c.width, 0.0f);
+                if (matched || matches->every_frame)
+                    statistics_of_frame(c, r, f, matched ? matches : nullptr, matched && c.width > 0, scratch, found,
+                                        negative_lse);
+                out.lse[cell] = found.lse;
+                out.known_lse[cell] = found.known_lse;
+                out.peak[cell] = natural(found.peak);
+                out.best[cell] = found.best < 0 ? -1 : c.first_token + c.frame_offsets[f] + found.best;
+                out.negative_lse[cell] = negative_lse;
             }
     }
-}
-
-// ---- loss_terms
-
-struct Terms {
-    float* corr;
-    float* depth;
-    int64_t* best;
-    float* confidence;
-};
-
-// log sum exp of a row's frames; -inf if all are empty.
-float log_sum_exp_of(const float* lse, int64_t frames) {
-    const float m = largest(lse, frames);
-    if (!(m > kNone)) return m;
-    return m + std::log(sum_exp(lse, m, frames));
-}
-
-void terms_of_row(const Chunk& c, int64_t r, const MatchRuns& runs, Statistics st, Terms terms,
-                  const Strided& corr_weight, const Strided& depth_weight, bool sequence_negatives, float eps,
-                  float* upstream_lse, float* upstream_expected) {
-    const float* lse = st.lse + r * c.frames;
-    const bool weighted = corr_weight.data != nullptr;
-    const float sequence_lse = sequence_negatives ? log_sum_exp_of(lse, c.frames) : 0.0f;
-    float row_weight = 0.0f;  // of all correspondence terms of this row
-    for (int64_t f = 0; f < c.frames; ++f) {
-        const int64_t cell = r * c.frames + f;
-        float frame_weight = 0.0f, depth_slope = 0.0f;
-        for (int64_t at = runs.begin(r, f); at < runs.end(r, f); ++at) {
-            const int64_t match = runs.order[at], column = runs.target[at] - runs.first_token;
-            const float positive = c.row(r)[column] * (c.token_scale[column] * c.factor(r));
-            terms.corr[match] = (sequence_negatives ? sequence_lse : lse[f]) - positive;
-            terms.best[match] = st.best[cell] + runs.first_token;
-            terms.confidence[match] = exp_of_nonpositive(st.peak[cell] - lse[f]);
-            const float depth = runs.depth[at], expected = c.width ? st.expected[cell * c.width] : 0.0f;
-            const float total = depth + expected + eps, distance = depth - expected;
-            terms.depth[match] = runs.has_depth[at] ? std::fabs(distance) / total : 0.0f;
-            if (!weighted) continue;
-            frame_weight += corr_weight[match];
-            if (runs.has_depth[at]) {
-                const float sign = distance > 0.0f ? 1.0f : distance < 0.0f ? -1.0f : distance;  // NaN stays NaN
-                depth_slope += depth_weight[match] * (-sign / total - std::fabs(distance) / (total * total));
-            }
-        }
-        if (!weighted) continue;
-        upstream_lse[cell] = frame_weight;
-        if (c.width) upstream_expected[cell * c.width] = depth_slope;
-        row_weight += frame_weight;
-    }
-    if (weighted && sequence_negatives) weighted_exp(lse, sequence_lse, row_weight, c.frames, upstream_lse + r * c.frames);
-}
-
-void loss_terms(const Chunk& c, Array<float> lse, Array<float> known_lse, Array<float> expected, Array<int64_t> best,
-                Array<float> peak, const Array<int64_t>& run_start, int64_t longest, const Array<int64_t>& order,
-                const Array<int64_t>& target, const Array<float>& depth, const Array<bool>& has_depth, int64_t first_token,
-                Array<float> corr_out, Array<float> depth_out, Array<int64_t> best_out, Array<float> confidence_out,
-                const std::optional<py::array_t<float>>& corr_weights,
-                const std::optional<py::array_t<float>>& depth_weights, bool sequence_negatives, float eps,
-                std::optional<Array<float>> upstream_lse, std::optional<Array<float>> upstream_expected, int threads) {
-    const MatchRuns runs{run_start.data(), longest,       order.data(), target.data(),
-                         depth.data(),     has_depth.data(), first_token};
-    const Statistics statistics{lse.mutable_data(), known_lse.mutable_data(), expected.mutable_data(),
-                                best.mutable_data(), peak.mutable_data()};
-    const Terms terms{corr_out.mutable_data(), depth_out.mutable_data(), best_out.mutable_data(),
-                      confidence_out.mutable_data()};
-    const Strided corr_weight(corr_weights), depth_weight(depth_weights);
-    float* to_lse = upstream_lse ? upstream_lse->mutable_data() : nullptr;
-    float* to_expected = upstream_expected ? upstream_expected->mutable_data() : nullptr;
-    py::gil_scoped_release release;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < c.rows; ++r)
-        terms_of_row(c, r, runs, statistics, terms, corr_weight, depth_weight, sequence_negatives, eps, to_lse,
-                     to_expected);
 }
 
 // ---- similarity_gradient
 
-// dL/dx over one frame of one row, as floats in `g`. `deviation` is scratch: sum_v b_v (v_kv - E_v) of each token.
-void gradient_of_frame(const Chunk& c, int64_t r, int64_t f, const Statistics& st, const float* upstream_lse,
-                       const float* upstream_expected, float* deviation, float* g) {
-    const int64_t start = c.frame_offsets[f], end = c.frame_offsets[f + 1], n = end - start;
-    const int64_t cell = r * c.frames + f;
-    const float a = upstream_lse[cell], *b = upstream_expected + cell * c.width;
-    float offset = 0.0f;
+// exp(-lse) = 2^-whole factor
+struct InversePower {
+    float whole, factor;
+    explicit InversePower(float lse)
+        : whole(std::nearbyint(lse * kLog2E)), factor(std::exp(float(whole * kLn2 - lse))) {}
+};
+
+// The gradients of one cell's statistics, and the softmaxes that they apply to.
+struct CellGradient {
+    float a, lse;        // a = 0 where lse is that of an empty sum
+    const float* b;      // [width]
+    float known_lse;
+    const float* expected;
+    int64_t width;
     bool valued = false;  // some expected value has a gradient
-    for (int64_t v = 0; v < c.width; ++v) {
-        valued = valued || b[v] != 0.0f;
-        offset += b[v] * st.expected[cell * c.width + v];
+
+    CellGradient(const Statistics& st, const float* upstream_lse, const float* upstream_expected, int64_t cell,
+                 int64_t width_)
+        : a(st.negative_lse[cell] == kNone ? 0.0f : upstream_lse[cell]),
+          lse(st.negative_lse[cell]),
+          b(upstream_expected + cell * width_),
+          known_lse(st.known_lse[cell]),
+          expected(st.expected + cell * width_),
+          width(width_) {
+        for (int64_t v = 0; v < width; ++v) valued = valued || (b[v] != 0.0f && known_lse != kNone);
     }
-    const float lse = st.lse[cell], known_lse = st.known_lse[cell], factor = c.factor(r);
-    const float* x = c.row(r) + start;
-    const float* scale = c.token_scale + start;
-    valued = valued && known_lse != kNone;
-    if ((a == 0.0f && !valued) || lse == kNone) {
-        std::fill(g, g + n, 0.0f);
+
+    bool is_zero() const { return a == 0.0f && !valued; }
+    // dL/ds of a token of similarity `s`; `negative`: it belongs to the sum of `lse`.
+    float of_token(float s, bool negative, bool known, const float* values) const {
+        float slope = negative && a != 0.0f ? a * std::exp(s - lse) : 0.0f;
+        if (!valued || !known) return slope;
+        float deviation = 0.0f;
+        for (int64_t v = 0; v < width; ++v) deviation += b[v] * (values[v] - expected[v]);
+        return slope + deviation * std::exp(s - known_lse);
+    }
+};
+
+// dL/dx of one frame of one row, except where the own token and ignored targets are.
+template <typename E>
+void gradient_of_negatives(const Chunk& c, const CellGradient& cell, int64_t r, int64_t start, int64_t n,
+                           float* deviation, E* g) {
+    const float *x = c.row(r) + start, *scale = c.token_scale + start, factor = c.log2_factor(r);
+    if (cell.is_zero()) {
+        std::memset(g, 0, n * sizeof(E));
         return;
     }
-    if (!valued) {
-        softmax_gradient(x, scale, factor, lse, a, n, g);
-    } else {
-        const float* known = c.known.data() + start;
-        deviation_of_values(c.values + start * c.width, b, offset, n, c.width, deviation);
-        if (lse - known_lse < kFar) {
-            valued_gradient(x, scale, factor, lse, a, std::exp(lse - known_lse), known, deviation, n, g);
-        } else {
-            softmax_gradient(x, scale, factor, lse, a, n, g);
-            add_known_gradient(x, scale, factor, known_lse, known, deviation, n, g);
-        }
+    const InversePower power(cell.lse == kNone ? 0.0f : cell.lse);
+    const float unit = float(kLn2);  // loops take `f` in units of log 2
+    Slopes at{cell.a * power.factor * unit, power.whole, 0.0f, 0.0f, 0.0f};
+    if (!cell.valued) return softmax_gradient(x, scale, factor, at, n, g);
+    const float *known = &c.known[start], *value = &c.values[start * c.width];
+    at.b = cell.b[0];
+    at.expected = cell.expected[0];
+    if (c.width > 1) {
+        deviation_of_values(value, cell.b, cell.expected, n, c.width, deviation);
+        value = deviation;
+        at.b = 1.0f;
+        at.expected = 0.0f;
     }
-    const int64_t own = c.own_in(r, start, end);
-    if (own >= 0) g[own] = 0.0f;
+    if (std::fabs(cell.lse - cell.known_lse) < kFar) {
+        at.b *= std::exp(cell.lse - cell.known_lse) * power.factor * unit;
+        return valued_gradient(x, scale, factor, at, known, value, n, g);
+    }
+    const InversePower known_power(cell.known_lse);
+    at.b *= known_power.factor * unit;
+    at.known_lse = known_power.whole;
+    if (cell.a == 0.0f) at.lse = -kNone;
+    distant_gradient(x, scale, factor, at, known, value, n, g);
+}
+
+template <typename E>
+void gradient_of_frame(const Chunk& c, const CellGradient& cell, int64_t r, int64_t f, const Matches* matches,
+                       float* deviation, E* g) {
+    const int64_t start = c.frame_offsets[f], n = c.frame_offsets[f + 1] - start;
+    if (n == 0) return;
+    gradient_of_negatives(c, cell, r, start, n, deviation, g);
+    const int64_t own = c.own_in(r, start, start + n);
+    if (own >= 0) put(0.0f, g + own);
+    if (!matches || !(matches->ignored || matches->pull)) return;
+    matches->for_each_target(r, f, c.first_token + start, n, [&](int64_t column, int64_t first, int64_t last) {
+        const int64_t token = start + column;
+        const bool known = cell.valued && c.known[token] != 0.0f;
+        float slope = cell.of_token(matches->positive[first], !matches->ignored, known, &c.values[token * c.width]);
+        for (int64_t at = first; at < last && matches->pull; ++at) slope += matches->pull[at];
+        put(slope * (c.token_scale[token] * c.factor(r)), g + column);
+    });
 }
 
 template <typename E>
 void gradient_rows(const Chunk& c, const Statistics& st, const float* upstream_lse, const float* upstream_expected,
-                   const MatchRuns& runs, const Strided& corr_weight, E* out, int threads) {
-    const int64_t widest = longest_frame(c);
+                   const Matches* matches, E* out, int threads) {
+    const int64_t widest = c.longest_frame();
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> deviation(widest), g(widest);
+        std::vector<float> deviation(c.width > 1 ? widest : 0);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < c.rows; ++r)
             for (int64_t f = 0; f < c.frames; ++f) {
-                const int64_t start = c.frame_offsets[f], n = c.frame_offsets[f + 1] - start;
-                gradient_of_frame(c, r, f, st, upstream_lse, upstream_expected, deviation.data(), g.data());
-                if (runs.start && corr_weight.data)
-                    for (int64_t at = runs.begin(r, f); at < runs.end(r, f); ++at) {
-                        const int64_t column = runs.target[at] - runs.first_token;
-                        g[column - start] -= corr_weight[runs.order[at]] * c.token_scale[column] * c.factor(r);
-                    }
-                store_row(g.data(), n, out + r * c.tokens + start);
+                const CellGradient cell(st, upstream_lse, upstream_expected, r * c.frames + f, c.width);
+                gradient_of_frame(c, cell, r, f, matches, deviation.data(), out + r * c.tokens + c.frame_offsets[f]);
             }
     }
 }
 
-void similarity_gradient(const Chunk& c, Array<float> lse, Array<float> known_lse, Array<float> expected,
-                         const Array<float>& upstream_lse, const Array<float>& upstream_expected,
-                         const std::optional<Array<int64_t>>& run_start, int64_t longest,
-                         const std::optional<Array<int64_t>>& order, const std::optional<Array<int64_t>>& target,
-                         int64_t first_token, const std::optional<py::array_t<float>>& corr_weights, py::array out,
-                         int threads) {
-    MatchRuns runs;
-    if (run_start) {
-        runs = MatchRuns{run_start->data(), longest, order->data(), target->data(), nullptr, nullptr, first_token};
-    }
-    const Statistics statistics{lse.mutable_data(), known_lse.mutable_data(), expected.mutable_data(), nullptr,
-                                nullptr};
-    const Strided corr_weight(corr_weights);
+void similarity_gradient(const Chunk& c, const Statistics& statistics, const Array<float>& upstream_lse,
+                         const Array<float>& upstream_expected, const Matches* matches, py::array out, int threads) {
     const float *a = upstream_lse.data(), *b = upstream_expected.data();
     void* to = out.mutable_data();
     const bool wide = out.itemsize() == 4;
     py::gil_scoped_release release;
     if (wide)
-        gradient_rows(c, statistics, a, b, runs, corr_weight, static_cast<float*>(to), threads);
+        gradient_rows(c, statistics, a, b, matches, static_cast<float*>(to), threads);
     else
-        gradient_rows(c, statistics, a, b, runs, corr_weight, static_cast<Bfloat16*>(to), threads);
-}
-
-// ---- inverse_norms, project_gradient: embeddings [n, D] with contiguous rows, float32 or the bits of bfloat16
-
-void inverse_norms(const py::array& embeddings, Array<float> out, int threads) {
-    const int64_t n = embeddings.shape(0), width = embeddings.shape(1);
-    const bool wide = embeddings.itemsize() == 4;
-    float* to = out.mutable_data();
-    const char* base = static_cast<const char*>(embeddings.data());
-    const int64_t stride = embeddings.strides(0);
-    py::gil_scoped_release release;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < n; ++r) {
-        const char* row = base + r * stride;
-        const float square = wide ? squared_norm(reinterpret_cast<const float*>(row), width)
-                                  : squared_norm(reinterpret_cast<const Bfloat16*>(row), width);
-        const float norm = std::sqrt(square);
-        to[r] = 1.0f / (norm < kNormFloor ? kNormFloor : norm);
-    }
-}
-
-void project_gradient(const py::array& gradient, const py::array& embeddings, const Array<float>& inverse_norm,
-                      py::array out, int threads) {
-    const int64_t n = embeddings.shape(0), width = embeddings.shape(1);
-    const bool wide = embeddings.itemsize() == 4;
-    const float* scale = inverse_norm.data();
-    const char *u_base = static_cast<const char*>(gradient.data()),
-               *e_base = static_cast<const char*>(embeddings.data());
-    char* out_base = static_cast<char*>(out.mutable_data());
-    const int64_t u_stride = gradient.strides(0), e_stride = embeddings.strides(0), out_stride = out.strides(0);
-    py::gil_scoped_release release;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < n; ++r) {
-        const float* u = reinterpret_cast<const float*>(u_base + r * u_stride);
-        const float square = scale[r] >= 1.0f / kNormFloor ? 0.0f : scale[r] * scale[r];
-        if (wide) {
-            const float* e = reinterpret_cast<const float*>(e_base + r * e_stride);
-            subtract_multiple(e, u, square * dot_with(e, u, width), width,
-                              reinterpret_cast<float*>(out_base + r * out_stride));
-        } else {
-            const Bfloat16* e = reinterpret_cast<const Bfloat16*>(e_base + r * e_stride);
-            subtract_multiple(e, u, square * dot_with(e, u, width), width,
-                              reinterpret_cast<Bfloat16*>(out_base + r * out_stride));
-        }
-    }
+        gradient_rows(c, statistics, a, b, matches, static_cast<Bfloat16*>(to), threads);
 }
 
 }  // namespace
@@ -391,27 +296,28 @@ PYBIND11_MODULE(_rows, module) {
         "Row operations over a chunk of similarities; gasp_fast.kernels.rows_torch defines what they compute.";
     const auto array = [](const char* name) { return py::arg(name).noconvert(); };  // a copy of an output would be lost
     py::class_<Chunk>(module, "Chunk")
-        .def(py::init<const Array<float>&, const Array<float>&, const Array<float>&, float, const Array<int64_t>&, bool,
-                      const Array<int64_t>&, const std::optional<Array<float>>&, const std::optional<Array<bool>>&>(),
-             array("similarity"), array("row_scale"), array("token_scale"), py::arg("temperature"), array("own_token"),
-             py::arg("exclude_own"), array("frame_offsets"), array("values"), array("known"),
-             // The arrays are borrowed: they must outlive the chunk.
-             py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 6>(),
-             py::keep_alive<1, 8>(), py::keep_alive<1, 9>());
-    module.def("frame_statistics", &frame_statistics, py::arg("chunk"), array("run_start"), py::arg("longest"),
-               py::arg("every_frame"), array("lse"), array("known_lse"), array("expected"), array("best"),
-               array("peak"), py::arg("threads"));
-    module.def("loss_terms", &loss_terms, py::arg("chunk"), array("lse"), array("known_lse"), array("expected"),
-               array("best"), array("peak"), array("run_start"), py::arg("longest"), array("order"), array("target"),
-               array("depth"), array("has_depth"), py::arg("first_token"), array("corr"), array("depth_term"),
-               array("best_token"), array("confidence"), array("corr_weights"), array("depth_weights"),
-               py::arg("sequence_negatives"), py::arg("eps"), array("upstream_lse"), array("upstream_expected"),
+        .def(py::init<Array<float>, const Array<float>&, const Array<float>&, float, const Array<int64_t>&, bool,
+                      const Array<int64_t>&, int64_t, const std::optional<Array<float>>&,
+                      const std::optional<Array<bool>>&>(),
+             array("similarity"), array("row_scale"), array("token_scale"), py::arg("temperature"), array("own_column"),
+             py::arg("exclude_own"), array("frame_offsets"), py::arg("first_token"), array("values"), array("known"));
+    py::class_<Matches>(module, "Matches")
+        .def(py::init<const Array<int64_t>&, int64_t, const Array<int64_t>&, const Array<int64_t>&, const Array<float>&,
+                      const Array<bool>&, Array<float>, std::optional<Array<float>>, bool, bool, float>(),
+             array("start"), py::arg("longest"), array("order"), array("target"), array("depth"), array("has_depth"),
+             array("positive"), array("pull"), py::arg("every_frame"), py::arg("ignored"), py::arg("eps"));
+    py::class_<Statistics>(module, "Statistics")
+        .def(py::init<Array<float>, Array<float>, Array<float>, Array<int64_t>, Array<float>, Array<float>>(),
+             array("lse"), array("known_lse"), array("expected"), array("best"), array("peak"), array("negative_lse"));
+    module.def("frame_statistics", &frame_statistics, py::arg("chunk"), py::arg("matches").none(true),
+               py::arg("statistics"), py::arg("threads"));
+    module.def("loss_terms", &loss_terms, py::arg("statistics"), py::arg("matches"), array("corr"), array("depth"),
+               array("best"), array("confidence"), array("corr_weights"), array("depth_weights"),
+               array("upstream_lse"), array("upstream_expected"), py::arg("threads"));
+    module.def("similarity_gradient", &similarity_gradient, py::arg("chunk"), py::arg("statistics"),
+               array("upstream_lse"), array("upstream_expected"), py::arg("matches").none(true), array("out"),
                py::arg("threads"));
-    module.def("similarity_gradient", &similarity_gradient, py::arg("chunk"), array("lse"), array("known_lse"),
-               array("expected"), array("upstream_lse"), array("upstream_expected"), array("run_start"),
-               py::arg("longest"), array("order"), array("target"), py::arg("first_token"), array("corr_weights"),
-               array("out"), py::arg("threads"));
     module.def("inverse_norms", &inverse_norms, array("embeddings"), array("out"), py::arg("threads"));
     module.def("project_gradient", &project_gradient, array("gradient"), array("embeddings"), array("inverse_norm"),
-               array("out"), py::arg("threads"));
+               array("out"), py::arg("of_unit"), py::arg("threads"));
 }

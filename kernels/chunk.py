@@ -1,13 +1,14 @@
 """Inputs and outputs of engines and row operations: a problem, a chunk of its similarities, matches, and results.
 
-A chunk is the largest part of the anchor-by-token similarity matrix that is ever in memory: some rows of one sequence,
-for one layer or a few. Sizes of a batch: `L` layers, `A` rows, `N` tokens, `M` matches, `P` frames of its longest
-sequence, `V` values per token. Sizes of a chunk: `G` layers, `R` rows, `n` tokens, `P` frames.
+A chunk is the largest part of the anchor-by-candidate similarity matrix that is ever in memory: some rows of one
+sequence against all or some of its tokens, for one layer or a few. Sizes of a batch: `L` layers, `A` rows, `N` tokens,
+`M` matches, `P` frames of its longest sequence, `V` values per token. Sizes of a chunk: `G` layers, `R` rows, `n`
+tokens, `P` frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,31 +22,30 @@ from .index import MatchIndex, RowIndex
 class Problem:
     """Each row of a batch is compared with all tokens of its sequence, in `L` layers."""
 
-    embeddings: Tensor  # [L, N, D]
+    embeddings: Tensor  # [L, N, D], the anchors are rows of it
+    keys: Tensor  # [L, N, D], the candidates; `embeddings` itself where both are the same
     rows: RowIndex
     temperature: Tensor  # float32 []
     values: Tensor | None  # float32 [N, V]
-    known: Tensor | None  # bool [N], tokens whose values count
+    known: Tensor | None  # bool [N], tokens whose values count; None where `values` is None
     exclude_own: bool  # leave a row's own token out of its frame
 
-    @staticmethod
-    def of_loss(embeddings: Tensor, index: MatchIndex, temperature: Tensor) -> Problem:
-        return Problem(embeddings, index.rows, temperature, index.values, index.known, exclude_own=True)
 
-
-@dataclass(frozen=True)
+@dataclass  # not frozen: one is made for every chunk, and a frozen one takes the host several times as long
 class RowChunk:
-    """`R` anchor rows of one sequence against its `n` tokens, for `G` layers."""
+    """`R` anchor rows of one sequence against `n` of its tokens, for `G` layers."""
 
-    similarity: Tensor  # float32 [G, R, n], raw dot products
+    similarity: Tensor  # float32 [G, R, n], raw dot products; row operations may overwrite them
     row_scale: Tensor  # float32 [G, R], inverse norms of the anchors
     token_scale: Tensor  # float32 [G, n], inverse norms of the tokens
     temperature: Tensor  # float32 []
-    own_token: Tensor  # int64 [R], the column that is the anchor itself
+    own_column: Tensor  # int64 [R], the column that is the anchor itself; outside 0 .. n - 1 if not in this chunk
     exclude_own: bool
-    frame_offsets: Tensor  # int64 [P + 1], columns of each frame
+    frame_offsets: Tensor  # int64 [P + 1], columns of each frame; a frame without columns in this chunk is empty
+    first_token: int  # token of the batch that is column 0
     values: Tensor | None  # float32 [n, V]
     known: Tensor | None  # bool [n], tokens whose values count
+    multiple: int = 1  # divides each of `frame_offsets` (1, 2, 4, ...): kernels load so many numbers at once
 
 
 class FrameStatistics(NamedTuple):
@@ -54,56 +54,93 @@ class FrameStatistics(NamedTuple):
     lse: Tensor  # float32 [G, R, P]
     known_lse: Tensor  # float32 [G, R, P], over the tokens of known value
     expected: Tensor  # float32 [G, R, P, V]
-    best: Tensor  # int64 [G, R, P], column of the largest similarity, the first of equals; -1 in an empty frame
+    best: Tensor  # int64 [G, R, P], token of the batch with the largest similarity, the first of equals; -1 if empty
     peak: Tensor  # float32 [G, R, P], that similarity
+    negative_lse: Tensor  # float32 [G, R, P], without the row's targets where these are ignored; else `lse` itself
 
     @staticmethod
-    def of_empty_frames(groups: int, rows: int, frames: int, width: int, device: torch.device) -> FrameStatistics:
-        minus_infinity = torch.full((groups, rows, frames), float("-inf"), device=device)
+    def of_empty_frames(
+        groups: int, rows: int, frames: int, width: int, device: torch.device, ignored: bool = False
+    ) -> FrameStatistics:
+        lse = torch.full((groups, rows, frames), float("-inf"), device=device)
         return FrameStatistics(
-            lse=minus_infinity,
-            known_lse=minus_infinity.clone(),
+            lse=lse,
+            known_lse=lse.clone(),
             expected=torch.zeros(groups, rows, frames, width, device=device),
             best=torch.full((groups, rows, frames), -1, device=device),
-            peak=minus_infinity.clone(),
+            peak=lse.clone(),
+            negative_lse=lse.clone() if ignored else lse,
         )
+
+    @staticmethod
+    def of(statistics: Iterable[Tensor]) -> FrameStatistics:
+        """From the first five; `negative_lse` is `lse`."""
+        lse, known_lse, expected, best, peak = statistics
+        return FrameStatistics(lse, known_lse, expected, best, peak, negative_lse=lse)
 
 
 class FrameUpstream(NamedTuple):
-    """Gradients of the loss with respect to `lse` and `expected`."""
+    """Gradients of the loss with respect to statistics."""
 
-    lse: Tensor  # float32 [G, R, P]
+    lse: Tensor  # float32 [G, R, P], of `negative_lse` (of `lse`, where that is the same)
     expected: Tensor  # float32 [G, R, P, V]
-
-    @staticmethod
-    def zeros_like(statistics: FrameStatistics) -> FrameUpstream:
-        return FrameUpstream(torch.zeros_like(statistics.lse), torch.zeros_like(statistics.expected))
 
 
 @dataclass(frozen=True)
-class MatchRuns:
+class TermDefinition:
+    """What the two terms of a match are. `loss.naive` defines each option."""
+
+    negatives: str  # "sequence" | "frame"
+    other_targets: str  # "negatives" | "ignored"
+    eps: float
+
+    @property
+    def every_frame(self) -> bool:
+        """Whether a row needs the statistics of frames in which it has no match."""
+        return self.negatives == "sequence"
+
+    @property
+    def ignores_targets(self) -> bool:
+        return self.other_targets == "ignored"
+
+
+@dataclass  # not frozen: one is made for every chunk, and a frozen one takes the host several times as long
+class ChunkMatches:
     """The matches of the chunk's rows, sorted by (row, frame, target), as runs in the arrays of the whole batch."""
 
     start: Tensor  # int64 [R * longest + 1], row r has in frame p the sorted positions from start[r * longest + p] on
     longest: int  # frames of the longest sequence of the batch: the stride of `start`
+    positions: tuple[int, int]  # sorted positions of all matches of the chunk's rows
+    first_row: int  # row of the batch that is the chunk's row 0
     order: Tensor  # int64 [M], sorted position -> match
-    target: Tensor  # int64 [M], sorted: token in the batch
+    row: Tensor  # int64 [M], sorted: row of the batch
+    target: Tensor  # int64 [M], sorted: token of the batch
     depth: Tensor  # float32 [M], sorted
     has_depth: Tensor  # bool [M], sorted: has a depth term
-    first_token: int  # token in the batch of the chunk's column 0
+    positive: Tensor  # float32 [G, M], sorted: similarity of each match, written by `frame_statistics`
+    pull: Tensor | None  # float32 [G, M], sorted: gradient of that similarity, written by `loss_terms` with weights
+    definition: TermDefinition
 
     @staticmethod
-    def of(index: MatchIndex, rows: slice = slice(None), first_token: int = 0) -> MatchRuns:
-        """The runs of some rows of the batch, or of all."""
-        longest, (start, stop, _) = index.rows.longest, rows.indices(index.rows.row_token.shape[0])
-        return MatchRuns(
-            start=index.run_start[start * longest : stop * longest + 1],
+    def of(
+        index: MatchIndex, rows: slice, positive: Tensor, pull: Tensor | None, definition: TermDefinition
+    ) -> ChunkMatches:
+        longest, run_start = index.rows.longest, index.run_start
+        if rows.start > 0 or rows.stop < index.row_positions.shape[0] - 1:
+            run_start = run_start[rows.start * longest : rows.stop * longest + 1]
+        return ChunkMatches(
+            start=run_start,
             longest=longest,
+            positions=(index.row_ends[rows.start], index.row_ends[rows.stop]),
+            first_row=rows.start,
             order=index.order,
+            row=index.row,
             target=index.target,
             depth=index.depth,
             has_depth=index.has_depth,
-            first_token=first_token,
+            positive=positive,
+            pull=pull,
+            definition=definition,
         )
 
     def run(self, row: int, frame: int) -> range:
@@ -146,17 +183,12 @@ class RowOperations(Protocol):
 
     def inverse_norms(self, embeddings: Tensor) -> Tensor: ...
 
-    def frame_statistics(self, chunk: RowChunk, runs: MatchRuns | None, every_frame: bool) -> FrameStatistics: ...
+    def frame_statistics(
+        self, chunk: RowChunk, matches: ChunkMatches | None, previous: FrameStatistics | None
+    ) -> FrameStatistics: ...
 
     def loss_terms(
-        self,
-        chunk: RowChunk,
-        statistics: FrameStatistics,
-        runs: MatchRuns,
-        weights: TermWeights | None,
-        terms: MatchTerms,
-        negatives: str,
-        eps: float,
+        self, statistics: FrameStatistics, matches: ChunkMatches, weights: TermWeights | None, terms: MatchTerms
     ) -> FrameUpstream | None: ...
 
     def similarity_gradient(
@@ -164,17 +196,14 @@ class RowOperations(Protocol):
         chunk: RowChunk,
         statistics: FrameStatistics,
         upstream: FrameUpstream,
-        runs: MatchRuns | None,
-        weights: TermWeights | None,
+        matches: ChunkMatches | None,
         out: Tensor,
     ) -> None: ...
 
-    def project_gradient(self, gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor) -> None: ...
+    def gather_rows(self, source: Tensor, index: Tensor, out: Tensor) -> None: ...
 
+    def add_rows(self, rows: Tensor, columns: Tensor, out: Tensor) -> None: ...
 
-# `frame_statistics`, `loss_terms` and `similarity_gradient` (into the last argument) in one launch. Returns False, and
-# does nothing, where the chunk does not fit it.
-FusedPass = Callable[
-    [RowChunk, MatchRuns, TermWeights | None, MatchTerms, str, float, Tensor | None],
-    bool,
-]
+    def project_gradient(
+        self, gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor, of_unit: bool
+    ) -> None: ...

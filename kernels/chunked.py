@@ -1,70 +1,150 @@
-"""The strategy for wide embeddings: row chunks, library matrix products, fused row operations between them.
+"""The strategy of every fast backend: row blocks, library matrix products, fused row operations between them.
 
 A gradient accumulator of width `D` does not fit on chip once `D` exceeds a few hundred. A kernel that accumulates in
-memory instead needs atomics or locks, which are slow and not reproducible. So the similarity matrix is cut into chunks
-of rows that fit a fixed workspace, and each chunk passes once through
+memory instead needs atomics or locks, which are slow and not reproducible. So the similarity matrix is cut into blocks
+that fit a workspace (`blocks` explains how), and each block passes once through
 
     anchors    = E[rows]                  gathered
-    similarity = anchors E^T              library product, float32 result
-    row pass                              frame_statistics, loss_terms: lse, expected values, arg-max, both loss terms;
+    for each part of the block's rows:
+        similarity = anchors K^T          library product, float32 result
+        row pass                          frame_statistics, loss_terms: lse, expected values, arg-max, both loss terms;
                                           X = similarity_gradient, in place or in the narrower type of the products
-    row gradient   = X E                  library product
-    token gradient += X^T anchors         library product, accumulated chunk by chunk in a fixed order;
+    row gradient   = X K                  library product
+    token gradient += X^T anchors         library product, accumulated block by block in a fixed order;
                                           the row gradient is added at the anchors
 
-and, once all chunks of a sequence are done, `project_gradient` applies the Jacobian of the normalisation.
+and, once all blocks of a sequence are done, `project_gradient` applies the Jacobian of the normalisation. `K` holds the
+candidates: `keys`, or the embeddings themselves. Keys have an accumulator of their own, so the gradients of anchors
+and keys stay apart and each gets its own Jacobian.
 
 When the weight of each term is known beforehand (any mean or sum is), forward and backward are this one pass: three
 products and nothing recomputed. Without gradient it stops after the row pass. Given arbitrary upstream gradients, the
 same pass runs again with them as weights: four products.
 
-Raw embeddings enter the products; norms are applied to the products' results and to `X` (see `rows_torch`). Each row
-of a chunk is a different token, so adding the row gradient at the anchors has one writer per address. Nothing is
-atomic and nothing depends on timing: two runs give the same bits.
+Where a block has only some of the columns, it is visited twice: first for the statistics, which are merged from left to
+right; then, with complete statistics, for the gradient, from similarities that are computed again.
 
-Workspace per row of a chunk: `4 n` bytes of similarity, `2 n` more for a narrower `X`, `8 D` for the anchor and its
-gradient. Where the input is narrower than float32, one sequence's gradient is accumulated in float32 beside it.
+Raw embeddings enter the products; norms are applied to the products' results and to `X` (see `rows_torch`). float16 is
+the exception: `X` would leave its range. There the products take normalised embeddings, and `boost` is a power of two
+that brings `X` near 1. Each row of a block is a different token, so adding the row gradient at the anchors has one
+writer per address. Nothing is atomic and nothing depends on timing: two runs give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .blocks import Blocks, blocks_for
 from .chunk import (
+    ChunkMatches,
     FrameStatistics,
     FrameUpstream,
-    FusedPass,
-    MatchRuns,
     MatchTerms,
     Problem,
     RowChunk,
     RowOperations,
+    TermDefinition,
     TermWeights,
 )
-from .index import MatchIndex, RowIndex, SequenceSpan
+from .index import MatchIndex
 from .products import Products
+from .row_block import Buffers, Gradients, LayerGroup, Part, fp16_scale, piece, slices
+
+
+class RowPass(Protocol):
+    """What is computed from the similarities of some rows."""
+
+    def matches(self, part: Part) -> ChunkMatches | None: ...
+
+    def statistics(self, chunk: RowChunk, part: Part) -> FrameStatistics:
+        """The statistics of these rows, merged with `part.statistics`, those over earlier columns."""
+
+    def upstream(self, part: Part, statistics: FrameStatistics) -> FrameUpstream | None:
+        """Called once with the statistics over all columns; their gradients, if gradients are computed."""
+
+
+@dataclass
+class LossPass:
+    """Writes both terms of every match; with `weights`, computes the gradients of `sum weights * terms`."""
+
+    operations: RowOperations
+    index: MatchIndex
+    definition: TermDefinition
+    weights: TermWeights | None  # [L, M]
+    terms: MatchTerms  # [L, M]
+    positive: Tensor  # float32 [L, M], scratch
+    pull: Tensor | None  # float32 [L, M], scratch
+
+    def matches(self, part: Part) -> ChunkMatches:
+        pull = None if self.pull is None else piece(self.pull, 0, part.layers)
+        return ChunkMatches.of(self.index, part.rows, piece(self.positive, 0, part.layers), pull, self.definition)
+
+    def statistics(self, chunk: RowChunk, part: Part) -> FrameStatistics:
+        return self.operations.frame_statistics(chunk, part.matches, part.statistics)
+
+    def upstream(self, part: Part, statistics: FrameStatistics) -> FrameUpstream | None:
+        assert part.matches is not None
+        weights, terms = self.weights, self.terms
+        every_layer = part.layers.stop - part.layers.start == terms.corr.shape[0]
+        if weights is not None and (part.boost is not None or not every_layer):
+            weights = TermWeights(*map(part.boosted, weights))
+        if not every_layer:
+            terms = terms.of_layers(part.layers)
+        return self.operations.loss_terms(statistics, part.matches, weights, terms)
 
 
 @dataclass(frozen=True)
-class ChunkSpan:
-    """The part of the batch that a chunk covers."""
+class StatisticsPass:
+    """Writes the statistics of every row, [L, A, P]."""
 
-    layers: slice
-    sequence: SequenceSpan
-    rows: slice  # of the batch
-    boost: Tensor | None  # float32 [G], factor of upstream gradients; see `fp16_boost`
+    operations: RowOperations
+    result: FrameStatistics
 
-    def upstream(self, values: Tensor) -> Tensor:
-        """These layers of weights or upstream gradients [L, ...], times their boost."""
-        values = values[self.layers]
-        return values if self.boost is None else values * self.boost.view(-1, *[1] * (values.dim() - 1))
+    def matches(self, part: Part) -> None:
+        return None
+
+    def statistics(self, chunk: RowChunk, part: Part) -> FrameStatistics:
+        return self.operations.frame_statistics(chunk, None, part.statistics)
+
+    def upstream(self, part: Part, statistics: FrameStatistics) -> None:
+        for to, value in zip(self.result[:5], statistics[:5], strict=True):
+            to[part.layers, part.rows, : part.frames] = value
 
 
-RowPass = Callable[[RowChunk, ChunkSpan, Tensor | None], None]  # the last one is X [G, R, n], written if not None
+@dataclass(frozen=True)
+class StatisticsGradientPass:
+    """Computes the gradient of a weighted sum of statistics [L, A, P] that an earlier pass computed."""
+
+    known: FrameStatistics
+    gradients: FrameUpstream
+
+    def matches(self, part: Part) -> None:
+        return None
+
+    def statistics(self, chunk: RowChunk, part: Part) -> FrameStatistics:
+        values = (value[part.layers, part.rows, : part.frames] for value in self.known[:5])
+        return FrameStatistics.of(value.contiguous() for value in values)
+
+    def upstream(self, part: Part, statistics: FrameStatistics) -> FrameUpstream:
+        values = (part.boosted(value)[:, part.rows, : part.frames] for value in self.gradients)
+        return FrameUpstream(*(value.contiguous() for value in values))
+
+
+class Forward(Protocol):
+    """A pass without gradient that stores no similarities: `product_statistics`."""
+
+    def is_faster(self, problem: Problem) -> bool: ...
+
+    def match_terms(
+        self, problem: Problem, index: MatchIndex, terms: MatchTerms, definition: TermDefinition
+    ) -> None: ...
+
+    def frame_match(self, problem: Problem) -> FrameStatistics: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +153,7 @@ class ChunkedEngine:
 
     operations: RowOperations
     workspace_bytes: int
-    fused_pass: FusedPass | None = None  # the row pass of the loss in one launch, where it fits
+    forward: Forward | None = None
 
     def terms_and_gradients(
         self,
@@ -81,241 +161,111 @@ class ChunkedEngine:
         index: MatchIndex,
         weights: TermWeights | None,  # [L, M]; with them, gradients are computed
         terms: MatchTerms,  # [L, M], written
-        negatives: str,  # "sequence" | "frame"
-        eps: float,
-        gradient: Tensor | None,  # [L, N, D], written
-        needs_temperature_gradient: bool,
+        definition: TermDefinition,
+        gradients: Gradients,
     ) -> Tensor | None:
         """Both terms of every match; with `weights`, the gradients of `sum weights * terms`.
 
-        Returns the gradient of the temperature, or None where it is not wanted.
+        Returns the gradient of the temperature, or None where it is not needed.
         """
-
-        def row_pass(chunk: RowChunk, span: ChunkSpan, x: Tensor | None) -> None:
-            runs = MatchRuns.of(index, span.rows, first_token=span.sequence.tokens[0])
-            chunk_weights = None if weights is None else TermWeights(*map(span.upstream, weights))
-            chunk_terms = terms.of_layers(span.layers)
-            if self.fused_pass is not None and self.fused_pass(
-                chunk, runs, chunk_weights, chunk_terms, negatives, eps, x
-            ):
-                return
-            statistics = self.operations.frame_statistics(chunk, runs, every_frame=negatives == "sequence")
-            upstream = self.operations.loss_terms(chunk, statistics, runs, chunk_weights, chunk_terms, negatives, eps)
-            if x is not None and upstream is not None:
-                self.operations.similarity_gradient(chunk, statistics, upstream, runs, chunk_weights, x)
-
-        return self._for_each_chunk(problem, row_pass, weights or (), gradient, needs_temperature_gradient)
+        if weights is None and self.forward is not None and self.streams(problem, self.forward):
+            self.forward.match_terms(problem, index, terms, definition)
+            return None
+        positive = torch.empty_like(terms.corr)
+        pull = None if weights is None else torch.empty_like(terms.corr)
+        row_pass = LossPass(self.operations, index, definition, weights, terms, positive, pull)
+        return self._for_each_block(problem, row_pass, weights or (), gradients)
 
     def frame_match(self, problem: Problem) -> FrameStatistics:
-        """[L, A, P] statistics of every row over every frame of its sequence; `best` is a token of the batch."""
+        """[L, A, P] statistics of every row over every frame of its sequence."""
+        if self.forward is not None and self.streams(problem, self.forward):
+            return self.forward.frame_match(problem)
         layers, anchors = problem.embeddings.shape[0], problem.rows.row_token.shape[0]
         width, device = 0 if problem.values is None else problem.values.shape[1], problem.embeddings.device
         result = FrameStatistics.of_empty_frames(layers, anchors, problem.rows.longest, width, device)
-
-        def row_pass(chunk: RowChunk, span: ChunkSpan, x: Tensor | None) -> None:
-            statistics = self.operations.frame_statistics(chunk, None, every_frame=True)
-            best = torch.where(statistics.best < 0, -1, statistics.best + span.sequence.tokens[0])
-            for to, value in zip(result, statistics._replace(best=best), strict=True):
-                to[span.layers, span.rows, : span.sequence.frame_count] = value
-
-        self._for_each_chunk(problem, row_pass)
+        self._for_each_block(problem, StatisticsPass(self.operations, result), (), Gradients())
         return result
 
     def frame_match_gradient(
-        self,
-        problem: Problem,
-        statistics: FrameStatistics,
-        upstream: FrameUpstream,
-        gradient: Tensor | None,  # [L, N, D], written
-        needs_temperature_gradient: bool,
+        self, problem: Problem, statistics: FrameStatistics, upstream: FrameUpstream, gradients: Gradients
     ) -> Tensor | None:
         """The gradients of `sum upstream.lse * lse + sum upstream.expected * expected`."""
+        return self._for_each_block(problem, StatisticsGradientPass(statistics, upstream), upstream, gradients)
 
-        def row_pass(chunk: RowChunk, span: ChunkSpan, x: Tensor | None) -> None:
-            frames = slice(0, span.sequence.frame_count)
-            chunk_statistics = (value[span.layers, span.rows, frames].contiguous() for value in statistics)
-            chunk_upstream = (span.upstream(value)[:, span.rows, frames].contiguous() for value in upstream)
-            if x is not None:
-                self.operations.similarity_gradient(
-                    chunk, FrameStatistics(*chunk_statistics), FrameUpstream(*chunk_upstream), None, None, x
-                )
+    def streams(self, problem: Problem, forward: Forward) -> bool:
+        """Whether a pass without gradient leaves the blocks: where these would cut columns, and merge statistics.
 
-        return self._for_each_chunk(problem, row_pass, upstream, gradient, needs_temperature_gradient)
+        With whole rows, a library product and a pass over its result were faster on an H100 (docs/kernels.md).
+        """
+        layers, _, width = problem.embeddings.shape
+        products = Products.of(problem.embeddings)
+        return forward.is_faster(problem) and any(
+            blocks_for(products.sizes(layers, span, width, False), self.workspace_bytes).columns < span.token_count
+            for span in problem.rows.sequences
+        )
 
-    def _for_each_chunk(
+    def _for_each_block(
         self,
         problem: Problem,
         row_pass: RowPass,
-        upstream: Sequence[Tensor] = (),  # each [L, ...]: weights of terms, or gradients of statistics
-        gradient: Tensor | None = None,  # [L, N, D], written
-        needs_temperature_gradient: bool = False,
+        upstream: Sequence[Tensor],  # each [L, ...]: weights of terms, or gradients of statistics
+        gradients: Gradients,
     ) -> Tensor | None:
-        """Visit each group of layers, sequence and chunk once, in a fixed order; return the temperature's gradient."""
-        embeddings, rows, temperature = problem.embeddings, problem.rows, problem.temperature
-        products, backward = Products.of(embeddings), gradient is not None or needs_temperature_gradient
-        sizes = ChunkSizes.of(embeddings, rows, products, self.workspace_bytes)
-        workspace = Workspace.allocate(sizes, embeddings, products, backward)
-        radial: list[Tensor] = []  # of each chunk: sum_i e_i . (X E)_i, which is -tau dL/dtau
-        for layers in sizes.layer_groups():
-            norms = self.operations.inverse_norms(embeddings[layers])  # float32 [G, N]
-            for sequence in rows.sequences():
-                first, last = sequence.tokens
-                tokens, scale = embeddings[layers, first:last], norms[:, first:last]  # [G, n, D], [G, n]
-                frame_offsets = rows.frame_offsets[sequence.frames[0] : sequence.frames[1] + 1] - first
-                boost = fp16_boost(products, [value[layers] for value in upstream], scale, temperature)
-                total = None  # free the old accumulator before allocating the next
-                total = accumulator(gradient, layers, sequence)  # float32 [G, n, D]
-                if total is not None and sequence.row_count == 0:
-                    total.zero_()
-
-                for block in sizes.row_blocks(sequence, layer_count=tokens.shape[0]):
-                    own = rows.row_token[block] - first  # [R]
-                    anchors, similarity, x = workspace.shaped(tokens.shape[0], own.shape[0], last - first)
-                    anchors.copy_(tokens[:, own])
-                    products.similarity(anchors, tokens, out=similarity)
-                    chunk = RowChunk(
-                        similarity=similarity,
-                        row_scale=scale[:, own],
-                        token_scale=scale,
-                        temperature=temperature,
-                        own_token=own,
-                        exclude_own=problem.exclude_own,
-                        frame_offsets=frame_offsets,
-                        values=None if problem.values is None else problem.values[first:last],
-                        known=None if problem.known is None else problem.known[first:last],
-                    )
-                    row_pass(chunk, ChunkSpan(layers, sequence, block, boost), x if backward else None)
-                    if not backward:
-                        continue
-                    row_gradient = workspace.row_gradient(tokens.shape[0], own.shape[0])
-                    products.row_gradient(x, tokens, out=row_gradient)
-                    if needs_temperature_gradient:
-                        per_layer = (anchors * row_gradient).sum((1, 2))  # [G]
-                        radial.append((per_layer if boost is None else per_layer / boost).sum())
-                    if total is not None:
-                        products.token_gradient(x, anchors, out=total, accumulate=block.start > sequence.rows[0])
-                        total.index_add_(1, own, row_gradient)
-
-                if gradient is not None and total is not None:
-                    if boost is not None:
-                        total.div_(boost[:, None, None])
-                    self.operations.project_gradient(total, tokens, scale, out=gradient[layers, first:last])
-        if not needs_temperature_gradient:
+        """Visit each sequence, group of layers and block once, in a fixed order; return the temperature's gradient."""
+        layers, products = problem.embeddings.shape[0], Products.of(problem.embeddings)
+        radial: list[Tensor] = []  # of each block: sum_i e_i . (X K)_i, which is -tau dL/dtau
+        if gradients.embeddings is not None and gradients.embeddings is not gradients.keys:
+            gradients.embeddings.zero_()  # for tokens that are no anchors
+        if gradients.scale is not None:
+            norms = self.operations.inverse_norms(problem.keys)
+            gradients.scale.copy_(fp16_scale(upstream, problem.temperature, norms))
+        for sequence in problem.rows.sequences:
+            if sequence.token_count == 0:
+                continue
+            sizes = products.sizes(layers, sequence, problem.embeddings.shape[-1], gradients.any)
+            blocks = blocks_for(sizes, self.workspace_bytes)
+            buffers = Buffers.allocate(blocks, sizes, products, problem.embeddings)
+            for group_layers in slices(0, layers, blocks.layers):
+                group = LayerGroup.of(problem, group_layers, sequence, products, self.operations, upstream, gradients)
+                for rows in slices(*sequence.rows, blocks.rows):
+                    self._visit_block(group, rows, row_pass, blocks, buffers, radial)
+                group.finish()
+                del group  # its accumulator, before the next one is allocated
+        if not gradients.temperature:
             return None
-        return -torch.stack(radial).sum() / temperature if radial else torch.zeros((), device=embeddings.device)
+        zero = torch.zeros((), device=problem.embeddings.device)
+        return -torch.stack(radial).sum() / problem.temperature if radial else zero
 
+    def _visit_block(
+        self, group: LayerGroup, rows: slice, row_pass: RowPass, blocks: Blocks, buffers: Buffers, radial: list[Tensor]
+    ) -> None:
+        backward = group.gradients.any
+        panels = slices(0, group.sequence.token_count, blocks.columns)
+        block = group.block(rows, blocks, buffers)
+        for part in block.parts:
+            part.matches = row_pass.matches(part)
 
-def accumulator(gradient: Tensor | None, layers: slice, sequence: SequenceSpan) -> Tensor | None:
-    """float32 [G, n, D] for the gradient of one sequence: the gradient itself where it is float32."""
-    if gradient is None:
-        return None
-    out = gradient[layers, sequence.tokens[0] : sequence.tokens[1]]
-    return out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        if len(panels) > 1:  # the statistics of whole rows come first
+            for columns in panels:
+                for part in block.parts:
+                    part.statistics = row_pass.statistics(block.chunk(part, columns), part)
+            for part in block.parts:
+                assert part.statistics is not None
+                part.upstream = row_pass.upstream(part, part.statistics)
+            if not backward:
+                return
 
-
-def fp16_boost(
-    products: Products,
-    upstream: list[Tensor],  # each [G, ...]
-    inverse_norms: Tensor,  # float32 [G, n]
-    temperature: Tensor,
-) -> Tensor | None:
-    """[G] powers of two that bring `X` into the range of float16; None where `X` is not float16.
-
-    In a mean, `weight r_i r_k / tau` is about 1e-8 for embeddings a few thousand wide, below the smallest number that
-    float16 has. Upstream gradients are multiplied by the boost, the results of the products divided by it.
-    """
-    if products.element != torch.float16 or not upstream or any(value.numel() == 0 for value in upstream):
-        return None
-    largest = torch.stack([value.abs().flatten(1).amax(1) for value in upstream]).amax(0)  # [G]
-    size = largest * inverse_norms.median(dim=1).values.square() / temperature
-    return size.clamp(1e-30, 1e30).log2().round().neg().exp2()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkSizes:
-    """How many layers and rows go together, so that one chunk fits the workspace."""
-
-    rows: RowIndex
-    layers: int
-    width: int  # D
-    x_bytes: int  # of a number of `X`, where it does not share the memory of the similarities
-    workspace_bytes: int
-    group: int  # layers that go together
-
-    @staticmethod
-    def of(embeddings: Tensor, rows: RowIndex, products: Products, workspace_bytes: int) -> ChunkSizes:
-        """On a GPU, layers that fit together go together: there, launches of small layers cost more than their work."""
-        layers, _, width = embeddings.shape
-        x_bytes = 0 if products.element == torch.float32 else 2
-        sizes = ChunkSizes(
-            rows=rows, layers=layers, width=width, x_bytes=x_bytes, workspace_bytes=workspace_bytes, group=1
-        )
-        if not embeddings.is_cuda:
-            return sizes
-        per_layer = max(
-            span.row_count * sizes.bytes_per_row(span) + 4 * span.token_count * width for span in rows.sequences()
-        )
-        return replace(sizes, group=min(layers, max(1, workspace_bytes // max(1, per_layer))))
-
-    def layer_groups(self) -> list[slice]:
-        return [slice(start, min(start + self.group, self.layers)) for start in range(0, self.layers, self.group)]
-
-    def row_blocks(self, sequence: SequenceSpan, layer_count: int) -> list[slice]:
-        """The rows of a sequence in blocks of equal size, as few as the workspace allows."""
-        start, end = sequence.rows
-        fitting = max(1, self.workspace_bytes // (layer_count * self.bytes_per_row(sequence)))
-        blocks = -(-(end - start) // fitting)
-        size = -(-(end - start) // max(1, blocks))
-        return [slice(at, min(at + size, end)) for at in range(start, end, max(1, size))]
-
-    def bytes_per_row(self, sequence: SequenceSpan) -> int:
-        return (4 + self.x_bytes) * sequence.token_count + 8 * self.width
-
-    def largest(self) -> tuple[int, int]:
-        """(similarities, rows) of the largest chunk, over all its layers."""
-        cells = rows = 0
-        for sequence in self.rows.sequences():
-            for block in self.row_blocks(sequence, self.group)[:1]:
-                count = self.group * (block.stop - block.start)
-                cells, rows = max(cells, count * sequence.token_count), max(rows, count)
-        return cells, rows
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Flat buffers for the largest chunk, allocated once; each chunk views them in its own shape."""
-
-    width: int
-    anchors: Tensor
-    similarity: Tensor
-    x: Tensor  # `similarity` itself where the products take float32
-    row_gradients: Tensor
-
-    @staticmethod
-    def allocate(sizes: ChunkSizes, like: Tensor, products: Products, backward: bool) -> Workspace:
-        cells, rows = sizes.largest()
-        similarity = like.new_empty(cells, dtype=torch.float32)
-        own_x = backward and products.element != torch.float32
-        return Workspace(
-            width=sizes.width,
-            anchors=like.new_empty(rows * sizes.width, dtype=products.element),
-            similarity=similarity,
-            x=like.new_empty(cells, dtype=products.element) if own_x else similarity,
-            row_gradients=like.new_empty(rows * sizes.width if backward else 0, dtype=torch.float32),
-        )
-
-    def shaped(self, groups: int, rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """anchors [G, R, D], similarity [G, R, n] and X [G, R, n]."""
-        return (
-            self._view(self.anchors, groups, rows, self.width),
-            self._view(self.similarity, groups, rows, tokens),
-            self._view(self.x, groups, rows, tokens),
-        )
-
-    def row_gradient(self, groups: int, rows: int) -> Tensor:
-        """float32 [G, R, D]."""
-        return self._view(self.row_gradients, groups, rows, self.width)
-
-    @staticmethod
-    def _view(flat: Tensor, groups: int, rows: int, last: int) -> Tensor:
-        return flat[: groups * rows * last].view(groups, rows, last)
+        for columns in panels:
+            x = block.x(columns) if backward else None
+            for part in block.parts:
+                chunk = block.chunk(part, columns)
+                if len(panels) == 1:
+                    part.statistics = row_pass.statistics(chunk, part)
+                    part.upstream = row_pass.upstream(part, part.statistics)
+                if x is not None and part.statistics is not None and part.upstream is not None:
+                    of_part = piece(x, 1, part.local)
+                    self.operations.similarity_gradient(chunk, part.statistics, part.upstream, part.matches, of_part)
+            if x is not None:
+                block.multiply(x, columns)
+        if backward:
+            block.finish(radial)

@@ -1,9 +1,10 @@
-"""Backends and strategies: which ones exist, and how one is chosen.
+"""Backends: which ones exist, and how one is chosen.
 
-| backend  | device           | strategy                                                                           |
+| backend  | device           | computes                                                                           |
 | -------- | ---------------- | ---------------------------------------------------------------------------------- |
-| `triton` | CUDA             | `narrow` where `narrow.eligible`: 16 bits up to D = 256; else `chunked`            |
-| `cpp`    | CPU              | `chunked`                                                                          |
+| `triton` | CUDA             | `chunked`, with the row operations of `rows_triton`; without gradient,             |
+|          |                  | `product_statistics` where it is faster                                            |
+| `cpp`    | CPU              | `chunked`, with the row operations of `rows_cpp`                                   |
 | `torch`  | any              | dense, by autograd (`gasp_fast.loss.dense`); no engine                             |
 
 Under `TRITON_INTERPRET=1` the triton backend also accepts CPU tensors. That is slow; it serves to test the kernels
@@ -14,47 +15,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import rows_cpp
-from .chunk import FrameStatistics, FrameUpstream, MatchTerms, Problem, RowOperations, TermWeights
-from .chunked import ChunkedEngine
-from .index import MatchIndex
+from .chunk import RowOperations
+from .chunked import ChunkedEngine, Forward
 
-CPU_WORKSPACE = 24 << 20  # leaves room under 32 MiB for converted tokens and the library's own packing
-GPU_WORKSPACE = 112 << 20  # leaves room under 128 MiB for statistics of a chunk
+CPU_WORKSPACE, GPU_WORKSPACE, LARGE_GPU_WORKSPACE = 24, 128, 256  # MiB, where the caller gives none
+LARGE_GPU = 40 << 30  # bytes of memory
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "cpp", "torch")
-
-
-class Engine(Protocol):
-    """A strategy: computes terms, statistics and gradients. `chunked.ChunkedEngine` documents each argument."""
-
-    def terms_and_gradients(
-        self,
-        problem: Problem,
-        index: MatchIndex,
-        weights: TermWeights | None,
-        terms: MatchTerms,
-        negatives: str,
-        eps: float,
-        gradient: Tensor | None,
-        needs_temperature_gradient: bool,
-    ) -> Tensor | None: ...
-
-    def frame_match(self, problem: Problem) -> FrameStatistics: ...
-
-    def frame_match_gradient(
-        self,
-        problem: Problem,
-        statistics: FrameStatistics,
-        upstream: FrameUpstream,
-        gradient: Tensor | None,
-        needs_temperature_gradient: bool,
-    ) -> Tensor | None: ...
 
 
 def triton_available() -> bool:
@@ -95,25 +68,33 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     return backend
 
 
-def cpp_engine(embeddings: Tensor) -> Engine:
-    return ChunkedEngine(operations=rows_cpp, workspace_bytes=CPU_WORKSPACE)
+def workspace_bytes(workspace: int | None, device: torch.device) -> int:
+    """Bytes of scratch memory: `workspace` in MiB, or the default of the device."""
+    if workspace is not None:
+        return workspace << 20
+    if device.type != "cuda":
+        return CPU_WORKSPACE << 20
+    large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
+    return (LARGE_GPU_WORKSPACE if large else GPU_WORKSPACE) << 20
 
 
-def triton_engine(embeddings: Tensor) -> Engine:
-    from . import narrow, rows_cuda, rows_triton
-
-    if narrow.eligible(embeddings):
-        return narrow
-    fused_pass = rows_cuda.fused_pass if rows_cuda.enabled() else None
-    return ChunkedEngine(operations=rows_triton, workspace_bytes=GPU_WORKSPACE, fused_pass=fused_pass)
+def cpp_engine(embeddings: Tensor, workspace: int | None = None) -> ChunkedEngine:
+    bytes_ = workspace_bytes(workspace, embeddings.device)
+    return ChunkedEngine(operations=rows_cpp, workspace_bytes=bytes_ * 5 // 6)  # the rest is for converted tokens
 
 
-# Backend -> its engine for some embeddings [L, N, D]. Another engine can be registered here, with a smaller workspace
-# or other row operations.
-ENGINES: dict[str, Callable[[Tensor], Engine]] = {"cpp": cpp_engine, "triton": triton_engine}
+def triton_engine(embeddings: Tensor, workspace: int | None = None) -> ChunkedEngine:
+    from . import product_statistics, rows_triton
+
+    bytes_ = workspace_bytes(workspace, embeddings.device) * 31 // 32  # the rest is for the statistics of a part
+    return ChunkedEngine(operations=rows_triton, workspace_bytes=bytes_, forward=product_statistics)
+
+
+# Backend -> its engine for some embeddings [L, N, D] and a workspace in MiB. Another engine can be registered here.
+ENGINES: dict[str, Callable[[Tensor, int | None], ChunkedEngine]] = {"cpp": cpp_engine, "triton": triton_engine}
 
 if TYPE_CHECKING:  # mypy checks here that each module has all operations
-    from . import narrow, rows_torch, rows_triton
+    from . import product_statistics, rows_torch, rows_triton
 
     _operations: tuple[RowOperations, ...] = (rows_cpp, rows_torch, rows_triton)
-    _engines: tuple[Engine, ...] = (narrow,)
+    _forward: Forward = product_statistics

@@ -5,20 +5,23 @@ different anchor token becomes one row of a similarity matrix, in ascending orde
 contiguous. Matches are sorted by (row, frame, target): the matches of one row in one frame form one contiguous run, and
 every sum over matches has one fixed order.
 
-Numbers that determine shapes and launches stay on the CPU (`spans`, `frame_ends`), so no launch waits for the
-device. Nothing is checked here; `gasp_fast.Matches` checks the indices first.
+Numbers that determine shapes and launches stay on the CPU (`spans`, `frame_ends`, `row_positions`), so no launch waits
+for the device. Nothing is checked here; `gasp_fast.Matches` checks the indices first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property, reduce
+from operator import or_
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_CPU_FIELDS = ("spans", "frame_ends")  # read by the host, so never moved
+_CPU_FIELDS = ("spans", "frame_ends", "row_positions")  # read by the host, so never moved
 
 IndexT = TypeVar("IndexT", bound="_Movable")
 
@@ -47,6 +50,7 @@ class _Movable:
 class SequenceSpan:
     """The half-open ranges of tokens, frames and rows that one sequence covers in the batch."""
 
+    number: int
     tokens: tuple[int, int]
     frames: tuple[int, int]
     rows: tuple[int, int]
@@ -69,18 +73,25 @@ class RowIndex(_Movable):
     """Which tokens are rows, and which frames each is compared with."""
 
     row_token: Tensor  # int64 [A], ascending, no repeats
-    frame_offsets: Tensor  # int64 [F + 1]
+    row_column: Tensor  # int64 [A], the same tokens, counted from the first token of their sequence
+    column_offsets: Tensor  # int64 [F + B], P + 1 of each sequence: its frames, counted from its first token
     spans: Tensor  # int64 [B, 3] on the CPU: end of each sequence in tokens, frames, rows
     frame_ends: Tensor  # int64 [F] on the CPU
 
     @staticmethod
     def build(row_token: Tensor, frame_offsets: Tensor, sequence_offsets: Tensor) -> RowIndex:
-        sequence_tokens = frame_offsets[sequence_offsets[1:]]
-        sequence_rows = torch.searchsorted(row_token, sequence_tokens)
+        starts, ends = frame_offsets[sequence_offsets[:-1]], frame_offsets[sequence_offsets[1:]]  # [B], tokens
+        of_row = torch.searchsorted(ends, row_token, right=True)  # [A], sequence
+        sequence_frames = sequence_offsets.tolist()
+        columns = [
+            frame_offsets[first : last + 1] - frame_offsets[first]
+            for first, last in itertools.pairwise(sequence_frames)
+        ]
         return RowIndex(
             row_token=row_token,
-            frame_offsets=frame_offsets,
-            spans=torch.stack([sequence_tokens, sequence_offsets[1:], sequence_rows], dim=1).cpu(),
+            row_column=row_token - starts[of_row],
+            column_offsets=torch.cat(columns),
+            spans=torch.stack([ends, sequence_offsets[1:], torch.searchsorted(row_token, ends)], dim=1).cpu(),
             frame_ends=frame_offsets[1:].cpu(),
         )
 
@@ -92,16 +103,30 @@ class RowIndex(_Movable):
     def from_tensors(tensors: list[Tensor]) -> RowIndex:
         return RowIndex(**dict(zip(_ROW_FIELDS, tensors, strict=True)))
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """P, the frames of the longest sequence."""
-        return max(span.frame_count for span in self.sequences())
+        return max(span.frame_count for span in self.sequences)
 
-    def sequences(self) -> Iterator[SequenceSpan]:
-        token = frame = row = 0
-        for next_token, next_frame, next_row in self.spans.tolist():
-            yield SequenceSpan((token, next_token), (frame, next_frame), (row, next_row))
-            token, frame, row = next_token, next_frame, next_row
+    @cached_property
+    def sequences(self) -> tuple[SequenceSpan, ...]:
+        starts = [[0, 0, 0], *self.spans.tolist()]
+        return tuple(
+            SequenceSpan(number, *zip(start, end, strict=True))
+            for number, (start, end) in enumerate(itertools.pairwise(starts))
+        )
+
+    @cached_property
+    def frame_multiple(self) -> int:
+        """A number that every power of two divides which divides all frame sizes: their bits, or-ed."""
+        return reduce(or_, self.frame_ends.tolist(), 0)
+
+    def frame_columns(self, sequence: SequenceSpan) -> Tensor:
+        """int64 [P + 1]: the columns of each frame of a sequence."""
+        if len(self.sequences) == 1:
+            return self.column_offsets
+        first = sequence.frames[0] + sequence.number
+        return self.column_offsets[first : first + sequence.frame_count + 1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,13 +135,15 @@ class MatchIndex(_Movable):
 
     rows: RowIndex
     run_start: Tensor  # int64 [A * P + 1], matches of row a in its p-th frame: [run_start[aP+p], run_start[aP+p+1])
+    row_positions: Tensor  # int64 [A + 1] on the CPU: the matches of row a are [row_positions[a], row_positions[a + 1])
     order: Tensor  # int64 [M], sorted position -> match
     row: Tensor  # int64 [M], sorted: its row
     target: Tensor  # int64 [M], sorted: its target token
     depth: Tensor  # float32 [M], sorted: its target depth, 0 where it has no depth term
     has_depth: Tensor  # bool [M], sorted: has a depth term
-    by_target: Tensor  # int64 [M], sorted positions in the order of their target tokens
-    depth_count: Tensor  # float32 [], matches that have a depth term, at least 1
+    weight: Tensor  # floating [M], or [1] where all are equal; by match (not sorted): its weight in means and sums
+    weight_total: Tensor  # float64 [], of all matches; 1 where they have no weight
+    depth_total: Tensor  # float64 [], of the matches that have a depth term; 1 where they have no weight
     values: Tensor  # float32 [N, 1], patch depth, 0 where unknown
     known: Tensor  # bool [N]
 
@@ -130,6 +157,7 @@ class MatchIndex(_Movable):
         countable: Tensor,  # bool [M], matches whose own depth is fit for the depth term
         patch_depth: Tensor | None,
         known: Tensor,  # bool [N]
+        weight: Tensor | None,  # floating [M]
     ) -> MatchIndex:
         target_frame = torch.searchsorted(frame_offsets[1:].contiguous(), target, right=True)
         sequence = torch.searchsorted(sequence_offsets[1:].contiguous(), target_frame, right=True)
@@ -138,20 +166,30 @@ class MatchIndex(_Movable):
         cell = row * rows.longest + target_frame - sequence_offsets[sequence]
         order = _argsort(row, target)
         runs = torch.bincount(cell, minlength=len(row_token) * rows.longest)
+        run_start = torch.cat([runs.new_zeros(1), runs.cumsum(0)])
         has_depth = countable & _frames_with(known, frame_offsets)[target_frame]
+        weight = torch.ones(1, device=anchor.device) if weight is None else weight
+        each = weight.double().expand(anchor.shape)  # [M]
         return MatchIndex(
             rows=rows,
-            run_start=torch.cat([runs.new_zeros(1), runs.cumsum(0)]),
+            run_start=run_start,
+            row_positions=run_start[:: rows.longest].cpu(),
             order=order,
             row=row[order],
             target=target[order],
             depth=_zero_unless(has_depth, target_depth)[order],
             has_depth=has_depth[order],
-            by_target=torch.argsort(target[order], stable=True),
-            depth_count=has_depth.sum().clamp(min=1).float(),
+            weight=weight,
+            weight_total=_positive_or_one(each.sum()),
+            depth_total=_positive_or_one(torch.where(has_depth, each, 0).sum()),
             values=_zero_unless(known, patch_depth)[:, None],
             known=known,
         )
+
+    @cached_property
+    def row_ends(self) -> list[int]:
+        """`row_positions` as Python numbers."""
+        return self.row_positions.tolist()
 
     def tensors(self) -> list[Tensor]:
         """All tensors in a fixed order, those of `rows` first."""
@@ -185,3 +223,8 @@ def _zero_unless(mask: Tensor, depth: Tensor | None) -> Tensor:
     if depth is None:
         return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return torch.where(mask, depth, 0).float()
+
+
+def _positive_or_one(total: Tensor) -> Tensor:
+    """A sum to divide by."""
+    return torch.where(total > 0, total, 1)

@@ -5,7 +5,7 @@ Their results are float32 for every input type, because further computation star
 | device, input          | products run as                                                              |
 | ---------------------- | ---------------------------------------------------------------------------- |
 | any, float32           | float32 (or TF32, where the user allowed it)                                 |
-| CUDA, bf16 or fp16     | that type, float32 results (`out_dtype`)                                     |
+| CUDA, bf16 or fp16     | that type, float32 results (`out_dtype`); fp16 takes normalised embeddings   |
 | CPU with AMX, bf16     | bf16; similarities through MKL's bf16 x bf16 -> float32 product              |
 | CPU otherwise, 16 bits | float32, blocks of tokens converted on the way: several times faster than   |
 |                        | the emulated 16-bit product, and more exact                                  |
@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import Sizes
+from .index import SequenceSpan
+
 CONVERTED_BYTES = 4 << 20  # workspace for a block of tokens that is converted to float32
 
 
@@ -32,14 +35,32 @@ class Products:
     element: torch.dtype
     converts: bool  # tokens are converted to `element`, block by block
     wide_result: bool  # a 16-bit product of torch can return float32
+    multiprocessors: int = 0  # of the GPU; 0: a CPU
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the products take normalised embeddings: `X` of raw ones would leave the range of float16."""
+        return self.element == torch.float16
+
+    def sizes(self, layers: int, sequence: SequenceSpan, width: int, backward: bool) -> Sizes:
+        """What the blocks of this sequence depend on."""
+        element = self.element.itemsize
+        return Sizes(
+            layers, sequence.row_count, sequence.token_count, width, element, backward, self.multiprocessors,
+            frames=sequence.frame_count,
+        )  # fmt: skip
 
     @staticmethod
     def of(embeddings: Tensor) -> Products:
         dtype = embeddings.dtype
         if dtype == torch.float32:
-            return Products(torch.float32, converts=False, wide_result=False)
+            return Products(
+                dtype, converts=False, wide_result=False, multiprocessors=_multiprocessors(embeddings.device)
+            )
         if embeddings.is_cuda:
-            return Products(dtype, converts=False, wide_result=True)
+            return Products(
+                dtype, converts=False, wide_result=True, multiprocessors=_multiprocessors(embeddings.device)
+            )
         if dtype == torch.bfloat16 and has_amx():
             return Products(dtype, converts=False, wide_result=False)
         return Products(torch.float32, converts=True, wide_result=False)
@@ -54,13 +75,14 @@ class Products:
         else:
             self.product(anchors, tokens.mT, out, accumulate=False)
 
-    def row_gradient(self, x: Tensor, tokens: Tensor, out: Tensor) -> None:
-        """`out = x tokens`: [G, R, n], [G, n, D] -> float32 [G, R, D]."""
+    def row_gradient(self, x: Tensor, tokens: Tensor, out: Tensor, accumulate: bool) -> None:
+        """`out (+)= x tokens`: [G, R, n], [G, n, D] -> float32 [G, R, D]."""
         if self.converts:
             for block in self._blocks(tokens):
-                _float_product(x[:, :, block], tokens[:, block].to(self.element), out, accumulate=block.start > 0)
+                later = accumulate or block.start > 0
+                _float_product(x[:, :, block], tokens[:, block].to(self.element), out, later)
         else:
-            self.product(x, tokens, out, accumulate=False)
+            self.product(x, tokens, out, accumulate)
 
     def token_gradient(self, x: Tensor, anchors: Tensor, out: Tensor, accumulate: bool) -> None:
         """`out (+)= x^T anchors`: [G, R, n], [G, R, D] -> float32 [G, n, D]."""
@@ -89,6 +111,11 @@ def _float_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     else:
         torch.baddbmm(out, a, b, out=out) if accumulate else torch.bmm(a, b, out=out)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @functools.cache

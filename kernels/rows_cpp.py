@@ -2,7 +2,8 @@
 
 Tensors are passed as NumPy views, without a copy; bfloat16, which NumPy lacks, as its 16 bits. One layer at a time
 (`G = 1`): a CPU gains nothing from several layers in one call. The extension does not know float16: norms and
-projections of float16 embeddings are computed by `rows_torch`.
+projections of float16 embeddings are computed by `rows_torch`. So are sums of statistics, which occur only where
+columns are cut, and `gather_rows` and `add_rows`, where torch is as fast as memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ import torch
 from torch import Tensor
 
 from . import rows_torch
-from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchTerms, RowChunk, TermWeights
+from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, MatchTerms, RowChunk, TermWeights
+from .rows_torch import add_rows, gather_rows
+
+__all__ = [
+    "add_rows", "available", "frame_statistics", "gather_rows", "inverse_norms", "loss_terms", "project_gradient",
+    "similarity_gradient",
+]  # fmt: skip
 
 _rows: Any
 try:
@@ -39,41 +46,34 @@ def inverse_norms(embeddings: Tensor) -> Tensor:
     return out
 
 
-def frame_statistics(chunk: RowChunk, runs: MatchRuns | None, every_frame: bool) -> FrameStatistics:
-    rows, frames = chunk.own_token.shape[0], chunk.frame_offsets.shape[0] - 1
-    width = 0 if chunk.values is None else chunk.values.shape[1]
-    out = FrameStatistics(
-        lse=torch.empty(1, rows, frames),
-        known_lse=torch.empty(1, rows, frames),
-        expected=torch.empty(1, rows, frames, width),
-        best=torch.empty(1, rows, frames, dtype=torch.int64),
-        peak=torch.empty(1, rows, frames),
+def frame_statistics(
+    chunk: RowChunk, matches: ChunkMatches | None, previous: FrameStatistics | None
+) -> FrameStatistics:
+    cells = 1, chunk.own_column.shape[0], chunk.frame_offsets.shape[0] - 1
+    lse = torch.empty(cells)
+    ignored = matches is not None and matches.definition.ignores_targets
+    found = FrameStatistics(
+        lse=lse,
+        known_lse=torch.empty(cells),
+        expected=torch.empty(*cells, 0 if chunk.values is None else chunk.values.shape[1]),
+        best=torch.empty(cells, dtype=torch.int64),
+        peak=torch.empty(cells),
+        negative_lse=torch.empty(cells) if ignored else lse,
     )
-    start, longest = (None, 0) if runs is None else (runs.start.numpy(), runs.longest)
-    _rows.frame_statistics(_chunk(chunk), start, longest, every_frame, *(value[0].numpy() for value in out), _threads())
-    return out
+    _rows.frame_statistics(_chunk(chunk), _matches(matches), _statistics(found), _threads())
+    return found if previous is None else rows_torch.merged(previous, found)
 
 
 def loss_terms(
-    chunk: RowChunk,
-    statistics: FrameStatistics,
-    runs: MatchRuns,
-    weights: TermWeights | None,
-    terms: MatchTerms,
-    negatives: str,
-    eps: float,
+    statistics: FrameStatistics, matches: ChunkMatches, weights: TermWeights | None, terms: MatchTerms
 ) -> FrameUpstream | None:
     upstream = None
     if weights is not None:
         upstream = FrameUpstream(torch.empty_like(statistics.lse), torch.empty_like(statistics.expected))
     _rows.loss_terms(
-        _chunk(chunk),
-        *(value[0].numpy() for value in statistics),
-        runs.start.numpy(), runs.longest, runs.order.numpy(), runs.target.numpy(), runs.depth.numpy(),
-        runs.has_depth.numpy(), runs.first_token,
+        _statistics(statistics), _matches(matches),
         *(value[0].numpy() for value in terms),
         *((None, None) if weights is None else (scale[0].numpy() for scale in weights)),
-        negatives == "sequence", eps,
         *((None, None) if upstream is None else (value[0].numpy() for value in upstream)),
         _threads(),
     )  # fmt: skip
@@ -84,29 +84,22 @@ def similarity_gradient(
     chunk: RowChunk,
     statistics: FrameStatistics,
     upstream: FrameUpstream,
-    runs: MatchRuns | None,
-    weights: TermWeights | None,
+    matches: ChunkMatches | None,
     out: Tensor,
 ) -> None:
+    a, b = (value[0].numpy() for value in upstream)
     _rows.similarity_gradient(
-        _chunk(chunk),
-        *(value[0].numpy() for value in statistics[:3]),
-        *(value[0].numpy() for value in upstream),
-        *((None, 0, None, None, 0) if runs is None else (
-            runs.start.numpy(), runs.longest, runs.order.numpy(), runs.target.numpy(), runs.first_token)),
-        None if weights is None else weights.corr[0].numpy(),
-        _bits(out[0]),
-        _threads(),
+        _chunk(chunk), _statistics(statistics), a, b, _matches(matches), _bits(out[0]), _threads()
     )  # fmt: skip
 
 
-def project_gradient(gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor) -> None:
-    if embeddings.dtype == torch.float16:
-        rows_torch.project_gradient(gradient, embeddings, inverse_norm, out)
+def project_gradient(gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor, of_unit: bool) -> None:
+    if torch.float16 in (embeddings.dtype, out.dtype):
+        rows_torch.project_gradient(gradient, embeddings, inverse_norm, out, of_unit)
         return
     layers = zip(gradient, _dense_rows(embeddings), inverse_norm, out, strict=True)
     for u, layer, norms, to in layers:
-        _rows.project_gradient(u.numpy(), _bits(layer), norms.numpy(), _bits(to), _threads())
+        _rows.project_gradient(u.numpy(), _bits(layer), norms.numpy(), _bits(to), of_unit, _threads())
 
 
 def _chunk(chunk: RowChunk) -> object:
@@ -115,12 +108,36 @@ def _chunk(chunk: RowChunk) -> object:
         chunk.row_scale[0].numpy(),
         chunk.token_scale[0].numpy(),
         float(chunk.temperature),
-        chunk.own_token.numpy(),
+        chunk.own_column.numpy(),
         chunk.exclude_own,
         chunk.frame_offsets.numpy(),
+        chunk.first_token,
         None if chunk.values is None else chunk.values.numpy(),
         None if chunk.known is None else chunk.known.numpy(),
     )
+
+
+def _matches(matches: ChunkMatches | None) -> object:
+    if matches is None:
+        return None
+    definition = matches.definition
+    return _rows.Matches(
+        matches.start.numpy(),
+        matches.longest,
+        matches.order.numpy(),
+        matches.target.numpy(),
+        matches.depth.numpy(),
+        matches.has_depth.numpy(),
+        matches.positive[0].numpy(),
+        None if matches.pull is None else matches.pull[0].numpy(),
+        definition.every_frame,
+        definition.ignores_targets,
+        definition.eps,
+    )
+
+
+def _statistics(statistics: FrameStatistics) -> object:
+    return _rows.Statistics(*(value[0].numpy() for value in statistics))
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

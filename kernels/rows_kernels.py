@@ -1,351 +1,567 @@
 # mypy: disallow-untyped-defs=False
-"""The Triton kernels of `rows_triton`: one for each row operation of `rows_torch`.
+"""The Triton kernels of `rows_triton` over similarities; those over embeddings are in `vector_kernels`.
 
-Nothing is accumulated across programs: a program owns some rows of one frame of one layer (or some rows of a matrix),
-loops over the columns from left to right, and writes results that no other program writes. So there are no atomics,
-the order of every sum is fixed, and equal inputs give equal bits.
+Nothing is accumulated across programs: a program owns some rows of one frame of one layer, loops over the columns from
+left to right, and writes results that no other program writes. So there are no atomics, the order of every sum is
+fixed, and equal inputs give equal bits.
 
-The softmax over the column blocks of a frame is the online one. With `m` the maximum so far and `z` the sum of
-`exp(s - m)` so far, a block with maximum `m'` gives `M = max(m, m')`, `z <- z exp(m - M) + sum exp(s - M)`, `m <- M`;
-every exponent is <= 0, hence nothing overflows, and the largest term is exactly 1, hence nothing is lost but terms
-below 2^-24 of it. Tokens of known value have a second `m` and `z`: they may all lie far below the others, and then
-their sum under the common maximum would vanish. A row without tokens keeps `m = -inf`, `z = 0`; where that is used as
-a reference it is replaced by 0, because `exp(-inf - 0) = 0` while `-inf - -inf` would give NaN.
+**Softmax without a maximum.** `|cos| <= 1`, so `s <= 1 / tau` for every similarity, and with `c = log2(e) / tau`
 
-`best` moves only to a strictly larger maximum, and within a block it is the least index that reaches it: the first of
-equals. All addresses are 64-bit. The temperature is read on the device, the host never waits for it.
+    exp(s - 1 / tau) = 2^y,   y = x r_i r_k c - c,   -2c <= y <= 0
+
+never overflows. It does not underflow either while 2c is well inside the range of float32: for `c <= LARGEST_BOUND` the
+largest term of a frame is at least 2^-93, so all terms that count at 24 bits are at least 2^-117 and normal numbers. No
+pass for the maximum, no rescaling, and one exponential serves two softmaxes, over all tokens and over those of known
+value: both have the reference `c`. In the gradient it serves both, too, since `exp(s - known_lse) = exp(s - lse)
+exp(lse - known_lse)`, and that ratio is at most n 2^2c. Each lane sums its own columns; lanes are added after the loop.
+
+**Colder temperatures** take the online softmax. With `m` the maximum so far and `z` the sum of `2^(y - m)` so far, a
+block with maximum `m'` gives `M = max(m, m')`, `z <- z 2^(m - M) + sum 2^(y - M)`, `m <- M`: every exponent is <= 0 and
+the largest term is exactly 1. Tokens of known value have a second `m` and `z`, because they may all lie far below the
+others. The temperature decides on the device, the host never reads it.
+
+`best` moves only to a strictly larger similarity, and within a block it is the least column: the first of equals.
+
+**The row's own column, and targets that are ignored,** are set to -inf by `prepare` before the statistics, so the loop
+over the similarities compares nothing. The gradient computes all columns alike and then, after a barrier, writes these
+and the targets again, from `positive`; no other program writes there.
+
+A frame begins at any column. `ALIGN` (1, 2 or 4) divides every offset, so that many numbers are loaded at once.
+Addresses are 64-bit; a frame of a chunk has fewer than 2^31 columns.
 """
 
 from __future__ import annotations
 
-from .rows_torch import NORM_FLOOR
 from .triton_launch import constant, jit, kernel, tl
+from .vector_kernels import LARGEST_HALF
 
-SMALLEST_NORM = constant(NORM_FLOOR)
-LARGEST_INVERSE = constant(1 / NORM_FLOOR)
-
-
-@jit
-def scaled_similarity(x, row_scale, token_scale, temperature):
-    """`s` from raw dot products; dividing last, in the order of `rows_torch`."""
-    return x * row_scale[:, None] * token_scale[None, :] / temperature
+LOG2E = constant(1.4426950408889634)
+LOG2E_REST = constant(1.4426950408889634 - 1.44269502162933349609375)  # what the float32 `LOG2E` lacks
+LN2 = constant(0.6931471805599453)
+LARGEST_BOUND = constant(46.6)  # tau > 0.031
+NOWHERE = constant(2**31 - 1)  # larger than every column
 
 
 @jit
-def softmax_step(s, maximum, total):
-    """One block of the online softmax: the new maximum and sum, the block's weights, the factor of the old sums."""
-    new_maximum = tl.maximum(maximum, tl.max(s, 1))
-    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weight = tl.exp(s - reference[:, None])
-    shrink = tl.exp(maximum - reference)
-    return new_maximum, total * shrink + tl.sum(weight, 1), weight, shrink
+def exponent(x, factor, reference):
+    """`y` of the text above. One expression everywhere, so that equal similarities stay equal."""
+    return x * factor - reference
 
 
 @jit
-def log_sum_exp(maximum, total):
-    """`maximum + log(total)`; -inf for an empty sum."""
-    return tl.where(maximum == float("-inf"), float("-inf"), maximum + tl.log(total))
+def reference_of(c):
+    return tl.where(c <= LARGEST_BOUND, c, 0.0)
 
 
 @jit
-def as_reference(lse):
-    """A log-sum-exp to subtract: +inf for an empty sum, so that every probability under it is 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def log_of(total, reference):
+    """`log(total 2^reference)`; -inf for an empty sum."""
+    return tl.where(total == 0.0, float("-inf"), (reference + tl.log2(total)) * LN2)
 
 
-@kernel("out")
-def inverse_norms(
-    embeddings, stride_g, stride_n, stride_d, out, tokens, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
-    """One program: `BLOCK_ROWS` tokens of one layer."""
-    group = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    line = embeddings + group * stride_g + row[:, None] * stride_n
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(0, width, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
-        mask = (row < tokens)[:, None] & (column < width)[None, :]
-        e = tl.load(line + column[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(e * e, 1)
-    norm = tl.sqrt_rn(total)
-    inverse = tl.where(norm > SMALLEST_NORM, tl.div_rn(1.0, tl.maximum(norm, SMALLEST_NORM)), LARGEST_INVERSE)
-    inverse = tl.where(norm != norm, norm, inverse)  # NaN stays NaN
-    tl.store(out + group * tokens + row, inverse, mask=row < tokens)
+@jit
+def log_beside(peak, total, reference):
+    """The same for a sum whose largest term is `2^peak`. Where that is the only one, the result is its similarity,
+    rounded as `prepare` rounds that of a match."""
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    return tl.where(total == 0.0, float("-inf"), (peak + reference) * LN2 + tl.log(total * tl.exp2(-peak)))
 
 
-@kernel("out")
-def project_gradient(
-    gradient, gradient_g, gradient_n, gradient_d, embeddings, stride_g, stride_n, stride_d, inverse_norm, inverse_g,
-    out, out_g, out_n, out_d, tokens, width, limit, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+@jit
+def split(lse):
+    """`lse` in units of log 2, as an integer and the rest: no digit is lost. An empty sum gives (inf, 0)."""
+    empty = lse == float("-inf")
+    lse = tl.where(empty, 0.0, lse)
+    whole = tl.floor(lse * LOG2E + 0.5)
+    rest = tl.fma(lse, LOG2E, -whole) + lse * LOG2E_REST
+    return tl.where(empty, float("inf"), whole), rest
+
+
+@jit
+def log_add(a, b):
+    """`log(exp(a) + exp(b))`, of which both may be -inf."""
+    largest = tl.maximum(a, b)
+    sum_ = tl.exp(a - largest) + tl.exp(b - largest)
+    return tl.where(largest == float("-inf"), a + b, largest + tl.log(sum_))  # a + b: -inf, or a NaN
+
+
+@jit
+def share(part, whole):
+    """`exp(part - whole)`; 0 for an empty part."""
+    return tl.where(part == float("-inf"), 0.0, tl.exp(part - whole))
+
+
+@jit
+def known_at(known, values, column, inside, v: tl.constexpr, VALUES: tl.constexpr):
+    """Which tokens are of known value, and their v-th value, 0 where it is not known."""
+    is_known = tl.load(known + column, mask=inside, other=0) != 0
+    value = tl.load(values + column * VALUES + v, mask=inside, other=0.0)
+    return is_known, tl.where(is_known, value, 0.0)
+
+
+@kernel("similarity", "positive", direct=True)
+def prepare(
+    similarity, pitch_g: tl.int64, pitch: tl.int64, row_scale, row_scale_g: tl.int64, token_scale,
+    token_scale_g: tl.int64, temperature, own_column, run_start, longest, target, positive, positive_g: tl.int64,
+    first_token: tl.int64, rows, columns,
+    IGNORED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_ROWS` tokens of one layer. Two passes over the columns: `e_hat . u`, then the tangent."""
-    group = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = row < tokens
-    inverse = tl.load(inverse_norm + group * inverse_g + row, mask=row_mask, other=0.0)
-    gradient += group * gradient_g + row[:, None] * gradient_n
-    embeddings += group * stride_g + row[:, None] * stride_n
-    out += group * out_g + row[:, None] * out_n
-    radial = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(0, width, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
-        mask = row_mask[:, None] & (column < width)[None, :]
-        u = tl.load(gradient + column[None, :] * gradient_d, mask=mask, other=0.0).to(tl.float32)
-        e = tl.load(embeddings + column[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        radial += tl.sum(e * inverse[:, None] * u, 1)
-    radial = tl.where(inverse >= LARGEST_INVERSE, 0.0, radial)
-    for start in range(0, width, BLOCK_COLUMNS):  # the second reading comes from the cache
-        column = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
-        mask = row_mask[:, None] & (column < width)[None, :]
-        u = tl.load(gradient + column[None, :] * gradient_d, mask=mask, other=0.0).to(tl.float32)
-        e = tl.load(embeddings + column[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        tangent = u - radial[:, None] * (e * inverse[:, None])
-        tangent = tl.clamp(tangent, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(out + column[None, :] * out_d, tangent.to(out.dtype.element_ty), mask=mask)
+    """One program: the matches of `BLOCK_ROWS` rows, `BLOCK_COLUMNS` of each at a time.
 
-
-@kernel("lse", "known_lse", "expected", "best", "peak")
-def frame_statistics(
-    similarity, stride_g, stride_r, stride_n, row_scale, row_scale_g, token_scale, token_scale_g, temperature,
-    own_token, frame_offsets, values, values_n, known, run_start, longest,
-    lse, known_lse, expected, best, peak, rows, frames,
-    VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, EVERY_FRAME: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One program: `BLOCK_ROWS` rows against one frame. Frames run fastest, so neighbours share cache lines.
-
-    `own_token` is None where a row's own token is a candidate, too. `run_start` is None where expected values are
-    needed for every row and frame; otherwise they are computed only where the row has a match in the frame.
+    Writes the similarity of each match to `positive`; then sets the row's own column, and with `IGNORED` all targets,
+    to -inf. One row may have a target several times, so all are read before any is overwritten.
     """
     group = tl.program_id(1).to(tl.int64)
-    frame = tl.program_id(0).to(tl.int64) % frames
-    row = tl.program_id(0).to(tl.int64) // frames * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
-    begin = tl.load(frame_offsets + frame)
-    end = tl.load(frame_offsets + frame + 1)
-    matched = row_mask
+    line = similarity + group * pitch_g + row.to(tl.int64) * pitch
     if run_start is not None:
-        run = run_start + row * longest + frame
-        matched = tl.load(run + 1, mask=row_mask, other=0) > tl.load(run, mask=row_mask, other=0)
-    any_matched = tl.max(matched.to(tl.int32), 0) > 0
-    if not EVERY_FRAME:
-        end = tl.where(any_matched, end, begin)  # no match, no column to read
+        c = LOG2E / tl.load(temperature)
+        scale = tl.load(row_scale + group * row_scale_g + row, mask=row_mask, other=0.0) * c
+        first = tl.load(run_start + row.to(tl.int64) * longest, mask=row_mask, other=0)
+        count = (tl.load(run_start + (row + 1).to(tl.int64) * longest, mask=row_mask, other=0) - first).to(tl.int32)
+        most = tl.max(count, 0)
+        slot = tl.arange(0, BLOCK_COLUMNS)
+        for start in range(0, most, BLOCK_COLUMNS):
+            at, column, here = targets_at(first, count, start + slot, target, first_token, columns)
+            x = tl.load(line[:, None] + column, mask=here, other=0.0)
+            norm = tl.load(token_scale + group * token_scale_g + column, mask=here, other=0.0)
+            y = exponent(x, scale[:, None] * norm, reference_of(c))
+            tl.store(positive + group * positive_g + at, (y + reference_of(c)) * LN2, mask=here)
+        if IGNORED:
+            tl.debug_barrier()
+            for start in range(0, most, BLOCK_COLUMNS):
+                _, column, here = targets_at(first, count, start + slot, target, first_token, columns)
+                tl.store(line[:, None] + column, float("-inf"), mask=here)
+    if own_column is not None:
+        own = tl.load(own_column + row, mask=row_mask, other=-1)
+        tl.store(line + own, float("-inf"), mask=(own >= 0) & (own < columns))
 
-    tau = tl.load(temperature)
-    scale = tl.load(row_scale + group * row_scale_g + row, mask=row_mask, other=0.0)
-    line = similarity + group * stride_g + row[:, None] * stride_r
-    if own_token is not None:
-        own = tl.load(own_token + row, mask=row_mask, other=-1)
+
+@jit
+def targets_at(first, count, slot, target, first_token, columns):
+    """Sorted positions, columns and presence in the chunk of the matches at some slots of each row."""
+    at = first[:, None] + slot[None, :]
+    mine = slot[None, :] < count[:, None]
+    column = tl.load(target + at, mask=mine, other=-1) - first_token
+    return at, column, mine & (column >= 0) & (column < columns)
+
+
+@jit
+def bounded_sums(
+    line, norms, scale, size, c, values, known,
+    VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`lse`, `known_lse`, expected values, peak and its offset in the frame, with the reference `c`."""
+    offset = tl.arange(0, BLOCK_COLUMNS)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    known_total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    moment = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # of a single value
+    slot = tl.arange(0, PADDED_VALUES)
+    moments = tl.zeros([BLOCK_ROWS, PADDED_VALUES], tl.float32)  # of several
+    top = tl.full([BLOCK_ROWS, BLOCK_COLUMNS], float("-inf"), tl.float32)
+    begin_of_top = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int32)
+    for start in range(0, size, BLOCK_COLUMNS):
+        column = start + offset
+        inside = column < size
+        x = tl.load(line + column[None, :], mask=inside[None, :], other=0.0)
+        norm = tl.load(norms + column, mask=inside, other=0.0)
+        bias = tl.where(inside, c, float("inf"))
+        y = exponent(x, scale[:, None] * norm[None, :], bias[None, :])
+        e = tl.exp2(y)
+        total += e
+        for v in tl.static_range(VALUES):
+            is_known, value = known_at(known, values, column, inside, v, VALUES)
+            if v == 0:
+                known_total += e * tl.where(is_known, 1.0, 0.0)[None, :]
+            if VALUES == 1:
+                moment += e * value[None, :]
+            else:
+                part = tl.sum(e * value[None, :], 1)
+                moments += tl.where(slot[None, :] == v, part[:, None], 0.0)
+        better = y > top
+        top = tl.where(better, y, top)
+        begin_of_top = tl.where(better, start, begin_of_top)
+    peak = tl.max(top, 1)
+    best = tl.min(tl.where(top == peak[:, None], begin_of_top + offset[None, :], NOWHERE), 1)
+    known_sum = tl.sum(known_total, 1)
+    if VALUES == 1:
+        moments = tl.sum(moment, 1)[:, None]
+    mean = moments / tl.where(known_sum == 0.0, 1.0, known_sum)[:, None]
+    return log_beside(peak, tl.sum(total, 1), c), log_beside(peak, known_sum, c), mean, (peak + c) * LN2, best
+
+
+@jit
+def online_step(y, maximum, total):
+    """One block of the online softmax: the new maximum and sum, the block's terms, the factor of the old sums."""
+    new_maximum = tl.maximum(maximum, tl.max(y, 1))
+    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    e = tl.exp2(y - reference[:, None])
+    shrink = tl.exp2(maximum - reference)
+    return new_maximum, total * shrink + tl.sum(e, 1), e, shrink
+
+
+@jit
+def online_sums(
+    line, norms, scale, size, values, known,
+    VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The same for any temperature."""
+    offset = tl.arange(0, BLOCK_COLUMNS)
     maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     known_maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     known_total = tl.zeros([BLOCK_ROWS], tl.float32)
     slot = tl.arange(0, PADDED_VALUES)
-    weighted = tl.zeros([BLOCK_ROWS, PADDED_VALUES], tl.float32)
-    best_column = tl.full([BLOCK_ROWS], -1, tl.int64)
-    for start in range(begin, end, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
-        column_mask = column < end
-        x = tl.load(line + column[None, :] * stride_n, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
-        norm = tl.load(token_scale + group * token_scale_g + column, mask=column_mask, other=0.0)
-        candidate = column_mask[None, :]
-        if own_token is not None:
-            candidate = candidate & (column[None, :] != own[:, None])
-        s = tl.where(candidate, scaled_similarity(x, scale, norm, tau), float("-inf"))
-        block_maximum = tl.max(s, 1)
-        offset = tl.arange(0, BLOCK_COLUMNS)[None, :]
-        block_best = tl.min(tl.where(s == block_maximum[:, None], offset, BLOCK_COLUMNS), 1)
-        best_column = tl.where(block_maximum > maximum, start + block_best, best_column)
-        maximum, total, _, _ = softmax_step(s, maximum, total)
-        if VALUES > 0:  # noqa: SIM102 - this one is decided by the compiler, the next by the data
-            if any_matched:
-                is_known = tl.load(known + column, mask=column_mask, other=0) != 0
-                known_s = tl.where(is_known[None, :], s, float("-inf"))
-                known_maximum, known_total, weight, shrink = softmax_step(known_s, known_maximum, known_total)
-                weighted *= shrink[:, None]
-                for v in tl.static_range(VALUES):
-                    value = tl.load(values + column * values_n + v, mask=column_mask & is_known, other=0.0)
-                    part = tl.sum(weight * value[None, :], 1)
-                    weighted += tl.where(slot[None, :] == v, part[:, None], 0.0)
+    moments = tl.zeros([BLOCK_ROWS, PADDED_VALUES], tl.float32)
+    best = tl.full([BLOCK_ROWS], NOWHERE, tl.int32)
+    for start in range(0, size, BLOCK_COLUMNS):
+        column = start + offset
+        inside = column < size
+        x = tl.load(line + column[None, :], mask=inside[None, :], other=0.0)
+        norm = tl.load(norms + column, mask=inside, other=0.0)
+        y = tl.where(inside[None, :], exponent(x, scale[:, None] * norm[None, :], 0.0), float("-inf"))
+        top = tl.max(y, 1)
+        first = tl.min(tl.where(y == top[:, None], column[None, :], NOWHERE), 1)
+        best = tl.where(top > maximum, first, best)
+        maximum, total, _, _ = online_step(y, maximum, total)
+        for v in tl.static_range(VALUES):
+            is_known, value = known_at(known, values, column, inside, v, VALUES)
+            if v == 0:
+                known_y = tl.where(is_known[None, :], y, float("-inf"))
+                known_maximum, known_total, e, shrink = online_step(known_y, known_maximum, known_total)
+                moments *= shrink[:, None]
+            part = tl.sum(e * value[None, :], 1)
+            moments += tl.where(slot[None, :] == v, part[:, None], 0.0)
+    mean = moments / tl.where(known_total == 0.0, 1.0, known_total)[:, None]
+    return log_of(total, maximum), log_of(known_total, known_maximum), mean, maximum * LN2, best
+
+
+@kernel("lse", "known_lse", "expected", "best", "peak", "negative_lse", direct=True)
+def frame_statistics(
+    similarity, pitch_g: tl.int64, pitch: tl.int64, row_scale, row_scale_g: tl.int64, token_scale,
+    token_scale_g: tl.int64, temperature, frame_offsets, values, known,
+    run_start, longest, target, positive, positive_g: tl.int64, first_token: tl.int64,
+    lse, known_lse, expected, best, peak, negative_lse, rows, frames,
+    VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, EVERY_FRAME: tl.constexpr, MERGED: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_ROWS` rows against one frame. Frames run fastest, so neighbours share cache lines.
+
+    `run_start` is None where there are no matches; `negative_lse` is None unless targets are ignored. `MERGED`: the
+    results hold the statistics of earlier columns, and these are added.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    frame = tl.program_id(0) % frames
+    row = tl.program_id(0) // frames * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = row < rows
+    row = tl.minimum(row, rows - 1).to(tl.int64)  # rows beyond the last repeat it, and store nothing
+    begin = tl.multiple_of(tl.load(frame_offsets + frame), ALIGN)
+    size = tl.multiple_of((tl.load(frame_offsets + frame + 1) - begin).to(tl.int32), ALIGN)
+    matched = row_mask
+    if run_start is not None:
+        first = tl.load(run_start + row * longest + frame)
+        count = (tl.load(run_start + row * longest + frame + 1) - first).to(tl.int32)
+        matched = count > 0
+        if not EVERY_FRAME:  # no match, no column to read
+            size = tl.multiple_of(tl.where(tl.max(count, 0) > 0, size, 0), ALIGN)
+
+    c = LOG2E / tl.load(temperature)
+    scale = tl.load(row_scale + group * row_scale_g + row) * c
+    line = tl.multiple_of(similarity + group * pitch_g + begin + row[:, None] * pitch, [4 * ALIGN, 4 * ALIGN])
+    norms = tl.multiple_of(token_scale + group * token_scale_g + begin, 4 * ALIGN)
+    if VALUES > 0:
+        values = tl.multiple_of(values + begin * VALUES, 4 * ALIGN)
+        known = tl.multiple_of(known + begin, ALIGN)
+    if c <= LARGEST_BOUND:
+        all_, known_, mean, top, at = bounded_sums(
+            line, norms, scale, size, c, values, known, VALUES, PADDED_VALUES, BLOCK_ROWS, BLOCK_COLUMNS
+        )
+    else:
+        all_, known_, mean, top, at = online_sums(
+            line, norms, scale, size, values, known, VALUES, PADDED_VALUES, BLOCK_ROWS, BLOCK_COLUMNS
+        )
+    token = tl.where(top == float("-inf"), -1, first_token + begin + at)
+    negative = all_
+    slot = tl.arange(0, PADDED_VALUES)
+    value_mask = (slot < VALUES)[None, :]
+    if negative_lse is not None:  # the targets, which are -inf in `similarity`
+        before = tl.full([BLOCK_ROWS], -1, tl.int64)
+        for k in range(tl.max(count, 0)):
+            mine = k < count
+            other = tl.load(target + first + k, mask=mine, other=-1)
+            column = other - first_token - begin
+            new = mine & (other != before) & (column >= 0) & (column < size)
+            before = other
+            s = tl.load(positive + group * positive_g + first + k, mask=new, other=float("-inf"))
+            all_ = log_add(all_, s)
+            better = new & ((s > top) | ((s == top) & (other < token)))
+            top = tl.where(better, s, top)
+            token = tl.where(better, other, token)
+            if VALUES > 0:
+                is_known = tl.load(known + column, mask=new, other=0) != 0
+                value_at = values + column[:, None] * VALUES + slot[None, :]
+                value = tl.load(value_at, mask=value_mask & (new & is_known)[:, None], other=0.0)
+                known_s = tl.where(is_known, s, float("-inf"))
+                known_ = log_add(known_, known_s)
+                mean += (value - mean) * share(known_s, known_)[:, None]
+    if run_start is not None:
+        known_ = tl.where(matched, known_, float("-inf"))
+        mean = tl.where(matched[:, None], mean, 0.0)
+        if not EVERY_FRAME:
+            all_ = tl.where(matched, all_, float("-inf"))
+            negative = tl.where(matched, negative, float("-inf"))
+            top = tl.where(matched, top, float("-inf"))
+            token = tl.where(matched, token, -1)
 
     cell = (group * rows + row) * frames + frame
-    frame_lse = log_sum_exp(maximum, total)
-    if not EVERY_FRAME:
-        frame_lse = tl.where(matched, frame_lse, float("-inf"))
-        maximum = tl.where(matched, maximum, float("-inf"))
-        best_column = tl.where(matched, best_column, -1)
-    tl.store(lse + cell, frame_lse, mask=row_mask)
-    tl.store(peak + cell, maximum, mask=row_mask)
-    tl.store(best + cell, best_column, mask=row_mask)
-    frame_known_lse = log_sum_exp(known_maximum, known_total)
-    tl.store(known_lse + cell, tl.where(matched, frame_known_lse, float("-inf")), mask=row_mask)
+    value_at = expected + cell[:, None] * VALUES + slot[None, :]
+    value_mask = value_mask & row_mask[:, None]
+    if MERGED:
+        all_ = log_add(tl.load(lse + cell), all_)
+        if negative_lse is not None:
+            negative = log_add(tl.load(negative_lse + cell), negative)
+        earlier_known = tl.load(known_lse + cell)
+        both_known = log_add(earlier_known, known_)
+        if VALUES > 0:
+            earlier_mean = tl.load(value_at, mask=value_mask, other=0.0)
+            mean = earlier_mean * share(earlier_known, both_known)[:, None] + mean * share(known_, both_known)[:, None]
+        known_ = both_known
+        earlier_top = tl.load(peak + cell)
+        later = top > earlier_top
+        token = tl.where(later, token, tl.load(best + cell))
+        top = tl.where(later, top, earlier_top)
+    tl.store(lse + cell, all_, mask=row_mask)
+    tl.store(known_lse + cell, known_, mask=row_mask)
+    tl.store(best + cell, token, mask=row_mask)
+    tl.store(peak + cell, top, mask=row_mask)
+    if negative_lse is not None:
+        tl.store(negative_lse + cell, negative, mask=row_mask)
     if VALUES > 0:
-        mean = weighted / tl.where(known_total == 0.0, 1.0, known_total)[:, None]
-        mean = tl.where(matched[:, None], mean, 0.0)
-        mask = row_mask[:, None] & (slot < VALUES)[None, :]
-        tl.store(expected + cell[:, None] * VALUES + slot[None, :], mean, mask=mask)
+        tl.store(value_at, mean, mask=value_mask)
 
 
-@kernel("corr_term", "depth_term", "best_term", "confidence_term", "upstream_lse", "upstream_expected")
+@kernel(
+    "corr_term", "depth_term", "best_term", "confidence_term", "pull", "upstream_lse", "upstream_expected", direct=True
+)
 def loss_terms(
-    similarity, stride_g, stride_r, stride_n, row_scale, row_scale_g, token_scale, token_scale_g, temperature,
-    positive, positive_g, lse, expected, best, peak,
-    run_start, longest, order, target, depth, has_depth, first_token,
-    corr_weight, corr_weight_g, corr_weight_m, depth_weight, depth_weight_g, depth_weight_m,
-    corr_term, depth_term, best_term, confidence_term, term_g, upstream_lse, upstream_expected, rows, frames, eps,
-    VALUES: tl.constexpr, SEQUENCE_NEGATIVES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    lse, negative_lse, expected, best, peak, run_start, longest, order, depth, has_depth,
+    positive, positive_g: tl.int64,
+    corr_weight, corr_weight_g: tl.int64, corr_weight_m: tl.int64,
+    depth_weight, depth_weight_g: tl.int64, depth_weight_m: tl.int64,
+    corr_term, depth_term, best_term, confidence_term, term_g: tl.int64,
+    pull, pull_g: tl.int64, upstream_lse, upstream_expected, rows, frames, eps,
+    VALUES: tl.constexpr, SEQUENCE_NEGATIVES: tl.constexpr, IGNORED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row, its matches `BLOCK_ROWS` at a time, its frames `BLOCK_COLUMNS` at a time.
+    """One program: `BLOCK_ROWS` rows, `BLOCK_COLUMNS` frames at a time. Each lane visits the matches of its frame.
 
-    The similarity of a match is read from `positive`, or, where that is None, computed from `similarity`. The weights
-    and the upstream gradients are None where only the terms are needed.
+    The weights, `pull` and the upstream gradients are None where only the terms are needed.
     """
-    row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
-    cell = (group * rows + row) * frames
-    starts = run_start + row * longest
-    if positive is None:
-        tau = tl.load(temperature)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = row < rows
+    row = row.to(tl.int64)
+    cell_of_row = (group * rows + row)[:, None] * frames
+    positive += group * positive_g
 
-    maximum = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
+    maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
     if SEQUENCE_NEGATIVES:
         for start in range(0, frames, BLOCK_COLUMNS):
             frame = start + tl.arange(0, BLOCK_COLUMNS)
-            block_lse = tl.load(lse + cell + frame, mask=frame < frames, other=float("-inf"))
-            maximum, total, _, _ = softmax_step(block_lse[None, :], maximum, total)
-    sequence_lse = tl.max(log_sum_exp(maximum, total), 0)
+            mask = row_mask[:, None] & (frame < frames)[None, :]
+            y = tl.load(negative_lse + cell_of_row + frame[None, :], mask=mask, other=float("-inf")) * LOG2E
+            maximum, total, _, _ = online_step(y, maximum, total)
+    sequence_lse = log_of(total, maximum)[:, None]
 
-    row_weight = 0.0  # sum of the corr weights of this row's matches
+    row_weight = tl.zeros([BLOCK_ROWS], tl.float32)  # sum of the corr weights of the row's matches
     for start in range(0, frames, BLOCK_COLUMNS):
-        frame = start + tl.arange(0, BLOCK_COLUMNS)
-        frame_mask = frame < frames
-        frame_begin = tl.load(starts + frame, mask=frame_mask, other=0)
-        frame_end = tl.load(starts + frame + 1, mask=frame_mask, other=0)
-        frame_weight = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        depth_slopes = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        first = tl.load(starts + start)
-        last = tl.load(starts + tl.minimum(start + BLOCK_COLUMNS, frames))
-        for block in range(first, last, BLOCK_ROWS):
-            position = block + tl.arange(0, BLOCK_ROWS).to(tl.int64)  # of sorted matches
-            mask = position < last
-            in_frame = (position[:, None] >= frame_begin[None, :]) & (position[:, None] < frame_end[None, :])
-            in_frame = in_frame & mask[:, None]
-            match_frame = tl.max(tl.where(in_frame, frame[None, :], 0), 1)
-            match = tl.load(order + position, mask=mask, other=0)
-            if positive is not None:
-                s = tl.load(positive + group * positive_g + position, mask=mask, other=0.0)
-            else:
-                column = tl.load(target + position, mask=mask, other=0) - first_token
-                x = tl.load(similarity + group * stride_g + row * stride_r + column * stride_n, mask=mask, other=0.0)
-                norm = tl.load(token_scale + group * token_scale_g + column, mask=mask, other=0.0)
-                s = x * tl.load(row_scale + group * row_scale_g + row) * norm / tau
-            frame_lse = tl.load(lse + cell + match_frame, mask=mask, other=0.0)
-            normaliser = sequence_lse if SEQUENCE_NEGATIVES else frame_lse
+        frame = (start + tl.arange(0, BLOCK_COLUMNS))[None, :]
+        mask = row_mask[:, None] & (frame < frames)
+        cell = cell_of_row + frame
+        first = tl.load(run_start + row[:, None] * longest + frame, mask=mask, other=0)
+        count = (tl.load(run_start + row[:, None] * longest + frame + 1, mask=mask, other=0) - first).to(tl.int32)
+        some = count > 0
+        negatives = sequence_lse
+        if not SEQUENCE_NEGATIVES:
+            negatives = tl.load(negative_lse + cell, mask=some, other=0.0)
+        frame_lse = tl.load(lse + cell, mask=some, other=0.0)
+        confidence = tl.exp(tl.load(peak + cell, mask=some, other=0.0) - frame_lse)
+        frame_best = tl.load(best + cell, mask=some, other=0)
+        if VALUES > 0:
+            frame_depth = tl.load(expected + cell * VALUES, mask=some, other=0.0)
+        frame_weight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        depth_slopes = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        for k in range(tl.max(tl.max(count, 1), 0)):
+            here = k < count
+            at = first + k
+            match = tl.load(order + at, mask=here, other=0)
+            s = tl.load(positive + at, mask=here, other=0.0)
+            normaliser = negatives
+            if IGNORED:
+                normaliser = log_add(negatives, s)
             out = group * term_g + match
-            tl.store(corr_term + out, normaliser - s, mask=mask)
-            best_column = tl.load(best + cell + match_frame, mask=mask, other=0)
-            tl.store(best_term + out, best_column + first_token, mask=mask)
-            confidence = tl.exp(tl.load(peak + cell + match_frame, mask=mask, other=0.0) - frame_lse)
-            tl.store(confidence_term + out, confidence, mask=mask)
-            has_term = mask & (tl.load(has_depth + position, mask=mask, other=0) != 0)
-            relative_error = tl.zeros([BLOCK_ROWS], tl.float32)
-            depth_slope = tl.zeros([BLOCK_ROWS], tl.float32)  # derivative of the depth term by the expected depth
+            tl.store(corr_term + out, normaliser - s, mask=here)
+            tl.store(best_term + out, frame_best, mask=here)
+            tl.store(confidence_term + out, confidence, mask=here)
+            error = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
             if VALUES > 0:
-                true_depth = tl.load(depth + position, mask=has_term, other=0.0)
-                expected_depth = tl.load(expected + (cell + match_frame) * VALUES, mask=has_term, other=0.0)
-                size = tl.where(has_term, true_depth + expected_depth + eps, 1.0)
-                relative_error = tl.where(has_term, tl.abs(true_depth - expected_depth) / size, 0.0)
-                sign = tl.where(true_depth > expected_depth, 1.0, 0.0) - tl.where(true_depth < expected_depth, 1.0, 0.0)
-                depth_slope = tl.where(has_term, -(sign + relative_error) / size, 0.0)
-            tl.store(depth_term + out, relative_error, mask=mask)
-            if corr_weight is not None:
-                pull = tl.load(corr_weight + group * corr_weight_g + match * corr_weight_m, mask=mask, other=0.0)
-                weight_at = depth_weight + group * depth_weight_g + match * depth_weight_m
-                weight = tl.load(weight_at, mask=has_term, other=0.0)
-                row_weight += tl.sum(pull, 0)
-                frame_weight += tl.sum(tl.where(in_frame, pull[:, None], 0.0), 0)
-                depth_slopes += tl.sum(tl.where(in_frame, (weight * depth_slope)[:, None], 0.0), 0)
-        if corr_weight is not None:
+                has_term = here & (tl.load(has_depth + at, mask=here, other=0) != 0)
+                difference = tl.load(depth + at, mask=has_term, other=0.0) - frame_depth
+                size = tl.where(has_term, difference + 2.0 * frame_depth + eps, 1.0)
+                error = tl.where(has_term, tl.abs(difference) / size, 0.0)
+            tl.store(depth_term + out, error, mask=here)
+            if pull is not None:
+                weight = tl.load(corr_weight + group * corr_weight_g + match * corr_weight_m, mask=here, other=0.0)
+                if IGNORED:  # times the probability of the negatives
+                    weight *= share(negatives, normaliser)
+                tl.store(pull + group * pull_g + at, -weight, mask=here)
+                frame_weight += weight
+                if VALUES > 0:
+                    sign = tl.where(difference > 0.0, 1.0, 0.0) - tl.where(difference < 0.0, 1.0, 0.0)
+                    weight_at = depth_weight + group * depth_weight_g + match * depth_weight_m
+                    depth_slopes -= tl.load(weight_at, mask=has_term, other=0.0) * (sign + error) / size
+        if pull is not None:
+            row_weight += tl.sum(frame_weight, 1)
             if not SEQUENCE_NEGATIVES:
-                tl.store(upstream_lse + cell + frame, frame_weight, mask=frame_mask)
+                tl.store(upstream_lse + cell, frame_weight, mask=mask)
             for v in tl.static_range(VALUES):
-                slopes = depth_slopes if v == 0 else tl.zeros([BLOCK_COLUMNS], tl.float32)
-                tl.store(upstream_expected + (cell + frame) * VALUES + v, slopes, mask=frame_mask)
-    if corr_weight is not None and SEQUENCE_NEGATIVES:
+                slopes = depth_slopes if v == 0 else tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+                tl.store(upstream_expected + cell * VALUES + v, slopes, mask=mask)
+    if SEQUENCE_NEGATIVES and pull is not None:
         for start in range(0, frames, BLOCK_COLUMNS):
-            frame = start + tl.arange(0, BLOCK_COLUMNS)
-            block_lse = tl.load(lse + cell + frame, mask=frame < frames, other=float("-inf"))
-            share = tl.where(block_lse == float("-inf"), 0.0, tl.exp(block_lse - sequence_lse))
-            tl.store(upstream_lse + cell + frame, row_weight * share, mask=frame < frames)
+            frame = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
+            mask = row_mask[:, None] & (frame < frames)
+            frame_lse = tl.load(negative_lse + cell_of_row + frame, mask=mask, other=float("-inf"))
+            of_frame = row_weight[:, None] * share(frame_lse, sequence_lse)
+            tl.store(upstream_lse + cell_of_row + frame, of_frame, mask=mask)
 
 
-@kernel("out")
+@jit
+def value_part(known, values, column, mask, b, center, others_b, factor, VALUES: tl.constexpr):
+    """`sum_v b_v (v_k - E_v)` at some columns, 0 where the value is not known; `b` and `center` have the `factor`."""
+    is_known = tl.load(known + column, mask=mask, other=0) != 0
+    part = -center[:, None] * tl.where(is_known, 1.0, 0.0)
+    for v in tl.static_range(VALUES):
+        b_v = b if v == 0 else tl.load(others_b + v) * factor
+        value = tl.load(values + column * VALUES + v, mask=mask, other=0.0)
+        part += b_v[:, None] * tl.where(is_known, value, 0.0)
+    return part
+
+
+@jit
+def in_frame(column, size, mask):
+    return mask & (column >= 0) & (column < size)
+
+
+@jit
+def store_gradient(line, column, gradient, mask, CLAMPED: tl.constexpr):
+    """`CLAMPED` to the range of float16."""
+    if CLAMPED:
+        gradient = tl.clamp(gradient, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(line + column, gradient.to(line.dtype.element_ty), mask=mask)
+
+
+@kernel("out", direct=True)
 def similarity_gradient(
-    similarity, stride_g, stride_r, stride_n, row_scale, row_scale_g, token_scale, token_scale_g, temperature,
-    own_token, frame_offsets, values, values_n, known, lse, known_lse, expected, upstream_lse, upstream_expected,
-    run_start, longest, order, target, first_token, corr_weight, corr_weight_g, corr_weight_m,
-    out, out_g, out_r, out_n, rows, frames, limit,
-    VALUES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    similarity, pitch_g: tl.int64, pitch: tl.int64, row_scale, row_scale_g: tl.int64, token_scale,
+    token_scale_g: tl.int64, temperature, own_column, frame_offsets, values, known,
+    lse, known_lse, expected, upstream_lse, upstream_expected,
+    run_start, longest, target, positive, positive_g: tl.int64, pull, pull_g: tl.int64, first_token: tl.int64,
+    out, out_g: tl.int64, out_pitch: tl.int64, rows, frames,
+    VALUES: tl.constexpr, IGNORED: tl.constexpr, CLAMPED: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_ROWS` rows against one frame. The same program reads each similarity before it writes there,
     so `out` may be the memory of `similarity`.
 
-    The arguments from `run_start` to `corr_weight_m` are None where there are no matches.
+    `lse` is that of the negatives. `own_column` and the arguments from `run_start` to `pull_g` may be None.
     """
     group = tl.program_id(1).to(tl.int64)
-    frame = tl.program_id(0).to(tl.int64) % frames
-    row = tl.program_id(0).to(tl.int64) // frames * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    frame = tl.program_id(0) % frames
+    row = tl.program_id(0) // frames * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
-    begin = tl.load(frame_offsets + frame)
-    end = tl.load(frame_offsets + frame + 1)
-    tau = tl.load(temperature)
+    row = tl.minimum(row, rows - 1).to(tl.int64)
+    begin = tl.multiple_of(tl.load(frame_offsets + frame), ALIGN)
+    size = tl.multiple_of((tl.load(frame_offsets + frame + 1) - begin).to(tl.int32), ALIGN)
     cell = (group * rows + row) * frames + frame
-    reference = as_reference(tl.load(lse + cell, mask=row_mask, other=float("-inf")))
-    known_reference = as_reference(tl.load(known_lse + cell, mask=row_mask, other=float("-inf")))
-    a = tl.load(upstream_lse + cell, mask=row_mask, other=0.0)
-    scale = tl.load(row_scale + group * row_scale_g + row, mask=row_mask, other=0.0)
-    if own_token is not None:
-        own = tl.load(own_token + row, mask=row_mask, other=-1)
+    c = LOG2E / tl.load(temperature)
+    scale = tl.load(row_scale + group * row_scale_g + row) * c
+    frame_lse, frame_known = tl.load(lse + cell), tl.load(known_lse + cell)
+    reference, rest = split(frame_lse)  # exp(s - lse) = 2^(y - reference) 2^-rest; 0 for an empty sum
+    known_reference, known_rest = split(frame_known)
+    known_rest = tl.exp2(-known_rest)
+    a = tl.load(upstream_lse + cell) * LN2  # `scale` has the factor log2(e)
+    row_a = a * tl.exp2(-rest)
+    b = tl.zeros([BLOCK_ROWS], tl.float32)
     center = tl.zeros([BLOCK_ROWS], tl.float32)  # sum_v b_v E_v
     for v in tl.static_range(VALUES):
-        b = tl.load(upstream_expected + cell * VALUES + v, mask=row_mask, other=0.0)
-        center += b * tl.load(expected + cell * VALUES + v, mask=row_mask, other=0.0)
-    if run_start is not None:
-        first = tl.load(run_start + row * longest + frame, mask=row_mask, other=0)
-        last = tl.load(run_start + row * longest + frame + 1, mask=row_mask, other=0)
-        longest_run = tl.max((last - first).to(tl.int32), 0)
+        b_v = tl.load(upstream_expected + cell * VALUES + v) * LN2
+        center += b_v * tl.load(expected + cell * VALUES + v)
+        if v == 0:
+            b = b_v
+    others_b = upstream_expected + cell * VALUES
 
-    similarity += group * stride_g + row[:, None] * stride_r
-    out += group * out_g + row[:, None] * out_r
-    for start in range(begin, end, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
-        column_mask = column < end
-        mask = row_mask[:, None] & column_mask[None, :]
-        x = tl.load(similarity + column[None, :] * stride_n, mask=mask, other=0.0)
-        norm = tl.load(token_scale + group * token_scale_g + column, mask=column_mask, other=0.0)
-        s = scaled_similarity(x, scale, norm, tau)
-        if own_token is not None:
-            s = tl.where(column[None, :] != own[:, None], s, float("-inf"))
-        gradient = a[:, None] * tl.exp(s - reference[:, None])
-        if VALUES > 0:
-            is_known = tl.load(known + column, mask=column_mask, other=0) != 0
-            value_pull = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32) - center[:, None]  # sum_v b_v (v_k - E_v)
-            for v in tl.static_range(VALUES):
-                b = tl.load(upstream_expected + cell * VALUES + v, mask=row_mask, other=0.0)
-                value = tl.load(values + column * values_n + v, mask=column_mask & is_known, other=0.0)
-                value_pull += b[:, None] * value[None, :]
-            known_log = tl.where(is_known[None, :], s - known_reference[:, None], float("-inf"))
-            gradient += value_pull * tl.exp(known_log)
-        if run_start is not None:
-            for k in range(longest_run):
-                in_run = first + k < last
-                match = tl.load(order + first + k, mask=in_run, other=0)
-                pulled = tl.load(target + first + k, mask=in_run, other=-1) - first_token
-                weight_at = corr_weight + group * corr_weight_g + match * corr_weight_m
-                weight = tl.load(weight_at, mask=in_run, other=0.0)
-                hit = in_run[:, None] & (column[None, :] == pulled[:, None])
-                gradient = tl.where(hit, gradient - weight[:, None], gradient)
-        gradient = scaled_similarity(gradient, scale, norm, tau)
-        gradient = tl.clamp(gradient, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(out + column[None, :] * out_n, gradient.to(out.dtype.element_ty), mask=mask)
+    line = tl.multiple_of(similarity + group * pitch_g + begin + row[:, None] * pitch, [4 * ALIGN, 4 * ALIGN])
+    out_bytes: tl.constexpr = ALIGN * out.dtype.element_ty.primitive_bitwidth // 8
+    to = tl.multiple_of(out + group * out_g + begin + row[:, None] * out_pitch, [out_bytes, out_bytes])
+    norms = tl.multiple_of(token_scale + group * token_scale_g + begin, 4 * ALIGN)
+    if VALUES > 0:
+        values = tl.multiple_of(values + begin * VALUES, 4 * ALIGN)
+        known = tl.multiple_of(known + begin, ALIGN)
+    offset = tl.arange(0, BLOCK_COLUMNS)
+    if c <= LARGEST_BOUND:
+        ratio = tl.where(frame_lse == float("-inf"), 0.0, tl.exp2(reference - known_reference) * known_rest)
+        for start in range(0, size, BLOCK_COLUMNS):
+            column = start + offset
+            inside = column < size
+            x = tl.load(line + column[None, :], mask=inside[None, :], other=0.0)
+            factor = scale[:, None] * tl.load(norms + column, mask=inside, other=0.0)[None, :]
+            e = tl.exp2(exponent(x, factor, reference[:, None]))
+            weight = row_a[:, None]
+            if VALUES > 0:
+                at, mask = column[None, :], inside[None, :]
+                weight += value_part(known, values, at, mask, b * ratio, center * ratio, others_b, ratio * LN2, VALUES)
+            store_gradient(to, column[None, :], e * weight * factor, row_mask[:, None] & inside[None, :], CLAMPED)
+    else:
+        for start in range(0, size, BLOCK_COLUMNS):
+            column = start + offset
+            inside = column < size
+            x = tl.load(line + column[None, :], mask=inside[None, :], other=0.0)
+            factor = scale[:, None] * tl.load(norms + column, mask=inside, other=0.0)[None, :]
+            gradient = row_a[:, None] * tl.exp2(exponent(x, factor, reference[:, None]))
+            if VALUES > 0:
+                part = value_part(known, values, column[None, :], inside[None, :], b, center, others_b, LN2, VALUES)
+                gradient += part * tl.exp2(exponent(x, factor, known_reference[:, None])) * known_rest[:, None]
+            store_gradient(to, column[None, :], gradient * factor, row_mask[:, None] & inside[None, :], CLAMPED)
+
+    tl.debug_barrier()
+    if own_column is not None:
+        own = tl.load(own_column + row) - begin
+        nothing = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+        store_gradient(to, own[:, None], nothing, in_frame(own, size, row_mask)[:, None], CLAMPED)
+    if run_start is not None:
+        first = tl.load(run_start + row * longest + frame)
+        count = (tl.load(run_start + row * longest + frame + 1) - first).to(tl.int32)
+        before = tl.full([BLOCK_ROWS], -1, tl.int64)
+        pulled = tl.zeros([BLOCK_ROWS], tl.float32)  # by the matches of one target, which lie together
+        for k in range(tl.max(count, 0)):
+            mine = row_mask & (k < count)
+            token = tl.load(target + first + k, mask=mine, other=-1)
+            if pull is not None:
+                pulled = tl.where(token == before, pulled, 0.0)
+                pulled += tl.load(pull + group * pull_g + first + k, mask=mine, other=0.0)
+            before = token
+            column = token - first_token - begin
+            here = in_frame(column, size, mine)
+            s = tl.load(positive + group * positive_g + first + k, mask=here, other=0.0)
+            gradient = pulled * LN2
+            if not IGNORED:
+                gradient += a * share(s, tl.where(frame_lse == float("-inf"), float("inf"), frame_lse))
+            if VALUES > 0:
+                part = value_part(known, values, column[:, None], here[:, None], b, center, others_b, LN2, VALUES)
+                known_s = tl.where(frame_known == float("-inf"), float("inf"), frame_known)
+                gradient += tl.sum(part, 1) * share(s, known_s)
+            gradient *= scale * tl.load(norms + column, mask=here, other=0.0)
+            store_gradient(to, column[:, None], gradient[:, None], here[:, None], CLAMPED)

@@ -1,6 +1,6 @@
 """The row operations in plain PyTorch: the slow definition of what `rows_cpp` and `rows_triton` compute.
 
-Every fused pass over similarities consists of these five operations. `G` layers are computed together; `R` anchor rows
+Every fused pass over similarities consists of these operations. `G` layers are computed together; `R` anchor rows
 of one sequence are compared with its `n` tokens, which lie in `P` frames; each token may carry `V` numbers (for the
 depth loss V = 1, the depth of its patch).
 
@@ -14,6 +14,10 @@ and, for upstream gradients `a_f = dL/dlse_f` and `b_fv = dL/dE_fv`,
 
     dL/ds_ik = a_f exp(s_ik - lse_f) + known_k exp(s_ik - known_lse_f) sum_v b_fv (v_kv - E_fv)
 
+Where the other targets of an anchor are ignored, the term of a match (i, t) is `-s_it + log(exp(L_i) + exp(s_it))`. The
+sum `L_i` over the negatives leaves out all targets of `i`; `negative_lse_f` is its part in a frame, and takes the place
+of `lse_f` in the first part of the gradient. Each match adds the gradient of its own `s_it`.
+
 Embeddings are never normalised in memory. The gradient is taken with respect to the raw dot products,
 `dL/dx_ik = dL/ds_ik r_i r_k / tau`; two matrix products with the *raw* embeddings turn it into
 `u = dL/dx E + (dL/dx)^T E_rows`, and the Jacobian of the normalisation is all that remains:
@@ -24,13 +28,15 @@ divided by 1e-12 instead, so it has no such Jacobian and keeps `u`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .chunk import FrameStatistics, FrameUpstream, MatchRuns, MatchTerms, RowChunk, TermWeights
+from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, MatchTerms, RowChunk, TermWeights
 
 NORM_FLOOR = 1e-12
+NOTHING = float("-inf")  # the log of an empty sum
 
 
 def inverse_norms(embeddings: Tensor) -> Tensor:
@@ -38,69 +44,96 @@ def inverse_norms(embeddings: Tensor) -> Tensor:
     return embeddings.float().square().sum(-1).sqrt().clamp(min=NORM_FLOOR).reciprocal()
 
 
-def frame_statistics(chunk: RowChunk, runs: MatchRuns | None, every_frame: bool) -> FrameStatistics:
-    """Log-sum-exp, expected value and arg-max of each row over each frame.
+def frame_statistics(
+    chunk: RowChunk,
+    matches: ChunkMatches | None,
+    previous: FrameStatistics | None,  # of the same rows over earlier columns; merged into the result
+) -> FrameStatistics:
+    """Log-sum-exp, expected value and arg-max of each row over each frame; writes `matches.positive`.
 
-    With `runs`, expected values are needed only in frames with a match of the row; without `every_frame` the other
-    statistics are not needed elsewhere either. The fast versions skip what is not needed; here it is computed and then
-    blanked.
+    With `matches`, expected values are needed only in frames with a match of the row; unless `definition.every_frame`
+    the other statistics are not needed elsewhere either. The fast versions skip what is not needed; here it is computed
+    and then blanked.
     """
-    similarity = _scaled(chunk)  # [G, R, n]
+    s = _scaled(chunk)  # [G, R, n]
+    ignored = matches is not None and matches.definition.ignores_targets
+    s_negative = s.clone() if ignored else s
+    if matches is not None:
+        for at, row, column in _pairs(chunk, matches):
+            matches.positive[:, at] = s[:, row, column]
+            if ignored:
+                s_negative[:, row, column] = NOTHING
     per_frame = []
     for frame, (start, end) in enumerate(_frames(chunk)):
-        s = similarity[..., start:end]
         known = None if chunk.known is None else chunk.known[start:end]
-        statistics = _statistics_of(s, start, known, None if chunk.values is None else chunk.values[start:end])
-        if runs is not None:
-            matched = _matched(runs, frame)  # [R]
-            statistics = _blanked(statistics, matched, every_frame)
+        values = None if chunk.values is None else chunk.values[start:end]
+        negative_lse = s_negative[..., start:end].logsumexp(-1)
+        statistics = (*_statistics_of(s[..., start:end], chunk.first_token + start, known, values), negative_lse)
+        if matches is not None:
+            statistics = _blanked(statistics, _matched(matches, frame), matches.definition.every_frame)
         per_frame.append(statistics)
-    lse, known_lse, expected, best, peak = (torch.stack(parts, dim=2) for parts in zip(*per_frame, strict=True))
-    return FrameStatistics(lse, known_lse, expected, best, peak)
+    found = FrameStatistics(*(torch.stack(parts, dim=2) for parts in zip(*per_frame, strict=True)))
+    if not ignored:
+        found = found._replace(negative_lse=found.lse)
+    return found if previous is None else merged(previous, found)
+
+
+def merged(first: FrameStatistics, second: FrameStatistics) -> FrameStatistics:
+    """Statistics over the columns of both, which lie in this order."""
+    known_lse = torch.logaddexp(first.known_lse, second.known_lse)
+    reference = torch.where(known_lse == NOTHING, 0.0, known_lse)
+    shares = ((part.known_lse - reference).exp()[..., None] for part in (first, second))
+    expected = sum(share * part.expected for share, part in zip(shares, (first, second), strict=True))
+    assert isinstance(expected, Tensor)
+    later = ~(first.peak >= second.peak) & (second.best >= 0)  # a NaN in either is passed on
+    lse = torch.logaddexp(first.lse, second.lse)
+    same = first.negative_lse is first.lse
+    return FrameStatistics(
+        lse=lse,
+        known_lse=known_lse,
+        expected=expected,
+        best=torch.where(later, second.best, first.best),
+        peak=torch.maximum(first.peak, second.peak),
+        negative_lse=lse if same else torch.logaddexp(first.negative_lse, second.negative_lse),
+    )
 
 
 def loss_terms(
-    chunk: RowChunk,
     statistics: FrameStatistics,
-    runs: MatchRuns,
+    matches: ChunkMatches,
     weights: TermWeights | None,
     terms: MatchTerms,
-    negatives: str,
-    eps: float,
 ) -> FrameUpstream | None:
     """Write both loss terms of every match of these rows; with `weights`, return the upstream gradients.
 
     `corr = -s_it + lse` over the target's frame or over all frames; `depth = |d - E| / (d + E + eps)`.
     """
-    rows, frames = statistics.lse.shape[1:]
-    upstream = None if weights is None else FrameUpstream.zeros_like(statistics)
-    sequence_lse = statistics.lse.logsumexp(-1)  # [G, R]
-    for row in range(rows):
-        for frame in range(frames):
-            for at in runs.run(row, frame):
-                match, column = int(runs.order[at]), int(runs.target[at]) - runs.first_token
-                positive = (
-                    chunk.similarity[:, row, column]
-                    * chunk.row_scale[:, row]
-                    * chunk.token_scale[:, column]
-                    / chunk.temperature
-                )
-                lse = statistics.lse[:, row, frame]
-                terms.corr[:, match] = (sequence_lse[:, row] if negatives == "sequence" else lse) - positive
-                terms.best[:, match] = statistics.best[:, row, frame] + runs.first_token
-                terms.confidence[:, match] = (statistics.peak[:, row, frame] - lse).exp()
-                depth, expected = runs.depth[at], statistics.expected[:, row, frame, 0]
-                total = depth + expected + eps
-                has_depth = bool(runs.has_depth[at])
+    definition = matches.definition
+    upstream = None
+    if weights is not None:
+        upstream = FrameUpstream(torch.zeros_like(statistics.lse), torch.zeros_like(statistics.expected))
+    for row in range(statistics.lse.shape[1]):
+        frame_lse = statistics.negative_lse[:, row]  # [G, P]
+        for frame in range(statistics.lse.shape[2]):
+            among = slice(None) if definition.every_frame else slice(frame, frame + 1)  # frames of the negatives
+            for at in matches.run(row, frame):
+                match, positive = int(matches.order[at]), matches.positive[:, at]  # [G]
+                normaliser = frame_lse[:, among].logsumexp(-1)
+                if definition.ignores_targets:
+                    normaliser = torch.logaddexp(normaliser, positive)
+                terms.corr[:, match] = normaliser - positive
+                terms.best[:, match] = statistics.best[:, row, frame]
+                terms.confidence[:, match] = (statistics.peak[:, row, frame] - statistics.lse[:, row, frame]).exp()
+                depth, expected = matches.depth[at], statistics.expected[:, row, frame, 0]
+                total, has_depth = depth + expected + definition.eps, bool(matches.has_depth[at])
                 terms.depth[:, match] = (depth - expected).abs() / total if has_depth else 0.0
-                if weights is None or upstream is None:
+                if weights is None or upstream is None or matches.pull is None:
                     continue
-                if negatives == "sequence":
-                    upstream.lse[:, row] += (
-                        weights.corr[:, match, None] * (statistics.lse[:, row] - sequence_lse[:, row, None]).exp()
-                    )
-                else:
-                    upstream.lse[:, row, frame] += weights.corr[:, match]
+                weight = weights.corr[:, match]  # [G]
+                upstream.lse[:, row, among] += weight[:, None] * (frame_lse[:, among] - normaliser[:, None]).exp()
+                if definition.ignores_targets:  # 1 - p is the probability of the negatives
+                    weight = weight * (frame_lse[:, among].logsumexp(-1) - normaliser).exp()
+                matches.pull[:, at] = -weight
                 if has_depth:
                     depth_slope = -torch.sign(depth - expected) / total - (depth - expected).abs() / total.square()
                     upstream.expected[:, row, frame, 0] += weights.depth[:, match] * depth_slope
@@ -111,90 +144,123 @@ def similarity_gradient(
     chunk: RowChunk,
     statistics: FrameStatistics,
     upstream: FrameUpstream,
-    runs: MatchRuns | None,
-    weights: TermWeights | None,
+    matches: ChunkMatches | None,
     out: Tensor,  # [G, R, n], in the element type of the matrix products; may be `chunk.similarity` itself
 ) -> None:
-    """Write `dL/dx`. With `runs`, each match adds its positive's gradient: `-weight` at its target's column."""
-    similarity = _scaled(chunk)
-    gradient = torch.zeros_like(similarity)
+    """Write `dL/dx`. With `matches`, each adds `matches.pull` at its target's column."""
+    s = _scaled(chunk)
+    if matches is not None:  # `frame_statistics` may have overwritten them
+        for at, row, column in _pairs(chunk, matches):
+            s[:, row, column] = matches.positive[:, at]
+    gradient = torch.zeros_like(s)
     for frame, (start, end) in enumerate(_frames(chunk)):
-        s = similarity[..., start:end]
-        lse, known_lse = statistics.lse[:, :, frame, None], statistics.known_lse[:, :, frame, None]
-        # An empty frame receives zero gradient.
-        a = torch.where(lse == float("-inf"), 0.0, upstream.lse[:, :, frame, None])
-        part = _product(a, (s - lse).exp())
+        part = _softmax_gradient(
+            s[..., start:end], statistics.negative_lse[:, :, frame], upstream.lse[:, :, frame, None]
+        )
+        if matches is not None and matches.definition.ignores_targets:
+            for _, row, column in _pairs(chunk, matches):
+                if start <= column < end:
+                    part[:, row, column - start] = 0.0
         if chunk.values is not None and chunk.known is not None:
             b = upstream.expected[:, :, frame]  # [G, R, V]
             offset = (b * statistics.expected[:, :, frame]).sum(-1, keepdim=True)
             deviation = b @ chunk.values[start:end].mT - offset  # [G, R, n_f], sum_v b_v (v_kv - E_v)
-            part = part + _product(deviation, torch.where(chunk.known[start:end], (s - known_lse).exp(), 0.0))
+            among_known = _softmax_gradient(s[..., start:end], statistics.known_lse[:, :, frame], deviation)
+            part = part + torch.where(chunk.known[start:end], among_known, 0.0)
         gradient[..., start:end] = part
-    if runs is not None and weights is not None:
-        for row in range(similarity.shape[1]):
-            for frame in range(statistics.lse.shape[2]):
-                for at in runs.run(row, frame):
-                    column = int(runs.target[at]) - runs.first_token
-                    gradient[:, row, column] -= weights.corr[:, int(runs.order[at])]
+    if matches is not None and matches.pull is not None:
+        for at, row, column in _pairs(chunk, matches):
+            gradient[:, row, column] += matches.pull[:, at]
     scale = chunk.row_scale[:, :, None] * chunk.token_scale[:, None, :] / chunk.temperature
     out.copy_(gradient * scale)
 
 
-def project_gradient(gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor) -> None:
-    """`out = u - e_hat (e_hat . u)`, in the element type of `out`; `gradient` [..., n, D] is `u`, and may be `out`."""
+def gather_rows(source: Tensor, index: Tensor, out: Tensor) -> None:
+    """`out = source[:, index]`: [G, n, D], [R] -> [G, R, D], in the element type of `out`."""
+    if source.dtype == out.dtype:
+        torch.index_select(source, 1, index, out=out)
+    else:
+        out.copy_(source.index_select(1, index))
+
+
+def add_rows(rows: Tensor, columns: Tensor, out: Tensor) -> None:
+    """`out[:, columns] += rows`: [G, R, D], [R], [G, n, D]. No column occurs twice."""
+    out.index_add_(1, columns, rows)
+
+
+def project_gradient(
+    gradient: Tensor,  # float32 [..., n, D], may be `out`
+    embeddings: Tensor,  # [..., n, D]
+    inverse_norm: Tensor,  # [..., n]
+    out: Tensor,
+    of_unit: bool,
+) -> None:
+    """`out = u - e_hat (e_hat . u)`, in the element type of `out`.
+
+    `u` is the gradient of the raw embeddings as if norms were constants; with `of_unit`, that of the normalised ones.
+    """
     unit = embeddings.float() * inverse_norm[..., None]
     radial = (unit * gradient).sum(-1, keepdim=True)
     clamped = inverse_norm[..., None] >= 1.0 / NORM_FLOOR
-    out.copy_(gradient - torch.where(clamped, 0.0, radial) * unit)
+    tangent = gradient - torch.where(clamped, 0.0, radial) * unit
+    out.copy_(tangent * inverse_norm[..., None] if of_unit else tangent)
 
 
 def _scaled(chunk: RowChunk) -> Tensor:
     s = chunk.similarity * chunk.row_scale[:, :, None] * chunk.token_scale[:, None, :] / chunk.temperature
     if not chunk.exclude_own:
         return s
-    own = torch.arange(s.shape[-1], device=s.device) == chunk.own_token[:, None]  # [R, n]
-    return s.masked_fill(own, float("-inf"))
+    own = torch.arange(s.shape[-1], device=s.device) == chunk.own_column[:, None]  # [R, n]
+    return s.masked_fill(own, NOTHING)
 
 
-def _statistics_of(s: Tensor, start: int, known: Tensor | None, values: Tensor | None) -> tuple[Tensor, ...]:
+def _pairs(chunk: RowChunk, matches: ChunkMatches) -> Iterator[tuple[int, int, int]]:
+    """(sorted position, row, column) of the matches whose target is in the chunk."""
+    for at in range(*matches.positions):
+        row, column = int(matches.row[at]) - matches.first_row, int(matches.target[at]) - chunk.first_token
+        if 0 <= column < chunk.similarity.shape[-1]:
+            yield at, row, column
+
+
+def _statistics_of(s: Tensor, first_token: int, known: Tensor | None, values: Tensor | None) -> tuple[Tensor, ...]:
     groups, rows, tokens = s.shape
     width = 0 if values is None else values.shape[1]
     if tokens == 0:
-        minus_infinity = s.new_full((groups, rows), float("-inf"))
+        minus_infinity = s.new_full((groups, rows), NOTHING)
         no_token = torch.full((groups, rows), -1, device=s.device)
         return minus_infinity, minus_infinity, s.new_zeros(groups, rows, width), no_token, minus_infinity
     peak, best = s.max(-1)
-    best = torch.where(peak == float("-inf"), -1, best + start)
+    best = torch.where(peak == NOTHING, -1, best + first_token)
     lse = s.logsumexp(-1)
     if values is None or known is None:
-        return lse, torch.full_like(lse, float("-inf")), s.new_zeros(groups, rows, 0), best, peak
-    known_s = s.masked_fill(~known, float("-inf"))
+        return lse, torch.full_like(lse, NOTHING), s.new_zeros(groups, rows, 0), best, peak
+    known_s = s.masked_fill(~known, NOTHING)
     known_lse = known_s.logsumexp(-1)
-    weight = torch.where(known_lse[..., None] == float("-inf"), 0.0, (known_s - known_lse[..., None]).exp())
+    weight = torch.where(known_lse[..., None] == NOTHING, 0.0, (known_s - known_lse[..., None]).exp())
     return lse, known_lse, weight @ values, best, peak
 
 
+def _softmax_gradient(s: Tensor, lse: Tensor, factor: Tensor) -> Tensor:
+    """`factor exp(s - lse)` [G, R, n_f]; 0 for an empty softmax and for a zero factor."""
+    probability = (s - torch.where(lse == NOTHING, float("inf"), lse)[..., None]).exp()
+    return torch.where(factor == 0, 0.0, factor * probability)
+
+
 def _blanked(statistics: tuple[Tensor, ...], matched: Tensor, every_frame: bool) -> tuple[Tensor, ...]:
-    lse, known_lse, expected, best, peak = statistics
-    known_lse = torch.where(matched, known_lse, float("-inf"))
+    lse, known_lse, expected, best, peak, negative_lse = statistics
+    known_lse = torch.where(matched, known_lse, NOTHING)
     expected = torch.where(matched[:, None], expected, 0.0)
     if not every_frame:
-        lse = torch.where(matched, lse, float("-inf"))
-        best, peak = torch.where(matched, best, -1), torch.where(matched, peak, float("-inf"))
-    return lse, known_lse, expected, best, peak
+        lse, negative_lse = torch.where(matched, lse, NOTHING), torch.where(matched, negative_lse, NOTHING)
+        best, peak = torch.where(matched, best, -1), torch.where(matched, peak, NOTHING)
+    return lse, known_lse, expected, best, peak, negative_lse
 
 
-def _matched(runs: MatchRuns, frame: int) -> Tensor:
-    start = runs.start[frame :: runs.longest]
-    end = runs.start[frame + 1 :: runs.longest]
+def _matched(matches: ChunkMatches, frame: int) -> Tensor:
+    start = matches.start[frame :: matches.longest]
+    end = matches.start[frame + 1 :: matches.longest]
     return end > start[: end.shape[0]]
 
 
 def _frames(chunk: RowChunk) -> list[tuple[int, int]]:
-    offsets = chunk.frame_offsets.tolist()
-    return list(itertools.pairwise(offsets))
-
-
-def _product(factor: Tensor, probability: Tensor) -> Tensor:
-    """`factor * probability`, 0 for a zero factor even where an empty softmax gives NaN."""
-    return torch.where(factor == 0, 0.0, factor * probability)
+    return list(itertools.pairwise(chunk.frame_offsets.tolist()))

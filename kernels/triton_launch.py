@@ -3,6 +3,11 @@
 This module also imports without Triton: kernels are then plain Python functions that are never called, and `launch`
 raises an error that says what to install.
 
+Triton's own launch binds names, inspects every argument and searches its cache, which costs several times as much as
+the start of a kernel. A kernel declared `direct` is compiled once for each set of argument types and constants and then
+started without all that. No number or address of its arguments is compiled in: what a kernel may assume about them is
+one of its constants. So batches of new sizes never compile anything again.
+
 Tile sizes are fixed, so that two runs give the same bits and the first step is as fast as the last. They are defined
 beside the kernels they belong to, each with its reason. `GASP_FAST_AUTOTUNE=1` lets Triton time other numbers of warps
 and stages (`Tile.neighbours`) and store the fastest in its cache on disk. Sums may then be taken in another order than
@@ -13,13 +18,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 try:
     import triton
@@ -28,6 +32,7 @@ except ImportError:  # CPU builds of torch come without it
     triton = tl = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+AUTOTUNED = os.environ.get("GASP_FAST_AUTOTUNE", "0") not in ("", "0") and not INTERPRETED
 
 # Numbers that change from batch to batch. Triton would compile a kernel anew for a value of 1 and for multiples of 16.
 # That makes these kernels no faster, and a run would compile again and again during its first hundred steps.
@@ -40,11 +45,26 @@ def constant(value: float) -> Any:
     return value if tl is None or INTERPRETED else tl.constexpr(value)
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any], direct: bool = False) -> Any:
     """`triton.jit`; without Triton, the function itself."""
     if triton is None:
         return function
-    return triton.jit(function, do_not_specialize=[name for name in signature(function).parameters if name in VARYING])
+    varying = [
+        name
+        for name, parameter in signature(function).parameters.items()
+        if name in VARYING or (direct and "constexpr" not in str(parameter.annotation))
+    ]
+    return triton.jit(function, do_not_specialize=varying)
+
+
+@dataclass
+class Compiled:
+    """A kernel for one form of its arguments and one set of constants."""
+
+    of_triton: Any  # a CompiledKernel
+    tensors: tuple[int, ...]  # their positions among the arguments
+    constants: tuple[Any, ...]  # in the order of the signature
+    last: tuple[tuple[int, ...], Any] = ((), None)  # grid of the last launch, and what starts the kernel with it
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +73,20 @@ class Kernel:
 
     function: Any
     writes: tuple[str, ...]
+    direct: bool
+    compiled: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
 
 
-def kernel(*writes: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorates a kernel. An argument may be `None`: Triton then compiles the kernel without what depends on it."""
-    return lambda function: Kernel(jit(function), writes)
+def kernel(*writes: str, direct: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorates a kernel. An argument may be `None`: Triton then compiles the kernel without what depends on it.
+
+    The first argument is a tensor. A `direct` kernel has its arguments first and its constants last; integers that may
+    pass 2^31 are `tl.int64`.
+    """
+    return lambda function: Kernel(jit(function, direct), writes, direct)
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """The part of the similarity matrix that one program computes at a time, and with how many warps."""
 
     rows: int
@@ -72,26 +97,71 @@ class Tile:
     def neighbours(self) -> list[Tile]:
         """The candidates of autotuning. Rows and columns stay: grids and block tables depend on them."""
         stages = sorted({max(1, self.stages - 1), self.stages, self.stages + 1})
-        return [replace(self, warps=warps, stages=count) for warps in (1, 2, 4, 8) for count in stages]
+        return [self._replace(warps=warps, stages=count) for warps in (1, 2, 4, 8) for count in stages]
 
 
-def launch(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel: `arguments` in the order of its signature, then its constants; those of the tile are added here."""
+def launch(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    tile: Tile,
+    *arguments: Any,
+    form: tuple[Any, ...] | None = None,
+    **constants: Any,
+) -> None:
+    """Run a kernel: `arguments` in the order of its signature, then its constants; those of the tile are added here.
+
+    `form` and the constants tell, for a direct kernel, which arguments are None and which element types the tensors
+    have: launches that differ in any of these must differ in `form` or in a constant. A short `form` is found faster
+    than the types of thirty arguments, which take its place where it is not given. The constants of one kernel are
+    always given in the same order.
+    """
     if triton is None:
         raise ImportError("backend 'triton' needs Triton: pip install triton, or use backend='torch'")
     if 0 in grid:
         return
-    constants |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
-    with torch.cuda.device_of(next(value for value in arguments if isinstance(value, Tensor))):
-        if autotuning():
-            absent = {name for name, value in zip(kernel.function.arg_names, arguments, strict=False) if value is None}
-            _autotuned(kernel, tile, frozenset(absent))[grid](*arguments, **constants)
-        else:
-            kernel.function[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
+    device = arguments[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, tile, *arguments, form=form, **constants)
+    if INTERPRETED or AUTOTUNED or not kernel.direct:
+        return _launch_by_triton(kernel, grid, tile, arguments, constants)
+    key = (device, tile, form or form_of(arguments), *constants.values())
+    compiled = kernel.compiled.get(key)
+    if compiled is None:
+        compiled = kernel.compiled[key] = _compile(kernel, grid, tile, arguments, constants)
+    addresses = list(arguments)
+    for at in compiled.tensors:
+        addresses[at] = arguments[at].data_ptr()
+    last = compiled.last  # read once: another thread may replace it
+    if last[0] != grid:
+        last = compiled.last = grid, compiled.of_triton[(*grid, 1) if len(grid) == 2 else grid]
+    last[1](*addresses, *compiled.constants)
 
 
-def autotuning() -> bool:
-    return os.environ.get("GASP_FAST_AUTOTUNE", "0") not in ("", "0") and not INTERPRETED
+def form_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The types of all arguments; of tensors, those of their elements."""
+    return tuple(value.dtype if isinstance(value, torch.Tensor) else type(value) for value in arguments)
+
+
+def _launch_by_triton(
+    kernel: Kernel, grid: tuple[int, ...], tile: Tile, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    constants = constants | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+    if AUTOTUNED:
+        absent = {name for name, value in zip(kernel.function.arg_names, arguments, strict=False) if value is None}
+        _autotuned(kernel, tile, frozenset(absent))[grid](*arguments, **constants)
+    else:
+        kernel.function[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def _compile(
+    kernel: Kernel, grid: tuple[int, ...], tile: Tile, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> Compiled:
+    constants = constants | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = kernel.function.warmup(*arguments, grid=grid, **constants, **options)
+    tensors = tuple(at for at, value in enumerate(arguments) if isinstance(value, torch.Tensor))
+    return Compiled(compiled, tensors, tuple(constants[name] for name in kernel.function.arg_names[len(arguments) :]))
 
 
 @cache
@@ -112,8 +182,3 @@ def power_of_two(size: int, least: int = 1) -> int:
 def cdiv(size: int, block: int) -> int:
     """`size / block`, rounded up."""
     return -(-size // block)
-
-
-def dense_inner(values: Tensor) -> Tensor:
-    """The same values with unit stride in the last dimension: a view where possible; for small vectors only."""
-    return values if values.stride(-1) == 1 or values.shape[-1] < 2 else values.contiguous()

@@ -52,7 +52,7 @@ def dense(embeddings: Tensor, matches: Matches) -> Tensor:
     expected = (known.softmax(-1) * index.values[:, 0].view(frames, -1)).sum(-1)  # [L, A, F]
     expected = expected[:, index.row, index.target // (tokens // frames)]  # [L, M]
     depth = (index.depth - expected).abs() / (index.depth + expected + LossConfig.eps) * index.has_depth
-    return LossConfig.corr_weight * corr.mean() + depth.sum() / index.depth_count / layers
+    return LossConfig.corr_weight * corr.mean() + depth.sum() / index.depth_total / layers
 
 
 _compiled: list[Loss] = []
@@ -83,6 +83,18 @@ def liger(embeddings: Tensor, matches: Matches) -> Tensor:
     return _infonce(lambda a, u, target: criterion(u, a, target), embeddings, matches)
 
 
+def liger_sm90(embeddings: Tensor, matches: Matches) -> Tensor:
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+
+    return _infonce(liger_fused_linear_cross_entropy_sm90, embeddings, matches)
+
+
+def quack(embeddings: Tensor, matches: Matches) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return _infonce(chunked_linear_cross_entropy, embeddings, matches)
+
+
 def inf_cl(embeddings: Tensor, matches: Matches) -> Tensor:
     from inf_cl import cal_flash_loss
 
@@ -111,11 +123,18 @@ def _anywhere(device: torch.device) -> str:
     return ""
 
 
-def _cuda_with(package: str) -> Callable[[torch.device], str]:
+def _cuda_with(*packages: str, hopper: bool = False) -> Callable[[torch.device], str]:
+    """Available where these packages are installed and there is a GPU; with `hopper`, one of compute capability 9.0."""
+
     def unavailable(device: torch.device) -> str:
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
-        return "" if device.type == "cuda" else "runs on CUDA only"
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed"
+        if device.type != "cuda":
+            return "runs on CUDA only"
+        if hopper and torch.cuda.get_device_capability(device) != (9, 0):
+            return "runs on Hopper (sm_90) only"
+        return ""
 
     return unavailable
 
@@ -126,6 +145,8 @@ VARIANTS = (
     Variant("dense compiled", "full", compiled_dense, _anywhere),
     Variant("cut-cross-entropy", "infonce", cut_cross_entropy, _cuda_with("cut_cross_entropy")),
     Variant("liger", "infonce", liger, _cuda_with("liger_kernel")),
+    Variant("liger sm90", "infonce", liger_sm90, _cuda_with("liger_kernel", "cutlass", hopper=True)),
+    Variant("quack", "infonce", quack, _cuda_with("quack", "cutlass", hopper=True)),
     Variant("inf-cl", "infonce", inf_cl, _cuda_with("inf_cl")),
 )
 

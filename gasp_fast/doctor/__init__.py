@@ -43,7 +43,6 @@ GROUPS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {
         gpu.devices,
         gpu.triton,
         gpu.loss_on_device,
-        gpu.cuda_kernels,
         gpu.attention_and_layers,
     ),
 }

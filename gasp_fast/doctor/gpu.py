@@ -6,7 +6,6 @@ import ctypes
 import importlib
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -81,24 +80,6 @@ def loss_on_device() -> Iterator[Finding]:
     """Compiles and launches the Triton kernels of a small problem."""
     if usable():
         yield from trials.loss_against_float64("loss on the GPU", "cuda")
-
-
-def cuda_kernels() -> Iterator[Finding]:
-    from gasp_fast.kernels import rows_cuda
-
-    optional = "optional, used with GASP_FAST_CUDA_ROWS=1"
-    cure = installed.install_command("", "--force-reinstall", "--no-deps", "--no-build-isolation")
-    if not rows_cuda.LIBRARY.exists():
-        buildable = usable() and shutil.which("nvcc") is not None
-        found = f"not built ({optional}; needs nvcc and a CUDA build of torch)"
-        yield Finding(MISSING, "CUDA kernels", found, cure if buildable else "")
-        return
-    try:
-        rows_cuda.library()
-    except (OSError, AttributeError) as error:
-        yield Finding(BROKEN, "CUDA kernels", f"{rows_cuda.LIBRARY.name}: {one_line(error)}", cure)
-    else:
-        yield Finding(OK, "CUDA kernels", f"built ({optional})")
 
 
 def attention_and_layers() -> Iterator[Finding]:

@@ -13,29 +13,53 @@ import torch
 from torch import Tensor
 
 
-def checked_embeddings(embeddings: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def checked_embeddings(embeddings: Tensor | Sequence[Tensor], name: str = "embeddings") -> list[Tensor]:
     """As a list of one tensor [L, N, D] or [N, D], or of L tensors [N, D]: the form that the operators take."""
     if isinstance(embeddings, Tensor):
-        _check_plain("embeddings", embeddings)
+        _check_plain(name, embeddings)
         if embeddings.dim() not in (2, 3):
-            raise ValueError(f"embeddings has shape {list(embeddings.shape)}; it must be [L, N, D] or [N, D]")
+            raise ValueError(f"{name} has shape {list(embeddings.shape)}; it must be [L, N, D] or [N, D]")
         return [embeddings]
     if not isinstance(embeddings, (list, tuple)) or not embeddings:
         raise TypeError(
-            f"embeddings is a {type(embeddings).__name__}; pass a tensor [L, N, D] or a non-empty list of [N, D]"
+            f"{name} is a {type(embeddings).__name__}; pass a tensor [L, N, D] or a non-empty list of [N, D]"
         )
     for at, entry in enumerate(embeddings):
-        name = f"embeddings[{at}]"
-        _check_plain(name, entry)
+        _check_plain(f"{name}[{at}]", entry)
         if entry.dim() != 2:
-            raise ValueError(f"{name} has shape {list(entry.shape)}; each entry of a list must be [N, D]")
+            raise ValueError(f"{name}[{at}] has shape {list(entry.shape)}; each entry of a list must be [N, D]")
         for what in ("shape", "dtype", "device"):
             if getattr(entry, what) != getattr(embeddings[0], what):
                 raise ValueError(
-                    f"{name} has {what} {getattr(entry, what)}, embeddings[0] has {getattr(embeddings[0], what)}; "
+                    f"{name}[{at}] has {what} {getattr(entry, what)}, {name}[0] has {getattr(embeddings[0], what)}; "
                     "all layers must agree"
                 )
     return list(embeddings)
+
+
+def checked_keys(keys: Tensor | Sequence[Tensor] | None, layers: list[Tensor]) -> list[Tensor]:
+    """Keys in the form of the embeddings; an empty list where these are the keys."""
+    if keys is None:
+        return []
+    if isinstance(keys, (int, float)) or (isinstance(keys, Tensor) and keys.dim() == 0):
+        raise TypeError(f"keys is the number {float(keys)}; pass a temperature by name: temperature={float(keys)}")
+    found = checked_embeddings(keys, "keys")
+    given, needed = (
+        f"{len(tensors)} tensor(s) with shape {list(tensors[0].shape)}, {tensors[0].dtype}, on {tensors[0].device}"
+        for tensors in (found, layers)
+    )
+    if given != needed:
+        raise ValueError(f"keys has {given}, embeddings {needed}; pass keys in the form of the embeddings")
+    return found
+
+
+def check_workspace(workspace: int | None) -> None:
+    if workspace is None:
+        return
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace is a {type(workspace).__name__}; pass a whole number of MiB, or None")
+    if workspace < 1:
+        raise ValueError(f"workspace = {workspace}; it must be at least 1 (MiB)")
 
 
 def layer_stack(layers: list[Tensor]) -> Tensor:

@@ -4,18 +4,22 @@
 scales it. `UnreducedTerms` returns the terms one by one; backward runs the pass again with the upstream gradients as
 weights. `FrameMatching` is `frame_match` with its gradient.
 
+Each takes its embeddings and then, if there are any, its keys, in one list of `tensors`.
+
 None of them can be differentiated twice, because autograd does not record how backward computes its gradients.
 `create_graph=True` raises an error; without this check second derivatives would silently be zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gasp_fast.kernels.index import MatchIndex, RowIndex
+from gasp_fast.kernels.scaling import scale_in_place
 
 from . import operators
 from .config import LossConfig
@@ -34,14 +38,13 @@ class FusedLoss(torch.autograd.Function):
         reduction: str,
         index: MatchIndex,
         layer_weights: Tensor,  # [L]
+        with_keys: bool,
         temperature: Tensor,  # []
-        *embeddings: Tensor,  # one [L, N, D], or L of [N, D]
+        *tensors: Tensor,  # one [L, N, D], or L of [N, D]; as many keys, `with_keys`
     ) -> tuple[Tensor, ...]:
-        ctx.config, ctx.reduction, ctx.index, ctx.gradients_scaled = config, reduction, index, False
-        loss, corr, depth, best, confidence, *gradients = FusedLoss._compute(
-            ctx, layer_weights, temperature, *embeddings
-        )
-        ctx.save_for_backward(layer_weights, temperature, *embeddings, *gradients)
+        ctx.config, ctx.reduction, ctx.index, ctx.with_keys, ctx.scaled = config, reduction, index, with_keys, False
+        loss, corr, depth, best, confidence, *gradients = FusedLoss._compute(ctx, layer_weights, temperature, *tensors)
+        ctx.save_for_backward(layer_weights, temperature, *tensors, *gradients)
         ctx.mark_non_differentiable(corr, depth, best, confidence)
         return loss, corr, depth, best, confidence
 
@@ -49,20 +52,21 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
         saved = ctx.saved_tensors  # read once: checkpointing recomputes them at every access
-        count = len(ctx.needs_input_grad) - 3
+        count = len(ctx.needs_input_grad) - 4
         inputs, gradients = saved[:count], saved[count:]
-        if ctx.gradients_scaled:  # a second backward over a retained graph: the first one scaled them in place
+        if ctx.scaled:  # a second backward over a retained graph: the first one scaled the gradients in place
             gradients = FusedLoss._compute(ctx, *inputs)[5:]
-        ctx.gradients_scaled = True
-        temperature_gradient, *embedding_gradients = gradients
-        return _input_gradients(ctx, 4, temperature_gradient * upstream, _scaled(embedding_gradients, upstream))
+        ctx.scaled = True
+        scale, temperature_gradient, *others = gradients
+        return _input_gradients(ctx, 5, [temperature_gradient * upstream, *_scaled(others, upstream, scale)])
 
     @staticmethod
-    def _compute(ctx: Any, layer_weights: Tensor, temperature: Tensor, *embeddings: Tensor) -> list[Tensor]:
-        config, (needs_temperature, *needs_embeddings) = ctx.config, ctx.needs_input_grad[4:]
+    def _compute(ctx: Any, layer_weights: Tensor, temperature: Tensor, *tensors: Tensor) -> list[Tensor]:
+        config = ctx.config
         return operators.fused_loss(
-            embeddings, ctx.index.tensors(), temperature, layer_weights, config.corr_weight, config.depth_weight,
-            ctx.reduction, config.negatives, config.eps, any(needs_embeddings), needs_temperature, config.backend,
+            *_split(tensors, ctx.with_keys), ctx.index.tensors(), temperature, layer_weights, _needs(ctx, 5),
+            config.corr_weight, config.depth_weight, ctx.reduction, config.negatives, config.other_targets, config.eps,
+            config.backend, config.workspace,
         )  # fmt: skip
 
 
@@ -78,32 +82,42 @@ class UnreducedTerms(torch.autograd.Function):
         config: LossConfig,
         computed: tuple[Tensor, Tensor] | None,
         index: MatchIndex,
+        with_keys: bool,
         temperature: Tensor,  # []
-        *embeddings: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
+        ctx.config, ctx.index, ctx.with_keys = config, index, with_keys
         if computed is None:
-            corr, depth, best, confidence, *_ = operators.unreduced_terms(
-                embeddings, index.tensors(), temperature, None, None, config.negatives, config.eps, False, False,
-                config.backend,
-            )  # fmt: skip
+            corr, depth, best, confidence, _ = UnreducedTerms._compute(
+                ctx, (None, None), [False] * 3, temperature, tensors
+            )
         else:
             corr, depth = (term.clone() for term in computed)
             best, confidence = corr.new_empty(0, dtype=torch.int64), corr.new_empty(0)
-        ctx.config, ctx.index = config, index
-        ctx.save_for_backward(temperature, *embeddings)
+        ctx.save_for_backward(temperature, *tensors)
         ctx.mark_non_differentiable(best, confidence)
         return corr, depth, best, confidence
 
     @staticmethod
     def backward(ctx: Any, corr_weights: Tensor, depth_weights: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
-        temperature, *embeddings = ctx.saved_tensors
-        config, (needs_temperature, *needs_embeddings) = ctx.config, ctx.needs_input_grad[3:]
-        _, _, _, _, temperature_gradient, *embedding_gradients = operators.unreduced_terms(
-            embeddings, ctx.index.tensors(), temperature, corr_weights, depth_weights, config.negatives, config.eps,
-            any(needs_embeddings), needs_temperature, config.backend,
+        temperature, *tensors = ctx.saved_tensors
+        weights = corr_weights, depth_weights
+        return _input_gradients(ctx, 4, UnreducedTerms._compute(ctx, weights, _needs(ctx, 4), temperature, tensors)[4:])
+
+    @staticmethod
+    def _compute(
+        ctx: Any,
+        weights: tuple[Tensor | None, Tensor | None],
+        needs: list[bool],
+        temperature: Tensor,
+        tensors: Sequence[Tensor],
+    ) -> list[Tensor]:
+        config = ctx.config
+        return operators.unreduced_terms(
+            *_split(tensors, ctx.with_keys), ctx.index.tensors(), temperature, *weights, needs, config.negatives,
+            config.other_targets, config.eps, config.backend, config.workspace,
         )  # fmt: skip
-        return _input_gradients(ctx, 3, temperature_gradient, embedding_gradients)
 
 
 class FrameMatching(torch.autograd.Function):
@@ -118,15 +132,19 @@ class FrameMatching(torch.autograd.Function):
         known: Tensor | None,  # bool [N]
         exclude_own: bool,
         backend: str,
+        workspace: int | None,
+        with_keys: bool,
         temperature: Tensor,  # []
-        *embeddings: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         statistics = operators.frame_match(
-            embeddings, rows.tensors(), longest, temperature, values, known, exclude_own, backend
-        )
+            *_split(tensors, with_keys), rows.tensors(), longest, temperature, values, known, exclude_own, backend,
+            workspace,
+        )  # fmt: skip
         lse, known_lse, expected, best, peak = statistics
-        ctx.rows, ctx.values, ctx.known, ctx.exclude_own, ctx.backend = rows, values, known, exclude_own, backend
-        ctx.save_for_backward(*statistics, temperature, *embeddings)
+        ctx.rows, ctx.values, ctx.known, ctx.exclude_own = rows, values, known, exclude_own
+        ctx.backend, ctx.workspace, ctx.with_keys = backend, workspace, with_keys
+        ctx.save_for_backward(*statistics, temperature, *tensors)
         ctx.mark_non_differentiable(known_lse, best, peak)
         return lse, known_lse, expected, best, peak
 
@@ -134,34 +152,56 @@ class FrameMatching(torch.autograd.Function):
     def backward(ctx: Any, lse_gradient: Tensor, _: Any, expected_gradient: Tensor, *__: Any) -> tuple[Any, ...]:
         _refuse_double_backward()
         saved = ctx.saved_tensors
-        statistics, (temperature, *embeddings) = saved[:5], saved[5:]
-        needs_temperature, *needs_embeddings = ctx.needs_input_grad[6:]
-        temperature_gradient, *embedding_gradients = operators.frame_match_gradient(
-            embeddings, ctx.rows.tensors(), temperature, ctx.values, ctx.known, ctx.exclude_own, statistics,
-            lse_gradient, expected_gradient, any(needs_embeddings), needs_temperature, ctx.backend,
+        statistics, (temperature, *tensors) = saved[:5], saved[5:]
+        gradients = operators.frame_match_gradient(
+            *_split(tensors, ctx.with_keys), ctx.rows.tensors(), temperature, _needs(ctx, 8), ctx.values, ctx.known,
+            ctx.exclude_own, statistics, lse_gradient, expected_gradient, ctx.backend, ctx.workspace,
         )  # fmt: skip
-        return _input_gradients(ctx, 6, temperature_gradient, embedding_gradients)
+        return _input_gradients(ctx, 8, gradients)
 
 
-def _input_gradients(
-    ctx: Any, before: int, temperature_gradient: Tensor, embedding_gradients: list[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """One gradient per input: None for the first `before`, then the temperature's and those of the embeddings."""
-    needs_temperature, *needs_embeddings = ctx.needs_input_grad[before:]
-    wanted = [embedding_gradients[at] if want else None for at, want in enumerate(needs_embeddings)]
+def _split(tensors: Sequence[Tensor], with_keys: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Embeddings and keys."""
+    count = len(tensors) // 2 if with_keys else len(tensors)
+    return list(tensors[:count]), list(tensors[count:])
+
+
+def _needs(ctx: Any, before: int) -> list[bool]:
+    """Whether the temperature, any embedding, any key needs its gradient."""
+    temperature, *tensors = ctx.needs_input_grad[before:]
+    embeddings, keys = _split(tensors, ctx.with_keys)
+    return [temperature, any(embeddings), any(keys)]
+
+
+def _input_gradients(ctx: Any, before: int, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """One gradient per input: None for the first `before`, then the temperature's, the embeddings', the keys'."""
+    needs_temperature, *needs = ctx.needs_input_grad[before:]
+    temperature_gradient, *others = gradients
+    computed = iter(others)
+    tensors: list[Tensor | None] = []
+    for side in _split(needs, ctx.with_keys):  # all gradients of a side are computed where one is needed
+        tensors += [(next(computed) if any(side) else None) for _ in side]
+    wanted = [gradient if need else None for gradient, need in zip(tensors, needs, strict=True)]
     return (*(None,) * before, temperature_gradient if needs_temperature else None, *wanted)
 
 
-def _scaled(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """`upstream * gradients`, in place where nothing records it: the gradients are the largest tensors of all."""
-    if torch.compiler.is_compiling():
-        return [gradient * upstream.to(gradient.dtype) for gradient in gradients]
-    if upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return gradients
-    for gradient in gradients:
-        # `.data`: autograd would refuse the change of a saved tensor. A second backward computes it anew.
-        gradient.data.mul_(upstream.to(gradient.dtype))
-    return gradients
+def _scaled(gradients: list[Tensor], upstream: Tensor, scale: Tensor) -> list[Tensor]:
+    """`gradients * upstream / scale[layer]`, in place where nothing records it: they are the largest tensors of all."""
+    with_scale = len(gradients) > 0 and gradients[0].dtype == torch.float16  # elsewhere the scale is 1
+    results = []
+    for number, gradient in enumerate(gradients):
+        factor = upstream.float().reshape(1)
+        if with_scale:  # of all layers in a stack, or of one in a list
+            layers = scale if gradient.dim() == 3 else scale[number % scale.shape[0]].reshape(1)
+            factor = factor / layers
+        if torch.compiler.is_compiling():
+            factor = factor.view(-1, *[1] * (gradient.dim() - 1))
+            results.append((gradient * factor).to(gradient.dtype))
+        else:
+            # `.data`: autograd would refuse the change of a saved tensor. A second backward computes it anew.
+            scale_in_place(gradient.data, factor)
+            results.append(gradient)
+    return results
 
 
 def _refuse_double_backward() -> None:

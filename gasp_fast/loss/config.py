@@ -14,8 +14,10 @@ class LossConfig:
     depth_weight: float = 1.0
     temperature: float = 0.07
     negatives: Literal["sequence", "frame"] = "sequence"
+    other_targets: Literal["negatives", "ignored"] = "negatives"  # an anchor's further targets, in its sum of negatives
     eps: float = 1e-6  # keeps the relative depth error finite
     backend: Literal["auto", "triton", "cpp", "torch"] = "auto"
+    workspace: int | None = None  # MiB of scratch memory; None = 256 on GPUs of 40 GB and more, 128 below, 24 on a CPU
 
     def __post_init__(self) -> None:
         for name in ("corr_weight", "depth_weight"):
@@ -23,6 +25,8 @@ class LossConfig:
                 raise ValueError(f"loss.{name} = {getattr(self, name)} must be 0 or more")
         if not self.temperature > 0:
             raise ValueError(f"loss.temperature = {self.temperature} must be above 0")
+        if self.workspace is not None and self.workspace < 1:
+            raise ValueError(f"loss.workspace = {self.workspace} must be at least 1 (MiB)")
 
     @property
     def geometric(self) -> bool:

@@ -6,12 +6,14 @@ backend of float64, of double backward, and of machines without compiled kernels
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gasp_fast.kernels.chunk import TermDefinition
 from gasp_fast.kernels.index import MatchIndex, RowIndex
 
 
@@ -34,6 +36,7 @@ class DenseTerms(NamedTuple):
 
 def dense_frame_match(
     embeddings: Tensor,  # [L, N, D]
+    keys: Tensor,  # [L, N, D]
     rows: RowIndex,
     temperature: Tensor,
     values: Tensor | None,  # [N, V]
@@ -41,11 +44,12 @@ def dense_frame_match(
     exclude_own: bool,
 ) -> DenseFrames:
     with torch.autocast(embeddings.device.type, enabled=False):  # losses are computed in the type of the embeddings
-        return _dense_frame_match(embeddings, rows, temperature, values, known, exclude_own)
+        return _dense_frame_match(embeddings, keys, rows, temperature, values, known, exclude_own)
 
 
 def _dense_frame_match(
     embeddings: Tensor,
+    keys: Tensor,
     rows: RowIndex,
     temperature: Tensor,
     values: Tensor | None,
@@ -53,11 +57,12 @@ def _dense_frame_match(
     exclude_own: bool,
 ) -> DenseFrames:
     unit = _normalized(embeddings)
+    candidates = unit if keys is embeddings else _normalized(keys)
     per_sequence, similarity = [], []
-    for span in rows.sequences():
+    for span in rows.sequences:
         first, last = span.tokens
         row_token = rows.row_token[span.rows[0] : span.rows[1]]
-        s = unit[:, row_token] @ unit[:, first:last].mT / temperature.to(unit.dtype)  # [L, R, n]
+        s = unit[:, row_token] @ candidates[:, first:last].mT / temperature.to(unit.dtype)  # [L, R, n]
         if exclude_own:
             own = torch.arange(first, last, device=s.device) == row_token[:, None]  # [R, n]
             s = s.masked_fill(own, float("-inf"))
@@ -76,25 +81,29 @@ def _dense_frame_match(
 
 def dense_terms(
     embeddings: Tensor,  # [L, N, D]
+    keys: Tensor,  # [L, N, D]
     index: MatchIndex,
     temperature: Tensor,
-    negatives: str,  # "sequence" | "frame"
-    eps: float,
+    definition: TermDefinition,
     match_depth: Tensor | None = None,  # [M], and [N] below: in full precision, where the caller has it
     patch_depth: Tensor | None = None,
 ) -> DenseTerms:
     values = index.values if patch_depth is None else torch.where(index.known, patch_depth, 0)[:, None]
-    frames = dense_frame_match(embeddings, index.rows, temperature, values, index.known, exclude_own=True)
+    frames = dense_frame_match(embeddings, keys, index.rows, temperature, values, index.known, exclude_own=True)
     row, frame = _by_match(index, index.row), _by_match(index, _local_frame(index))
     positive = _by_match(index, _positives(index, frames.similarity).mT).mT  # [L, M]
     lse = frames.lse[:, row, frame]
-    corr = (frames.lse.logsumexp(-1)[:, row] if negatives == "sequence" else lse) - positive
+    if definition.ignores_targets:
+        normaliser = torch.logaddexp(_negative_lse(index, frames.similarity, definition), positive)
+    else:
+        normaliser = frames.lse.logsumexp(-1)[:, row] if definition.every_frame else lse
+    corr = normaliser - positive
 
     expected = frames.expected[:, row, frame, 0]
     has_depth = _by_match(index, index.has_depth)
     depth = (_by_match(index, index.depth) if match_depth is None else match_depth).to(expected.dtype)
     depth = torch.where(has_depth, depth, 1)  # without depth, a finite term: NaN times 0 is NaN in backward
-    term = (depth - expected).abs() / (depth + expected + eps)
+    term = (depth - expected).abs() / (depth + expected + definition.eps)
     return DenseTerms(
         corr=corr,
         depth=torch.where(has_depth, term, 0),
@@ -127,7 +136,7 @@ def _frame_statistics(
         expected = s.new_zeros(*s.shape[:-1], 0)
     else:
         logits = s if known is None else s.masked_fill(~known[start:end], float("-inf"))
-        some = logits.detach().amax(-1, keepdim=True) > float("-inf")
+        some = logits.detach().amax(-1, keepdim=True) != float("-inf")  # NaN is passed on
         # A softmax of nothing but -inf is NaN, and so is its gradient: such rows get logits of 0, then weights of 0.
         weight = torch.where(some, torch.where(some, logits, 0).softmax(-1), 0)
         expected = weight @ values[start:end].to(s.dtype)
@@ -136,17 +145,38 @@ def _frame_statistics(
 
 def _logsumexp(s: Tensor) -> Tensor:
     """`logsumexp` whose gradient is zero, not NaN, where all is -inf (a one-token frame without its token)."""
-    some = s.detach().amax(-1, keepdim=True) > float("-inf")
+    if s.shape[-1] == 0:
+        return s.new_full(s.shape[:-1], float("-inf"))
+    some = s.detach().amax(-1, keepdim=True) != float("-inf")  # NaN is passed on
     return torch.where(some[..., 0], torch.where(some, s, 0).logsumexp(-1), float("-inf"))
 
 
 def _positives(index: MatchIndex, similarity: list[Tensor]) -> Tensor:
     """[L, M], sorted: each match's own similarity. Sorted matches follow the sequences."""
     parts = []
-    for span, s in zip(index.rows.sequences(), similarity, strict=True):
-        start, end = (int(index.run_start[row * index.rows.longest]) for row in span.rows)
+    for span, s in zip(index.rows.sequences, similarity, strict=True):
+        start, end = index.row_ends[span.rows[0]], index.row_ends[span.rows[1]]
         parts.append(s[:, index.row[start:end] - span.rows[0], index.target[start:end] - span.tokens[0]])
     return torch.cat(parts, dim=1)
+
+
+def _negative_lse(index: MatchIndex, similarity: list[Tensor], definition: TermDefinition) -> Tensor:
+    """[L, M]: log-sum-exp over the negatives of each match's anchor, without all of its targets."""
+    parts = []
+    for span, s in zip(index.rows.sequences, similarity, strict=True):
+        start, end = index.row_ends[span.rows[0]], index.row_ends[span.rows[1]]
+        row, column = index.row[start:end] - span.rows[0], index.target[start:end] - span.tokens[0]
+        is_target = torch.zeros(s.shape[1:], dtype=torch.bool, device=s.device).index_put(
+            (row, column), torch.ones((), dtype=torch.bool, device=s.device)
+        )
+        s = s.masked_fill(is_target, float("-inf"))
+        offsets = index.rows.frame_columns(span).tolist()
+        per_frame = torch.stack([_logsumexp(s[..., a:b]) for a, b in itertools.pairwise(offsets)], dim=-1)  # [L, R, P]
+        if definition.every_frame:
+            parts.append(_logsumexp(per_frame)[:, row])
+        else:
+            parts.append(per_frame[:, row, _local_frame(index)[start:end]])
+    return _by_match(index, torch.cat(parts, dim=1).mT).mT
 
 
 def _local_frame(index: MatchIndex) -> Tensor:

@@ -14,7 +14,15 @@ from torch import Tensor
 from gasp_fast.kernels.engines import choose_backend
 from gasp_fast.kernels.index import RowIndex
 
-from .arguments import check_indices, check_offsets, checked_embeddings, checked_temperature, layer_stack
+from .arguments import (
+    check_indices,
+    check_offsets,
+    check_workspace,
+    checked_embeddings,
+    checked_keys,
+    checked_temperature,
+    layer_stack,
+)
 from .autograd import FrameMatching
 from .config import LossConfig
 from .dense import dense_frame_match
@@ -50,6 +58,8 @@ def frame_match(
     temperature: float | Tensor = LossConfig.temperature,
     exclude_anchor: bool = False,  # leave a query out of its own frame
     backend: str = "auto",
+    keys: Tensor | Sequence[Tensor] | None = None,  # like embeddings: the candidates; None = the embeddings
+    workspace: int | None = None,  # MiB of scratch memory; see `gasp_loss`
 ) -> FrameMatch:
     """One pass over the tokens of every frame: log-sum-exp, expected values and arg-max of each query.
 
@@ -57,6 +67,8 @@ def frame_match(
     the embeddings are on a GPU, and nothing waits for the device.
     """
     layers = checked_embeddings(embeddings)
+    key_layers = checked_keys(keys, layers)
+    check_workspace(workspace)
     device = layers[0].device
     tau = checked_temperature(temperature, layers[0])
     rows, order = _row_index(anchors, frame_offsets, sequence_offsets, layers[0].shape[-2])
@@ -64,11 +76,23 @@ def frame_match(
     table, mask = _value_table(values, known, layers[0])
     chosen = choose_backend(backend, device, layers[0].dtype)
     if chosen == "torch":
-        lse, expected, best, peak, _ = dense_frame_match(layer_stack(layers), rows, tau, table, mask, exclude_anchor)
+        stack = layer_stack(layers)
+        key_stack = layer_stack(key_layers) if key_layers else stack
+        lse, expected, best, peak, _ = dense_frame_match(stack, key_stack, rows, tau, table, mask, exclude_anchor)
     else:
         table = None if table is None else table.float()
         lse, _, expected, best, peak = FrameMatching.apply(
-            rows, rows.longest, table, mask, exclude_anchor, chosen, tau, *layers
+            rows,
+            rows.longest,
+            table,
+            mask,
+            exclude_anchor,
+            chosen,
+            workspace,
+            bool(key_layers),
+            tau,
+            *layers,
+            *key_layers,
         )
     lse, expected, best, peak = (statistic[:, order] for statistic in (lse, expected, best, peak))
     return FrameMatch(lse, expected, best, peak, chosen)

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gasp_fast.kernels.chunk import TermDefinition
 from gasp_fast.kernels.engines import choose_backend
 
 from .arguments import (
     check_choice,
     check_number,
+    check_workspace,
     checked_embeddings,
+    checked_keys,
     checked_layer_weights,
     checked_temperature,
     layer_stack,
@@ -54,8 +57,10 @@ class GaspOutput:
 def gasp_loss(
     embeddings: Tensor | Sequence[Tensor],  # [L, N, D], [N, D], or L tensors [N, D]; raw, not normalised
     matches: Matches,
+    keys: Tensor | Sequence[Tensor] | None = None,  # like embeddings: the candidates; None = the embeddings
     temperature: float | Tensor = LossConfig.temperature,  # a 0-dim tensor may require grad
     negatives: str = "sequence",  # "sequence" | "frame"
+    other_targets: str = "negatives",  # "negatives" | "ignored": an anchor's further targets, in a match's denominator
     corr_weight: float = LossConfig.corr_weight,
     depth_weight: float = LossConfig.depth_weight,
     eps: float = LossConfig.eps,
@@ -63,14 +68,19 @@ def gasp_loss(
     reduction: str = "mean",  # "mean" | "sum" | "none"
     return_metrics: bool = False,
     backend: str = "auto",  # "auto" | "triton" | "cpp" | "torch"
+    workspace: int | None = None,  # MiB of scratch memory; None = 256 on GPUs of 40 GB and more, 128 below, 24 on a CPU
 ) -> GaspOutput:
     """`corr_weight * corr + depth_weight * depth`, each averaged over its matches and then over layers.
 
     `reduction="sum"` sums over matches instead; `"none"` returns `loss`, `corr` and `depth` as [L, M] terms. There, a
-    match without depth has a depth term of 0, and `layer_weights` multiply the terms of `loss`.
+    match without depth has a depth term of 0, and `layer_weights` multiply the terms of `loss`. With `keys`, anchors
+    are rows of `embeddings` and their candidates rows of `keys`: a loss on the queries and keys of attention.
     """
     layers = checked_embeddings(embeddings)
+    key_layers = checked_keys(keys, layers)
     _check_arguments(layers, matches, negatives, corr_weight, depth_weight, eps, reduction)
+    check_choice("other_targets", other_targets, ("negatives", "ignored"))
+    check_workspace(workspace)
     tau = checked_temperature(temperature, layers[0])
     layer_weights = checked_layer_weights(layer_weights, layers, default=1.0 if reduction == "none" else None)
     # `config.temperature` is not used from here on: `tau` may be a tensor that is trained.
@@ -78,30 +88,39 @@ def gasp_loss(
         corr_weight=float(corr_weight),
         depth_weight=float(depth_weight),
         negatives=negatives,  # type: ignore[arg-type]  # checked above
+        other_targets=other_targets,  # type: ignore[arg-type]
         eps=float(eps),
+        workspace=workspace,
         backend=choose_backend(backend, layers[0].device, layers[0].dtype),  # type: ignore[arg-type]
     )
 
     loss = None
     if config.backend == "torch":
+        stack = layer_stack(layers)
         corr, depth, best, confidence = dense_terms(
-            layer_stack(layers), matches.index, tau, config.negatives, config.eps,
+            stack, layer_stack(key_layers) if key_layers else stack, matches.index, tau,
+            TermDefinition(config.negatives, config.other_targets, config.eps),
             matches.target_depth, matches.patch_depth,
         )  # fmt: skip
     elif reduction == "none":
-        corr, depth, best, confidence = UnreducedTerms.apply(config, None, matches.index, tau, *layers)
+        corr, depth, best, confidence = UnreducedTerms.apply(
+            config, None, matches.index, bool(key_layers), tau, *layers, *key_layers
+        )
     else:
         if not torch.is_grad_enabled():  # autograd functions see what requires grad, not whether gradients are recorded
-            layers, tau = [layer.detach() for layer in layers], tau.detach()
+            layers, key_layers, tau = _detached(layers), _detached(key_layers), tau.detach()
+        tensors = [*layers, *key_layers]
         loss, corr, depth, best, confidence = FusedLoss.apply(
-            config, reduction, matches.index, layer_weights.detach(), tau, *layers
+            config, reduction, matches.index, layer_weights.detach(), bool(key_layers), tau, *tensors
         )
         if torch.is_grad_enabled():
             # The loss has its gradient already. That of `corr` or `depth` is computed only if a caller needs it.
-            corr, depth, *_ = UnreducedTerms.apply(config, (corr, depth), matches.index, tau, *layers)
+            corr, depth, *_ = UnreducedTerms.apply(
+                config, (corr, depth), matches.index, bool(key_layers), tau, *tensors
+            )
 
     metrics = _metrics(matches, best, confidence) if return_metrics else None
-    shares = MatchShares.of(matches.index, reduction)
+    shares = MatchShares.of(matches.index, reduction, corr.dtype)
     layer_weights = layer_weights.to(corr.dtype)
     if reduction == "none":
         loss = layer_weights[:, None] * (config.corr_weight * corr + config.depth_weight * depth)
@@ -147,11 +166,15 @@ def _check_arguments(
     check_number("eps", eps, positive=True)
 
 
+def _detached(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
+
+
 def _metrics(matches: Matches, best: Tensor, confidence: Tensor) -> LayerMetrics:
-    share = 1.0 / max(1, len(matches))
+    share = MatchShares.of(matches.index, "mean", torch.float32).corr  # [M], or [1]
     hit = best == matches.target  # [L, M]
     pck = None
     if matches.token_xy is not None:
         offset = matches.token_xy[best.clamp(min=0)] - matches.token_xy[matches.target]  # [L, M, 2]
-        pck = (offset.long().square().sum(-1) <= PCK_RADIUS**2).sum(1) * share
-    return LayerMetrics(hit.sum(1) * share, pck, confidence.float().sum(1) * share)
+        pck = ((offset.long().square().sum(-1) <= PCK_RADIUS**2) * share).sum(1)
+    return LayerMetrics((hit * share).sum(1), pck, (confidence.float() * share).sum(1))

@@ -34,6 +34,7 @@ class Matches:
     depth_valid: Tensor | None = None  # bool [M], counts in the depth term; None = every finite, positive depth
     patch_depth: Tensor | None = None  # float [N], mean depth over each token's patch; <= 0 or non-finite = unknown
     token_xy: Tensor | None = None  # int [N, 2], column and row of each token on the grid of its frame
+    weight: Tensor | None = None  # float [M], how much each match counts in every mean and sum; None = 1 each
     index: MatchIndex = field(init=False)  # rows and matches in the order of the kernels
 
     def __post_init__(self) -> None:
@@ -49,6 +50,7 @@ class Matches:
             countable=self.countable_depth(),
             patch_depth=self.patch_depth,
             known=self.known_depth(),
+            weight=self.weight,
         )
         object.__setattr__(self, "index", index)
 
@@ -86,7 +88,7 @@ class Matches:
     def pack(parts: Sequence[Matches]) -> Matches:
         """Join several sequences into one batch; their tokens lie back to back in this order.
 
-        An optional field that only some parts have is filled with "unknown" in the others: no depth, nothing valid.
+        An optional field that only some parts have is filled in the others: no depth, nothing valid, a weight of 1.
         `token_xy` has no such value: either all parts have it, or none.
         """
         if not parts:
@@ -107,6 +109,7 @@ class Matches:
             target_depth=_join_optional([(part.target_depth, len(part)) for part in parts], float("nan")),
             depth_valid=_join_valid(parts),
             patch_depth=_join_optional([(part.patch_depth, part.tokens) for part in parts], 0.0),
+            weight=_join_optional([(part.weight, len(part)) for part in parts], 1.0),
             token_xy=None if parts[0].token_xy is None else torch.cat([_not_none(part.token_xy) for part in parts]),
         )
 
@@ -146,6 +149,7 @@ _DTYPES: dict[str, tuple[str, int]] = {  # field -> what its numbers are, how ma
     "depth_valid": ("bool", 1),
     "patch_depth": ("floating", 1),
     "token_xy": ("integer", 2),
+    "weight": ("floating", 1),
 }
 _REQUIRED = ("frame_offsets", "anchor", "target")
 
@@ -168,7 +172,7 @@ def _check_kinds(matches: Matches) -> None:
             )
     if matches.anchor.shape != matches.target.shape:
         raise ValueError(f"anchor has {len(matches.anchor)} entries, target {len(matches.target)}; they go in pairs")
-    for name in ("target_depth", "depth_valid"):
+    for name in ("target_depth", "depth_valid", "weight"):
         value = getattr(matches, name)
         if value is not None and len(value) != len(matches.anchor):
             raise ValueError(f"{name} has {len(value)} entries, anchor {len(matches.anchor)}; one is needed per match")
@@ -206,7 +210,7 @@ def _check_offsets(matches: Matches) -> None:
 
 
 def _check_matches(matches: Matches) -> None:
-    """Indices in range, two different frames, one sequence."""
+    """Indices in range, two different frames, one sequence; weights that can be summed."""
     tokens = int(matches.frame_offsets[-1])
     check_indices("anchor", matches.anchor, tokens)
     check_indices("target", matches.target, tokens)
@@ -230,6 +234,14 @@ def _check_matches(matches: Matches) -> None:
             f"sequence {int(anchor_sequence[at])}; a match stays inside one sequence"
         ),
     )
+    weight = matches.weight
+    if weight is not None:
+        if weight.requires_grad:
+            raise ValueError("weight requires grad; it belongs to the ground truth (use weight.detach())")
+        _refuse(
+            ~(weight.isfinite() & (weight >= 0)),
+            lambda at: f"weight[{at}] = {float(weight[at])}; it must be finite and not negative",
+        )
 
 
 def _refuse(bad: Tensor, message: Callable[[int], str]) -> None:

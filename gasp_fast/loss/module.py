@@ -30,18 +30,26 @@ class GaspLoss(nn.Module):
         return_metrics: bool = False,
         backend: str = "auto",
         learnable_temperature: bool = False,
+        *,
+        other_targets: str = "negatives",
+        workspace: int | None = None,
     ) -> None:
         super().__init__()
         check_number("temperature", temperature, positive=True)
         self.temperature = temperature
         self.negatives, self.reduction, self.backend = negatives, reduction, backend
         self.corr_weight, self.depth_weight, self.eps = corr_weight, depth_weight, eps
-        self.return_metrics = return_metrics
+        self.return_metrics, self.other_targets, self.workspace = return_metrics, other_targets, workspace
         # [1], not []: DeepSpeed communicates parameters as bytes, which torch refuses for 0-dim tensors.
         self.log_temperature = nn.Parameter(torch.tensor([float(temperature)]).log()) if learnable_temperature else None
         self.register_buffer("layer_weights", layer_weights, persistent=False)
 
-    def forward(self, embeddings: Tensor | Sequence[Tensor], matches: Matches) -> GaspOutput:
+    def forward(
+        self,
+        embeddings: Tensor | Sequence[Tensor],
+        matches: Matches,
+        keys: Tensor | Sequence[Tensor] | None = None,
+    ) -> GaspOutput:
         return gasp_loss(
             embeddings,
             matches,
@@ -54,6 +62,9 @@ class GaspLoss(nn.Module):
             reduction=self.reduction,
             return_metrics=self.return_metrics,
             backend=self.backend,
+            keys=keys,
+            other_targets=self.other_targets,
+            workspace=self.workspace,
         )
 
     def extra_repr(self) -> str:

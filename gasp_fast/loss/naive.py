@@ -10,9 +10,12 @@ For a match (i, t) with `t` in frame `b`, with embeddings `e` normalised to leng
     depth  |d - d_hat| / (d + d_hat + eps), with d_hat = sum_j A_ij patch_depth_j and A_i the softmax of s_i over the
            tokens of b whose depth is known                                                     (paper, Eq. 6-8)
 
+With `keys`, `s_ik = <e_i, k_k> / tau`. With other_targets="ignored", the sum in `corr` leaves out the other targets of
+the anchor `i`: for a match (i, t), every k that is the target of another match of `i`, but not `t` itself.
+
 A match has a depth term where its own depth is finite, positive and not marked invalid, and `b` has a token of known
 depth. The loss of a layer is `corr_weight * mean corr + depth_weight * mean depth`, each mean over the matches that
-have the term; the loss is the mean over layers.
+have the term, by `weight`; the loss is the mean over layers.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ def naive_loss(
     eps: float = 1e-6,
     layer_weights: Tensor | None = None,  # [L]
     reduction: str = "mean",
+    keys: Tensor | None = None,  # [L, N, D]
+    other_targets: str = "negatives",
 ) -> NaiveLoss:
     """Both terms of every match, and the loss that `gasp_loss` makes of them."""
     (layers, tokens, _), anchor, target = embeddings.shape, matches.anchor, matches.target
@@ -57,9 +62,15 @@ def naive_loss(
     in_sequence = (sequence == sequence[anchor, None]) & (token != anchor[:, None])  # [M, N], without the anchor
 
     unit = F.normalize(embeddings, dim=-1, eps=1e-12)
-    s = torch.einsum("lmd,lnd->lmn", unit[:, anchor], unit) / temperature
+    candidates = unit if keys is None else F.normalize(keys, dim=-1, eps=1e-12)
+    s = torch.einsum("lmd,lnd->lmn", unit[:, anchor], candidates) / temperature
     positive = s.gather(2, target.expand(layers, -1)[..., None])[..., 0]  # [L, M]
-    corr = _masked(s, in_frame if negatives == "frame" else in_sequence).logsumexp(-1) - positive
+    among = in_frame if negatives == "frame" else in_sequence
+    if other_targets == "ignored":
+        is_target = torch.zeros_like(among).index_put((torch.arange(len(matches)), target), torch.tensor(True))
+        of_anchor = (anchor[:, None] == anchor).to(torch.int64) @ is_target.to(torch.int64) > 0  # [M, N]
+        among = among & (~of_anchor | is_target)
+    corr = _masked(s, among).logsumexp(-1) - positive
 
     patch_depth = torch.zeros(tokens) if matches.patch_depth is None else matches.patch_depth
     target_depth = torch.zeros(len(matches)) if matches.target_depth is None else matches.target_depth
@@ -76,14 +87,19 @@ def naive_loss(
     if layer_weights is None:
         layer_weights = s.new_full((layers,), 1 if reduction == "none" else 1 / layers)
     weights = layer_weights[:, None].to(s)
+    match_weight = s.new_ones(len(matches)) if matches.weight is None else matches.weight.to(s)  # [M]
     if reduction == "mean":
-        corr_count, depth_count = max(1, len(matches)), has_depth.sum().clamp(min=1)
-        loss = (weights * (corr_weight * corr / corr_count + depth_weight * depth / depth_count)).sum()
+        corr_share, depth_share = _share(match_weight), _share(match_weight * has_depth)
+        loss = (weights * (corr_weight * corr * corr_share + depth_weight * depth * depth_share)).sum()
     else:
         loss = weights * (corr_weight * corr + depth_weight * depth)
-        loss = loss if reduction == "none" else loss.sum()
+        loss = loss if reduction == "none" else (loss * match_weight).sum()
     in_frame_s = _masked(s, in_frame)
     return NaiveLoss(loss, corr, depth, has_depth, in_frame_s.argmax(-1), in_frame_s.softmax(-1).amax(-1))
+
+
+def _share(weight: Tensor) -> Tensor:
+    return weight / torch.where(weight.sum() > 0, weight.sum(), 1)
 
 
 def _masked(s: Tensor, among: Tensor) -> Tensor:

@@ -11,18 +11,28 @@ Operators take tensors and plain numbers, so an index is passed as the list of i
 fields. None is differentiable by itself: `autograd.py` defines their gradients. Every operation that rounds is inside,
 so a compiler that folds or reorders arithmetic around the operators cannot change a gradient.
 
-Embeddings come as a list: either one tensor [L, N, D] or L tensors [N, D]. Neither form is copied into the other.
+Embeddings come as a list: either one tensor [L, N, D] or L tensors [N, D]. Neither form is copied into the other. Keys
+come in the same form; an empty list means that the embeddings are the keys. `workspace` is in MiB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gasp_fast.kernels.chunk import FrameStatistics, FrameUpstream, MatchTerms, Problem, TermWeights
+from gasp_fast.kernels.chunk import (
+    FrameStatistics,
+    FrameUpstream,
+    MatchTerms,
+    Problem,
+    TermDefinition,
+    TermWeights,
+)
+from gasp_fast.kernels.chunked import Gradients
 from gasp_fast.kernels.engines import ENGINES
 from gasp_fast.kernels.index import MatchIndex, RowIndex
 
@@ -32,74 +42,83 @@ from .reduction import term_weights
 
 @torch.library.custom_op("gasp_fast::fused_loss", mutates_args=())
 def fused_loss(
-    embeddings: Sequence[Tensor],  # one [L, N, D], or L of [N, D]
+    embeddings: Sequence[Tensor],
+    keys: Sequence[Tensor],
     index: Sequence[Tensor],  # MatchIndex.tensors()
     temperature: Tensor,  # []
     layer_weights: Tensor,  # [L]
+    needs: Sequence[bool],  # gradients of the temperature, the embeddings, the keys
     corr_weight: float,
     depth_weight: float,
     reduction: str,  # "mean" | "sum"
     negatives: str,  # "sequence" | "frame"
+    other_targets: str,  # "negatives" | "ignored"
     eps: float,
-    needs_embedding_gradient: bool,
-    needs_temperature_gradient: bool,
     backend: str,
+    workspace: int | None,
 ) -> list[Tensor]:
-    """[loss, corr, depth, best, confidence, dtemperature, *dembeddings]; the last with `needs_embedding_gradient`."""
+    """[loss, corr, depth, best, confidence, scale, dtemperature, *dembeddings, *dkeys]; gradients as far as needed.
+
+    Gradients of layer l are multiplied by `scale[l]`; it is not 1 for float16 only.
+    """
     match_index = MatchIndex.from_tensors(list(index))
     weights = term_weights(match_index, layer_weights, corr_weight, depth_weight, reduction)  # [L, M]
+    stacks = Stacks(list(embeddings), list(keys))
     terms, gradients = _terms_and_gradients(
-        embeddings, match_index, temperature,
-        weights if needs_embedding_gradient or needs_temperature_gradient else None, negatives, eps,
-        needs_embedding_gradient, needs_temperature_gradient, backend,
+        stacks, match_index, temperature, weights if any(needs) else None,
+        TermDefinition(negatives, other_targets, eps), needs, backend, workspace,
+        scale := torch.ones_like(layer_weights, dtype=torch.float32),
     )  # fmt: skip
     loss = (weights.corr * terms.corr + weights.depth * terms.depth).sum()
-    return [loss, *terms, *gradients]
+    return [loss, *terms, scale, *gradients]
 
 
 @fused_loss.register_fake
 def _(
-    embeddings: Sequence[Tensor], index: Sequence[Tensor], temperature: Tensor, layer_weights: Tensor,
-    corr_weight: float, depth_weight: float, reduction: str, negatives: str, eps: float,
-    needs_embedding_gradient: bool, *_: Any,
+    embeddings: Sequence[Tensor], keys: Sequence[Tensor], index: Sequence[Tensor], temperature: Tensor,
+    layer_weights: Tensor, needs: Sequence[bool], *_: Any,
 ) -> list[Tensor]:  # fmt: skip
     loss = embeddings[0].new_empty((), dtype=torch.float32)
-    return [loss, *_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, needs_embedding_gradient)]
+    scale = torch.empty_like(layer_weights, dtype=torch.float32)
+    return [loss, *_fake_terms(embeddings, index), scale, *_fake_gradients(embeddings, keys, temperature, needs)]
 
 
 @torch.library.custom_op("gasp_fast::unreduced_terms", mutates_args=())
 def unreduced_terms(
     embeddings: Sequence[Tensor],
+    keys: Sequence[Tensor],
     index: Sequence[Tensor],  # MatchIndex.tensors()
     temperature: Tensor,
     corr_weights: Tensor | None,  # float32 [L, M]; with both, gradients of `sum weight * term` are computed
     depth_weights: Tensor | None,  # float32 [L, M]
+    needs: Sequence[bool],
     negatives: str,
+    other_targets: str,
     eps: float,
-    needs_embedding_gradient: bool,
-    needs_temperature_gradient: bool,
     backend: str,
+    workspace: int | None,
 ) -> list[Tensor]:
-    """[corr, depth, best, confidence, dtemperature, *dembeddings]; the last with `needs_embedding_gradient`."""
+    """[corr, depth, best, confidence, dtemperature, *dembeddings, *dkeys]; gradients as far as needed."""
     weights = None if corr_weights is None or depth_weights is None else TermWeights(corr_weights, depth_weights)
     terms, gradients = _terms_and_gradients(
-        embeddings, MatchIndex.from_tensors(list(index)), temperature, weights, negatives, eps,
-        needs_embedding_gradient, needs_temperature_gradient, backend,
+        Stacks(list(embeddings), list(keys)), MatchIndex.from_tensors(list(index)), temperature, weights,
+        TermDefinition(negatives, other_targets, eps), needs, backend, workspace,
     )  # fmt: skip
     return [*terms, *gradients]
 
 
 @unreduced_terms.register_fake
 def _(
-    embeddings: Sequence[Tensor], index: Sequence[Tensor], temperature: Tensor, corr_weights: Tensor | None,
-    depth_weights: Tensor | None, negatives: str, eps: float, needs_embedding_gradient: bool, *_: Any,
+    embeddings: Sequence[Tensor], keys: Sequence[Tensor], index: Sequence[Tensor], temperature: Tensor,
+    corr_weights: Tensor | None, depth_weights: Tensor | None, needs: Sequence[bool], *_: Any,
 ) -> list[Tensor]:  # fmt: skip
-    return [*_fake_terms(embeddings, index), *_fake_gradients(embeddings, temperature, needs_embedding_gradient)]
+    return [*_fake_terms(embeddings, index), *_fake_gradients(embeddings, keys, temperature, needs)]
 
 
 @torch.library.custom_op("gasp_fast::frame_match", mutates_args=())
 def frame_match(
     embeddings: Sequence[Tensor],
+    keys: Sequence[Tensor],
     rows: Sequence[Tensor],  # RowIndex.tensors()
     longest: int,  # P, the frames of the longest sequence
     temperature: Tensor,
@@ -107,21 +126,24 @@ def frame_match(
     known: Tensor | None,  # bool [N]
     exclude_own: bool,
     backend: str,
+    workspace: int | None,
 ) -> list[Tensor]:
     """[lse, known_lse, expected, best, peak], each [L, A, P]."""
     row_index, tau = RowIndex.from_tensors(list(rows)), _kernel_temperature(temperature, embeddings)
     with _without_autocast(embeddings):
         parts = [
-            ENGINES[backend](stack).frame_match(Problem(stack, row_index, tau, values, known, exclude_own))
-            for _, stack in _stacks(embeddings)
+            ENGINES[backend](stack, workspace).frame_match(
+                Problem(stack, stack_keys, row_index, tau, values, known, exclude_own)
+            )[:5]
+            for _, stack, stack_keys in Stacks(list(embeddings), list(keys))
         ]
     return [torch.cat(statistic) if len(statistic) > 1 else statistic[0] for statistic in zip(*parts, strict=True)]
 
 
 @frame_match.register_fake
 def _(
-    embeddings: Sequence[Tensor], rows: Sequence[Tensor], longest: int, temperature: Tensor, values: Tensor | None,
-    *_: Any,
+    embeddings: Sequence[Tensor], keys: Sequence[Tensor], rows: Sequence[Tensor], longest: int, temperature: Tensor,
+    values: Tensor | None, *_: Any,
 ) -> list[Tensor]:  # fmt: skip
     anchors, width = RowIndex.from_tensors(list(rows)).row_token.shape[0], 0 if values is None else values.shape[1]
     floats = embeddings[0].new_empty((layer_count(embeddings), anchors, longest), dtype=torch.float32)
@@ -137,89 +159,107 @@ def _(
 @torch.library.custom_op("gasp_fast::frame_match_gradient", mutates_args=())
 def frame_match_gradient(
     embeddings: Sequence[Tensor],
+    keys: Sequence[Tensor],
     rows: Sequence[Tensor],
     temperature: Tensor,
+    needs: Sequence[bool],
     values: Tensor | None,
     known: Tensor | None,
     exclude_own: bool,
     statistics: Sequence[Tensor],  # what `frame_match` returned
     lse_gradient: Tensor,  # float32 [L, A, P]
     expected_gradient: Tensor,  # float32 [L, A, P, V]
-    needs_embedding_gradient: bool,
-    needs_temperature_gradient: bool,
     backend: str,
+    workspace: int | None,
 ) -> list[Tensor]:
-    """[dtemperature, *dembeddings]; the last with `needs_embedding_gradient`."""
+    """[dtemperature, *dembeddings, *dkeys]; gradients as far as needed."""
     row_index, tau = RowIndex.from_tensors(list(rows)), _kernel_temperature(temperature, embeddings)
-    gradients = _Gradients(embeddings, needs_embedding_gradient)
+    stacks = Stacks(list(embeddings), list(keys))
+    memory = GradientMemory(stacks, needs)
     with _without_autocast(embeddings):
-        for number, (layers, stack) in enumerate(_stacks(embeddings)):
-            temperature_gradient = ENGINES[backend](stack).frame_match_gradient(
-                Problem(stack, row_index, tau, values, known, exclude_own),
-                FrameStatistics(*(value[layers] for value in statistics)),
+        for number, (layers, stack, stack_keys) in enumerate(stacks):
+            memory.temperature = _sum(memory.temperature, ENGINES[backend](stack, workspace).frame_match_gradient(
+                Problem(stack, stack_keys, row_index, tau, values, known, exclude_own),
+                FrameStatistics.of(value[layers] for value in statistics),
                 FrameUpstream(lse_gradient[layers], expected_gradient[layers]),
-                gradients.of_stack(number, stack), needs_temperature_gradient,
-            )  # fmt: skip
-            gradients.add_temperature_gradient(temperature_gradient)
-    return gradients.tensors(temperature)
+                memory.of_stack(number, layers, stack),
+            ))  # fmt: skip
+    return memory.tensors(temperature)
 
 
 @frame_match_gradient.register_fake
 def _(
-    embeddings: Sequence[Tensor], rows: Sequence[Tensor], temperature: Tensor, values: Tensor | None,
-    known: Tensor | None, exclude_own: bool, statistics: Sequence[Tensor], lse_gradient: Tensor,
-    expected_gradient: Tensor, needs_embedding_gradient: bool, *_: Any,
+    embeddings: Sequence[Tensor], keys: Sequence[Tensor], rows: Sequence[Tensor], temperature: Tensor,
+    needs: Sequence[bool], *_: Any,
 ) -> list[Tensor]:  # fmt: skip
-    return _fake_gradients(embeddings, temperature, needs_embedding_gradient)
+    return _fake_gradients(embeddings, keys, temperature, needs)
 
 
 def _terms_and_gradients(
-    embeddings: Sequence[Tensor],
+    stacks: Stacks,
     index: MatchIndex,
     temperature: Tensor,
     weights: TermWeights | None,
-    negatives: str,
-    eps: float,
-    needs_embedding_gradient: bool,
-    needs_temperature_gradient: bool,
+    definition: TermDefinition,
+    needs: Sequence[bool],
     backend: str,
+    workspace: int | None,
+    scale: Tensor | None = None,  # float32 [L], written for float16: see `Gradients`
 ) -> tuple[MatchTerms, list[Tensor]]:
-    """Terms [L, M], and [dtemperature, *dembeddings]."""
+    """Terms [L, M], and [dtemperature, *dembeddings, *dkeys]."""
+    embeddings = stacks.embeddings
     terms = MatchTerms.empty(layer_count(embeddings), index.order.shape[0], embeddings[0].device)
-    gradients, tau = _Gradients(embeddings, needs_embedding_gradient), _kernel_temperature(temperature, embeddings)
+    memory, tau = GradientMemory(stacks, needs, scale), _kernel_temperature(temperature, embeddings)
     with _without_autocast(embeddings):
-        for number, (layers, stack) in enumerate(_stacks(embeddings)):
-            temperature_gradient = ENGINES[backend](stack).terms_and_gradients(
-                Problem.of_loss(stack, index, tau), index, None if weights is None else weights.of_layers(layers),
-                terms.of_layers(layers), negatives, eps, gradients.of_stack(number, stack), needs_temperature_gradient,
-            )  # fmt: skip
-            gradients.add_temperature_gradient(temperature_gradient)
-    return terms, gradients.tensors(temperature)
+        for number, (layers, stack, keys) in enumerate(stacks):
+            problem = Problem(stack, keys, index.rows, tau, index.values, index.known, exclude_own=True)
+            memory.temperature = _sum(memory.temperature, ENGINES[backend](stack, workspace).terms_and_gradients(
+                problem, index, None if weights is None else weights.of_layers(layers), terms.of_layers(layers),
+                definition, memory.of_stack(number, layers, stack),
+            ))  # fmt: skip
+    return terms, memory.tensors(temperature)
 
 
-class _Gradients:
-    """Memory for the gradients of the embeddings, and the gradient of the temperature, summed over the stacks."""
+@dataclass(frozen=True)
+class Stacks:
+    """Embeddings and keys as stacks of layers; iterates over (layers, [G, N, D], keys [G, N, D])."""
 
-    def __init__(self, embeddings: Sequence[Tensor], needs_embedding_gradient: bool) -> None:
-        self.embeddings = [_contiguous_like(e) for e in embeddings] if needs_embedding_gradient else []
-        self.temperature_gradient = torch.zeros((), dtype=torch.float32, device=embeddings[0].device)
+    embeddings: list[Tensor]
+    keys: list[Tensor]  # empty: the embeddings
 
-    def of_stack(self, number: int, stack: Tensor) -> Tensor | None:
-        return self.embeddings[number].view(stack.shape) if self.embeddings else None
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        start = 0
+        for number, embeddings in enumerate(self.embeddings):
+            stack = embeddings if embeddings.dim() == 3 else embeddings[None]
+            keys = self.keys[number].view_as(stack) if self.keys else stack
+            yield slice(start, start + len(stack)), stack, keys
+            start += len(stack)
 
-    def add_temperature_gradient(self, temperature_gradient: Tensor | None) -> None:
-        if temperature_gradient is not None:
-            self.temperature_gradient = self.temperature_gradient + temperature_gradient
+
+class GradientMemory:
+    """Memory for the gradients of embeddings and keys, and the gradient of the temperature, summed over the stacks."""
+
+    def __init__(self, stacks: Stacks, needs: Sequence[bool], scale: Tensor | None = None) -> None:
+        self.needs_temperature, needs_embeddings, needs_keys = needs
+        self.embeddings = [_contiguous_like(e) for e in stacks.embeddings] if needs_embeddings else []
+        self.shared = not stacks.keys
+        self.keys = [_contiguous_like(k) for k in stacks.keys] if needs_keys else []
+        self.temperature: Tensor | None = None
+        self.scale = scale if stacks.embeddings[0].dtype == torch.float16 else None
+
+    def of_stack(self, number: int, layers: slice, stack: Tensor) -> Gradients:
+        embeddings = self.embeddings[number].view(stack.shape) if self.embeddings else None
+        keys = self.keys[number].view(stack.shape) if self.keys else None
+        keys = embeddings if self.shared else keys
+        return Gradients(embeddings, keys, self.needs_temperature, None if self.scale is None else self.scale[layers])
 
     def tensors(self, temperature: Tensor) -> list[Tensor]:
-        return [self.temperature_gradient.to(temperature.device, temperature.dtype), *self.embeddings]
+        total = torch.zeros_like(temperature) if self.temperature is None else self.temperature.to(temperature)
+        return [total, *self.embeddings, *self.keys]
 
 
-def _stacks(embeddings: Sequence[Tensor]) -> list[tuple[slice, Tensor]]:
-    """Each tensor of the list as [G, N, D], with the layers that it holds."""
-    if embeddings[0].dim() == 3:
-        return [(slice(0, embeddings[0].shape[0]), embeddings[0])]
-    return [(slice(layer, layer + 1), e[None]) for layer, e in enumerate(embeddings)]
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None or part is None else total + part
 
 
 def _kernel_temperature(temperature: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
@@ -241,8 +281,9 @@ def _fake_terms(embeddings: Sequence[Tensor], index: Sequence[Tensor]) -> list[T
     return [corr, torch.empty_like(corr), torch.empty_like(corr, dtype=torch.int64), torch.empty_like(corr)]
 
 
-def _fake_gradients(embeddings: Sequence[Tensor], temperature: Tensor, needs_embedding_gradient: bool) -> list[Tensor]:
-    return [
-        torch.empty_like(temperature),
-        *([_contiguous_like(e) for e in embeddings] if needs_embedding_gradient else []),
-    ]
+def _fake_gradients(
+    embeddings: Sequence[Tensor], keys: Sequence[Tensor], temperature: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    _, needs_embeddings, needs_keys = needs
+    needed = [*(embeddings if needs_embeddings else []), *(keys if needs_keys else [])]
+    return [torch.empty_like(temperature), *map(_contiguous_like, needed)]

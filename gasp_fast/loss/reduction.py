@@ -1,15 +1,17 @@
 """How the terms of all matches and layers become one loss.
 
     loss = sum over layers l and matches m of
-           layer_weights[l] * (corr_weight * corr_share * corr[l, m] + depth_weight * depth_share * depth[l, m])
+           layer_weights[l] * (corr_weight * corr_share[m] * corr[l, m] + depth_weight * depth_share[m] * depth[l, m])
 
-A share is the weight of one match in a layer's mean (1 / number of matches that have the term) or sum (1).
+A share is the weight of one match in a layer's mean (its `weight`, divided by the sum over the matches that have the
+term) or sum (its `weight`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gasp_fast.kernels.chunk import TermWeights
@@ -17,15 +19,16 @@ from gasp_fast.kernels.index import MatchIndex
 
 
 class MatchShares(NamedTuple):
-    corr: float
-    depth: float | Tensor
+    corr: Tensor  # [M], or [1] where all are equal
+    depth: Tensor
 
     @staticmethod
-    def of(index: MatchIndex, reduction: str) -> MatchShares:
-        """Shares under "sum" are 1. Under "none" terms stay apart; the shares then serve the per-layer means."""
+    def of(index: MatchIndex, reduction: str, dtype: torch.dtype) -> MatchShares:
+        """Under "none" terms stay apart; the shares then serve the per-layer means."""
+        weight = index.weight.double()
         if reduction == "sum":
-            return MatchShares(1.0, 1.0)
-        return MatchShares(1.0 / max(1, index.order.shape[0]), index.depth_count.reciprocal())
+            return MatchShares(weight.to(dtype), weight.to(dtype))
+        return MatchShares((weight / index.weight_total).to(dtype), (weight / index.depth_total).to(dtype))
 
 
 def term_weights(
@@ -35,9 +38,9 @@ def term_weights(
     depth_weight: float,
     reduction: str,  # "mean" | "sum"
 ) -> TermWeights:
-    """The three factors of each term, multiplied: [L, M], expanded."""
-    shares, per_layer = MatchShares.of(index, reduction), layer_weights.float()[:, None]  # [L, 1]
-    shape = (layer_weights.shape[0], index.order.shape[0])
+    """The three factors of each term, multiplied: [L, M], expanded where all matches count alike."""
+    shares = MatchShares.of(index, reduction, torch.float32)
+    per_layer, shape = layer_weights.float()[:, None], (layer_weights.shape[0], index.order.shape[0])
     return TermWeights(
         corr=(per_layer * (corr_weight * shares.corr)).expand(shape),
         depth=(per_layer * (depth_weight * shares.depth)).expand(shape),

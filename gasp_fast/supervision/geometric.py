@@ -101,11 +101,13 @@ def _loss_of_rows(
         matches,
         temperature=temperature,
         negatives=config.negatives,
+        other_targets=config.other_targets,
         corr_weight=config.corr_weight,
         depth_weight=config.depth_weight,
         eps=config.eps,
         return_metrics=True,
         backend=config.backend,
+        workspace=config.workspace,
     )
     assert out.metrics is not None
     corr, depth = out.corr_per_layer[0], out.depth_per_layer[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.agreement import judge, run
+from support.agreement import gradient_of, judge, leaves, run
 from support.problems import random_problem, relative_error
 
 import gasp_fast
@@ -75,19 +75,41 @@ def test_float16_products_lose_no_small_gradient(monkeypatch, fp16_products):
         ways = HalfProducts(torch.float16, converts=False, wide_result=True)
         monkeypatch.setattr(Products, "of", staticmethod(lambda embeddings: ways))
     engine = ChunkedEngine(operations=rows_torch, workspace_bytes=20_000)
-    monkeypatch.setitem(ENGINES, "cpp", lambda embeddings: engine)
+    monkeypatch.setitem(ENGINES, "cpp", lambda embeddings, workspace: engine)
     problem = random_problem(0, [[30, 7, 1, 22], [18, 25, 9]], width=36, matches=300, scale=10.0)
     rounded = problem.embeddings.half()
     rounded[0] *= 8  # layers of different size
     truth = judge(problem, rounded, reduction="sum")
     embeddings, temperature = rounded.clone().requires_grad_(), torch.tensor(0.07, requires_grad=True)
     # The weights are 2^-12 of the usual ones, as if the loss were one of many. `backward` scales the gradient back.
-    out = gasp_fast.gasp_loss(embeddings, problem.matches, temperature, corr_weight=0.3 / 4096,
+    out = gasp_fast.gasp_loss(embeddings, problem.matches, temperature=temperature, corr_weight=0.3 / 4096,
                               depth_weight=1.0 / 4096, reduction="sum", backend="cpp")  # fmt: skip
     (out.loss * 4096).backward()
     # The gradient of the embeddings is stored in float16 before it is scaled back, so it is the less exact one.
     assert relative_error(temperature.grad, truth.temperature_gradient) < 2e-3
     assert relative_error(embeddings.grad, truth.embedding_gradient) < 2e-2
+
+
+@pytest.mark.parametrize("fp16_products", [True, False])
+@pytest.mark.parametrize("with_keys", [True, False])
+def test_a_loss_scale_keeps_small_float16_gradients_exact(monkeypatch, fp16_products, with_keys):
+    """The gradient of this mean is about 1e-6, where float16 has 4 bits. Training in float16 multiplies the loss by a
+    large number first, and the gradient must then be as exact as float16 can be, although it was computed before."""
+    if fp16_products:
+        ways = HalfProducts(torch.float16, converts=False, wide_result=True)
+        monkeypatch.setattr(Products, "of", staticmethod(lambda embeddings: ways))
+    engine = ChunkedEngine(operations=rows_torch, workspace_bytes=20_000)
+    monkeypatch.setitem(ENGINES, "cpp", lambda embeddings, workspace: engine)
+    problem = random_problem(
+        0, [[30, 7, 1, 22], [18, 25, 9]], width=600, matches=300, planted=2.0, keys=with_keys, scale=30.0
+    )
+    rounded = problem.embeddings.half()
+    truth = judge(problem, rounded)
+    assert relative_error(truth.embedding_gradient.half(), truth.embedding_gradient) > 3e-3
+    embeddings, keys = leaves(problem, rounded)
+    loss = gasp_fast.gasp_loss(embeddings, problem.matches, keys=keys, backend="cpp").loss
+    (loss * 4096).backward()
+    assert relative_error(gradient_of(embeddings, keys).double() / 4096, truth.embedding_gradient) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -101,7 +123,7 @@ def test_sixteen_bit_tokens_are_converted_block_by_block(monkeypatch, dtype):
     x = torch.randn(1, 9, 60, generator=generator)
     similarity, rows, total = torch.empty(1, 9, 60), torch.empty(1, 9, 20), torch.ones(1, 60, 20)
     ways.similarity(anchors, tokens, similarity)
-    ways.row_gradient(x, tokens, rows)
+    ways.row_gradient(x, tokens, rows, accumulate=False)
     ways.token_gradient(x, anchors, total, accumulate=True)
     assert torch.allclose(similarity, anchors @ tokens.float().mT, atol=1e-5)
     assert torch.allclose(rows, x @ tokens.float(), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for Hopper as it is launched and does not spill; the streaming ones use wgmma."""
+"""Every row kernel compiles for Hopper as it is launched, does not spill, and costs few instructions."""
 
 import json
 import os
@@ -11,17 +11,25 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent / "triton_aot_report.py"
-STREAMING = {"statistics", "row_gradient", "token_gradient"}
-ALL = {
-    "wide": {"inverse_norms", "frame_statistics", "loss_terms", "similarity_gradient", "project_gradient"},
-    "narrow": STREAMING | {"inverse_norms", "match_similarities", "loss_terms", "finish"},
-}
+PASSES = {"frame_statistics", "similarity_gradient"}  # over all similarities
+KERNELS = PASSES | {"inverse_norms", "prepare", "loss_terms", "add_rows", "gather_rows", "project_gradient"}
+# Instructions for each similarity, by how many of its numbers are loaded at once. At 18 the passes of an H200 are
+# bound by its memory: 132 x 128 lanes at 1.7 GHz, 4 bytes read for each similarity. With frames that begin anywhere the
+# gradient of two rows has more than that of four, but is faster (rows_triton).
+MOST = {4: 18, 2: 21, 1: 25}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
-    ["wide,bfloat16,3584", "narrow,bfloat16,256", "narrow,bfloat16,128", "narrow,float16,256", "narrow,float32,128"],
+    "case",  # element type, width, tokens of a frame
+    [
+        "bfloat16,3584,256",
+        "float16,1000,256",
+        "float32,40,256",
+        "bfloat16,16384,256",
+        "bfloat16,64,646",
+        "bfloat16,64,75",
+    ],
 )
 def test_kernels_compile_for_hopper_without_spills(case: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -29,10 +37,9 @@ def test_kernels_compile_for_hopper_without_spills(case: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     print(done.stdout)
-    assert {report["kernel"] for report in reports} == ALL[case.split(",")[0]]
+    assert {report["kernel"] for report in reports} == KERNELS
     for report in reports:
         assert report["spill_bytes"] == 0, report
-        assert report["shared"] <= 227 << 10, report
-        if report["kernel"] in STREAMING:
-            assert report["wgmma"] > 0, report
-            assert report["async_copies"] > 0, report  # streamed tiles are fetched ahead
+        assert report["registers"] <= 128, report
+        if report["kernel"] in PASSES:
+            assert report["instructions_per_element"] <= MOST[report["align"]], report

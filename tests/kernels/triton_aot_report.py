@@ -1,10 +1,10 @@
-"""Compiles the kernels that the Triton backend launches, for sm_90 and without a GPU; prints a JSON object for each.
+"""Compiles the kernels of the Triton row operations for sm_90, without a GPU; prints a JSON object for each.
 
 The host functions run on CPU tensors of real shapes, but each launch is replaced by a compilation with exactly the
-arguments, switches and tile of that launch. Registers and spills are those that Triton's own `ptxas` reports,
+arguments, constants and tile of that launch. Registers and spills are those that Triton's own `ptxas` reports,
 instructions those in its disassembly. Must run without TRITON_INTERPRET.
 
-    python triton_aot_report.py narrow,bfloat16,256
+    python triton_aot_report.py bfloat16,3584,256     element type, width, tokens of a frame
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gasp_fast.kernels import narrow, narrow_triton, rows_triton
-from gasp_fast.kernels.chunk import MatchRuns, MatchTerms, Problem, RowChunk, TermWeights
+from gasp_fast.kernels import rows_triton
+from gasp_fast.kernels.chunk import ChunkMatches, MatchTerms, RowChunk, TermDefinition, TermWeights
 from gasp_fast.kernels.index import MatchIndex
 from gasp_fast.kernels.triton_launch import Kernel, Tile
 
@@ -35,34 +36,30 @@ ARCH = 90
 
 
 def compile_instead(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
-    parameters = kernel.function.params
+    assert kernel.direct  # no address or number is compiled in
     constants |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+    parameters = kernel.function.params
     named = dict(zip((parameter.name for parameter in parameters), arguments, strict=False)) | constants
-    signature, constexprs, attributes = {}, {}, {}
+    signature, constexprs = {}, {}
     for at, parameter in enumerate(parameters):
         value = named[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialised):
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constexprs[(at,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = TYPES[value.dtype]
-            attributes[(at,)] = [["tt.divisibility", 16]]  # what the allocator gives
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and specialised:
-                attributes[(at,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32"
-    source = ASTSource(fn=kernel.function, signature=signature, constexprs=constexprs, attrs=attributes)
+            signature[parameter.name] = parameter.annotation_type or ("i32" if isinstance(value, int) else "fp32")
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=constexprs)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
-    report = {"kernel": kernel.function.__name__, "shared": compiled.metadata.shared}
-    report |= {"warps": tile.warps, "rows": tile.rows, "columns": tile.columns, "stages": tile.stages}
-    report |= resources(compiled.asm["ptx"], compiled.asm["cubin"])
+    report = {"kernel": kernel.function.__name__, "shared": compiled.metadata.shared, "warps": tile.warps}
+    report |= {"rows": tile.rows, "columns": tile.columns, "align": constants.get("ALIGN")}
+    elements = tile.rows * tile.columns // (32 * tile.warps)  # of a lane
+    report |= resources(compiled.asm["ptx"], compiled.asm["cubin"], elements)
     print(json.dumps(report), flush=True)
 
 
-def resources(ptx: str, cubin: bytes) -> dict[str, int]:
+def resources(ptx: str, cubin: bytes, elements: int) -> dict[str, Any]:
     architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
         text, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -75,9 +72,22 @@ def resources(ptx: str, cubin: bytes) -> dict[str, int]:
     return {
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
-        "wgmma": sass.count("HGMMA"),
-        "async_copies": sass.count("LDGSTS"),
+        "loads": dict(Counter(re.findall(r"\bLDG\.E[.\w]*", sass))),
+        "instructions_per_element": bounded_loop(sass, elements),
     }
+
+
+def bounded_loop(sass: str, elements: int) -> float | None:
+    """Instructions for each element of the loop that takes exactly one exponential for it, if there is one."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
+    for end, text in code:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target is None or int(target[1], 16) > end:
+            continue
+        body = [inside for at, inside in code if int(target[1], 16) <= at <= end]
+        if sum("MUFU.EX2" in inside for inside in body) == elements:
+            return round(len(body) / elements, 2)
+    return None
 
 
 def problem(frames: int, per_frame: int, matches: int) -> MatchIndex:
@@ -92,47 +102,42 @@ def problem(frames: int, per_frame: int, matches: int) -> MatchIndex:
         countable=torch.ones(matches, dtype=torch.bool),
         patch_depth=torch.ones(tokens),
         known=torch.ones(tokens, dtype=torch.bool),
+        weight=None,
     )
 
 
-def wide(dtype: torch.dtype, width: int) -> None:
-    index = problem(frames=16, per_frame=144, matches=256)
+def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
+    index = problem(frames=16, per_frame=per_frame, matches=256)
     rows, tokens = 64, len(index.known)
     embeddings = torch.zeros(1, tokens, width, dtype=dtype)
     own = index.rows.row_token[:rows]
     scale = rows_triton.inverse_norms(embeddings)
     chunk = RowChunk(
         similarity=torch.zeros(1, rows, tokens), row_scale=scale[:, own], token_scale=scale,
-        temperature=torch.tensor(0.07), own_token=own, exclude_own=True, frame_offsets=index.rows.frame_offsets,
-        values=index.values, known=index.known,
+        temperature=torch.tensor(0.07), own_column=own, exclude_own=True, frame_offsets=index.rows.column_offsets,
+        first_token=0, values=index.values, known=index.known, multiple=per_frame & -per_frame,
     )  # fmt: skip
-    runs = MatchRuns.of(index)
     weights = TermWeights(*(torch.ones(1, 1).expand(1, 256) for _ in range(2)))
     terms = MatchTerms.empty(1, 256, torch.device("cpu"))
-    for every_frame in (False, True):
-        statistics = rows_triton.frame_statistics(chunk, runs, every_frame)
-        negatives = "sequence" if every_frame else "frame"
-        wanted = weights if every_frame else None
-        upstream = rows_triton.loss_terms(chunk, statistics, runs, wanted, terms, negatives, 1e-6)
     x = torch.zeros(1, rows, tokens, dtype=dtype)
-    rows_triton.similarity_gradient(chunk, statistics, upstream, runs, weights, x)
-    rows_triton.frame_statistics(chunk, None, True)
-    rows_triton.similarity_gradient(chunk, statistics, upstream, None, None, x)
-    rows_triton.project_gradient(torch.zeros(1, tokens, width), embeddings, scale, torch.empty_like(embeddings))
-
-
-def streamed(dtype: torch.dtype, width: int) -> None:
-    index = problem(frames=24, per_frame=576, matches=256)
-    embeddings = torch.zeros(2, len(index.known), width, dtype=dtype)
-    weights = TermWeights(*(torch.ones(1, 1).expand(2, 256) for _ in range(2)))
-    terms = MatchTerms.empty(2, 256, torch.device("cpu"))
-    rest = ("sequence", 1e-6, torch.empty_like(embeddings), True)
-    posed = Problem.of_loss(embeddings, index, torch.tensor(0.07))
-    narrow.terms_and_gradients(posed, index, weights, terms, *rest)
+    for negatives, other_targets in (("sequence", "negatives"), ("frame", "ignored")):
+        positive, pull = torch.empty(1, 256), torch.empty(1, 256)
+        definition = TermDefinition(negatives, other_targets, 1e-6)
+        matches = ChunkMatches.of(index, slice(0, rows), positive, pull, definition)
+        statistics = rows_triton.frame_statistics(chunk, matches, None)
+        rows_triton.frame_statistics(chunk, matches, statistics)
+        rows_triton.loss_terms(statistics, matches, None, terms)
+        upstream = rows_triton.loss_terms(statistics, matches, weights, terms)
+        rows_triton.similarity_gradient(chunk, statistics, upstream, matches, x)
+    statistics = rows_triton.frame_statistics(chunk, None, None)
+    rows_triton.similarity_gradient(chunk, statistics, upstream, None, x)
+    gradient = torch.zeros(1, tokens, width)
+    rows_triton.add_rows(torch.zeros(1, rows, width), own, gradient)
+    rows_triton.gather_rows(embeddings, own, torch.zeros(1, rows, width, dtype=dtype))
+    rows_triton.project_gradient(gradient, embeddings, scale, torch.empty_like(embeddings), of_unit=False)
 
 
 if __name__ == "__main__":
-    rows_triton.launch = narrow_triton.launch = compile_instead  # type: ignore[assignment]
-    strategy, name, width = sys.argv[1].split(",")
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # what makes float32 eligible for the narrow strategy
-    {"wide": wide, "narrow": streamed}[strategy](getattr(torch, name), int(width))
+    rows_triton.launch = compile_instead  # type: ignore[assignment]
+    name, width, per_frame = sys.argv[1].split(",")
+    every_launch(getattr(torch, name), int(width), int(per_frame))

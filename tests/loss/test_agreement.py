@@ -8,10 +8,9 @@ from support.agreement import EXACT, SIXTEEN_BITS, assert_agrees, cpp_workspace,
 from support.problems import Problem, problems, random_problem, relative_error
 
 import gasp_fast
-from gasp_fast.kernels.engines import CPU_WORKSPACE
 from gasp_fast.loss.naive import naive_loss
 
-SMALL = 1500  # bytes of workspace: most problems take several chunks
+SMALL, LARGE = 1500, 24 << 20  # bytes of workspace: with the small one most problems take several blocks
 SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
 
 
@@ -39,15 +38,15 @@ SINGLE = Problem(
 
 
 @settings(max_examples=320, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(problems(), st.sampled_from(["mean", "sum", "none"]), st.sampled_from([SMALL, CPU_WORKSPACE]))
-@example(SINGLE, "none", CPU_WORKSPACE)
+@given(problems(), st.sampled_from(["mean", "sum", "none"]), st.sampled_from([SMALL, LARGE]))
+@example(SINGLE, "none", LARGE)
 def test_cpp_agrees_with_float64_in_float32(problem, reduction, workspace):
     with cpp_workspace(workspace):
         assert_agrees(problem, torch.float32, EXACT, "cpp", reduction=reduction)
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems(), st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([SMALL, CPU_WORKSPACE]))
+@given(problems(), st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([SMALL, LARGE]))
 def test_cpp_agrees_with_float64_in_sixteen_bits(problem, dtype, workspace):
     with cpp_workspace(workspace):
         assert_agrees(problem, dtype, SIXTEEN_BITS, "cpp")

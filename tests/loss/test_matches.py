@@ -42,6 +42,11 @@ GOOD = {"frame_offsets": OFFSETS, "anchor": index(0, 5), "target": index(5, 8)}
         ({"patch_depth": torch.ones(8)}, ValueError, ["patch_depth has 8 entries", "ends at 9"]),
         ({"token_xy": torch.zeros(9, 3, dtype=torch.long)}, ValueError, ["token_xy has shape [9, 3]", "[N, 2]"]),
         ({"token_xy": torch.zeros(9, 2)}, TypeError, ["token_xy has dtype torch.float32", "integer"]),
+        ({"weight": torch.ones(3)}, ValueError, ["weight has 3 entries", "anchor 2"]),
+        ({"weight": index(1, 1)}, TypeError, ["weight has dtype torch.int64", "float()"]),
+        ({"weight": torch.tensor([1.0, -0.5])}, ValueError, ["weight[1] = -0.5", "not negative"]),
+        ({"weight": torch.tensor([float("nan"), 1.0])}, ValueError, ["weight[0] = nan", "finite"]),
+        ({"weight": torch.ones(2, requires_grad=True)}, ValueError, ["weight requires grad", "detach()"]),
         ({"patch_depth": torch.ones(9, device="meta")}, ValueError, ["patch_depth lies on meta", "cpu"]),
     ],
 )
@@ -88,6 +93,15 @@ class Partitioned(torch.Tensor):
         ({"embeddings": [E[0], None]}, TypeError, ["embeddings[1] is a NoneType"]),
         ({"embeddings": E.to("meta")}, ValueError, ["matches lie on cpu", "meta", "matches.to"]),
         ({"embeddings": E.as_subclass(Partitioned)}, TypeError, ["ZeRO-3", "GatheredParameters"]),
+        ({"keys": E[:, :8]}, ValueError, ["keys has 1 tensor(s) with shape [2, 8, 16]", "[2, 9, 16]"]),
+        ({"keys": E.double()}, ValueError, ["keys has", "torch.float64", "form of the embeddings"]),
+        ({"keys": [E[0]], "embeddings": [E[0], E[1]]}, ValueError, ["keys has 1 tensor(s)", "embeddings 2"]),
+        ({"keys": 0.07}, TypeError, ["keys is the number 0.07", "temperature=0.07"]),
+        ({"keys": torch.tensor(0.5)}, TypeError, ["keys is the number 0.5", "temperature=0.5"]),
+        ({"keys": "q"}, TypeError, ["keys is a str"]),
+        ({"other_targets": "positives"}, ValueError, ["other_targets = 'positives'", "'ignored'"]),
+        ({"workspace": 0}, ValueError, ["workspace = 0", "MiB"]),
+        ({"workspace": 1.5}, TypeError, ["workspace is a float", "MiB"]),
         ({"matches": "truth"}, TypeError, ["matches is a str", "gasp_fast.Matches"]),
     ],
 )
@@ -144,6 +158,14 @@ def test_packing_fills_what_a_part_lacks_with_unknown():
         Matches.pack([first, Matches(frame_offsets=OFFSETS, anchor=index(0), target=index(5))])
     with pytest.raises(ValueError, match="parts is empty"):
         Matches.pack([])
+
+
+def test_packing_gives_a_weight_of_one_where_a_part_has_none():
+    plain = random_problem(1, [[9, 4, 6]], matches=3).matches
+    weighted = random_problem(2, [[5, 5]], matches=2, weighted=True).matches
+    packed = Matches.pack([plain, weighted])
+    assert torch.equal(packed.weight, torch.cat([torch.ones(3), weighted.weight]))
+    assert Matches.pack([plain, plain]).weight is None
 
 
 def test_packs_of_packs_are_packs():

@@ -106,6 +106,41 @@ def test_terms_become_a_loss(reduction, loss):
     assert float(weighted.sum()) == pytest.approx(2 * float(out.loss.sum()))
 
 
+@pytest.mark.parametrize(
+    ("weight", "loss"),
+    [([3.0, 1.0], 0.5 * (3 * CORR[0] + CORR[1]) / 4 + 2 * DEPTH[0]), ([0.0, 2.0], 0.5 * CORR[1]), ([0.0, 0.0], 0.0)],
+)
+def test_a_mean_is_weighted_by_match(weight, loss):
+    weighted = matches(
+        [0, 2, 4], [(0, 2), (1, 3)], target_depth=TWO.target_depth, patch_depth=TWO.patch_depth,
+        weight=torch.tensor(weight),
+    )  # fmt: skip
+    options = {"corr_weight": 0.5, "depth_weight": 2.0, "eps": 1e-12}
+    assert naive([X, X, X, Y], weighted, **options).loss.item() == pytest.approx(loss)
+    terms = [0.5 * CORR[0] + 2 * DEPTH[0], 0.5 * CORR[1]]
+    assert naive([X, X, X, Y], weighted, reduction="none", **options).loss[0].tolist() == pytest.approx(terms)
+    total = sum(w * term for w, term in zip(weight, terms, strict=True))
+    assert naive([X, X, X, Y], weighted, reduction="sum", **options).loss.item() == pytest.approx(total)
+
+
+def test_candidates_are_keys():
+    # The anchor is X of the embeddings; the keys are X, X, Y, Z. Its own token, key 0, is left out.
+    embeddings, keys = torch.stack([X, Z, Z, Z])[None], torch.stack([X, X, Y, Z])[None]
+    out = naive_loss(embeddings, matches([0, 2, 4], [(0, 2)]), TAU, keys=keys)
+    assert out.corr.item() == pytest.approx(math.log(2 + 1 + 1))
+    assert out.best.tolist() == [[2]]
+
+
+def test_other_targets_can_be_ignored():
+    # Anchor 0 has the targets 2 and 3 (twice) in one frame and 5 in another. Negatives: 1 (equal), 4 (orthogonal).
+    problem = matches([0, 2, 5, 6], [(0, 2), (0, 3), (0, 3), (0, 5)])
+    out = naive([X, X, X, Y, Y, X], problem, other_targets="ignored")
+    equal, orthogonal = -LOG2 + math.log(2 + 1 + 2), math.log(2 + 1 + 1)
+    assert out.corr[0].tolist() == pytest.approx([equal, orthogonal, orthogonal, equal])
+    in_frame = naive([X, X, X, Y, Y, X], problem, other_targets="ignored", negatives="frame")
+    assert in_frame.corr[0].tolist() == pytest.approx([-LOG2 + math.log(2 + 1), math.log(1 + 1), math.log(1 + 1), 0.0])
+
+
 def test_best_is_the_most_similar_token_of_the_targets_frame():
     out = naive([X, Y, Z, X, Y], matches([0, 2, 5], [(0, 2)]))
     assert out.best.tolist() == [[3]]

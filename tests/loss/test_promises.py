@@ -15,7 +15,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def step(problem, dtype=torch.float32, upstream=1.0, backend="cpp", **options):
     embeddings = problem.embeddings.to(dtype).clone().requires_grad_()
-    out = gasp_fast.gasp_loss(embeddings, problem.matches, 0.07, backend=backend, return_metrics=True, **options)
+    out = gasp_fast.gasp_loss(
+        embeddings, problem.matches, temperature=0.07, backend=backend, return_metrics=True, **options
+    )
     (upstream * out.loss).sum().backward()
     return [out.loss.detach(), out.corr_per_layer, out.depth_per_layer, out.metrics.confidence, embeddings.grad]
 
@@ -90,7 +92,7 @@ def test_no_tensor_of_anchor_times_token_size(dtype):
             gradients += tokens * width * 4  # one layer's accumulator
         statistics = anchors * frames * 4 * 8
         extra.append(peak - gradients - statistics)
-    assert max(extra) <= engines.CPU_WORKSPACE + (8 << 20)
+    assert max(extra) <= (engines.CPU_WORKSPACE << 20) + (8 << 20)
     assert extra[1] <= extra[0] + (4 << 20)
 
 
@@ -117,10 +119,12 @@ def test_only_what_requires_grad_gets_a_gradient():
     layers = [layer.float().clone() for layer in problem.embeddings]
     layers[1].requires_grad_()
     temperature = torch.tensor(0.07)
-    gasp_fast.gasp_loss(layers, problem.matches, temperature, backend="cpp").loss.backward()
+    gasp_fast.gasp_loss(layers, problem.matches, temperature=temperature, backend="cpp").loss.backward()
     assert layers[0].grad is None and temperature.grad is None and layers[1].grad.abs().sum() > 0
     only_tau = torch.tensor(0.07, requires_grad=True)
-    gasp_fast.gasp_loss(problem.embeddings.float(), problem.matches, only_tau, backend="cpp").loss.backward()
+    gasp_fast.gasp_loss(
+        problem.embeddings.float(), problem.matches, temperature=only_tau, backend="cpp"
+    ).loss.backward()
     assert only_tau.grad.abs() > 0
 
 
@@ -175,9 +179,9 @@ def test_under_autocast_nothing_is_cast(monkeypatch, backend):
     plain = step(problem, backend=backend)
     inside = []
 
-    def spy(stack):
+    def spy(stack, workspace):
         inside.append(torch.is_autocast_enabled("cpu"))
-        return engines.cpp_engine(stack)
+        return engines.cpp_engine(stack, workspace)
 
     monkeypatch.setitem(engines.ENGINES, "cpp", spy)
     embeddings = problem.embeddings.float().requires_grad_()
@@ -206,7 +210,7 @@ def test_non_contiguous_embeddings_give_the_same_gradient(dtype):
 
 def test_compiled_gradients_are_the_eager_ones_to_the_last_bit():
     def loss(embeddings, temperature, matches, reduction):
-        out = gasp_fast.gasp_loss(embeddings, matches, temperature, reduction=reduction, backend="cpp")
+        out = gasp_fast.gasp_loss(embeddings, matches, temperature=temperature, reduction=reduction, backend="cpp")
         return out.loss.sum()
 
     compiled = torch.compile(loss, fullgraph=True)
@@ -302,11 +306,26 @@ def test_a_zero_embedding_row_stays_finite(backend, dtype):
     assert embeddings.grad[:, alive if dtype == torch.float16 else slice(None)].isfinite().all()
 
 
-def test_an_embedding_that_is_nan_shows_in_the_loss():
-    problem = random_problem(0, SEQUENCES)
-    embeddings = problem.embeddings.float().clone()
-    embeddings[:, int(problem.matches.target[0])] = float("nan")
-    assert gasp_fast.gasp_loss(embeddings, problem.matches, backend="cpp").loss.isnan()
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("negatives", ["sequence", "frame"])
+@pytest.mark.parametrize("other_targets", ["negatives", "ignored"])
+@pytest.mark.parametrize("where", ["anchor", "target", "candidate"])
+def test_a_nan_in_any_token_that_takes_part_reaches_the_loss(backend, negatives, other_targets, where):
+    """Token 4 is the anchor, token 33 in the second frame its target, 36 one more candidate in the target's frame."""
+    matches = gasp_fast.Matches(
+        frame_offsets=torch.tensor([0, 30, 37, 60]), anchor=torch.tensor([4]), target=torch.tensor([33]),
+        target_depth=torch.tensor([2.0]), patch_depth=torch.ones(60),
+    )  # fmt: skip
+    embeddings = torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(0))
+    embeddings[1, {"anchor": 4, "target": 33, "candidate": 36}[where], 3] = float("nan")
+    for temperature in (0.07, 0.005):
+        out = gasp_fast.gasp_loss(
+            embeddings, matches, temperature=temperature, negatives=negatives, other_targets=other_targets,
+            backend=backend,
+        )  # fmt: skip
+        assert out.corr_per_layer.isnan().tolist() == [False, True]
+        assert out.depth_per_layer.isnan().tolist() == [False, True]
+        assert out.loss.isnan()
 
 
 def test_inference_mode_and_grad_free_callers():

@@ -38,7 +38,7 @@ def ratios(name: str) -> dict[str, float]:
 )
 def test_bars(name, three, one, eager):
     if name == "cpu-wide-bf16" and "avx512_bf16" in cpu_flags() and "amx_bf16" not in cpu_flags():
-        pytest.skip("no limit for CPUs with AVX512-BF16 and without AMX: docs/loss.md, Backends and strategies")
+        pytest.skip("no limit for CPUs with AVX512-BF16 and without AMX: docs/loss.md, Backends")
     seen = []
     for _ in range(TRIES):
         measured = ratios(name)

@@ -23,15 +23,26 @@ SIXTEEN_BITS = 1e-2  # bfloat16 and float16
 
 
 def run(problem: Problem, embeddings: Tensor, backend: str, **options):
-    """Loss, gradients of embeddings and temperature, and the output."""
-    embeddings = embeddings.detach().clone().requires_grad_()
+    """Loss, gradients of embeddings (with those of keys after them) and temperature, and the output."""
+    embeddings, keys = leaves(problem, embeddings)
     wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     temperature = torch.tensor(problem.temperature, dtype=wide, requires_grad=True)
     out = gasp_fast.gasp_loss(
-        embeddings, problem.matches, temperature, problem.negatives, return_metrics=True, backend=backend, **options
-    )
+        embeddings, problem.matches, keys=keys, temperature=temperature, negatives=problem.negatives,
+        other_targets=problem.other_targets, return_metrics=True, backend=backend, **options,
+    )  # fmt: skip
     weighted_sum(out.loss).backward()
-    return out.loss.detach(), embeddings.grad, temperature.grad, out
+    return out.loss.detach(), gradient_of(embeddings, keys), temperature.grad, out
+
+
+def leaves(problem: Problem, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings, and the keys in the same type, as leaves that require grad."""
+    keys = None if problem.keys is None else problem.keys.to(embeddings.dtype).clone().requires_grad_()
+    return embeddings.detach().clone().requires_grad_(), keys
+
+
+def gradient_of(embeddings: Tensor, keys: Tensor | None) -> Tensor:
+    return embeddings.grad if keys is None else torch.stack([embeddings.grad, keys.grad])
 
 
 @dataclass(frozen=True)
@@ -50,23 +61,31 @@ class Truth:
 
 def judge(problem: Problem, embeddings: Tensor | None = None, reduction: str = "mean", **options) -> Truth:
     """The correct values for these embeddings (by default the problem's own), in float64."""
-    embeddings = (problem.embeddings if embeddings is None else embeddings).detach().double().clone().requires_grad_()
+    rounded = problem.embeddings if embeddings is None else embeddings
+    keys = None if problem.keys is None else problem.keys.to(rounded.dtype).double().clone().requires_grad_()
+    embeddings = rounded.detach().double().clone().requires_grad_()
     temperature = torch.tensor(problem.temperature, dtype=torch.float64, requires_grad=True)
     matches = problem.matches
-    out: NaiveLoss = naive_loss(embeddings, matches, temperature, problem.negatives, reduction=reduction, **options)
+    out: NaiveLoss = naive_loss(
+        embeddings, matches, temperature, problem.negatives, reduction=reduction, keys=keys,
+        other_targets=problem.other_targets, **options,
+    )  # fmt: skip
     weighted_sum(out.loss).backward()
-    pairs, with_depth = (1, 1) if reduction == "sum" else (max(1, len(matches)), out.has_depth.sum().clamp(min=1))
-    share = 1 / max(1, len(matches))
+    weight = torch.ones(len(matches)).double() if matches.weight is None else matches.weight.double()
+    share, depth_share = (
+        part / torch.where(part.sum() > 0, part.sum(), 1) for part in (weight, weight * out.has_depth)
+    )
+    corr_weight, depth_weight = (weight, weight) if reduction == "sum" else (share, depth_share)
     offset = matches.token_xy[out.best] - matches.token_xy[matches.target]  # [L, M, 2]
     return Truth(
         loss=out.loss.detach(),
-        embedding_gradient=embeddings.grad,
+        embedding_gradient=gradient_of(embeddings, keys),
         temperature_gradient=temperature.grad,
-        corr_per_layer=out.corr.detach().sum(1) / pairs,
-        depth_per_layer=out.depth.detach().sum(1) / with_depth,
-        accuracy=(out.best == matches.target).sum(1) * share,
-        pck=(offset.square().sum(-1) <= 2**2).sum(1) * share,
-        confidence=out.confidence.detach().sum(1) * share,
+        corr_per_layer=(out.corr.detach() * corr_weight).sum(1),
+        depth_per_layer=(out.depth.detach() * depth_weight).sum(1),
+        accuracy=((out.best == matches.target) * share).sum(1),
+        pck=((offset.square().sum(-1) <= 2**2) * share).sum(1),
+        confidence=(out.confidence.detach() * share).sum(1),
     )
 
 
@@ -85,7 +104,8 @@ def natural_sizes(problem: Problem, reduction: str = "mean") -> dict[str, float]
     weights = {"mean": min(1, matches), "sum": matches}
     weights["none"] = float(upstream(layers * matches, torch.float64).abs().sum())
     weight = weights[reduction]
-    inverse_norms = problem.embeddings.norm(dim=-1).clamp(min=1e-12).reciprocal()
+    both = problem.embeddings if problem.keys is None else torch.stack([problem.embeddings, problem.keys])
+    inverse_norms = both.norm(dim=-1).clamp(min=1e-12).reciprocal()
     tau = problem.temperature
     return {"loss": weight / tau, "dE": weight / tau * float(inverse_norms.max()), "dtau": weight / tau**2}
 
@@ -110,5 +130,5 @@ def cpp_workspace(workspace_bytes: int) -> Iterator[None]:
     """Runs the "cpp" backend with this workspace: a small one splits even a small problem into several chunks."""
     engine = ChunkedEngine(operations=rows_cpp, workspace_bytes=workspace_bytes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENGINES, "cpp", lambda embeddings: engine)
+        patch.setitem(ENGINES, "cpp", lambda embeddings, workspace: engine)
         yield

@@ -17,11 +17,14 @@ class Problem:
     matches: gasp_fast.Matches
     temperature: float
     negatives: str
+    keys: Tensor | None = None  # float64 [L, N, D]
+    other_targets: str = "negatives"
 
     def __repr__(self) -> str:  # hypothesis prints failing examples
         offsets = self.matches.frame_offsets.tolist()
         return (
-            f"Problem(shape={list(self.embeddings.shape)}, offsets={offsets}, {self.matches}, tau={self.temperature})"
+            f"Problem(shape={list(self.embeddings.shape)}, offsets={offsets}, {self.matches}, tau={self.temperature}, "
+            f"keys={self.keys is not None}, other_targets={self.other_targets})"
         )
 
 
@@ -37,6 +40,9 @@ def random_problem(
     holes: float = 0.3,
     planted: float = 0.0,  # how much of its target's direction each anchor carries
     scale: float = 1.0,
+    keys: bool = False,
+    weighted: bool = False,
+    other_targets: str = "negatives",
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,6 +69,9 @@ def random_problem(
     target_depth = 0.5 + 3 * uniform(count)
     target_depth[uniform(count) < 0.1] = float("inf")
     grid = torch.stack([torch.arange(tokens) % 5, torch.arange(tokens) // 5], dim=1)
+    depth_valid = uniform(count) < 0.8
+    weight = uniform(count) * (uniform(count) < 0.8) if weighted else None
+    drawn_keys = torch.randn(embeddings.shape, generator=generator, dtype=torch.float64) * scale
     return Problem(
         embeddings * scale,
         gasp_fast.Matches(
@@ -71,12 +80,15 @@ def random_problem(
             anchor=chosen[:, 0].contiguous(),
             target=chosen[:, 1].contiguous(),
             target_depth=target_depth,
-            depth_valid=uniform(count) < 0.8,
+            depth_valid=depth_valid,
             patch_depth=patch_depth,
             token_xy=grid,
+            weight=weight,
         ),
         temperature,
         negatives,
+        keys=drawn_keys if keys else None,
+        other_targets=other_targets,
     )
 
 
@@ -87,7 +99,8 @@ def problems(
     widths: tuple[int, ...] = (1, 3, 8, 17, 40),
     most: tuple[int, int, int, int] = (3, 3, 5, 30),  # layers, sequences, frames, matches
 ) -> Problem:
-    """Ragged frames, several sequences, duplicate anchors and matches, holes in depth, one-token and empty frames."""
+    """Ragged frames, several sequences, duplicate anchors and matches, holes in depth, one-token and empty frames; with
+    and without keys, weights and ignored targets."""
     layers, most_sequences, most_frames, most_matches = most
     frames = st.lists(st.integers(0, largest_frame), min_size=1, max_size=most_frames)
     sequences = draw(st.lists(frames, min_size=1, max_size=most_sequences))
@@ -104,6 +117,9 @@ def problems(
         holes=draw(st.sampled_from([0.0, 0.3, 1.0])),
         planted=draw(st.sampled_from([0.0, 0.5, 3.0])),
         scale=draw(st.sampled_from([0.01, 1.0, 30.0])),
+        keys=draw(st.booleans()),
+        weighted=draw(st.booleans()),
+        other_targets=draw(st.sampled_from(["negatives", "ignored"])),
     )
 
 

@@ -1,0 +1,150 @@
+# mypy: disallow-untyped-defs=False
+"""The Triton kernels over embeddings and their gradients: norms, the Jacobian of the normalisation, sums, scaling.
+
+Each reads and writes its rows once, as far as they fit into registers, with 16 bytes a lane where `ALIGN` allows. A
+program owns some rows, so there are no atomics and equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from .rows_torch import NORM_FLOOR
+from .triton_launch import constant, jit, kernel, tl
+
+SMALLEST_NORM = constant(NORM_FLOOR)
+LARGEST_INVERSE = constant(1 / NORM_FLOOR)
+LARGEST_HALF = constant(65504.0)
+
+
+@jit
+def in_rows(base, line, column, ALIGN: tl.constexpr):
+    """Addresses in rows that begin at multiples of `ALIGN` numbers: as many are accessed at once."""
+    row_bytes: tl.constexpr = ALIGN * base.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(base + (line + column[None, :]), [row_bytes, row_bytes])
+
+
+@jit
+def load_rows(base, line, column, stride_d, mask, DENSE: tl.constexpr, ALIGN: tl.constexpr):
+    """Some rows in float32. The numbers of `DENSE` rows lie together."""
+    if DENSE:
+        x = tl.load(in_rows(base, line, column, ALIGN), mask=mask, other=0.0)
+    else:
+        x = tl.load(base + line + column[None, :] * stride_d, mask=mask, other=0.0)
+    return x.to(tl.float32)
+
+
+@kernel("out", direct=True)
+def inverse_norms(
+    embeddings, stride_g: tl.int64, stride_n: tl.int64, stride_d: tl.int64, out, tokens, width,
+    DENSE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_ROWS` tokens of one layer."""
+    group = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    line = group * stride_g + row.to(tl.int64)[:, None] * stride_n
+    width = width // ALIGN * ALIGN  # as it is; the compiler sees the factor
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(0, width, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = (row < tokens)[:, None] & (column < width)[None, :]
+        e = load_rows(embeddings, line, column, stride_d, mask, DENSE, ALIGN)
+        total += tl.sum(e * e, 1)
+    norm = tl.sqrt_rn(total)
+    inverse = tl.where(norm > SMALLEST_NORM, tl.div_rn(1.0, tl.maximum(norm, SMALLEST_NORM)), LARGEST_INVERSE)
+    inverse = tl.where(norm != norm, norm, inverse)  # NaN stays NaN
+    tl.store(out + group * tokens + row, inverse, mask=row < tokens)
+
+
+@kernel("out", direct=True)
+def project_gradient(
+    gradient, gradient_g: tl.int64, gradient_n: tl.int64, embeddings, stride_g: tl.int64, stride_n: tl.int64,
+    stride_d: tl.int64, inverse_norm, inverse_g: tl.int64, out, out_g: tl.int64, out_n: tl.int64, tokens, width,
+    OF_UNIT: tl.constexpr, CLAMPED: tl.constexpr, DENSE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_ROWS` tokens of one layer. `WHOLE` rows stay in registers; others are read a second time."""
+    group = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = row < tokens
+    inverse = tl.load(inverse_norm + group * inverse_g + row, mask=row_mask, other=0.0)
+    row = row.to(tl.int64)[:, None]
+    u_line, e_line, out_line = (
+        group * gradient_g + row * gradient_n, group * stride_g + row * stride_n, group * out_g + row * out_n
+    )  # fmt: skip
+    width = width // ALIGN * ALIGN  # as it is; the compiler sees the factor
+    radial = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(0, BLOCK_COLUMNS if WHOLE else width, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = row_mask[:, None] & (column < width)[None, :]
+        u = load_rows(gradient, u_line, column, 1, mask, True, ALIGN)
+        unit = load_rows(embeddings, e_line, column, stride_d, mask, DENSE, ALIGN) * inverse[:, None]
+        radial += tl.sum(unit * u, 1)
+        if WHOLE:
+            store_tangent(out, out_line, column, mask, u, unit, radial, inverse, OF_UNIT, CLAMPED, ALIGN)
+    if not WHOLE:
+        for start in range(0, width, BLOCK_COLUMNS):
+            column = start + tl.arange(0, BLOCK_COLUMNS)
+            mask = row_mask[:, None] & (column < width)[None, :]
+            u = load_rows(gradient, u_line, column, 1, mask, True, ALIGN)
+            unit = load_rows(embeddings, e_line, column, stride_d, mask, DENSE, ALIGN) * inverse[:, None]
+            store_tangent(out, out_line, column, mask, u, unit, radial, inverse, OF_UNIT, CLAMPED, ALIGN)
+
+
+@jit
+def store_tangent(
+    out, line, column, mask, u, unit, radial, inverse,
+    OF_UNIT: tl.constexpr, CLAMPED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    radial = tl.where(inverse >= LARGEST_INVERSE, 0.0, radial)
+    tangent = u - radial[:, None] * unit
+    if OF_UNIT:
+        tangent *= inverse[:, None]
+    if CLAMPED:
+        tangent = tl.clamp(tangent, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(in_rows(out, line, column, ALIGN), tangent.to(out.dtype.element_ty), mask=mask)
+
+
+@kernel("out", direct=True)
+def gather_rows(
+    source, stride_g: tl.int64, stride_n: tl.int64, index, out, out_g: tl.int64, out_n: tl.int64, count, width,
+    ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_COLUMNS` numbers of `BLOCK_ROWS` rows."""
+    group = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at = tl.load(index + row, mask=row < count, other=0)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < count)[:, None] & (column < width // ALIGN * ALIGN)[None, :]
+    found = tl.load(in_rows(source, group * stride_g + at[:, None] * stride_n, column, ALIGN), mask=mask, other=0.0)
+    to = in_rows(out, group * out_g + row.to(tl.int64)[:, None] * out_n, column, ALIGN)
+    tl.store(to, found.to(out.dtype.element_ty), mask=mask)
+
+
+@kernel("out", direct=True)
+def add_rows(
+    rows, rows_g: tl.int64, rows_n: tl.int64, columns, out, out_g: tl.int64, out_n: tl.int64, count, width,
+    ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_COLUMNS` numbers of `BLOCK_ROWS` rows."""
+    group = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    to = tl.load(columns + row, mask=row < count, other=0)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < count)[:, None] & (column < width // ALIGN * ALIGN)[None, :]
+    added = load_rows(rows, group * rows_g + row.to(tl.int64)[:, None] * rows_n, column, 1, mask, True, ALIGN)
+    at = in_rows(out, group * out_g + to[:, None] * out_n, column, ALIGN)
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + added, mask=mask)
+
+
+@kernel("values", direct=True)
+def scale(
+    values, factor, factor_g: tl.int64, count: tl.int64,
+    ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_COLUMNS` numbers of one layer."""
+    group = tl.program_id(1).to(tl.int64)
+    by = tl.load(factor + group * factor_g)
+    if by != 1.0:
+        column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        mask = (column < count // ALIGN * ALIGN)[None, :]
+        at = in_rows(values, group * count, column, ALIGN)
+        tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) * by).to(values.dtype.element_ty), mask=mask)

@@ -1,0 +1,76 @@
+"""Blocks fit the workspace, cover the matrix, and are as large as they can be."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gasp_fast.kernels.blocks import TILE_ROWS, Sizes, blocks_for, bytes_of
+
+MIB = 1 << 20
+W1 = Sizes(28, 6912, 13824, 3584, element=2, backward=True, multiprocessors=132)
+W5 = Sizes(1, 65536, 131072, 1024, element=2, backward=True, multiprocessors=132)
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> Sizes:
+    tokens = draw(st.integers(1, 200_000))
+    return Sizes(
+        layers=draw(st.integers(1, 40)),
+        rows=draw(st.integers(1, tokens)),
+        tokens=tokens,
+        width=draw(st.sampled_from([1, 64, 256, 1000, 3584, 8192])),
+        element=draw(st.sampled_from([2, 4])),
+        backward=draw(st.booleans()),
+        multiprocessors=draw(st.sampled_from([0, 132])),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(sizes(), st.sampled_from([32, 128, 512]))
+def test_a_block_fits_the_workspace(sizes, mib):
+    blocks = blocks_for(sizes, mib * MIB)
+    assert bytes_of(sizes, blocks.layers, blocks.rows, blocks.part, blocks.columns) <= mib * MIB
+    assert 1 <= blocks.part <= blocks.rows <= sizes.rows
+    assert 1 <= blocks.columns <= sizes.tokens and 1 <= blocks.layers <= sizes.layers
+    if not sizes.multiprocessors:
+        assert blocks.layers == 1 and blocks.part == blocks.rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes(), st.integers(0, 4000))
+def test_the_smallest_workspace_still_gives_blocks(sizes, workspace):
+    blocks = blocks_for(sizes, workspace)
+    assert min(blocks.layers, blocks.rows, blocks.part, blocks.columns) >= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes(), st.sampled_from([64, 256]))
+def test_rows_on_a_gpu_are_whole_tiles(sizes, mib):
+    if sizes.multiprocessors:
+        blocks = blocks_for(sizes, mib * MIB)
+        assert blocks.rows % TILE_ROWS == 0 or blocks.rows in (sizes.rows, blocks.columns) or blocks.rows < TILE_ROWS
+
+
+def test_columns_of_many_frames_are_not_cut_where_enough_rows_fit():
+    assert blocks_for(replace(W5, frames=64), 1024 * MIB).columns == W5.tokens
+
+
+def test_gradient_products_have_many_rows_where_they_fit():
+    assert blocks_for(W1, 256 * MIB).rows >= 2304
+    assert blocks_for(W1, 128 * MIB).rows >= 1152
+    assert blocks_for(W1, 1024 * MIB).rows == W1.rows
+
+
+@pytest.mark.parametrize("mib", [32, 256])
+def test_columns_of_a_long_sequence_are_cut_where_few_rows_would_fit(mib):
+    blocks = blocks_for(W5, mib * MIB)
+    assert blocks.columns < W5.tokens
+    assert blocks.rows >= 896
+
+
+def test_small_layers_go_together():
+    small = Sizes(32, 1024, 2304, 4096, element=2, backward=True, multiprocessors=132)
+    assert blocks_for(small, 256 * MIB).layers >= 4
+    assert blocks_for(small, 256 * MIB).rows == small.rows

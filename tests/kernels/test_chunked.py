@@ -1,0 +1,80 @@
+"""The strategy with the row operations in plain PyTorch: any blocks give the result of the definition."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.agreement import EXACT, assert_agrees, run
+from support.problems import problems, random_problem
+
+import gasp_fast
+from gasp_fast.kernels import rows_torch
+from gasp_fast.kernels.chunked import ChunkedEngine
+from gasp_fast.kernels.engines import ENGINES
+
+SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
+
+
+def use_reference(patch: pytest.MonkeyPatch, workspace_bytes: int) -> None:
+    engine = ChunkedEngine(operations=rows_torch, workspace_bytes=workspace_bytes)
+    patch.setitem(ENGINES, "cpp", lambda embeddings, workspace: engine)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    problems(largest_frame=5, widths=(3, 8), most=(2, 2, 4, 15)),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.sampled_from([100, 700, 3000, 1 << 20]),  # bytes: columns are cut in the first ones
+)
+def test_any_blocks_agree_with_float64(problem, reduction, workspace):
+    with pytest.MonkeyPatch.context() as patch:
+        use_reference(patch, workspace)
+        assert_agrees(problem, torch.float32, EXACT, "cpp", reduction=reduction)
+
+
+@pytest.mark.parametrize("workspace", [700, 1 << 20])
+@pytest.mark.parametrize("options", [{}, {"keys": True}, {"other_targets": "ignored"}])
+def test_two_runs_agree_to_the_last_bit(monkeypatch, workspace, options):
+    use_reference(monkeypatch, workspace)
+    problem = random_problem(0, SEQUENCES, width=12, matches=40, **options)
+    first, second = (run(problem, problem.embeddings.float(), "cpp") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+
+
+@pytest.mark.parametrize("workspace", [500, 1 << 20])
+@pytest.mark.parametrize("needed", ["embeddings", "keys", "temperature", "both"])
+def test_each_gradient_can_be_computed_alone(monkeypatch, workspace, needed):
+    use_reference(monkeypatch, workspace)
+    problem = random_problem(0, SEQUENCES, width=6, matches=30, keys=True)
+    everything = {
+        "embeddings": problem.embeddings.float(),
+        "keys": problem.keys.float(),
+        "temperature": torch.tensor(0.07),
+    }
+    expected = {}
+    for names in (set(everything), set(everything) if needed == "both" else {needed}):
+        inputs = {name: value.clone().requires_grad_(name in names) for name, value in everything.items()}
+        gasp_fast.gasp_loss(matches=problem.matches, backend="cpp", **inputs).loss.backward()
+        for name, value in inputs.items():
+            if name not in names:
+                assert value.grad is None
+            else:
+                assert torch.equal(value.grad, expected.setdefault(name, value.grad)), name
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+def test_frame_match_takes_keys(monkeypatch, exclude):
+    problem = random_problem(0, SEQUENCES, width=6, matches=0, keys=True)
+    anchors, values = torch.tensor([3, 0, 22, 3]), torch.rand(112, 2)
+    results = []
+    for backend, dtype in (("cpp", torch.float32), ("torch", torch.float64)):
+        use_reference(monkeypatch, 900)
+        leaves = [part.to(dtype).requires_grad_() for part in (problem.embeddings.clone(), problem.keys.clone())]
+        found = gasp_fast.frame_match(
+            leaves[0], anchors, problem.matches.frame_offsets, values=values.to(dtype), keys=leaves[1],
+            sequence_offsets=problem.matches.sequence_offsets, exclude_anchor=exclude, backend=backend,
+        )  # fmt: skip
+        (found.lse[found.lse.isfinite()].sum() + 3 * found.expected.sum()).backward()
+        results.append((found.lse, found.expected, found.best, *(leaf.grad for leaf in leaves)))
+    for ours, truth in zip(*results, strict=True):
+        assert torch.allclose(ours.double(), truth.double(), rtol=1e-4, atol=1e-5)
