@@ -533,7 +533,10 @@ def similarity_gradient(
             gradient = row_a[:, None] * tl.exp2(exponent(x, factor, reference[:, None]))
             if VALUES > 0:
                 part = value_part(known, values, column[None, :], inside[None, :], b, center, others_b, LN2, VALUES)
-                gradient += part * tl.exp2(exponent(x, factor, known_reference[:, None])) * known_rest[:, None]
+                # Only a token of unknown value, whose part is 0, lies above the known ones: 0 times inf would be NaN.
+                y = exponent(x, factor, known_reference[:, None])
+                y = tl.minimum(y, 1.0, propagate_nan=tl.PropagateNan.ALL)
+                gradient += part * tl.exp2(y) * known_rest[:, None]
             store_gradient(to, column[None, :], gradient * factor, row_mask[:, None] & inside[None, :], CLAMPED)
 
     tl.debug_barrier()
@@ -562,6 +565,7 @@ def similarity_gradient(
             if VALUES > 0:
                 part = value_part(known, values, column[:, None], here[:, None], b, center, others_b, LN2, VALUES)
                 known_s = tl.where(frame_known == float("-inf"), float("inf"), frame_known)
-                gradient += tl.sum(part, 1) * share(s, known_s)
+                known_s = tl.minimum(s - known_s, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as above
+                gradient += tl.sum(part, 1) * tl.exp(known_s)
             gradient *= scale * tl.load(norms + column, mask=here, other=0.0)
             store_gradient(to, column[:, None], gradient[:, None], here[:, None], CLAMPED)

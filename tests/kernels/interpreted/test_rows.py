@@ -71,7 +71,7 @@ class Problem:
 def problems(draw: st.DrawFn, temperatures: tuple[float, ...] = (0.07, 0.5, 0.01)) -> Problem:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     multiple = draw(st.sampled_from([1, 1, 2, 4]))
-    frames = draw(st.lists(st.sampled_from([0, 1, 2, 5, 30, 150]), min_size=2, max_size=4))
+    frames = draw(st.lists(st.sampled_from([0, 1, 2, 5, 30, 150, 600]), min_size=2, max_size=4))
     sizes = [multiple * size for size in frames]
     sizes[-1] = max(multiple, sizes[-1])
     offsets = torch.tensor([0, *sizes]).cumsum(0)
@@ -384,6 +384,18 @@ def test_a_vanishing_embedding_keeps_its_whole_gradient() -> None:
     out = torch.empty_like(gradient)
     rows_triton.project_gradient(gradient, embeddings, inverse, out, of_unit=False)
     assert inverse.item() == pytest.approx(1e12) and torch.equal(out, gradient)
+
+
+@pytest.mark.parametrize("width", [1, 24, 300, 9000])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dtype", "to"), [(torch.float32, torch.float32), (torch.float16, torch.float32)])
+def test_rows_are_gathered_in_any_order(width: int, transposed: bool, dtype: torch.dtype, to: torch.dtype) -> None:
+    source = torch.randn(2, 11, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    source = source.mT.contiguous().mT if transposed else source
+    index = torch.tensor([10, 0, 3, 3, 7])
+    out = torch.full((2, 5, width), float("nan"), dtype=to)
+    rows_triton.gather_rows(source, index, out)
+    assert torch.equal(out, source[:, index].to(to))
 
 
 @pytest.mark.parametrize("width", [1, 24, 300, 9000])
