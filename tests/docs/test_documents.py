@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401 - before a document's code imports distutils; otherwise torch.compile fails afterwards
 from docs.prepared import ROOT, SHORT, SHORT_TRAINING
 
 from gasp_fast import cli
