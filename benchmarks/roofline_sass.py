@@ -11,24 +11,14 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from gasp_fast.benchmarking.ahead_of_time import WARP, compile_for_hopper
 
-TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
-}  # fmt: skip
-ARCHITECTURE = 90
-WARP = 32
 REGISTERS = 65536  # of a multiprocessor
 RESIDENT_WARPS = 64
 SHARED_BYTES = 227 << 10
@@ -88,87 +78,19 @@ class Listing:
 
 
 def compile_launch(kernel: Any, tile: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> KernelCode:
-    """The code of a row kernel as it is launched with these arguments; compiled once for each kind of launch."""
-    return _row_code(kernel.function, *_kind_of_launch(tile, arguments, constants))
+    """The code of a row kernel as it is launched with these arguments."""
+    return _count_row_kernel(_listing(kernel, tile, arguments, constants))
 
 
 def compile_product(kernel: Any, tile: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> ProductCode:
     """The code of `product_statistics` as it is launched with these arguments."""
-    return _product_code(kernel.function, *_kind_of_launch(tile, arguments, constants))
+    return _count_product(_listing(kernel, tile, arguments, constants), constants["PIECES"])
 
 
-def _kind_of_launch(tile: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
-    constants = constants | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
-    return tile.warps, tile.stages, tuple(_kind(value) for value in arguments), tuple(sorted(constants.items()))
-
-
-@functools.cache
-def _row_code(*launch: Any) -> KernelCode:
-    return _count_row_kernel(_compiled(*launch))
-
-
-@functools.cache
-def _product_code(*launch: Any) -> ProductCode:
-    return _count_product(_compiled(*launch), dict(launch[-1])["PIECES"])
-
-
-def _compiled(function: Any, warps: int, stages: int, kinds: tuple[Any, ...], constants: tuple[Any, ...]) -> Listing:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    parameters = function.params
-    given = dict(zip((parameter.name for parameter in parameters), kinds, strict=False))
-    given |= {name: ("constexpr", value, False) for name, value in constants if name in function.arg_names}
-    missing = [parameter.name for parameter in parameters if parameter.name not in given]
-    if missing:
-        raise ValueError(f"{function.__name__}: the recorded launch has no value for {', '.join(missing)}")
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for at, parameter in enumerate(parameters):
-        kind, value, divisible = given[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or kind == "constexpr" or (kind == "i32" and value == 1 and specialised):
-            signature[parameter.name], constexprs[(at,)] = "constexpr", value
-            continue
-        signature[parameter.name] = kind
-        if divisible and specialised:
-            attributes[(at,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
-    listing, registers = _disassembled(compiled.asm["cubin"])
-    tile = dict(constants)
-    numbers_a_lane = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (WARP * warps)
-    return Listing(listing, registers, compiled.metadata.shared, warps, numbers_a_lane)
-
-
-def _kind(value: Any) -> tuple[str, Any, bool]:
-    """(type in a signature, value where it decides what is compiled, whether 16 divides it)."""
-    if isinstance(value, Tensor):
-        return TYPES[value.dtype], None, True
-    if value is None or isinstance(value, bool):
-        return "constexpr", value, False
-    if isinstance(value, int):
-        return ("i32" if abs(value) < 2**31 else "i64"), (1 if value == 1 else 0), value % 16 == 0
-    return "fp32", 0.0, False
-
-
-def _disassembled(cubin: bytes) -> tuple[tuple[tuple[int, str], ...], int]:
-    """(address and instruction of all code, registers of a thread)."""
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "kernel.cubin")
-        binary.write_bytes(cubin)
-        tool = knobs.nvidia.cuobjdump.path
-        listing = subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True)
-    registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
-    assert registers is not None
-    lines = re.finditer(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", listing, re.MULTILINE)
-    return tuple((int(line[1], 16), line[2]) for line in lines if "NOP" not in line[2]), int(registers[1])
+def _listing(kernel: Any, tile: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Listing:
+    compiled = compile_for_hopper(kernel, tile, arguments, constants)
+    numbers_a_lane = tile.rows * tile.columns // (WARP * tile.warps)
+    return Listing(compiled.code, compiled.registers, compiled.shared, tile.warps, numbers_a_lane)
 
 
 @dataclass(frozen=True)
@@ -184,6 +106,7 @@ class _Loop:
         return self is not other and self.first <= other.first and other.last <= self.last
 
 
+@functools.cache
 def _count_row_kernel(listing: Listing) -> KernelCode:
     code, loops = listing.code, _loops(listing.code)
     softmax = [loop for loop in loops if loop.count("MUFU.EX2") >= max(1, listing.numbers_a_lane)]
@@ -196,6 +119,7 @@ def _count_row_kernel(listing: Listing) -> KernelCode:
     return KernelCode(len(main.body), outside, listing.warps, listing.resident)
 
 
+@functools.cache
 def _count_product(listing: Listing, pieces: int) -> ProductCode:
     """Each piece has one loop over the matches of its rows. The ways between these loops are those of the pieces."""
     code, loops = listing.code, _loops(listing.code)

@@ -7,71 +7,28 @@ tile of that launch. Must run without TRITON_INTERPRET.
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from torch import Tensor
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from gasp_fast.benchmarking.ahead_of_time import compile_for_hopper
 from gasp_fast.kernels import product_statistics, rows_torch
 from gasp_fast.kernels.chunk import ChunkMatches, Problem, TermDefinition
 from gasp_fast.kernels.index import MatchIndex
 from gasp_fast.kernels.triton_launch import Kernel, Tile
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-ARCH = 90
 LAYERS, FRAMES, FRAME, MATCHES = 2, 4, 576, 64
 
 
 def compile_instead(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
-    constants |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
-    parameters = kernel.function.params
-    named = dict(zip((parameter.name for parameter in parameters), arguments, strict=False)) | constants
-    signature, constexprs, attributes = {}, {}, {}
-    for at, parameter in enumerate(parameters):
-        value, specialised = named[parameter.name], not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialised):
-            signature[parameter.name], constexprs[(at,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            attributes[(at,)] = [["tt.divisibility", 16]]  # what the allocator gives
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and specialised:
-                attributes[(at,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel.function, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
-    report = {"kernel": kernel.function.__name__, "rows": tile.rows, "columns": tile.columns, "warps": tile.warps}
-    report |= {name: constants[name] for name in ("VALUES", "EVERY_FRAME") if name in constants}
-    report |= {"ignored": named["negative_lse"] is not None, "shared": compiled.metadata.shared}
-    print(json.dumps(report | resources(compiled.asm["ptx"], compiled.asm["cubin"])), flush=True)
-
-
-def resources(ptx: str, cubin: bytes) -> dict[str, int]:
-    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        text, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        text.write_text(ptx)
-        binary.write_bytes(cubin)
-        assembler = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", text, "-o", Path(folder, "again")]
-        log = subprocess.run(assembler, capture_output=True, text=True, check=True).stderr
-        listing = [knobs.nvidia.cuobjdump.path, "-sass", binary]
-        sass = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
-        "wgmma": sass.count("HGMMA"),
-        "async_copies": sass.count("LDGSTS"),
-    }
+    compiled = compile_for_hopper(kernel, tile, arguments, constants)
+    report = {
+        "kernel": kernel.function.__name__, "rows": tile.rows, "warps": tile.warps, "shared": compiled.shared,
+        "registers": compiled.registers, "spill_bytes": compiled.spill_bytes,
+        "wgmma": compiled.count("HGMMA"), "async_copies": compiled.count("LDGSTS"),
+    }  # fmt: skip
+    print(json.dumps(report), flush=True)
 
 
 def every_launch(dtype: torch.dtype, width: int) -> None:
