@@ -138,7 +138,7 @@ class StatisticsGradientPass:
 class Forward(Protocol):
     """A pass without gradient that stores no similarities: `product_statistics`."""
 
-    def is_faster(self, problem: Problem) -> bool: ...
+    def serves(self, problem: Problem) -> bool: ...
 
     def match_terms(
         self, problem: Problem, index: MatchIndex, terms: MatchTerms, definition: TermDefinition
@@ -199,7 +199,7 @@ class ChunkedEngine:
         """
         layers, _, width = problem.embeddings.shape
         products = Products.of(problem.embeddings)
-        return forward.is_faster(problem) and any(
+        return forward.serves(problem) and any(
             blocks_for(products.sizes(layers, span, width, False), self.workspace_bytes).columns < span.token_count
             for span in problem.rows.sequences
         )

@@ -3,7 +3,7 @@
 | backend  | device           | computes                                                                           |
 | -------- | ---------------- | ---------------------------------------------------------------------------------- |
 | `triton` | CUDA             | `chunked`, with the row operations of `rows_triton`; without gradient,             |
-|          |                  | `product_statistics` where it is faster                                            |
+|          |                  | `product_statistics` where blocks would cut columns                                |
 | `cpp`    | CPU              | `chunked`, with the row operations of `rows_cpp`                                   |
 | `torch`  | any              | dense, by autograd (`gasp_fast.loss.dense`); no engine                             |
 

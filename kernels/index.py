@@ -118,7 +118,7 @@ class RowIndex(_Movable):
 
     @cached_property
     def frame_multiple(self) -> int:
-        """A number that every power of two divides which divides all frame sizes: their bits, or-ed."""
+        """The ends of all frames, or-ed: a power of two divides it if it divides every end."""
         return reduce(or_, self.frame_ends.tolist(), 0)
 
     def frame_columns(self, sequence: SequenceSpan) -> Tensor:

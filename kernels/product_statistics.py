@@ -55,7 +55,7 @@ CROWDED_TF32 = ProductTile(Tile(128, 128, 8, 3), 32, 4)
 NARROW = ProductTile(Tile(64, 128, 4, 3), 64, 4)
 NARROW_TF32 = ProductTile(Tile(64, 128, 4, 3), 32, 4)
 FEW = 1024
-# IEEE float32 has no tensor core. `is_faster` leaves it to the library; this tile is for tests.
+# IEEE float32 has no tensor core. `serves` leaves it to the library; this tile is for tests.
 IEEE = ProductTile(Tile(32, 32, 4, 1), 16, 2)
 
 ROW_GROUP = 12  # blocks of rows
@@ -69,8 +69,8 @@ MEMORY_TIME = 0.3
 MERGED_ROWS = 128  # rows of a program that merges slices
 
 
-def is_faster(problem: Problem) -> bool:
-    """Whether this is faster than products by the library: on tensor cores, with loads of 16 bytes."""
+def serves(problem: Problem) -> bool:
+    """Whether it can run on tensor cores, with loads of 16 bytes."""
     tensor_cores = problem.embeddings.dtype != torch.float32 or _tf32_allowed()
     return tensor_cores and all(_aligned(matrix) for matrix in (problem.embeddings, problem.keys))
 
