@@ -35,7 +35,7 @@ BYTES_PER_UNIT = 300
 PART_UNITS, BLOCK_UNITS = 1500, 1500
 # Time of the host to start them: about 220 and 240 microseconds on the machine of an H100.
 HOST_PART_UNITS, HOST_BLOCK_UNITS = 20000, 22000
-# Both row kernels of a part: a program reads some rows of a frame, 128 columns at a time, and waits for memory each time;
+# Both row kernels of a part: a program reads rows of a frame, 128 columns at a time, and waits for memory each time;
 # 20 programs of a multiprocessor wait together. Set for programs of 4 rows; those of `rows_triton` have 2.
 WAIT_UNITS, PROGRAM_ROWS, PROGRAM_COLUMNS, PROGRAMS_AT_ONCE = 100, 4, 128, 20
 CACHED_BYTES = 32 << 20  # similarities of a part that stay in the second-level cache (50 MB on an H100)
