@@ -28,10 +28,9 @@ masks and offsets of all pieces alive and spill the tile.
 
 from __future__ import annotations
 
+from .rows_kernels import LN2, LOG2E, log_add
 from .triton_launch import constant, jit, kernel, tl
 
-LOG2E = constant(1.4426950408889634)
-LN2 = constant(0.6931471805599453)
 # The largest `c` for the bounded reference, tau = 0.024: 2^(-2 * 60) is a normal number (the least is 2^-126).
 LARGEST_BOUND = constant(60.0)
 NO_COLUMN = constant(2**31 - 1)
@@ -298,11 +297,3 @@ def merge_parts(
         tl.store(negative_lse + cell, negative, mask=mask)
     for v in tl.static_range(VALUES):
         tl.store(expected + cell * VALUES + v, sums[v], mask=mask)
-
-
-@jit
-def log_add(a, b):
-    """`log(exp(a) + exp(b))`; a NaN in either is passed on."""
-    larger = tl.maximum(a, b)
-    reference = tl.where(larger == float("-inf"), 0.0, larger)
-    return tl.where(larger == float("-inf"), a + b, reference + tl.log(tl.exp(a - reference) + tl.exp(b - reference)))

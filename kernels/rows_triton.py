@@ -2,9 +2,9 @@
 
 The matrix products of a chunk are left to the library. Between them, one pass reads the similarities for the
 statistics and one reads them again and writes the gradient; a small launch before the first gathers what concerns
-matches. The kernels are in `rows_kernels` and `vector_kernels`. This module launches them, with the signatures and the
-meaning of `rows_torch`; each launch lists its arguments in the order of the kernel's signature. Element types that are
-not part of a launch's `form` are those of `chunk`.
+matches. The kernels are in `rows_kernels`, `gradient_kernels` and `vector_kernels`. This module launches them, with the
+signatures and the meaning of `rows_torch`; each launch lists its arguments in the order of the kernel's signature.
+Element types that are not part of a launch's `form` are those of `chunk`.
 
 Rows of a chunk must be dense: their numbers, their norms and the values of a token lie together in memory.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import gradient_kernels as gradients
 from . import rows_kernels as device
 from . import vector_kernels as vectors
 from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, MatchTerms, RowChunk, TermWeights
@@ -102,7 +103,7 @@ def loss_terms(
         upstream = FrameUpstream(torch.empty_like(statistics.lse), torch.empty_like(statistics.expected))
     tile = _frame_tile(frames)
     launch(
-        device.loss_terms, (cdiv(rows, tile.rows), groups), tile,
+        gradients.loss_terms, (cdiv(rows, tile.rows), groups), tile,
         statistics.lse, statistics.negative_lse, statistics.expected, statistics.best, statistics.peak,
         matches.start, matches.longest, matches.order, matches.depth, matches.has_depth,
         matches.positive, matches.positive.stride(0),
@@ -130,7 +131,7 @@ def similarity_gradient(
     start, longest, target, positive, positive_g, first_token = _run_arguments(chunk, matches)
     pull, tile = None if matches is None else matches.pull, _tile_of(chunk)
     launch(
-        device.similarity_gradient, (cdiv(rows, tile.rows) * frames, groups), tile,
+        gradients.similarity_gradient, (cdiv(rows, tile.rows) * frames, groups), tile,
         *_similarity_arguments(chunk), chunk.own_column if chunk.exclude_own else None,
         *_value_arguments(chunk, width),
         statistics.negative_lse, statistics.known_lse, statistics.expected, *upstream,
