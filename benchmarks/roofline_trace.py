@@ -185,6 +185,7 @@ def _launched(
     matrices = {name: value for name, value in named.items() if isinstance(value, Tensor) and value.dim() >= MATRIX}
     if function.__name__ in TOUCHES_SINGLE_NUMBERS:
         return Launch(function.__name__, [], [], grid, tile, kernel, arguments, dict(constants))
+    added = matrices.pop("added", None)
     some = function.__name__ in TOUCHES_SOME_ROWS  # of a larger matrix: as many as the smaller one has
     least = min((value.numel() for value in matrices.values()), default=1)
     reads, writes = [], []
@@ -194,8 +195,18 @@ def _launched(
             writes.append(region)
         if name not in kernel.writes or function.__name__ in IN_PLACE:
             reads.append(region)
+    if added is not None:
+        reads.append(_added_rows(added, named["of_token"]))
     numbers = least if some else max((value.numel() for value in matrices.values()), default=1)
     return Launch(function.__name__, reads, writes, grid, tile, kernel, arguments, dict(constants), numbers)
+
+
+def _added_rows(added: Tensor, of_token: Tensor) -> Region:
+    """The rows that `project_gradient` adds to some tokens of the only sequence, in which anchors are spread evenly."""
+    tokens = of_token.untyped_storage().nbytes() // of_token.element_size()
+    whole = Region.of(added)
+    first, size = (whole.size * count // tokens for count in (of_token.storage_offset(), of_token.numel()))
+    return Region(whole.storage, whole.start + first, size)
 
 
 def trace_loss(workload: Workload, workspace: int, backward: bool, fused: bool = True) -> Trace:

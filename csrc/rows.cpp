@@ -319,5 +319,5 @@ PYBIND11_MODULE(_rows, module) {
                py::arg("threads"));
     module.def("inverse_norms", &inverse_norms, array("embeddings"), array("out"), py::arg("threads"));
     module.def("project_gradient", &project_gradient, array("gradient"), array("embeddings"), array("inverse_norm"),
-               array("out"), py::arg("of_unit"), py::arg("threads"));
+               array("out"), py::arg("of_unit"), array("added"), array("of_token"), py::arg("threads"));
 }

@@ -5,6 +5,10 @@
 
 #pragma once
 
+#include <pybind11/stl.h>
+
+#include <optional>
+
 #include "arrays.h"
 #include "rows_loops.h"
 
@@ -28,6 +32,10 @@ constexpr float kNormFloor = 1e-12f;
     }
 DEFINE_SUMS(float)
 DEFINE_SUMS(Bfloat16)
+
+FOR_EACH_CPU void add_row(const float* row, int64_t width, float* u) {
+    _Pragma("omp simd") for (int64_t d = 0; d < width; ++d) u[d] += row[d];
+}
 
 // out = (u - along e) factor
 #define DEFINE_TANGENT(E, O)                                                                                     \
@@ -59,12 +67,15 @@ void norms_of_rows(const DenseRows<E>& embeddings, int64_t n, int64_t width, flo
     }
 }
 
-// `out` may be `gradient`. With `of_unit`, the gradient is that of the normalised embeddings.
+// `out` may be `gradient`. With `of_unit`, the gradient is that of the normalised embeddings. `added` and `of_token` are
+// those of AddedRows in kernels/chunk.py, or null: these rows are added to `gradient` in its own memory.
 template <typename E, typename O>
 void project_rows(const DenseRows<float>& gradient, const DenseRows<E>& embeddings, const float* inverse_norm,
-                  const DenseRows<O>& out, int64_t n, int64_t width, bool of_unit, int threads) {
+                  const DenseRows<O>& out, const float* added, const int64_t* of_token, int64_t n, int64_t width,
+                  bool of_unit, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < n; ++r) {
+        if (added && of_token[r] >= 0) add_row(added + of_token[r] * width, width, gradient[r]);
         const float scale = inverse_norm[r];
         const bool clamped = scale >= 1.0f / kNormFloor;
         const float along = clamped ? 0.0f : scale * (scale * dot_with(embeddings[r], gradient[r], width));
@@ -87,7 +98,7 @@ void inverse_norms(const py::array& embeddings, Array<float> out, int threads) {
 
 template <typename E>
 void project_into(const py::array& gradient, const py::array& embeddings, const float* inverse_norm, py::array& out,
-                  bool of_unit, int threads) {
+                  bool of_unit, const float* added, const int64_t* of_token, int threads) {
     const int64_t n = embeddings.shape(0), width = embeddings.shape(1);
     const bool wide = out.itemsize() == 4;
     const DenseRows<float> u(gradient), floats(out);
@@ -95,17 +106,20 @@ void project_into(const py::array& gradient, const py::array& embeddings, const 
     const DenseRows<Bfloat16> halves(out);
     py::gil_scoped_release release;
     if (wide)
-        project_rows(u, e, inverse_norm, floats, n, width, of_unit, threads);
+        project_rows(u, e, inverse_norm, floats, added, of_token, n, width, of_unit, threads);
     else
-        project_rows(u, e, inverse_norm, halves, n, width, of_unit, threads);
+        project_rows(u, e, inverse_norm, halves, added, of_token, n, width, of_unit, threads);
 }
 
 void project_gradient(const py::array& gradient, const py::array& embeddings, const Array<float>& inverse_norm,
-                      py::array out, bool of_unit, int threads) {
+                      py::array out, bool of_unit, const std::optional<Array<float>>& added,
+                      const std::optional<Array<int64_t>>& of_token, int threads) {
+    const float* rows = added ? added->data() : nullptr;
+    const int64_t* row_of = of_token ? of_token->data() : nullptr;
     if (embeddings.itemsize() == 4)
-        project_into<float>(gradient, embeddings, inverse_norm.data(), out, of_unit, threads);
+        project_into<float>(gradient, embeddings, inverse_norm.data(), out, of_unit, rows, row_of, threads);
     else
-        project_into<Bfloat16>(gradient, embeddings, inverse_norm.data(), out, of_unit, threads);
+        project_into<Bfloat16>(gradient, embeddings, inverse_norm.data(), out, of_unit, rows, row_of, threads);
 }
 
 }  // namespace

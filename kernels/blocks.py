@@ -4,41 +4,57 @@
     rows     of a gradient product: `X` has this many rows
     part     rows of a similarity product: a part of `rows`, so that float32 similarities stay small while `X` collects
     columns  tokens of a product: all of the sequence, or less where too few rows would fit
+    panel    tokens whose gradient is computed at a time, where one block has all rows and columns; else 0
 
-A gradient product with few rows is slow: it reads and writes the float32 accumulator of the tokens once for every
-block, which costs as much as the product itself at about 900 rows. So rows are as many as fit. Where few whole rows
-fit, columns are cut, too. Every similarity is then computed twice, once for the statistics of its row and once for its
-gradient: four products instead of three, but in blocks that are about square, so that neither accumulator is read
-often.
+One block for all rows is best. The gradient of the tokens is then complete at once: it needs no accumulator, but a
+panel of float32 numbers, which is projected before the next one takes its place.
 
-On a GPU a product runs in waves: its result is cut into tiles of 128 x 256, and as many tiles as there are
-multiprocessors run at once. Rows are a multiple of 128, and among the sizes that fit the one with the least total time
-is taken. `_device_time` counts waves, launches, and the traffic of accumulators and similarities; `_host_time` counts
-what the host needs to start all that, and the longer of the two decides. The unit of time is one wave of a product with
-an inner dimension of 1: 2 * 128 * 256 operations on each multiprocessor, 11 nanoseconds. `benchmarks/roofline.py`
-predicts what the choice costs.
+Where `X` of all rows does not fit, each block adds to an accumulator of all tokens. A gradient product with few rows is
+slow then: it reads and writes the accumulator once for every block, which costs as much as the product itself at about
+900 rows. So rows are as many as fit. Where few whole rows fit, columns are cut, too. Every similarity is then computed
+twice, once for the statistics of its row and once for its gradient: four products instead of three, but in blocks that
+are about square, so that neither accumulator is read often.
+
+On a GPU a product runs in waves: its result is cut into tiles, and as many tiles as there are multiprocessors run at
+once. Rows and panels are multiples of 128, and among the sizes that fit the one with the least total time is taken.
+`_device_time` adds products, launches, and the traffic of similarities between row kernels; `_host_time` counts what
+the host needs to start all that, and the longer of the two decides. The unit of time is a tile of 128 x 256 of a
+product with an inner dimension of 1: 2 * 128 * 256 operations on each multiprocessor, 11 nanoseconds.
+`benchmarks/roofline.py` predicts what the choice costs.
 
 On a CPU layers are computed one by one, and a similarity product has all rows of its block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import isqrt
+from math import ceil, inf, isqrt
+from typing import NamedTuple
 
-TILE_ROWS, TILE_COLUMNS = 128, 256  # of the result of a product, for each multiprocessor
+from .rows_triton import tile_for
+
+TILE_ROWS = 128
+# Tiles of a product's result, one for each multiprocessor at a time; the fastest is taken. Of a last, incomplete wave
+# the share `WAVE_LOSS` is lost; edges take as long as `TILE_EDGE` more rows or columns, the start of a tile as long as
+# an inner dimension of `TILE_START`; computing and moving overlap in part, as a norm with the exponent `OVERLAP`. The
+# values are those that `benchmarks/roofline.py` fits.
+TILES = ((128, 256), (256, 128), (192, 192), (192, 128), (128, 128))
+WAVE_LOSS, TILE_EDGE, TILE_START, OVERLAP = 0.2, 2.4, 70, 1.4
 # Bytes that memory moves in one unit of time, for each multiprocessor: 4.3 TB/s against 790 TFLOP/s (H200), 3.0 against
 # 750 (H100); the mean of both.
 BYTES_PER_UNIT = 300
-# Time without work of the device before the kernels of a part (one product, four row kernels) and of a block.
-PART_UNITS, BLOCK_UNITS = 1500, 1500
-# Time of the host to start them: about 220 and 240 microseconds on the machine of an H100.
-HOST_PART_UNITS, HOST_BLOCK_UNITS = 20000, 22000
-# Both row kernels of a part: a program reads rows of a frame, 128 columns at a time, and waits for memory each time;
-# 20 programs of a multiprocessor wait together. Set for programs of 4 rows; those of `rows_triton` have 2.
-WAIT_UNITS, PROGRAM_ROWS, PROGRAM_COLUMNS, PROGRAMS_AT_ONCE = 100, 4, 128, 20
+# Time without work of the device before the kernels of a part (one product, four row kernels), of a block (anchors and
+# the gradient of the rows) and of a panel (the gradient of the tokens, added or projected).
+PART_UNITS, BLOCK_UNITS, PANEL_UNITS = 1500, 900, 600
+# Time of the host to start them: about 220, 150 and 90 microseconds on the machine of an H100.
+HOST_PART_UNITS, HOST_BLOCK_UNITS, HOST_PANEL_UNITS = 20000, 14000, 8000
+# How long both row kernels of a part wait for memory at a time; so many warps of a multiprocessor wait together.
+WAIT_UNITS, WARPS_AT_ONCE = 100, 24
+MOST_BLOCKS, MOST_PARTS = 48, 16  # rows are cut into at most so many
 CACHED_BYTES = 32 << 20  # similarities of a part that stay in the second-level cache (50 MB on an H100)
+LEAST_CPU_PANEL = 256  # tokens; products of fewer are slower than the memory that they save
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class Blocks:
     rows: int
     part: int
     columns: int
+    panel: int = 0  # 0: blocks add to an accumulator
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,30 @@ class Sizes:
     backward: bool
     multiprocessors: int  # 0: a CPU
     frames: int = 1  # P
+    wide: bool = False  # gradients are float32: products write them where they belong
+
+
+class Scratch(NamedTuple):
+    """Float32 memory of a block: where each part of it begins, and its size, in numbers.
+
+    Similarities come first. Row gradients and the panel take their place where `X` has memory of its own and all
+    columns are in it.
+    """
+
+    row_gradient: int
+    panel: int
+    size: int
+
+    @staticmethod
+    def of(sizes: Sizes, blocks: Blocks) -> Scratch:
+        similarity = blocks.layers * blocks.part * blocks.columns
+        if not sizes.backward:
+            return Scratch(similarity, similarity, similarity)
+        shared = sizes.element < 4 and blocks.columns == sizes.tokens
+        row_gradient = 0 if shared else similarity
+        panel = row_gradient + blocks.layers * blocks.rows * sizes.width
+        end = panel if sizes.wide else panel + blocks.layers * blocks.panel * sizes.width
+        return Scratch(row_gradient, panel, max(similarity, end))
 
 
 def blocks_for(sizes: Sizes, workspace: int) -> Blocks:
@@ -68,89 +109,162 @@ def blocks_for(sizes: Sizes, workspace: int) -> Blocks:
     return (_blocks_on_gpu if sizes.multiprocessors else _blocks_on_cpu)(sizes, workspace)
 
 
-def bytes_of(sizes: Sizes, layers: int, rows: int, part: int, columns: int) -> int:
-    """Memory of a block: anchors, similarities, `X` and row gradients."""
-    similarity, anchors = 4 * part * columns, sizes.element * rows * sizes.width
-    if not sizes.backward:
-        return layers * (anchors + similarity)
-    row_gradient = 4 * rows * sizes.width
-    if sizes.element == 4:
-        return layers * (anchors + similarity + row_gradient)
-    x = sizes.element * rows * columns
-    if columns == sizes.tokens:  # row gradients take the place of the similarities, which are no longer needed
-        return layers * (anchors + x + max(similarity, row_gradient))
-    return layers * (anchors + x + similarity + row_gradient)
+def bytes_of(sizes: Sizes, blocks: Blocks) -> int:
+    """Memory of a block: anchors, `X`, similarities, row gradients and the panel."""
+    numbers = blocks.rows * sizes.width
+    if sizes.backward and sizes.element < 4:
+        numbers += blocks.rows * blocks.columns
+    return blocks.layers * sizes.element * numbers + 4 * Scratch.of(sizes, blocks).size
 
 
 @lru_cache(maxsize=256)
 def _blocks_on_cpu(sizes: Sizes, workspace: int) -> Blocks:
     few_rows = 64
-    fitting = workspace // max(1, bytes_of(sizes, 1, 1, 1, sizes.tokens))
+    fitting = workspace // max(1, bytes_of(sizes, Blocks(1, 1, 1, sizes.tokens)))
     if fitting < min(few_rows, sizes.rows):
         return _square_blocks(sizes, workspace, multiple=1)
     rows = _equal(sizes.rows, max(1, fitting))
-    return Blocks(1, rows, rows, sizes.tokens)
+    blocks = Blocks(1, rows, rows, sizes.tokens)
+    most = _largest_panel(sizes, blocks, workspace)
+    if most < min(LEAST_CPU_PANEL, sizes.tokens):
+        return blocks
+    return replace(blocks, panel=_equal(sizes.tokens, most))
 
 
 @lru_cache(maxsize=256)
 def _blocks_on_gpu(sizes: Sizes, workspace: int) -> Blocks:
-    in_place = sizes.element == 4 or not sizes.backward
-    candidates = [_square_blocks(sizes, workspace, multiple=TILE_ROWS)]
-    for rows in _multiples(sizes.rows):
-        for part in [rows] if in_place else _multiples(rows):
-            if bytes_of(sizes, 1, rows, part, sizes.tokens) <= workspace:
-                candidates.append(Blocks(1, rows, part, sizes.tokens))
-    best = min(candidates, key=lambda blocks: _time(sizes, blocks))
-    if best.rows < sizes.rows or best.columns < sizes.tokens:
-        return best
-    together = min(sizes.layers, workspace // max(1, bytes_of(sizes, 1, best.rows, best.rows, sizes.tokens)))
-    return Blocks(together, best.rows, best.rows, best.columns) if together > 1 else best
+    whole = list(_whole_blocks(sizes, workspace))
+    candidates = [*whole]
+    for rows in _shares(sizes.rows, MOST_BLOCKS):
+        if rows == sizes.rows and whole:  # without an accumulator
+            continue
+        for part in _parts(sizes, rows):
+            blocks = Blocks(1, rows, part, sizes.tokens)
+            if bytes_of(sizes, blocks) <= workspace:
+                candidates.append(blocks)
+    square = _square_blocks(sizes, workspace, multiple=TILE_ROWS)
+    candidates += _cut_blocks(sizes, workspace, square)  # last: among equals, whole columns are taken
+    return min(candidates or [square], key=lambda blocks: _time(sizes, blocks))
+
+
+def _cut_blocks(sizes: Sizes, workspace: int, square: Blocks) -> Iterator[Blocks]:
+    """Blocks that are more or less square, with equal parts and equal cuts of the columns."""
+    for percent in (60, 70, 80, 90, 100, 120):
+        rows = min(sizes.rows, max(1, square.rows * percent // 100 // TILE_ROWS) * TILE_ROWS)
+        for part in _parts(sizes, rows, most=4):
+            without = bytes_of(sizes, Blocks(1, rows, part, 0))
+            column = bytes_of(sizes, Blocks(1, rows, part, 1)) - without
+            most = max(0, workspace - without) // max(1, column)
+            blocks = Blocks(1, rows, part, _up(_equal(sizes.tokens, most), TILE_ROWS) * TILE_ROWS)
+            if 0 < blocks.columns < sizes.tokens and bytes_of(sizes, blocks) <= workspace:
+                yield blocks
+
+
+def _whole_blocks(sizes: Sizes, workspace: int) -> Iterator[Blocks]:
+    """Blocks of all rows and columns, with panels where gradients are computed."""
+    for layers in range(1, sizes.layers + 1):
+        for part in _parts(sizes, sizes.rows) if layers == 1 else [sizes.rows]:
+            blocks = Blocks(layers, sizes.rows, part, sizes.tokens)
+            if bytes_of(sizes, blocks) > workspace:
+                continue
+            if not sizes.backward:
+                yield blocks
+            for panel in _panels(sizes, blocks, workspace):
+                yield replace(blocks, panel=panel)
+
+
+def _panels(sizes: Sizes, blocks: Blocks, workspace: int) -> Iterator[int]:
+    """Some sizes of panels: as few as possible, and slightly more, which may fill waves better."""
+    most = _largest_panel(sizes, blocks, workspace)
+    if most >= sizes.tokens:
+        yield sizes.tokens
+    elif most >= TILE_ROWS:
+        fewest = _up(sizes.tokens, most // TILE_ROWS * TILE_ROWS)
+        for count in range(fewest, fewest + 3):
+            yield _up(_up(sizes.tokens, count), TILE_ROWS) * TILE_ROWS
+
+
+def _largest_panel(sizes: Sizes, blocks: Blocks, workspace: int) -> int:
+    """The most tokens of a panel that fits beside the block; 0 where the block has not all rows."""
+    if not sizes.backward or blocks.rows < sizes.rows:
+        return 0
+    scratch = Scratch.of(sizes, blocks)
+    free = workspace - bytes_of(sizes, blocks) + 4 * (scratch.size - scratch.panel)
+    return sizes.tokens if sizes.wide else min(sizes.tokens, free // (4 * blocks.layers * sizes.width))
 
 
 def _time(sizes: Sizes, blocks: Blocks) -> float:
-    """Time of one layer of a sequence, whichever of device and host takes longer."""
-    return max(_device_time(sizes, blocks), _host_time(sizes, blocks))
+    """Time of all layers of a sequence, whichever of device and host takes longer."""
+    groups = _pieces(sizes.layers, blocks.layers)
+    device = sum(count * _device_time(sizes, blocks, layers) for count, layers in groups)
+    return max(device, sum(count for count, _ in groups) * _host_time(sizes, blocks))
 
 
-def _device_time(sizes: Sizes, blocks: Blocks) -> float:
-    """Time of all products, of the pauses before them, and of the memory that they move."""
-    total, moved = 0.0, 0
-    panels = _pieces(sizes.tokens, blocks.columns)
+def _device_time(sizes: Sizes, blocks: Blocks, layers: int) -> float:
+    """Time of the products of some layers, of the pauses before them, and of what else depends on the blocks."""
+    total, moved, width = 0.0, 0, sizes.width
+    cuts = _pieces(sizes.tokens, blocks.columns)
     visits = 2 if sizes.backward and blocks.columns < sizes.tokens else 1
+    repeatedly = blocks.rows < sizes.rows or blocks.columns < sizes.tokens  # products add to what is there
     for row_blocks, rows in _pieces(sizes.rows, blocks.rows):
-        for count, columns in panels:
+        for count, columns in cuts:
+            times = row_blocks * count
             for parts, part in _pieces(rows, blocks.part):
-                repeated = row_blocks * count * visits * parts
-                total += repeated * (PART_UNITS + _waves(sizes, part, columns) * sizes.width)
-                total += row_blocks * count * parts * _row_kernels(sizes, part, columns)
-                if 4 * part * columns > CACHED_BYTES:
-                    moved += repeated * 8 * part * columns
-            if sizes.backward:
-                total += row_blocks * count * (BLOCK_UNITS + _waves(sizes, rows, sizes.width) * columns)
-                total += row_blocks * count * _waves(sizes, columns, sizes.width) * rows
-    if sizes.backward:  # each accumulator is read and written again
-        moved += _up(sizes.rows, blocks.rows) * 8 * sizes.tokens * sizes.width
-        moved += _up(sizes.tokens, blocks.columns) * 8 * sizes.rows * sizes.width
+                product = _product(sizes, layers, part, columns, width, 1)
+                total += times * parts * (visits * (PART_UNITS + product) + _row_kernels(sizes, layers, part, columns))
+                if 4 * layers * part * columns > CACHED_BYTES:  # each of the two row kernels reads it from memory
+                    moved += times * parts * 8 * layers * part * columns
+            if not sizes.backward:
+                continue
+            total += times * (BLOCK_UNITS + _product(sizes, layers, rows, width, columns, 2 if len(cuts) > 1 else 1))
+            for panels, tokens in _pieces(columns, blocks.panel or columns):
+                product = _product(sizes, layers, tokens, width, rows, 2 if repeatedly else 1)
+                total += times * panels * (PANEL_UNITS + product)
+    if sizes.backward:  # row gradients are added to the accumulator, except those of the last block
+        moved += 8 * layers * max(0, sizes.rows - blocks.rows) * width
     return total + moved / (BYTES_PER_UNIT * sizes.multiprocessors)
 
 
-def _row_kernels(sizes: Sizes, part: int, columns: int) -> float:
-    """What the row kernels of a part wait for memory: long if its rows and frames are few and its columns many."""
+def _product(sizes: Sizes, layers: int, m: int, n: int, k: int, results: int) -> float:
+    """Time of products [m, k] x [k, n], whose float32 results are moved so many times; see `roofline_model`."""
+    computing = inf
+    for rows, columns in TILES:
+        exact = layers * _up(m, rows) * _up(n, columns) / sizes.multiprocessors
+        waves = max(1.0, WAVE_LOSS * ceil(exact) + (1 - WAVE_LOSS) * exact)
+        computing = min(computing, waves * (rows + TILE_EDGE) * (columns + TILE_EDGE) * (k + TILE_START))
+    moved = layers * (sizes.element * (m + n) * k + 4 * results * m * n)
+    moving = moved / (0.8 * BYTES_PER_UNIT * sizes.multiprocessors)
+    return ((computing / (128 * 256)) ** OVERLAP + moving**OVERLAP) ** (1 / OVERLAP)
+
+
+def _row_kernels(sizes: Sizes, layers: int, part: int, columns: int) -> float:
+    """What the row kernels of a part wait for memory: long if its rows and frames are few and its columns many.
+
+    A program waits at its start, also where its frame has none of the columns, and in each pass over the columns.
+    """
     frame = _up(sizes.tokens, sizes.frames)
-    programs = _up(part, PROGRAM_ROWS) * _up(columns, frame)
-    waves = _up(programs, PROGRAMS_AT_ONCE * sizes.multiprocessors)
-    return WAIT_UNITS * waves * _up(min(columns, frame), PROGRAM_COLUMNS)
+    tile = tile_for(layers * part * sizes.frames, columns // sizes.frames)
+    warps = _up(layers * part, tile.rows) * tile.warps  # for a frame
+    starts, visits = (
+        _up(warps * frames, WARPS_AT_ONCE * sizes.multiprocessors) for frames in (sizes.frames, _up(columns, frame))
+    )
+    return WAIT_UNITS * (starts + visits * _up(min(columns, frame), tile.columns))
 
 
 def _host_time(sizes: Sizes, blocks: Blocks) -> float:
-    row_blocks, panels = _up(sizes.rows, blocks.rows), _up(sizes.tokens, blocks.columns)
-    visits = 2 if sizes.backward and panels > 1 else 1
+    """Time of the host for one group of layers."""
+    row_blocks, cuts = _up(sizes.rows, blocks.rows), _up(sizes.tokens, blocks.columns)
+    visits = 2 if sizes.backward and cuts > 1 else 1
     parts = _up(min(blocks.rows, sizes.rows), blocks.part)
-    return row_blocks * panels * (HOST_BLOCK_UNITS + visits * parts * HOST_PART_UNITS)
+    units = HOST_BLOCK_UNITS + visits * parts * HOST_PART_UNITS
+    if sizes.backward:
+        units += _up(blocks.columns, blocks.panel or blocks.columns) * HOST_PANEL_UNITS
+    return row_blocks * cuts * units
 
 
-def _waves(sizes: Sizes, rows: int, columns: int) -> int:
-    return _up(_up(rows, TILE_ROWS) * _up(columns, TILE_COLUMNS), sizes.multiprocessors)
+def _parts(sizes: Sizes, rows: int, most: int = MOST_PARTS) -> list[int]:
+    """Sizes of a part of so many rows: all of them where `X` replaces the similarities, or there is no `X`."""
+    return [rows] if sizes.element == 4 or not sizes.backward else _shares(rows, most)
 
 
 def _square_blocks(sizes: Sizes, workspace: int, multiple: int) -> Blocks:
@@ -170,15 +284,15 @@ def _square_blocks(sizes: Sizes, workspace: int, multiple: int) -> Blocks:
     return Blocks(1, rows, part, columns)
 
 
-def _multiples(size: int) -> list[int]:
-    """Multiples of a tile's rows below `size`, at most 64 of them, and `size` itself."""
-    step = TILE_ROWS * _up(size, 64 * TILE_ROWS)
-    return [*range(step, size, step), size]
+def _shares(size: int, most: int) -> list[int]:
+    """Equal shares of `size`, up to `most` of them, in multiples of a tile's rows."""
+    shares = (_up(_up(size, count), TILE_ROWS) * TILE_ROWS for count in range(2, most + 1))
+    return sorted({size, *(share for share in shares if share < size)})
 
 
 def _equal(size: int, most: int) -> int:
     """The size of as few equal pieces as possible, each of at most `most`."""
-    return max(1, _up(size, max(1, _up(size, most))))
+    return max(1, _up(size, max(1, _up(size, max(1, most)))))
 
 
 def _up(size: int, block: int) -> int:

@@ -9,8 +9,8 @@ tokens, `P` frames.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class RowChunk:
     values: Tensor | None  # float32 [n, V]
     known: Tensor | None  # bool [n], tokens whose values count
     multiple: int = 1  # divides each of `frame_offsets` (1, 2, 4, ...): kernels load so many numbers at once
+    launches: Any = field(default=None, init=False, repr=False)  # what `rows_triton` computes once for all its launches
 
 
 class FrameStatistics(NamedTuple):
@@ -86,6 +87,14 @@ class FrameUpstream(NamedTuple):
     expected: Tensor  # float32 [G, R, P, V]
 
 
+@dataclass
+class PartMemory:
+    """Where row operations may put their results for rows of one size, instead of allocating memory every time."""
+
+    statistics: FrameStatistics | None = None
+    upstream: FrameUpstream | None = None
+
+
 @dataclass(frozen=True)
 class TermDefinition:
     """What the two terms of a match are. `loss.naive` defines each option."""
@@ -110,7 +119,6 @@ class ChunkMatches:
 
     start: Tensor  # int64 [R * longest + 1], row r has in frame p the sorted positions from start[r * longest + p] on
     longest: int  # frames of the longest sequence of the batch: the stride of `start`
-    positions: tuple[int, int]  # sorted positions of all matches of the chunk's rows
     first_row: int  # row of the batch that is the chunk's row 0
     order: Tensor  # int64 [M], sorted position -> match
     row: Tensor  # int64 [M], sorted: row of the batch
@@ -128,20 +136,10 @@ class ChunkMatches:
         longest, run_start = index.rows.longest, index.run_start
         if rows.start > 0 or rows.stop < index.row_positions.shape[0] - 1:
             run_start = run_start[rows.start * longest : rows.stop * longest + 1]
-        return ChunkMatches(
-            start=run_start,
-            longest=longest,
-            positions=(index.row_ends[rows.start], index.row_ends[rows.stop]),
-            first_row=rows.start,
-            order=index.order,
-            row=index.row,
-            target=index.target,
-            depth=index.depth,
-            has_depth=index.has_depth,
-            positive=positive,
-            pull=pull,
-            definition=definition,
-        )
+        return ChunkMatches(  # by position: by name it takes the host three times as long
+            run_start, longest, rows.start, index.order, index.row, index.target, index.depth, index.has_depth,
+            positive, pull, definition,
+        )  # fmt: skip
 
     def run(self, row: int, frame: int) -> range:
         at = row * self.longest + frame
@@ -178,17 +176,33 @@ class MatchTerms(NamedTuple):
         return MatchTerms(*(value[layers] for value in self))
 
 
+class AddedRows(NamedTuple):
+    """Gradients of the tokens that are rows, to be added to what these tokens receive as candidates."""
+
+    rows: Tensor  # float32 [G, R, D]
+    of_token: Tensor  # int64 [n], the row of each token; negative: it has none
+
+
 class RowOperations(Protocol):
     """The passes over a chunk between the matrix products. `rows_torch` defines what each computes."""
 
     def inverse_norms(self, embeddings: Tensor) -> Tensor: ...
 
     def frame_statistics(
-        self, chunk: RowChunk, matches: ChunkMatches | None, previous: FrameStatistics | None
+        self,
+        chunk: RowChunk,
+        matches: ChunkMatches | None,
+        previous: FrameStatistics | None,
+        memory: PartMemory | None = None,
     ) -> FrameStatistics: ...
 
     def loss_terms(
-        self, statistics: FrameStatistics, matches: ChunkMatches, weights: TermWeights | None, terms: MatchTerms
+        self,
+        statistics: FrameStatistics,
+        matches: ChunkMatches,
+        weights: TermWeights | None,
+        terms: MatchTerms,
+        memory: PartMemory | None = None,
     ) -> FrameUpstream | None: ...
 
     def similarity_gradient(
@@ -205,5 +219,12 @@ class RowOperations(Protocol):
     def add_rows(self, rows: Tensor, columns: Tensor, out: Tensor) -> None: ...
 
     def project_gradient(
-        self, gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor, of_unit: bool
+        self,
+        gradient: Tensor,
+        embeddings: Tensor,
+        inverse_norm: Tensor,
+        out: Tensor,
+        of_unit: bool,
+        factor: Tensor | None = None,
+        added: AddedRows | None = None,
     ) -> None: ...

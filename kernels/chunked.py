@@ -10,12 +10,20 @@ that fit a workspace (`blocks` explains how), and each block passes once through
         row pass                          frame_statistics, loss_terms: lse, expected values, arg-max, both loss terms;
                                           X = similarity_gradient, in place or in the narrower type of the products
     row gradient   = X K                  library product
-    token gradient += X^T anchors         library product, accumulated block by block in a fixed order;
-                                          the row gradient is added at the anchors
 
-and, once all blocks of a sequence are done, `project_gradient` applies the Jacobian of the normalisation. `K` holds the
-candidates: `keys`, or the embeddings themselves. Keys have an accumulator of their own, so the gradients of anchors
-and keys stay apart and each gets its own Jacobian.
+Where one block holds all rows, the rest is done for one panel of tokens after the other:
+
+    panel          = X^T anchors          library product, only of these columns of X
+    token gradient = project_gradient     adds the row gradient of tokens that are anchors, and applies the Jacobian of
+                                          the normalisation
+
+Many blocks accumulate instead, in a fixed order:
+
+    total         += X^T anchors          library product
+    total         += row gradient         add_rows, at the anchors; `project_gradient` adds those of the last block
+
+and `project_gradient` applies the Jacobian once all blocks of a sequence are done. `K` holds the candidates: `keys`, or
+the embeddings themselves. With keys, the gradients of anchors and keys stay apart and each gets its own Jacobian.
 
 When the weight of each term is known beforehand (any mean or sum is), forward and backward are this one pass: three
 products and nothing recomputed. Without gradient it stops after the row pass. Given arbitrary upstream gradients, the
@@ -26,8 +34,8 @@ right; then, with complete statistics, for the gradient, from similarities that 
 
 Raw embeddings enter the products; norms are applied to the products' results and to `X` (see `rows_torch`). float16 is
 the exception: `X` would leave its range. There the products take normalised embeddings, and `boost` is a power of two
-that brings `X` near 1. Each row of a block is a different token, so adding the row gradient at the anchors has one
-writer per address. Nothing is atomic and nothing depends on timing: two runs give the same bits.
+that brings `X` near 1. Each row is a different token, so adding the row gradient at the anchors has one writer per
+address. Nothing is atomic and nothing depends on timing: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -53,7 +61,7 @@ from .chunk import (
 )
 from .index import MatchIndex
 from .products import Products
-from .row_block import Buffers, Gradients, LayerGroup, Part, fp16_scale, piece, slices
+from .row_block import Buffers, Gradients, LayerGroup, Norms, Part, fp16_scale, piece, slices
 
 
 class RowPass(Protocol):
@@ -77,25 +85,35 @@ class LossPass:
     definition: TermDefinition
     weights: TermWeights | None  # [L, M]
     terms: MatchTerms  # [L, M]
-    positive: Tensor  # float32 [L, M], scratch
+    positive: Tensor  # float32 [L, M], scratch: a group of layers uses the beginning
     pull: Tensor | None  # float32 [L, M], scratch
+    of_layers: tuple[slice | None, TermWeights | None, MatchTerms | None] = None, None, None  # see `_of_layers`
 
     def matches(self, part: Part) -> ChunkMatches:
-        pull = None if self.pull is None else piece(self.pull, 0, part.layers)
-        return ChunkMatches.of(self.index, part.rows, piece(self.positive, 0, part.layers), pull, self.definition)
+        first = slice(0, part.layers.stop - part.layers.start)
+        pull = None if self.pull is None else piece(self.pull, 0, first)
+        return ChunkMatches.of(self.index, part.rows, piece(self.positive, 0, first), pull, self.definition)
 
     def statistics(self, chunk: RowChunk, part: Part) -> FrameStatistics:
-        return self.operations.frame_statistics(chunk, part.matches, part.statistics)
+        return self.operations.frame_statistics(chunk, part.matches, part.statistics, part.memory)
 
     def upstream(self, part: Part, statistics: FrameStatistics) -> FrameUpstream | None:
         assert part.matches is not None
-        weights, terms = self.weights, self.terms
-        every_layer = part.layers.stop - part.layers.start == terms.corr.shape[0]
-        if weights is not None and (part.boost is not None or not every_layer):
-            weights = TermWeights(*map(part.boosted, weights))
-        if not every_layer:
-            terms = terms.of_layers(part.layers)
-        return self.operations.loss_terms(statistics, part.matches, weights, terms)
+        weights, terms = self._of_layers(part)
+        return self.operations.loss_terms(statistics, part.matches, weights, terms, part.memory)
+
+    def _of_layers(self, part: Part) -> tuple[TermWeights | None, MatchTerms]:
+        """Weights, times their boost, and terms of the layers of `part`; views are made once for all of its blocks."""
+        layers, weights, terms = self.of_layers
+        if layers is not part.layers or terms is None:
+            weights, terms = self.weights, self.terms
+            every_layer = part.layers.stop - part.layers.start == terms.corr.shape[0]
+            if weights is not None and (part.boost is not None or not every_layer):
+                weights = TermWeights(*map(part.boosted, weights))
+            if not every_layer:
+                terms = terms.of_layers(part.layers)
+            self.of_layers = part.layers, weights, terms
+        return weights, terms
 
 
 @dataclass(frozen=True)
@@ -216,17 +234,22 @@ class ChunkedEngine:
         radial: list[Tensor] = []  # of each block: sum_i e_i . (X K)_i, which is -tau dL/dtau
         if gradients.embeddings is not None and gradients.embeddings is not gradients.keys:
             gradients.embeddings.zero_()  # for tokens that are no anchors
+        norms = Norms.of(problem, self.operations)
         if gradients.scale is not None:
-            norms = self.operations.inverse_norms(problem.keys)
-            gradients.scale.copy_(fp16_scale(upstream, problem.temperature, norms))
+            gradients.scale.copy_(fp16_scale(upstream, problem.temperature, norms.tokens))
         for sequence in problem.rows.sequences:
-            if sequence.token_count == 0:
+            if sequence.row_count == 0:
+                if gradients.keys is not None:
+                    gradients.keys[:, slice(*sequence.tokens)].zero_()
                 continue
             sizes = products.sizes(layers, sequence, problem.embeddings.shape[-1], gradients.any)
             blocks = blocks_for(sizes, self.workspace_bytes)
             buffers = Buffers.allocate(blocks, sizes, products, problem.embeddings)
             for group_layers in slices(0, layers, blocks.layers):
-                group = LayerGroup.of(problem, group_layers, sequence, products, self.operations, upstream, gradients)
+                group = LayerGroup.of(
+                    problem, group_layers, sequence, products, self.operations, norms, upstream, gradients,
+                    accumulated=blocks.panel == 0,
+                )  # fmt: skip
                 for rows in slices(*sequence.rows, blocks.rows):
                     self._visit_block(group, rows, row_pass, blocks, buffers, radial)
                 group.finish()
@@ -240,13 +263,13 @@ class ChunkedEngine:
         self, group: LayerGroup, rows: slice, row_pass: RowPass, blocks: Blocks, buffers: Buffers, radial: list[Tensor]
     ) -> None:
         backward = group.gradients.any
-        panels = slices(0, group.sequence.token_count, blocks.columns)
+        cuts = slices(0, group.sequence.token_count, blocks.columns)
         block = group.block(rows, blocks, buffers)
         for part in block.parts:
-            part.matches = row_pass.matches(part)
+            part.matches = part.matches or row_pass.matches(part)
 
-        if len(panels) > 1:  # the statistics of whole rows come first
-            for columns in panels:
+        if len(cuts) > 1:  # the statistics of whole rows come first
+            for columns in cuts:
                 for part in block.parts:
                     part.statistics = row_pass.statistics(block.chunk(part, columns), part)
             for part in block.parts:
@@ -255,17 +278,19 @@ class ChunkedEngine:
             if not backward:
                 return
 
-        for columns in panels:
+        for columns in cuts:
             x = block.x(columns) if backward else None
             for part in block.parts:
                 chunk = block.chunk(part, columns)
-                if len(panels) == 1:
+                if len(cuts) == 1:
                     part.statistics = row_pass.statistics(chunk, part)
                     part.upstream = row_pass.upstream(part, part.statistics)
                 if x is not None and part.statistics is not None and part.upstream is not None:
-                    of_part = piece(x, 1, part.local)
+                    of_part = part.gradient(x, columns)
                     self.operations.similarity_gradient(chunk, part.statistics, part.upstream, part.matches, of_part)
             if x is not None:
                 block.multiply(x, columns)
         if backward:
             block.finish(radial)
+            if x is not None and blocks.panel:
+                block.write_panels(x, blocks.panel)

@@ -74,6 +74,7 @@ class RowIndex(_Movable):
 
     row_token: Tensor  # int64 [A], ascending, no repeats
     row_column: Tensor  # int64 [A], the same tokens, counted from the first token of their sequence
+    token_row: Tensor  # int64 [N], the row of each token, counted from the first row of its sequence; -1: it has none
     column_offsets: Tensor  # int64 [F + B], P + 1 of each sequence: its frames, counted from its first token
     spans: Tensor  # int64 [B, 3] on the CPU: end of each sequence in tokens, frames, rows
     frame_ends: Tensor  # int64 [F] on the CPU
@@ -82,6 +83,10 @@ class RowIndex(_Movable):
     def build(row_token: Tensor, frame_offsets: Tensor, sequence_offsets: Tensor) -> RowIndex:
         starts, ends = frame_offsets[sequence_offsets[:-1]], frame_offsets[sequence_offsets[1:]]  # [B], tokens
         of_row = torch.searchsorted(ends, row_token, right=True)  # [A], sequence
+        row_ends = torch.searchsorted(row_token, ends)  # [B]
+        number = torch.arange(len(row_token), device=row_token.device)  # [A]
+        token_row = torch.full((int(frame_offsets[-1]),), -1, device=row_token.device)
+        token_row[row_token] = number - torch.cat([row_ends.new_zeros(1), row_ends])[of_row]
         sequence_frames = sequence_offsets.tolist()
         columns = [
             frame_offsets[first : last + 1] - frame_offsets[first]
@@ -90,8 +95,9 @@ class RowIndex(_Movable):
         return RowIndex(
             row_token=row_token,
             row_column=row_token - starts[of_row],
+            token_row=token_row,
             column_offsets=torch.cat(columns),
-            spans=torch.stack([ends, sequence_offsets[1:], torch.searchsorted(row_token, ends)], dim=1).cpu(),
+            spans=torch.stack([ends, sequence_offsets[1:], row_ends], dim=1).cpu(),
             frame_ends=frame_offsets[1:].cpu(),
         )
 
@@ -142,8 +148,9 @@ class MatchIndex(_Movable):
     depth: Tensor  # float32 [M], sorted: its target depth, 0 where it has no depth term
     has_depth: Tensor  # bool [M], sorted: has a depth term
     weight: Tensor  # floating [M], or [1] where all are equal; by match (not sorted): its weight in means and sums
-    weight_total: Tensor  # float64 [], of all matches; 1 where they have no weight
     depth_total: Tensor  # float64 [], of the matches that have a depth term; 1 where they have no weight
+    corr_share: Tensor  # float64, like `weight`, divided by that of all matches
+    depth_share: Tensor  # float64, like `weight`, divided by `depth_total`
     values: Tensor  # float32 [N, 1], patch depth, 0 where unknown
     known: Tensor  # bool [N]
 
@@ -170,6 +177,7 @@ class MatchIndex(_Movable):
         has_depth = countable & _frames_with(known, frame_offsets)[target_frame]
         weight = torch.ones(1, device=anchor.device) if weight is None else weight
         each = weight.double().expand(anchor.shape)  # [M]
+        depth_total = _positive_or_one(torch.where(has_depth, each, 0).sum())
         return MatchIndex(
             rows=rows,
             run_start=run_start,
@@ -180,8 +188,9 @@ class MatchIndex(_Movable):
             depth=_zero_unless(has_depth, target_depth)[order],
             has_depth=has_depth[order],
             weight=weight,
-            weight_total=_positive_or_one(each.sum()),
-            depth_total=_positive_or_one(torch.where(has_depth, each, 0).sum()),
+            depth_total=depth_total,
+            corr_share=weight.double() / _positive_or_one(each.sum()),
+            depth_share=weight.double() / depth_total,
             values=_zero_unless(known, patch_depth)[:, None],
             known=known,
         )

@@ -177,14 +177,47 @@ def _roomy(on_device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows and tokens each program has; the columns of the tables are explained at the kernels."""
+    """Which rows and tokens each program has, as tables on the device; a line of each is a tuple of that name."""
 
-    programs: Tensor  # int64 [programs, 4]
-    blocks: Tensor  # int64 [blocks, 4]
-    parts: Tensor  # int64 [parts, 4]
+    programs: Tensor  # int64 [programs, 4], `Program`
+    blocks: Tensor  # int64 [blocks, 4], `ColumnBlock`
+    parts: Tensor  # int64 [parts, 4], `FramePart`
     places: int  # of parts, for each row
-    row_blocks: Tensor | None  # int64 [row blocks, 3]; None where no frame is cut
+    row_blocks: Tensor | None  # int64 [row blocks, 3], `MergedRows`; None where no frame is cut
     frame_places: Tensor | None  # int64 [B, P + 1]
+
+
+class Program(NamedTuple):
+    first_row: int
+    end_row: int
+    first_block: int
+    end_block: int
+
+
+class ColumnBlock(NamedTuple):
+    """The columns of one product, and the parts of frames that they belong to."""
+
+    first_token: int
+    end_token: int
+    first_part: int
+    end_part: int
+
+
+class FramePart(NamedTuple):
+    """A frame, or a slice of a long one."""
+
+    first_token: int
+    end_token: int
+    frame: int  # within its sequence
+    place: int  # in the results
+
+
+class MergedRows(NamedTuple):
+    """Rows of a program that merges slices."""
+
+    first_row: int
+    end_row: int
+    sequence: int
 
 
 class SequenceFrames(NamedTuple):
@@ -230,12 +263,12 @@ def _cached_plan(
 
 def _cost(layout: Layout, layers: int, row_block_bytes: int, processors: int) -> float:
     """Time until the last program ends, in blocks of columns."""
-    lengths = [end - first + START for _, _, first, end in layout.programs]
+    lengths = [program.end_block - program.first_block + START for program in layout.programs]
     if not lengths:
         return 0.0
     mean, total = sum(lengths) / len(lengths), sum(lengths) * layers / processors
     time = max(cdiv(len(lengths) * layers, processors) * mean, total + max(lengths) - mean)
-    panels = len(lengths) / len({first for first, _, _, _ in layout.programs})  # programs with the same rows
+    panels = len(lengths) / len({program.first_row for program in layout.programs})  # programs with the same rows
     if processors / panels * row_block_bytes > CACHE_BYTES:
         time *= 1.0 + MEMORY_TIME / panels
     return time
@@ -245,10 +278,10 @@ def _cost(layout: Layout, layers: int, row_block_bytes: int, processors: int) ->
 class Layout:
     """The tables of a plan, as lists."""
 
-    programs: list[tuple[int, int, int, int]]
-    blocks: list[tuple[int, int, int, int]]
-    parts: list[tuple[int, int, int, int]]
-    row_blocks: list[tuple[int, int, int]]
+    programs: list[Program]
+    blocks: list[ColumnBlock]
+    parts: list[FramePart]
+    row_blocks: list[MergedRows]
     frame_places: list[list[int]]
 
     @staticmethod
@@ -264,8 +297,8 @@ class Layout:
             row_blocks = _ranges(*sequence.rows, block_rows)
             for group in range(0, len(row_blocks), ROW_GROUP):
                 for panel in panels:
-                    layout.programs.extend((*rows, *panel) for rows in row_blocks[group : group + ROW_GROUP])
-            layout.row_blocks.extend((*rows, number) for rows in _ranges(*sequence.rows, MERGED_ROWS))
+                    layout.programs.extend(Program(*rows, *panel) for rows in row_blocks[group : group + ROW_GROUP])
+            layout.row_blocks.extend(MergedRows(*rows, number) for rows in _ranges(*sequence.rows, MERGED_ROWS))
         return layout
 
     def _add_parts(self, sequence: SequenceFrames, longest: int) -> list[int]:
@@ -273,7 +306,7 @@ class Layout:
         places, begin = [0], sequence.first_token
         for frame, end in enumerate(sequence.frame_ends):
             slices = _ranges(begin, end, longest) or [(begin, end)]
-            self.parts.extend((*ends, frame, places[-1] + nth) for nth, ends in enumerate(slices))
+            self.parts.extend(FramePart(*ends, frame, places[-1] + nth) for nth, ends in enumerate(slices))
             places.append(places[-1] + len(slices))
             begin = end
         return places
@@ -282,17 +315,17 @@ class Layout:
         """Divide the parts from `first_part` on into panels of about so many blocks; the blocks of each."""
         part = first_part
         while part < len(self.parts):
-            begin, end_part = self.parts[part][0], part + 1
-            while end_part < len(self.parts) and self.parts[end_part][1] - begin <= length * block_columns:
+            begin, end_part = self.parts[part].first_token, part + 1
+            while end_part < len(self.parts) and self.parts[end_part].end_token - begin <= length * block_columns:
                 end_part += 1
             first_block = len(self.blocks)
-            end = self.parts[end_part - 1][1]
+            end = self.parts[end_part - 1].end_token
             for start, stop in _ranges(begin, end, block_columns) or [(begin, end)]:
                 after = part + 1
-                while after < end_part and (self.parts[after][0] < stop or stop == end):
+                while after < end_part and (self.parts[after].first_token < stop or stop == end):
                     after += 1
-                self.blocks.append((start, stop, part, after))
-                part = after - 1 if self.parts[after - 1][1] > stop else after
+                self.blocks.append(ColumnBlock(start, stop, part, after))
+                part = after - 1 if self.parts[after - 1].end_token > stop else after
             yield first_block, len(self.blocks)
             part = end_part
 

@@ -35,6 +35,15 @@ from .triton_launch import constant, jit, kernel, tl
 LARGEST_BOUND = constant(60.0)
 NO_COLUMN = constant(2**31 - 1)
 
+# Columns of the tables `programs`, `blocks` and `parts` (`TABLE_WIDTH` of each) and `row_blocks`; each line of a table
+# is one of the named tuples of `product_statistics`. Tokens are those of the batch, ends are exclusive.
+TABLE_WIDTH = constant(4)
+FIRST_ROW, END_ROW, FIRST_BLOCK, END_BLOCK = constant(0), constant(1), constant(2), constant(3)
+FIRST_TOKEN, END_TOKEN, FIRST_PART, END_PART = constant(0), constant(1), constant(2), constant(3)
+FRAME, PLACE = constant(2), constant(3)
+ROW_BLOCK_WIDTH = constant(3)
+SEQUENCE = constant(2)
+
 
 @jit
 def reference_of(maximum, bound, small_bound):
@@ -112,18 +121,16 @@ def product_statistics(
 ):  # fmt: skip
     """One program: a line of `programs`, for one layer.
 
-    `programs` [., 4]: first row, end row, first block, end block. `blocks` [., 4]: first token, end token, first part,
-    end part. `parts` [., 4]: first token, end token, frame within the sequence, place in the results. `values` are NaN
-    where a token has no known value. `run_start` is None without matches. With them, the similarity of each match is
-    written to `positive`, and, unless `EVERY_FRAME`, blocks are skipped in which no row has a match. `negative_lse` is
-    None unless it leaves out the targets of the row.
+    `values` are NaN where a token has no known value. `run_start` is None without matches. With them, the similarity of
+    each match is written to `positive`, and, unless `EVERY_FRAME`, blocks are skipped in which no row has a match.
+    `negative_lse` is None unless it leaves out the targets of the row.
     """
     group = tl.program_id(1).to(tl.int64)
-    line = programs + tl.program_id(0) * 4
-    first_row = tl.load(line)
-    end_row = tl.load(line + 1)
-    first_block = tl.load(line + 2).to(tl.int32)
-    end_block = tl.load(line + 3).to(tl.int32)
+    line = programs + tl.program_id(0) * TABLE_WIDTH
+    first_row = tl.load(line + FIRST_ROW)
+    end_row = tl.load(line + END_ROW)
+    first_block = tl.load(line + FIRST_BLOCK).to(tl.int32)
+    end_block = tl.load(line + END_BLOCK).to(tl.int32)
     row = tl.minimum(first_row + tl.arange(0, BLOCK_ROWS), end_row - 1)  # the last row is repeated, but written once
     row_mask = first_row + tl.arange(0, BLOCK_ROWS) < end_row
     own = tl.load(row_token + row)
@@ -140,15 +147,16 @@ def product_statistics(
     known_maximum, known_total, moments = nothing, zero, repeated(zero, VALUES)
     negative_maximum, negative_total = nothing, zero
     for block in tl.range(first_block, end_block, disable_licm=True):
-        start = tl.load(blocks + block * 4).to(tl.int32)
-        stop = tl.load(blocks + block * 4 + 1).to(tl.int32)
-        first_part = tl.load(blocks + block * 4 + 2).to(tl.int32)
-        end_part = tl.load(blocks + block * 4 + 3).to(tl.int32)
+        line = blocks + block * TABLE_WIDTH
+        start = tl.load(line + FIRST_TOKEN).to(tl.int32)
+        stop = tl.load(line + END_TOKEN).to(tl.int32)
+        first_part = tl.load(line + FIRST_PART).to(tl.int32)
+        end_part = tl.load(line + END_PART).to(tl.int32)
         inner = tl.where(stop > start, width, 0)
         if not EVERY_FRAME:
             run = run_start + row * longest
-            before = tl.load(run + tl.load(parts + first_part * 4 + 2))
-            after = tl.load(run + tl.load(parts + end_part * 4 - 2) + 1)
+            before = tl.load(run + tl.load(parts + first_part * TABLE_WIDTH + FRAME))
+            after = tl.load(run + tl.load(parts + (end_part - 1) * TABLE_WIDTH + FRAME) + 1)
             inner = tl.where(tl.max((after - before).to(tl.int32), 0) > 0, inner, 0)
         token = tl.minimum(start + tl.arange(0, BLOCK_COLUMNS), tokens - 1)  # some token that exists
         candidates = keys + group * keys_g + token[:, None].to(tl.int64) * keys_n
@@ -158,10 +166,11 @@ def product_statistics(
         )  # fmt: skip
         pieces = cut(x, PIECES)
         for part in tl.range(first_part, end_part, disable_licm=True):
-            begin = tl.load(parts + part * 4).to(tl.int32)
-            end = tl.load(parts + part * 4 + 1).to(tl.int32)
-            frame = tl.load(parts + part * 4 + 2)
-            place = tl.load(parts + part * 4 + 3)
+            line = parts + part * TABLE_WIDTH
+            begin = tl.load(line + FIRST_TOKEN).to(tl.int32)
+            end = tl.load(line + END_TOKEN).to(tl.int32)
+            frame = tl.load(line + FRAME)
+            place = tl.load(line + PLACE)
             if begin >= start:  # the part begins in this block
                 maximum, total, at = nothing, zero, tl.full([BLOCK_ROWS], -1, tl.int32)
                 known_maximum, known_total, moments = nothing, zero, repeated(zero, VALUES)
@@ -255,14 +264,14 @@ def merge_parts(
 ):  # fmt: skip
     """One program: a block of rows, one frame, one layer; its slices are merged from left to right.
 
-    `row_blocks` [., 3]: first row, end row, sequence. `places` [B, P + 1]: where the slices of each frame are.
+    `places` [B, P + 1]: where the slices of each frame are.
     """
     group = tl.program_id(1).to(tl.int64)
     frame = tl.program_id(0) % frames
-    line = row_blocks + tl.program_id(0) // frames * 3
-    row = tl.load(line) + tl.arange(0, BLOCK_ROWS)
-    mask = row < tl.load(line + 1)
-    place = places + tl.load(line + 2) * (frames + 1) + frame
+    line = row_blocks + tl.program_id(0) // frames * ROW_BLOCK_WIDTH
+    row = tl.load(line + FIRST_ROW) + tl.arange(0, BLOCK_ROWS)
+    mask = row < tl.load(line + END_ROW)
+    place = places + tl.load(line + SEQUENCE) * (frames + 1) + frame
     first = tl.load(place)
     last = tl.load(place + 1)
     old = (group * rows + row) * part_places

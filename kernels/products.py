@@ -47,21 +47,15 @@ class Products:
         element = self.element.itemsize
         return Sizes(
             layers, sequence.row_count, sequence.token_count, width, element, backward, self.multiprocessors,
-            frames=sequence.frame_count,
+            frames=sequence.frame_count, wide=self.element == torch.float32 and not self.converts,
         )  # fmt: skip
 
     @staticmethod
     def of(embeddings: Tensor) -> Products:
         dtype = embeddings.dtype
-        if dtype == torch.float32:
-            return Products(
-                dtype, converts=False, wide_result=False, multiprocessors=_multiprocessors(embeddings.device)
-            )
         if embeddings.is_cuda:
-            return Products(
-                dtype, converts=False, wide_result=True, multiprocessors=_multiprocessors(embeddings.device)
-            )
-        if dtype == torch.bfloat16 and has_amx():
+            return _products_of_a_gpu(dtype, embeddings.device)
+        if dtype == torch.float32 or (dtype == torch.bfloat16 and has_amx()):
             return Products(dtype, converts=False, wide_result=False)
         return Products(torch.float32, converts=True, wide_result=False)
 
@@ -114,8 +108,9 @@ def _float_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+def _products_of_a_gpu(dtype: torch.dtype, device: torch.device) -> Products:
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Products(dtype, converts=False, wide_result=dtype != torch.float32, multiprocessors=multiprocessors)
 
 
 @functools.cache

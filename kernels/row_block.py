@@ -7,7 +7,6 @@ these dataclasses are not frozen: to create a frozen one takes several times as 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, Sizes
-from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, Problem, RowChunk, RowOperations
+from .blocks import Blocks, Scratch, Sizes
+from .chunk import AddedRows, ChunkMatches, FrameStatistics, FrameUpstream, PartMemory, Problem, RowChunk, RowOperations
 from .index import SequenceSpan
 from .products import Products
 
@@ -37,16 +36,27 @@ class Gradients:
 
 @dataclass
 class Part:
-    """Some rows of a block, and what is computed for them."""
+    """Some rows of a block, and what is computed for them; used again for the same rows of other layers."""
 
     layers: slice
     rows: slice  # of the batch
     local: slice  # of the block
     frames: int  # P, of the sequence
     boost: Tensor | None  # float32 [G], factor of upstream gradients; see `fp16_boost`
+    memory: PartMemory
     matches: ChunkMatches | None = None
     statistics: FrameStatistics | None = None
     upstream: FrameUpstream | None = None  # gradients of `statistics`
+    anchors: Tensor | None = None  # [G, r, D], of the block's
+    chunks: dict[int, RowChunk] = field(default_factory=dict)  # by their first column; see `RowBlock.chunk`
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # [G, r, c], of the block's `X`, by their first column
+
+    def gradient(self, x: Tensor, columns: slice) -> Tensor:
+        """The rows of this part in the `X` of some columns, which has the same memory for all layers."""
+        found = self.gradients.get(columns.start)
+        if found is None:
+            found = self.gradients[columns.start] = piece(x, 1, self.local)
+        return found
 
     def boosted(self, values: Tensor) -> Tensor:
         """These layers of weights or upstream gradients [L, ...], times their boost."""
@@ -59,30 +69,62 @@ class Buffers:
     """Memory of a block, allocated once for a sequence. Smaller blocks use the beginning of it."""
 
     anchors: Tensor  # [G, R, D], in the type of the products
-    similarity: Tensor  # float32 [G, part, c]
     x: Tensor  # [G, R, c], in the type of the products; `similarity` itself where that is float32
-    row_gradient: Tensor  # float32 [G, R, D]; where possible the memory of `similarity`, as large as the larger of them
+    similarity: Tensor  # float32 [G, part, c]
+    row_gradient: Tensor | None  # float32 [G, R, D]; in the memory of `similarity` where `Scratch` says so
+    panel: Tensor | None  # float32 [G, panel, D], after `row_gradient`; None where nothing needs it
+    parts: dict[tuple[int, int, int], Part] = field(default_factory=dict)  # by number of layers, first and last row
+    of_part: dict[tuple[int, int, int], PartMemory] = field(default_factory=dict)  # the same, rows counted in the block
 
     @staticmethod
     def allocate(blocks: Blocks, sizes: Sizes, products: Products, like: Tensor) -> Buffers:
-        layers, rows = blocks.layers, blocks.rows
-        in_place, whole = sizes.element == 4, blocks.columns == sizes.tokens
-        shared = sizes.backward and whole and not in_place
-        anchors = like.new_empty((layers, rows, sizes.width), dtype=products.element)
-        shape = layers, blocks.part, blocks.columns
-        if shared and math.prod(shape) < anchors.numel():
-            shape = layers, rows, sizes.width
-        x = row_gradient = similarity = like.new_empty(shape, dtype=torch.float32)
-        if sizes.backward and not in_place:
-            x = like.new_empty((layers, rows, blocks.columns), dtype=products.element)
-        if sizes.backward and not shared:
-            row_gradient = torch.empty_like(anchors, dtype=torch.float32)
-        return Buffers(anchors, similarity, x, row_gradient)
+        layers, rows, columns, width = blocks.layers, blocks.rows, blocks.columns, sizes.width
+        begin = Scratch.of(sizes, blocks)
+        scratch = like.new_empty(begin.size, dtype=torch.float32)
+        anchors = like.new_empty((layers, rows, width), dtype=products.element)
+        x = similarity = scratch.as_strided((layers, blocks.part, columns), (blocks.part * columns, columns, 1))
+        if not sizes.backward:
+            return Buffers(anchors, x, similarity, None, None)
+        if sizes.element < 4:
+            x = like.new_empty((layers, rows, columns), dtype=products.element)
+        strides = rows * width, width, 1
+        row_gradient, panel = scratch.as_strided((layers, rows, width), strides, begin.row_gradient), None
+        if blocks.panel and not sizes.wide:
+            strides = blocks.panel * width, width, 1
+            panel = scratch.as_strided((layers, blocks.panel, width), strides, begin.panel)
+        return Buffers(anchors, x, similarity, row_gradient, panel)
+
+    def part(self, group: LayerGroup, rows: slice, block: slice) -> Part:
+        """Some rows of a block for the layers of `group`. Views and launches are prepared for the first group only."""
+        layers = group.layers.stop - group.layers.start
+        part = self.parts.get((layers, rows.start, rows.stop))
+        if part is None:
+            local = slice(rows.start - block.start, rows.stop - block.start)
+            memory = self.of_part.setdefault((layers, local.start, local.stop), PartMemory())
+            part = Part(group.layers, rows, local, group.sequence.frame_count, group.boost, memory)
+            self.parts[layers, rows.start, rows.stop] = part
+        part.layers, part.boost = group.layers, group.boost
+        part.statistics = part.upstream = None
+        return part
+
+
+@dataclass
+class Norms:
+    """Inverse norms, computed once for all layers."""
+
+    tokens: Tensor  # float32 [L, N], of the candidates
+    rows: Tensor | None  # float32 [L, A], of the anchors; None where these are no candidates
+
+    @staticmethod
+    def of(problem: Problem, operations: RowOperations) -> Norms:
+        tokens = operations.inverse_norms(problem.keys)
+        same = problem.keys is problem.embeddings
+        return Norms(tokens, tokens.index_select(1, problem.rows.row_token) if same else None)
 
 
 @dataclass
 class LayerGroup:
-    """One sequence in a group of layers, and the accumulator of its candidates' gradient."""
+    """One sequence in a group of layers, and the memory of its candidates' gradient."""
 
     problem: Problem
     layers: slice
@@ -94,10 +136,12 @@ class LayerGroup:
     tokens: Tensor  # [G, n, D], the same as the products take them: `raw`, or normalised
     token_norms: Tensor  # float32 [G, n], inverse norms of `raw`
     token_scale: Tensor  # float32 [G, n], of `tokens`: `token_norms`, or ones where `tokens` are normalised
+    row_norms: Tensor | None  # float32 [G, A], inverse norms of all anchors; None where these are no candidates
     boost: Tensor | None  # float32 [G]
-    stored_scale: Tensor | None  # float32 [G], see `Gradients.scale`
-    total: Tensor | None  # float32 [G, n, D], gradient of `tokens`; `result` itself where that is float32
+    factor: Tensor | None  # float32 [G], by which gradients are multiplied: removes the boost, see `Gradients.scale`
     result: Tensor | None  # [G, n, D], of `gradients.keys`
+    total: Tensor | None  # float32 [G, n, D], accumulator of many blocks; `result` itself where that is float32
+    added: AddedRows | None = None  # row gradients of the last block, which are not in `total`
     cut_offsets: dict[int, Tensor] = field(default_factory=dict)  # see `offsets_in`
 
     @staticmethod
@@ -107,25 +151,29 @@ class LayerGroup:
         sequence: SequenceSpan,
         products: Products,
         operations: RowOperations,
+        norms: Norms,
         upstream: Sequence[Tensor],
         gradients: Gradients,
+        accumulated: bool,
     ) -> LayerGroup:
         span = slice(*sequence.tokens)
         raw = tokens = piece(piece(problem.keys, 0, layers), 1, span)
-        norms = scale = operations.inverse_norms(raw)
-        boost, stored_scale = None, None if gradients.scale is None else gradients.scale[layers]
+        token_norms = scale = piece(piece(norms.tokens, 0, layers), 1, span)
+        row_norms = None if norms.rows is None else piece(norms.rows, 0, layers)
+        boost, factor = None, None if gradients.scale is None else gradients.scale[layers]
         if products.normalised:
-            tokens, scale = normalised(raw, norms), torch.ones_like(norms)
+            tokens, scale = normalised(raw, token_norms), torch.ones_like(token_norms)
             boost = fp16_boost([value[layers] for value in upstream], problem.temperature)
+        if boost is not None:
+            factor = 1 / boost if factor is None else factor / boost
         result = total = None
         if gradients.keys is not None:
             result = piece(piece(gradients.keys, 0, layers), 1, span)
-            total = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
-            if sequence.row_count == 0:
-                total.zero_()
+            if accumulated:
+                total = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
         return LayerGroup(
-            problem, layers, sequence, products, operations, gradients, raw, tokens, norms, scale, boost, stored_scale,
-            total, result,
+            problem, layers, sequence, products, operations, gradients, raw, tokens, token_norms, scale, row_norms,
+            boost, factor, result, total,
         )  # fmt: skip
 
     def block(self, rows: slice, blocks: Blocks, buffers: Buffers) -> RowBlock:
@@ -135,22 +183,20 @@ class LayerGroup:
         groups, _, width = self.tokens.shape
         count = rows.stop - rows.start
         anchors = shaped(buffers.anchors, groups, count, width)
-        if problem.keys is problem.embeddings:
-            source, index = self.tokens, own
-            scale = norms = self.token_scale.index_select(1, own)
+        if self.row_norms is not None:
+            self.operations.gather_rows(self.tokens, own, anchors)
+            norms = piece(self.row_norms, 1, rows)
         else:
-            source, index = piece(problem.embeddings, 0, self.layers), problem.rows.row_token[rows]
-            scale = norms = self.operations.inverse_norms(source.index_select(1, index))
+            source, index = piece(problem.embeddings, 0, self.layers), piece(problem.rows.row_token, 0, rows)
+            self.operations.gather_rows(source, index, anchors)
+            norms = self.operations.inverse_norms(anchors)
             if self.products.normalised:
-                source, index = normalised(source.index_select(1, index), norms), torch.arange(count).to(own)
-                scale = torch.ones_like(norms)
-        self.operations.gather_rows(source, index, anchors)
-        parts = [
-            Part(self.layers, part, slice(part.start - rows.start, part.stop - rows.start), self.sequence.frame_count,
-                 self.boost)
-            for part in slices(rows.start, rows.stop, blocks.part)
-        ]  # fmt: skip
-        row_gradient = shaped(buffers.row_gradient, groups, count, width) if self.gradients.any else None
+                anchors.copy_(normalised(anchors, norms))
+        scale = torch.ones_like(norms) if self.products.normalised else norms
+        parts = [buffers.part(self, part, rows) for part in slices(rows.start, rows.stop, blocks.part)]
+        row_gradient = None
+        if buffers.row_gradient is not None:
+            row_gradient = shaped(buffers.row_gradient, groups, count, width)
         offsets = problem.rows.frame_columns(self.sequence)
         return RowBlock(self, rows, parts, own, offsets, anchors, norms, scale, buffers, row_gradient)
 
@@ -163,21 +209,12 @@ class LayerGroup:
             self.cut_offsets[columns.start] = found
         return found
 
-    def rescale(self, gradient: Tensor) -> None:
-        """Remove the boost from [G, ., D], and apply the scale in which gradients are stored."""
-        if self.stored_scale is not None and self.boost is not None:
-            gradient.mul_((self.stored_scale / self.boost)[:, None, None])
-        elif self.boost is not None:
-            gradient.div_(self.boost[:, None, None])
-        elif self.stored_scale is not None:
-            gradient.mul_(self.stored_scale[:, None, None])
-
     def finish(self) -> None:
         """Apply the Jacobian of the normalisation to the accumulated gradient."""
-        if self.total is None or self.result is None:
-            return
-        self.rescale(self.total)
-        self.operations.project_gradient(self.total, self.raw, self.token_norms, self.result, self.products.normalised)
+        if self.total is not None and self.result is not None:
+            self.operations.project_gradient(
+                self.total, self.raw, self.token_norms, self.result, self.products.normalised, self.factor, self.added
+            )
 
 
 @dataclass
@@ -198,17 +235,26 @@ class RowBlock:
 
     def chunk(self, part: Part, columns: slice) -> RowChunk:
         """Similarities of some rows with some columns."""
-        group, problem = self.group, self.group.problem
+        group = self.group
         tokens = piece(group.tokens, 1, columns)  # [G, c, D]
-        offsets, own, token_scale = self.frame_columns, self.own, group.token_scale
-        if tokens is not group.tokens:  # not all columns
-            offsets, own, token_scale = group.offsets_in(columns), self._own_in(columns), piece(token_scale, 1, columns)
-        anchors, row_scale = self.anchors, self.row_scale
-        if len(self.parts) > 1:
-            own = piece(own, 0, part.local)
-            anchors, row_scale = piece(anchors, 1, part.local), piece(row_scale, 1, part.local)
-        similarity = shaped(self.buffers.similarity, tokens.shape[0], anchors.shape[1], tokens.shape[1])
-        group.products.similarity(anchors, tokens, out=similarity)
+        if part.anchors is None:
+            part.anchors = piece(self.anchors, 1, part.local)
+        row_scale, token_scale = piece(self.row_scale, 1, part.local), piece(group.token_scale, 1, columns)
+        chunk = part.chunks.get(columns.start)
+        if chunk is None:
+            similarity = shaped(self.buffers.similarity, tokens.shape[0], part.anchors.shape[1], tokens.shape[1])
+            chunk = part.chunks[columns.start] = self._new_chunk(part, columns, similarity, row_scale, token_scale)
+        chunk.row_scale, chunk.token_scale = row_scale, token_scale
+        group.products.similarity(part.anchors, tokens, out=chunk.similarity)
+        return chunk
+
+    def _new_chunk(
+        self, part: Part, columns: slice, similarity: Tensor, row_scale: Tensor, token_scale: Tensor
+    ) -> RowChunk:
+        group, problem = self.group, self.group.problem
+        offsets, own = self.frame_columns, self.own
+        if columns.stop - columns.start < group.sequence.token_count:
+            offsets, own = group.offsets_in(columns), self._own_in(columns)
         first_token = group.sequence.tokens[0]
         span = slice(first_token + columns.start, first_token + columns.stop)
         return RowChunk(
@@ -216,7 +262,7 @@ class RowBlock:
             row_scale=row_scale,
             token_scale=token_scale,
             temperature=problem.temperature,
-            own_column=own,
+            own_column=piece(own, 0, part.local),
             exclude_own=problem.exclude_own,
             frame_offsets=offsets,
             first_token=span.start,
@@ -237,7 +283,7 @@ class RowBlock:
         return shaped(self.buffers.x, groups, rows, columns.stop - columns.start)
 
     def multiply(self, x: Tensor, columns: slice) -> None:
-        """Both products with `X`: the gradient of the rows, and that of the columns."""
+        """The product of `X` and the candidates: the gradient of the rows. Adds that of the columns to `total`."""
         group, tokens = self.group, piece(self.group.tokens, 1, columns)
         assert self.row_gradient is not None
         group.products.row_gradient(x, tokens, out=self.row_gradient, accumulate=columns.start > 0)
@@ -246,7 +292,7 @@ class RowBlock:
             group.products.token_gradient(x, self.anchors, out=piece(group.total, 1, columns), accumulate=later)
 
     def finish(self, radial: list[Tensor]) -> None:
-        """Add the gradient of the rows where it belongs."""
+        """Use the gradient of the rows: for the temperature, for anchors that are no candidates, for `total`."""
         group, row_gradient = self.group, self.row_gradient
         assert row_gradient is not None
         gradients, problem = group.gradients, group.problem
@@ -254,15 +300,41 @@ class RowBlock:
             per_layer = (self.anchors * row_gradient).sum((1, 2))  # [G]
             radial.append((per_layer if group.boost is None else per_layer / group.boost).sum())
         if problem.keys is problem.embeddings:
-            if group.total is not None:
+            if self.rows.stop == group.sequence.rows[1]:  # the last block: `project_gradient` adds them
+                group.added = self._added_rows(row_gradient)
+            elif group.total is not None:
                 group.operations.add_rows(row_gradient, self.own, group.total)
         elif gradients.embeddings is not None:
-            group.rescale(row_gradient)
             tokens = problem.rows.row_token[self.rows]
             raw = problem.embeddings[group.layers].index_select(1, tokens)
             unit = group.products.normalised
-            group.operations.project_gradient(row_gradient, raw, self.row_norms, row_gradient, unit)
+            group.operations.project_gradient(row_gradient, raw, self.row_norms, row_gradient, unit, group.factor)
             gradients.embeddings[group.layers].index_copy_(1, tokens, row_gradient.to(gradients.embeddings.dtype))
+
+    def _added_rows(self, row_gradient: Tensor) -> AddedRows:
+        """The gradients of these rows, and the row of each token of the sequence; negative: none of these rows."""
+        sequence = self.group.sequence
+        of_token = piece(self.group.problem.rows.token_row, 0, slice(*sequence.tokens))
+        first = self.rows.start - sequence.rows[0]
+        return AddedRows(row_gradient, of_token - first if first else of_token)
+
+    def write_panels(self, x: Tensor, size: int) -> None:
+        """The whole gradient of the candidates, `size` of them at a time; this block has all rows and columns."""
+        group, result = self.group, self.group.result
+        if result is None:
+            return
+        for columns in slices(0, group.sequence.token_count, size):
+            out = panel = piece(result, 1, columns)
+            if self.buffers.panel is not None:
+                panel = shaped(self.buffers.panel, *out.shape)
+            group.products.token_gradient(piece(x, 2, columns), self.anchors, out=panel, accumulate=False)
+            added = group.added
+            if added is not None:
+                added = AddedRows(added.rows, piece(added.of_token, 0, columns))
+            group.operations.project_gradient(
+                panel, piece(group.raw, 1, columns), piece(group.token_norms, 1, columns), out,
+                group.products.normalised, group.factor, added,
+            )  # fmt: skip
 
 
 def normalised(embeddings: Tensor, inverse_norm: Tensor) -> Tensor:

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from . import rows_torch
-from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, MatchTerms, RowChunk, TermWeights
+from .chunk import (
+    AddedRows,
+    ChunkMatches,
+    FrameStatistics,
+    FrameUpstream,
+    MatchTerms,
+    PartMemory,
+    RowChunk,
+    TermWeights,
+)
 from .rows_torch import add_rows, gather_rows
 
 __all__ = [
@@ -41,13 +50,16 @@ def inverse_norms(embeddings: Tensor) -> Tensor:
     if embeddings.dtype == torch.float16:
         return rows_torch.inverse_norms(embeddings)
     out = torch.empty(embeddings.shape[:-1], dtype=torch.float32)
-    for layer, norms in zip(_dense_rows(embeddings), out, strict=True):
-        _rows.inverse_norms(_bits(layer), norms.numpy(), _threads())
+    for layer, norms in zip(embeddings, out, strict=True):
+        _rows.inverse_norms(_bits(_dense_rows(layer)), norms.numpy(), _threads())
     return out
 
 
 def frame_statistics(
-    chunk: RowChunk, matches: ChunkMatches | None, previous: FrameStatistics | None
+    chunk: RowChunk,
+    matches: ChunkMatches | None,
+    previous: FrameStatistics | None,
+    memory: PartMemory | None = None,
 ) -> FrameStatistics:
     cells = 1, chunk.own_column.shape[0], chunk.frame_offsets.shape[0] - 1
     lse = torch.empty(cells)
@@ -65,7 +77,11 @@ def frame_statistics(
 
 
 def loss_terms(
-    statistics: FrameStatistics, matches: ChunkMatches, weights: TermWeights | None, terms: MatchTerms
+    statistics: FrameStatistics,
+    matches: ChunkMatches,
+    weights: TermWeights | None,
+    terms: MatchTerms,
+    memory: PartMemory | None = None,
 ) -> FrameUpstream | None:
     upstream = None
     if weights is not None:
@@ -93,13 +109,25 @@ def similarity_gradient(
     )  # fmt: skip
 
 
-def project_gradient(gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor, of_unit: bool) -> None:
-    if torch.float16 in (embeddings.dtype, out.dtype):
-        rows_torch.project_gradient(gradient, embeddings, inverse_norm, out, of_unit)
+def project_gradient(
+    gradient: Tensor,
+    embeddings: Tensor,
+    inverse_norm: Tensor,
+    out: Tensor,
+    of_unit: bool,
+    factor: Tensor | None = None,
+    added: AddedRows | None = None,
+) -> None:
+    if factor is not None or torch.float16 in (embeddings.dtype, out.dtype):  # only float16 has a factor
+        rows_torch.project_gradient(gradient, embeddings, inverse_norm, out, of_unit, factor, added)
         return
-    layers = zip(gradient, _dense_rows(embeddings), inverse_norm, out, strict=True)
-    for u, layer, norms, to in layers:
-        _rows.project_gradient(u.numpy(), _bits(layer), norms.numpy(), _bits(to), of_unit, _threads())
+    of_token = None if added is None else added.of_token.numpy()
+    rows = [None] * len(gradient) if added is None else [layer.numpy() for layer in added.rows]
+    layers = zip(gradient, _dense_rows(embeddings), inverse_norm, out, rows, strict=True)
+    for u, layer, norms, to, of_layer in layers:
+        _rows.project_gradient(
+            u.numpy(), _bits(layer), norms.numpy(), _bits(to), of_unit, of_layer, of_token, _threads()
+        )  # fmt: skip
 
 
 def _chunk(chunk: RowChunk) -> object:

@@ -136,15 +136,24 @@ def targets_at(first, count, slot, target, first_token, columns):
 
 
 @jit
+def of_lane(terms, ALIGN: tl.constexpr):
+    """Sums of the `ALIGN` columns that a lane loads at once: [R, c] -> [R, c / ALIGN], in registers."""
+    if ALIGN == 1:
+        return terms
+    return tl.sum(tl.reshape(terms, [terms.shape[0], terms.shape[1] // ALIGN, ALIGN]), 2)
+
+
+@jit
 def bounded_sums(
     line, norms, scale, size, c, values, known,
-    VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`lse`, `known_lse`, expected values, peak and its offset in the frame, with the reference `c`."""
     offset = tl.arange(0, BLOCK_COLUMNS)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    known_total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    moment = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # of a single value
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // ALIGN], tl.float32)
+    known_total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // ALIGN], tl.float32)
+    moment = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // ALIGN], tl.float32)  # of a single value
     slot = tl.arange(0, PADDED_VALUES)
     moments = tl.zeros([BLOCK_ROWS, PADDED_VALUES], tl.float32)  # of several
     top = tl.full([BLOCK_ROWS, BLOCK_COLUMNS], float("-inf"), tl.float32)
@@ -157,13 +166,13 @@ def bounded_sums(
         bias = tl.where(inside, c, float("inf"))
         y = exponent(x, scale[:, None] * norm[None, :], bias[None, :])
         e = tl.exp2(y)
-        total += e
+        total += of_lane(e, ALIGN)
         for v in tl.static_range(VALUES):
             is_known, value = known_at(known, values, column, inside, v, VALUES)
             if v == 0:
-                known_total += e * tl.where(is_known, 1.0, 0.0)[None, :]
+                known_total += of_lane(e * tl.where(is_known, 1.0, 0.0)[None, :], ALIGN)
             if VALUES == 1:
-                moment += e * value[None, :]
+                moment += of_lane(e * value[None, :], ALIGN)
             else:
                 part = tl.sum(e * value[None, :], 1)
                 moments += tl.where(slot[None, :] == v, part[:, None], 0.0)
@@ -263,7 +272,7 @@ def frame_statistics(
         known = tl.multiple_of(known + begin, ALIGN)
     if c <= LARGEST_BOUND:
         all_, known_, mean, top, at = bounded_sums(
-            line, norms, scale, size, c, values, known, VALUES, PADDED_VALUES, BLOCK_ROWS, BLOCK_COLUMNS
+            line, norms, scale, size, c, values, known, VALUES, PADDED_VALUES, ALIGN, BLOCK_ROWS, BLOCK_COLUMNS
         )
     else:
         all_, known_, mean, top, at = online_sums(

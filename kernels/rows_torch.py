@@ -33,7 +33,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, MatchTerms, RowChunk, TermWeights
+from .chunk import (
+    AddedRows,
+    ChunkMatches,
+    FrameStatistics,
+    FrameUpstream,
+    MatchTerms,
+    PartMemory,
+    RowChunk,
+    TermWeights,
+)
 
 NORM_FLOOR = 1e-12
 NOTHING = float("-inf")  # the log of an empty sum
@@ -48,6 +57,7 @@ def frame_statistics(
     chunk: RowChunk,
     matches: ChunkMatches | None,
     previous: FrameStatistics | None,  # of the same rows over earlier columns; merged into the result
+    memory: PartMemory | None = None,  # not used here, nor by `rows_cpp`
 ) -> FrameStatistics:
     """Log-sum-exp, expected value and arg-max of each row over each frame; writes `matches.positive`.
 
@@ -103,6 +113,7 @@ def loss_terms(
     matches: ChunkMatches,
     weights: TermWeights | None,
     terms: MatchTerms,
+    memory: PartMemory | None = None,
 ) -> FrameUpstream | None:
     """Write both loss terms of every match of these rows; with `weights`, return the upstream gradients.
 
@@ -189,20 +200,28 @@ def add_rows(rows: Tensor, columns: Tensor, out: Tensor) -> None:
 
 
 def project_gradient(
-    gradient: Tensor,  # float32 [..., n, D], may be `out`
-    embeddings: Tensor,  # [..., n, D]
-    inverse_norm: Tensor,  # [..., n]
+    gradient: Tensor,  # float32 [G, n, D], may be `out`; the fast versions may overwrite it
+    embeddings: Tensor,  # [G, n, D]
+    inverse_norm: Tensor,  # [G, n]
     out: Tensor,
     of_unit: bool,
+    factor: Tensor | None = None,  # float32 [G], contiguous
+    added: AddedRows | None = None,
 ) -> None:
-    """`out = u - e_hat (e_hat . u)`, in the element type of `out`.
+    """`out = u - e_hat (e_hat . u)`, in the element type of `out`, with `u = factor (gradient + added)`.
 
     `u` is the gradient of the raw embeddings as if norms were constants; with `of_unit`, that of the normalised ones.
     """
+    u = gradient
+    if added is not None:
+        at = added.of_token
+        u = u + torch.where((at >= 0)[:, None], added.rows[:, at.clamp(min=0)], 0.0)
+    if factor is not None:
+        u = u * factor[:, None, None]
     unit = embeddings.float() * inverse_norm[..., None]
-    radial = (unit * gradient).sum(-1, keepdim=True)
+    radial = (unit * u).sum(-1, keepdim=True)
     clamped = inverse_norm[..., None] >= 1.0 / NORM_FLOOR
-    tangent = gradient - torch.where(clamped, 0.0, radial) * unit
+    tangent = u - torch.where(clamped, 0.0, radial) * unit
     out.copy_(tangent * inverse_norm[..., None] if of_unit else tangent)
 
 
@@ -216,7 +235,7 @@ def _scaled(chunk: RowChunk) -> Tensor:
 
 def _pairs(chunk: RowChunk, matches: ChunkMatches) -> Iterator[tuple[int, int, int]]:
     """(sorted position, row, column) of the matches whose target is in the chunk."""
-    for at in range(*matches.positions):
+    for at in range(int(matches.start[0]), int(matches.start[-1])):
         row, column = int(matches.row[at]) - matches.first_row, int(matches.target[at]) - chunk.first_token
         if 0 <= column < chunk.similarity.shape[-1]:
             yield at, row, column

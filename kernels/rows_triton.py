@@ -11,6 +11,7 @@ Rows of a chunk must be dense: their numbers, their norms and the values of a to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,16 @@ from torch import Tensor
 from . import gradient_kernels as gradients
 from . import rows_kernels as device
 from . import vector_kernels as vectors
-from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, MatchTerms, RowChunk, TermWeights
+from .chunk import (
+    AddedRows,
+    ChunkMatches,
+    FrameStatistics,
+    FrameUpstream,
+    MatchTerms,
+    PartMemory,
+    RowChunk,
+    TermWeights,
+)
 from .triton_launch import Tile, cdiv, launch, power_of_two, tl
 
 # The passes over similarities: 128 columns are 16 bytes a lane, where frames begin at multiples of 4. With one warp to
@@ -59,58 +69,69 @@ def inverse_norms(embeddings: Tensor) -> Tensor:
 
 
 def frame_statistics(
-    chunk: RowChunk, matches: ChunkMatches | None, previous: FrameStatistics | None
+    chunk: RowChunk,
+    matches: ChunkMatches | None,
+    previous: FrameStatistics | None,
+    memory: PartMemory | None = None,
 ) -> FrameStatistics:
     """Log-sum-exp, expected value and arg-max of each row over each frame; writes `matches.positive`.
 
     Overwrites similarities that are left out. The memory of `previous` takes the result.
     """
-    groups, rows, columns = chunk.similarity.shape
-    frames, width = chunk.frame_offsets.shape[0] - 1, _value_width(chunk)
+    shared = _Shared.of(chunk)
+    groups, rows, columns, frames, width = shared.sizes
     ignored = matches is not None and matches.definition.ignores_targets
-    similarity, runs = _similarity_arguments(chunk), _run_arguments(chunk, matches)
-    own_column = chunk.own_column if chunk.exclude_own else None
-    if matches is not None or own_column is not None:
+    runs = _run_arguments(matches)
+    if matches is not None or shared.own_column is not None:
         launch(
-            device.prepare, (cdiv(rows, MATCH_TILE.rows), groups), MATCH_TILE,
-            *similarity, own_column, *runs, rows, columns,
-            form=(own_column is None, matches is None),
+            device.prepare, (cdiv(rows, MATCH_TILE.rows), groups, 1), MATCH_TILE,
+            *shared.similarity, shared.own_column, *runs, chunk.first_token, rows, columns,
+            form=(shared.own_column is None, matches is None),
             IGNORED=ignored,
         )  # fmt: skip
-    tile, statistics = _tile_of(chunk), previous
+    memory = memory or PartMemory()
+    statistics = previous or memory.statistics
     if statistics is None:
-        statistics = _empty_statistics(groups, rows, frames, width, ignored, chunk.similarity.device)
+        statistics = memory.statistics = _empty_statistics(chunk.similarity, (groups, rows, frames), width, ignored)
     launch(
-        device.frame_statistics, (cdiv(rows, tile.rows) * frames, groups), tile,
-        *similarity, *_value_arguments(chunk, width), *runs,
+        device.frame_statistics, shared.grid, shared.tile,
+        *shared.similarity, *shared.values, *runs, chunk.first_token,
         *statistics[:5], statistics.negative_lse if ignored else None, rows, frames,
         form=(matches is None, ignored),
         VALUES=width, PADDED_VALUES=power_of_two(width),
         EVERY_FRAME=matches is None or matches.definition.every_frame, MERGED=previous is not None,
-        ALIGN=_chunk_alignment(chunk),
+        ALIGN=shared.align,
     )  # fmt: skip
     return statistics
 
 
 def loss_terms(
-    statistics: FrameStatistics, matches: ChunkMatches, weights: TermWeights | None, terms: MatchTerms
+    statistics: FrameStatistics,
+    matches: ChunkMatches,
+    weights: TermWeights | None,
+    terms: MatchTerms,
+    memory: PartMemory | None = None,
 ) -> FrameUpstream | None:
     """Write both loss terms of every match of these rows; with `weights`, return the upstream gradients."""
     groups, rows, frames = statistics.lse.shape
     width, definition = statistics.expected.shape[-1], matches.definition
     upstream, pull = None, None if weights is None else matches.pull
     if pull is not None:
-        upstream = FrameUpstream(torch.empty_like(statistics.lse), torch.empty_like(statistics.expected))
+        memory = memory or PartMemory()
+        upstream = memory.upstream
+        if upstream is None:
+            upstream = FrameUpstream(torch.empty_like(statistics.lse), torch.empty_like(statistics.expected))
+            memory.upstream = upstream
     tile = _frame_tile(frames)
     launch(
-        gradients.loss_terms, (cdiv(rows, tile.rows), groups), tile,
+        gradients.loss_terms, (cdiv(rows, tile.rows), groups, 1), tile,
         statistics.lse, statistics.negative_lse, statistics.expected, statistics.best, statistics.peak,
         matches.start, matches.longest, matches.order, matches.depth, matches.has_depth,
-        matches.positive, matches.positive.stride(0),
+        matches.positive, matches.positive.stride()[0],
         *((None, 0, 0, None, 0, 0) if weights is None else
           (weights.corr, *weights.corr.stride(), weights.depth, *weights.depth.stride())),
-        *terms, terms.corr.stride(0),
-        *((None, 0, None, None) if upstream is None or pull is None else (pull, pull.stride(0), *upstream)),
+        *terms, terms.corr.stride()[0],
+        *((None, 0, None, None) if upstream is None or pull is None else (pull, pull.stride()[0], *upstream)),
         rows, frames, float(definition.eps),
         form=(weights is None, upstream is None),
         VALUES=width, SEQUENCE_NEGATIVES=definition.every_frame, IGNORED=definition.ignores_targets,
@@ -126,20 +147,20 @@ def similarity_gradient(
     out: Tensor,  # [G, R, n], in the element type of the matrix products; may be `chunk.similarity` itself
 ) -> None:
     """Write `dL/dx`. With `matches`, each adds `matches.pull` at its target's column."""
-    groups, rows, _ = chunk.similarity.shape
-    frames, width = chunk.frame_offsets.shape[0] - 1, _value_width(chunk)
-    start, longest, target, positive, positive_g, first_token = _run_arguments(chunk, matches)
-    pull, tile = None if matches is None else matches.pull, _tile_of(chunk)
+    shared = _Shared.of(chunk)
+    _, rows, _, frames, width = shared.sizes
+    pull, element = None if matches is None else matches.pull, out.dtype
+    out_g, out_pitch, _ = out.stride()
+    places = shared.align | _places(out)
     launch(
-        gradients.similarity_gradient, (cdiv(rows, tile.rows) * frames, groups), tile,
-        *_similarity_arguments(chunk), chunk.own_column if chunk.exclude_own else None,
-        *_value_arguments(chunk, width),
+        gradients.similarity_gradient, shared.grid, shared.tile,
+        *shared.similarity, shared.own_column, *shared.values,
         statistics.negative_lse, statistics.known_lse, statistics.expected, *upstream,
-        start, longest, target, positive, positive_g, pull, 0 if pull is None else pull.stride(0), first_token,
-        out, *out.stride()[:2], rows, frames,
-        form=(out.dtype, chunk.exclude_own, matches is None, pull is None),
+        *_run_arguments(matches), pull, 0 if pull is None else pull.stride()[0], chunk.first_token,
+        out, out_g, out_pitch, rows, frames,
+        form=(element, chunk.exclude_own, matches is None, pull is None),
         VALUES=width, IGNORED=matches is not None and matches.definition.ignores_targets,
-        CLAMPED=out.dtype == torch.float16, ALIGN=_chunk_alignment(chunk, out),
+        CLAMPED=element == torch.float16, ALIGN=places & -places,
     )  # fmt: skip
 
 
@@ -171,62 +192,99 @@ def add_rows(rows: Tensor, columns: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def project_gradient(gradient: Tensor, embeddings: Tensor, inverse_norm: Tensor, out: Tensor, of_unit: bool) -> None:
-    """`out = u - e_hat (e_hat . u)`, in the element type of `out`; `gradient` [.., n, D] is `u`, and may be `out`."""
-    if gradient.dim() == 2:
-        gradient, embeddings, inverse_norm, out = (t[None] for t in (gradient, embeddings, inverse_norm, out))
+def project_gradient(
+    gradient: Tensor,
+    embeddings: Tensor,
+    inverse_norm: Tensor,
+    out: Tensor,
+    of_unit: bool,
+    factor: Tensor | None = None,
+    added: AddedRows | None = None,
+) -> None:
+    """`out = u - e_hat (e_hat . u)`, in the element type of `out`, with `u = factor (gradient + added)` [G, n, D]."""
     groups, tokens, width = gradient.shape
     tile, strides = _row_tile(width), embeddings.stride()
+    matrices = (gradient, embeddings, out) if added is None else (gradient, embeddings, out, added.rows)
     launch(
         vectors.project_gradient, (cdiv(tokens, tile.rows), groups), tile,
-        gradient, *gradient.stride()[:2], embeddings, *strides, inverse_norm, inverse_norm.stride(0),
+        gradient, *gradient.stride()[:2], embeddings, *strides, inverse_norm, inverse_norm.stride(0), factor,
+        *((None, 0, 0, None) if added is None else (added.rows, *added.rows.stride()[:2], added.of_token)),
         out, *out.stride()[:2], tokens, width,
-        form=(gradient.dtype, embeddings.dtype, out.dtype),
+        form=(gradient.dtype, embeddings.dtype, out.dtype, factor is None, added is None),
         OF_UNIT=of_unit, CLAMPED=out.dtype == torch.float16, DENSE=strides[2] == 1,
-        ALIGN=_alignment(width, gradient, embeddings, out) if strides[2] == 1 else 1, WHOLE=width <= tile.columns,
+        ALIGN=_alignment(width, *matrices) if strides[2] == 1 else 1, WHOLE=width <= tile.columns,
     )  # fmt: skip
 
 
-def _empty_statistics(
-    groups: int, rows: int, frames: int, width: int, ignored: bool, device: torch.device
-) -> FrameStatistics:
+def _empty_statistics(like: Tensor, cells: tuple[int, int, int], width: int, ignored: bool) -> FrameStatistics:
     """Uninitialised memory for the statistics, which a kernel writes."""
-
-    lse = torch.empty((groups, rows, frames), dtype=torch.float32, device=device)
-    known_lse, peak = torch.empty_like(lse), torch.empty_like(lse)
-    expected = lse.new_empty((groups, rows, frames, width))
-    best = torch.empty_like(lse, dtype=torch.int64)
+    lse = like.new_empty(cells)
+    known_lse, peak, best = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int64)
+    expected = lse.new_empty((*cells, width))
     return FrameStatistics(lse, known_lse, expected, best, peak, torch.empty_like(lse) if ignored else lse)
 
 
-def _value_width(chunk: RowChunk) -> int:
-    """V, the numbers attached to each token."""
-    return 0 if chunk.values is None or chunk.known is None else chunk.values.shape[1]
+@dataclass(slots=True)
+class _Shared:
+    """What the launches for a chunk have in common. Only the norms change, from one layer to the next."""
+
+    sizes: tuple[int, int, int, int, int]  # G, R, n, P, V
+    similarity: tuple[Any, ...]  # kernel arguments from `similarity` to `temperature`
+    own_column: Tensor | None
+    values: tuple[Any, ...]  # kernel arguments from `frame_offsets` to `known`
+    tile: Tile  # of a pass over similarities
+    grid: tuple[int, int, int]
+    places: int  # of all but `token_scale`; see `_places`
+    align: int  # the largest power of two that divides the places of all
+
+    @staticmethod
+    def of(chunk: RowChunk) -> _Shared:
+        shared = chunk.launches
+        if shared is None:
+            shared = chunk.launches = _Shared._prepared(chunk)
+        elif shared.similarity[3] is not chunk.row_scale or shared.similarity[5] is not chunk.token_scale:
+            shared.similarity, shared.align = _similarity_arguments(chunk), _aligned(chunk, shared.places)
+        return shared
+
+    @staticmethod
+    def _prepared(chunk: RowChunk) -> _Shared:
+        offsets, values, known = chunk.frame_offsets, chunk.values, chunk.known
+        groups, rows, columns = chunk.similarity.shape
+        frames = offsets.shape[0] - 1
+        width, places = 0, 4 | chunk.multiple | _places(chunk.similarity)
+        if values is not None and known is not None:
+            values = values.contiguous()
+            width, places = values.shape[1], places | values.data_ptr() // 4 | known.data_ptr()
+        tile = _cached_tile(groups * rows * frames, columns // max(1, frames))
+        return _Shared(
+            (groups, rows, columns, frames, width), _similarity_arguments(chunk),
+            chunk.own_column if chunk.exclude_own else None,
+            (offsets, values, known) if width else (offsets, None, None),
+            tile, (cdiv(rows, tile.rows) * frames, groups, 1), places, _aligned(chunk, places),
+        )  # fmt: skip
 
 
 def _similarity_arguments(chunk: RowChunk) -> tuple[Any, ...]:
     """Kernel arguments from `similarity` to `temperature`."""
     similarity, row_scale, token_scale = chunk.similarity, chunk.row_scale, chunk.token_scale
     pitch_g, pitch, _ = similarity.stride()
-    return (
-        similarity, pitch_g, pitch, row_scale, row_scale.stride(0), token_scale, token_scale.stride(0),
-        chunk.temperature,
-    )  # fmt: skip
+    row_scale_g, _ = row_scale.stride()
+    token_scale_g, _ = token_scale.stride()
+    return similarity, pitch_g, pitch, row_scale, row_scale_g, token_scale, token_scale_g, chunk.temperature
 
 
-def _value_arguments(chunk: RowChunk, width: int) -> tuple[Any, ...]:
-    """Kernel arguments from `frame_offsets` to `known`."""
-    if width == 0 or chunk.values is None:
-        return chunk.frame_offsets, None, None
-    return chunk.frame_offsets, chunk.values.contiguous(), chunk.known
+def _aligned(chunk: RowChunk, places: int) -> int:
+    """The largest power of two that divides `places` and those of `token_scale`."""
+    places |= chunk.token_scale.stride()[0] | chunk.token_scale.data_ptr() // 4
+    return places & -places
 
 
-def _run_arguments(chunk: RowChunk, matches: ChunkMatches | None) -> tuple[Any, ...]:
-    """Kernel arguments from `run_start` to `first_token`."""
+def _run_arguments(matches: ChunkMatches | None) -> tuple[Any, ...]:
+    """Kernel arguments from `run_start` to `positive_g`."""
     if matches is None:
-        return None, 0, None, None, 0, chunk.first_token
+        return None, 0, None, None, 0
     positive = matches.positive
-    return matches.start, matches.longest, matches.target, positive, positive.stride(0), chunk.first_token
+    return matches.start, matches.longest, matches.target, positive, positive.stride()[0]
 
 
 @cache
@@ -236,18 +294,13 @@ def _frame_tile(frames: int) -> Tile:
     return Tile(rows=max(1, 64 // columns), columns=columns, warps=1)
 
 
-def _tile_of(chunk: RowChunk) -> Tile:
-    """The tile of a pass over similarities."""
-    groups, rows, columns = chunk.similarity.shape
-    frames = chunk.frame_offsets.shape[0] - 1
-    return _tile_for(groups * rows * frames, columns // max(1, frames))
-
-
-@cache
-def _tile_for(cells: int, frame: int) -> Tile:
+def tile_for(cells: int, frame: int) -> Tile:
     """For so many pairs of a row and a frame, with frames of about so many columns."""
     fitting = [tile for tile in ROW_TILES if tile.columns <= frame] or ROW_TILES[:1]
     return next((tile for tile in fitting if cells // tile.rows * tile.warps >= ENOUGH_WARPS), fitting[-1])
+
+
+_cached_tile = cache(tile_for)
 
 
 @cache
@@ -260,22 +313,14 @@ def _row_tile(width: int) -> Tile:
 
 def _alignment(width: int, *matrices: Tensor) -> int:
     """The largest power of two up to 8 that divides the place of every row, counted in numbers."""
-    bits = 8 | width
+    places = 8 | width
     for matrix in matrices:
         group, row, _ = matrix.stride()
-        bits |= group | row | matrix.data_ptr() // matrix.element_size()
-    return bits & -bits
+        places |= group | row | matrix.data_ptr() // matrix.element_size()
+    return places & -places
 
 
-def _chunk_alignment(chunk: RowChunk, *matrices: Tensor) -> int:
-    """The same up to 4, for the rows of a chunk and of `matrices`, and for what belongs to its columns."""
-    bits = 4 | chunk.multiple
-    if bits & 1:
-        return 1
-    for matrix in (chunk.similarity, *matrices):
-        group, row, _ = matrix.stride()
-        bits |= group | row | matrix.data_ptr() // matrix.element_size()
-    bits |= chunk.token_scale.stride(0) | chunk.token_scale.data_ptr() // 4
-    if chunk.values is not None and chunk.known is not None:
-        bits |= chunk.values.data_ptr() // 4 | chunk.known.data_ptr()
-    return bits & -bits
+def _places(matrix: Tensor) -> int:
+    """A number that a power of two divides if and only if it divides the place of every row, counted in numbers."""
+    group, row, _ = matrix.stride()
+    return group | row | matrix.data_ptr() // matrix.element_size()

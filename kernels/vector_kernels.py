@@ -57,15 +57,26 @@ def inverse_norms(
 @kernel("out", direct=True)
 def project_gradient(
     gradient, gradient_g: tl.int64, gradient_n: tl.int64, embeddings, stride_g: tl.int64, stride_n: tl.int64,
-    stride_d: tl.int64, inverse_norm, inverse_g: tl.int64, out, out_g: tl.int64, out_n: tl.int64, tokens, width,
+    stride_d: tl.int64, inverse_norm, inverse_g: tl.int64, factor, added, added_g: tl.int64, added_n: tl.int64,
+    of_token, out, out_g: tl.int64, out_n: tl.int64, tokens, width,
     OF_UNIT: tl.constexpr, CLAMPED: tl.constexpr, DENSE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_ROWS` tokens of one layer. `WHOLE` rows stay in registers; others are read a second time."""
+    """One program: `BLOCK_ROWS` tokens of one layer. `WHOLE` rows stay in registers; others are read a second time.
+
+    `factor` is None where it is 1; `added` and `of_token` are None where nothing is added.
+    """
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < tokens
     inverse = tl.load(inverse_norm + group * inverse_g + row, mask=row_mask, other=0.0)
+    by = 1.0
+    if factor is not None:
+        by = tl.load(factor + group)
+    at = row.to(tl.int64)
+    if of_token is not None:
+        at = tl.load(of_token + row, mask=row_mask, other=-1)
+    has_row, added_line = (at >= 0)[:, None], group * added_g + at[:, None] * added_n
     row = row.to(tl.int64)[:, None]
     u_line, e_line, out_line = (
         group * gradient_g + row * gradient_n, group * stride_g + row * stride_n, group * out_g + row * out_n
@@ -75,7 +86,7 @@ def project_gradient(
     for start in range(0, BLOCK_COLUMNS if WHOLE else width, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         mask = row_mask[:, None] & (column < width)[None, :]
-        u = load_rows(gradient, u_line, column, 1, mask, True, ALIGN)
+        u = load_sum(gradient, u_line, added, added_line, has_row, by, column, mask, ALIGN)
         unit = load_rows(embeddings, e_line, column, stride_d, mask, DENSE, ALIGN) * inverse[:, None]
         radial += tl.sum(unit * u, 1)
         if WHOLE:
@@ -84,9 +95,18 @@ def project_gradient(
         for start in range(0, width, BLOCK_COLUMNS):
             column = start + tl.arange(0, BLOCK_COLUMNS)
             mask = row_mask[:, None] & (column < width)[None, :]
-            u = load_rows(gradient, u_line, column, 1, mask, True, ALIGN)
+            u = load_sum(gradient, u_line, added, added_line, has_row, by, column, mask, ALIGN)
             unit = load_rows(embeddings, e_line, column, stride_d, mask, DENSE, ALIGN) * inverse[:, None]
             store_tangent(out, out_line, column, mask, u, unit, radial, inverse, OF_UNIT, CLAMPED, ALIGN)
+
+
+@jit
+def load_sum(gradient, line, added, added_line, has_row, by, column, mask, ALIGN: tl.constexpr):
+    """`by (gradient + added)`, for some rows."""
+    u = load_rows(gradient, line, column, 1, mask, True, ALIGN)
+    if added is not None:
+        u += load_rows(added, added_line, column, 1, mask & has_row, True, ALIGN)
+    return u * by
 
 
 @jit

@@ -58,16 +58,20 @@ class FusedLoss(torch.autograd.Function):
             gradients = FusedLoss._compute(ctx, *inputs)[5:]
         ctx.scaled = True
         scale, temperature_gradient, *others = gradients
-        return _input_gradients(ctx, 5, [temperature_gradient * upstream, *_scaled(others, upstream, scale)])
+        if ctx.needs_input_grad[5]:
+            temperature_gradient = temperature_gradient * upstream
+        return _input_gradients(ctx, 5, [temperature_gradient, *_scaled(others, upstream, scale)])
 
     @staticmethod
     def _compute(ctx: Any, layer_weights: Tensor, temperature: Tensor, *tensors: Tensor) -> list[Tensor]:
-        config = ctx.config
-        return operators.fused_loss(
-            *_split(tensors, ctx.with_keys), ctx.index.tensors(), temperature, layer_weights, _needs(ctx, 5),
-            config.corr_weight, config.depth_weight, ctx.reduction, config.negatives, config.other_targets, config.eps,
-            config.backend, config.workspace,
+        config, embeddings, keys = ctx.config, *_split(tensors, ctx.with_keys)
+        others = (
+            temperature, layer_weights, _needs(ctx, 5), config.corr_weight, config.depth_weight, ctx.reduction,
+            config.negatives, config.other_targets, config.eps, config.backend, config.workspace,
         )  # fmt: skip
+        if operators.traced():
+            return operators.fused_loss(embeddings, keys, ctx.index.tensors(), *others)
+        return operators.loss_and_gradients(embeddings, keys, ctx.index, *others)
 
 
 class UnreducedTerms(torch.autograd.Function):
@@ -92,7 +96,7 @@ class UnreducedTerms(torch.autograd.Function):
                 ctx, (None, None), [False] * 3, temperature, tensors
             )
         else:
-            corr, depth = (term.clone() for term in computed)
+            corr, depth = (term.detach() for term in computed)
             best, confidence = corr.new_empty(0, dtype=torch.int64), corr.new_empty(0)
         ctx.save_for_backward(temperature, *tensors)
         ctx.mark_non_differentiable(best, confidence)
@@ -113,11 +117,14 @@ class UnreducedTerms(torch.autograd.Function):
         temperature: Tensor,
         tensors: Sequence[Tensor],
     ) -> list[Tensor]:
-        config = ctx.config
-        return operators.unreduced_terms(
-            *_split(tensors, ctx.with_keys), ctx.index.tensors(), temperature, *weights, needs, config.negatives,
-            config.other_targets, config.eps, config.backend, config.workspace,
+        config, embeddings, keys = ctx.config, *_split(tensors, ctx.with_keys)
+        others = (
+            temperature, *weights, needs, config.negatives, config.other_targets, config.eps, config.backend,
+            config.workspace,
         )  # fmt: skip
+        if operators.traced():
+            return operators.unreduced_terms(embeddings, keys, ctx.index.tensors(), *others)
+        return operators.terms_and_gradients(embeddings, keys, ctx.index, *others)
 
 
 class FrameMatching(torch.autograd.Function):

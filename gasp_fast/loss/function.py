@@ -127,11 +127,12 @@ def gasp_loss(
         per_layer = layer_losses(corr.detach(), depth.detach(), shares)
         return GaspOutput(loss, corr, depth, *per_layer, metrics, config.backend)
     corr_layers, depth_layers = layer_losses(corr, depth, shares)  # [L]
-    layer_loss = config.corr_weight * corr_layers + config.depth_weight * depth_layers
-    if loss is None:
-        loss = (layer_weights * layer_loss).sum()
-    elif layer_weights.requires_grad:  # the fused loss has no gradient for them: this adds 0 and their gradient
-        loss = loss + ((layer_weights - layer_weights.detach()) * layer_loss.detach()).sum()
+    if loss is None or layer_weights.requires_grad:
+        layer_loss = config.corr_weight * corr_layers + config.depth_weight * depth_layers
+        if loss is None:
+            loss = (layer_weights * layer_loss).sum()
+        else:  # the fused loss has no gradient for them: this adds 0 and their gradient
+            loss = loss + ((layer_weights - layer_weights.detach()) * layer_loss.detach()).sum()
     return GaspOutput(
         loss=loss,
         corr=(layer_weights * corr_layers).sum(),

@@ -11,6 +11,9 @@ Operators take tensors and plain numbers, so an index is passed as the list of i
 fields. None is differentiable by itself: `autograd.py` defines their gradients. Every operation that rounds is inside,
 so a compiler that folds or reorders arithmetic around the operators cannot change a gradient.
 
+Where nothing traces the program, `loss_and_gradients` and `terms_and_gradients` are called directly. An operator of
+Python costs the host 50 microseconds, and makes a new index, which has to read its numbers again.
+
 Embeddings come as a list: either one tensor [L, N, D] or L tensors [N, D]. Neither form is copied into the other. Keys
 come in the same form; an empty list means that the embeddings are the keys. `workspace` is in MiB.
 """
@@ -40,6 +43,11 @@ from .arguments import layer_count
 from .reduction import term_weights
 
 
+def traced() -> bool:
+    """Whether a compiler or a dispatch mode (fake tensors, operation counters) watches the operations of PyTorch."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 @torch.library.custom_op("gasp_fast::fused_loss", mutates_args=())
 def fused_loss(
     embeddings: Sequence[Tensor],
@@ -59,15 +67,38 @@ def fused_loss(
 ) -> list[Tensor]:
     """[loss, corr, depth, best, confidence, scale, dtemperature, *dembeddings, *dkeys]; gradients as far as needed.
 
-    Gradients of layer l are multiplied by `scale[l]`; it is not 1 for float16 only.
+    The gradient of the temperature is empty where it is not needed.
+    Gradients of layer l are multiplied by `scale[l]`, which float16 needs; `scale` is empty for other types.
     """
-    match_index = MatchIndex.from_tensors(list(index))
-    weights = term_weights(match_index, layer_weights, corr_weight, depth_weight, reduction)  # [L, M]
+    return loss_and_gradients(
+        embeddings, keys, MatchIndex.from_tensors(list(index)), temperature, layer_weights, needs, corr_weight,
+        depth_weight, reduction, negatives, other_targets, eps, backend, workspace,
+    )  # fmt: skip
+
+
+def loss_and_gradients(
+    embeddings: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    index: MatchIndex,
+    temperature: Tensor,
+    layer_weights: Tensor,
+    needs: Sequence[bool],
+    corr_weight: float,
+    depth_weight: float,
+    reduction: str,
+    negatives: str,
+    other_targets: str,
+    eps: float,
+    backend: str,
+    workspace: int | None,
+) -> list[Tensor]:
+    """What `fused_loss` returns."""
+    weights = term_weights(index, layer_weights, corr_weight, depth_weight, reduction)  # [L, M]
     stacks = Stacks(list(embeddings), list(keys))
     terms, gradients = _terms_and_gradients(
-        stacks, match_index, temperature, weights if any(needs) else None,
+        stacks, index, temperature, weights if any(needs) else None,
         TermDefinition(negatives, other_targets, eps), needs, backend, workspace,
-        scale := torch.ones_like(layer_weights, dtype=torch.float32),
+        scale := _new_scale(layer_weights, embeddings),
     )  # fmt: skip
     loss = (weights.corr * terms.corr + weights.depth * terms.depth).sum()
     return [loss, *terms, scale, *gradients]
@@ -79,7 +110,7 @@ def _(
     layer_weights: Tensor, needs: Sequence[bool], *_: Any,
 ) -> list[Tensor]:  # fmt: skip
     loss = embeddings[0].new_empty((), dtype=torch.float32)
-    scale = torch.empty_like(layer_weights, dtype=torch.float32)
+    scale = _new_scale(layer_weights, embeddings)
     return [loss, *_fake_terms(embeddings, index), scale, *_fake_gradients(embeddings, keys, temperature, needs)]
 
 
@@ -99,9 +130,30 @@ def unreduced_terms(
     workspace: int | None,
 ) -> list[Tensor]:
     """[corr, depth, best, confidence, dtemperature, *dembeddings, *dkeys]; gradients as far as needed."""
+    return terms_and_gradients(
+        embeddings, keys, MatchIndex.from_tensors(list(index)), temperature, corr_weights, depth_weights, needs,
+        negatives, other_targets, eps, backend, workspace,
+    )  # fmt: skip
+
+
+def terms_and_gradients(
+    embeddings: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    index: MatchIndex,
+    temperature: Tensor,
+    corr_weights: Tensor | None,
+    depth_weights: Tensor | None,
+    needs: Sequence[bool],
+    negatives: str,
+    other_targets: str,
+    eps: float,
+    backend: str,
+    workspace: int | None,
+) -> list[Tensor]:
+    """What `unreduced_terms` returns."""
     weights = None if corr_weights is None or depth_weights is None else TermWeights(corr_weights, depth_weights)
     terms, gradients = _terms_and_gradients(
-        Stacks(list(embeddings), list(keys)), MatchIndex.from_tensors(list(index)), temperature, weights,
+        Stacks(list(embeddings), list(keys)), index, temperature, weights,
         TermDefinition(negatives, other_targets, eps), needs, backend, workspace,
     )  # fmt: skip
     return [*terms, *gradients]
@@ -254,8 +306,16 @@ class GradientMemory:
         return Gradients(embeddings, keys, self.needs_temperature, None if self.scale is None else self.scale[layers])
 
     def tensors(self, temperature: Tensor) -> list[Tensor]:
-        total = torch.zeros_like(temperature) if self.temperature is None else self.temperature.to(temperature)
-        return [total, *self.embeddings, *self.keys]
+        gradient = _empty_gradient(temperature, needed=False)
+        if self.temperature is not None:
+            gradient = self.temperature.to(temperature)
+        return [gradient, *self.embeddings, *self.keys]
+
+
+def _new_scale(layer_weights: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
+    """Memory for the scale of the gradients: float32 [L] for float16, else [0]."""
+    layers = layer_weights.shape[0] if embeddings[0].dtype == torch.float16 else 0
+    return layer_weights.new_ones(layers, dtype=torch.float32)
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -275,6 +335,11 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def _empty_gradient(temperature: Tensor, needed: bool) -> Tensor:
+    """[], or [0] where the gradient of the temperature is not needed."""
+    return torch.empty_like(temperature) if needed else temperature.new_empty(0)
+
+
 def _fake_terms(embeddings: Sequence[Tensor], index: Sequence[Tensor]) -> list[Tensor]:
     matches = MatchIndex.from_tensors(list(index)).order.shape[0]
     corr = embeddings[0].new_empty((layer_count(embeddings), matches), dtype=torch.float32)
@@ -284,6 +349,6 @@ def _fake_terms(embeddings: Sequence[Tensor], index: Sequence[Tensor]) -> list[T
 def _fake_gradients(
     embeddings: Sequence[Tensor], keys: Sequence[Tensor], temperature: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
-    _, needs_embeddings, needs_keys = needs
+    needs_temperature, needs_embeddings, needs_keys = needs
     needed = [*(embeddings if needs_embeddings else []), *(keys if needs_keys else [])]
-    return [torch.empty_like(temperature), *map(_contiguous_like, needed)]
+    return [_empty_gradient(temperature, needs_temperature), *map(_contiguous_like, needed)]

@@ -25,10 +25,10 @@ class MatchShares(NamedTuple):
     @staticmethod
     def of(index: MatchIndex, reduction: str, dtype: torch.dtype) -> MatchShares:
         """Under "none" terms stay apart; the shares then serve the per-layer means."""
-        weight = index.weight.double()
         if reduction == "sum":
-            return MatchShares(weight.to(dtype), weight.to(dtype))
-        return MatchShares((weight / index.weight_total).to(dtype), (weight / index.depth_total).to(dtype))
+            weight = index.weight.to(dtype)
+            return MatchShares(weight, weight)
+        return MatchShares(index.corr_share.to(dtype), index.depth_share.to(dtype))
 
 
 def term_weights(

@@ -1,10 +1,19 @@
-"""Times the host's part of a call with one layer of 16 frames, without a GPU.
+"""Times the host's part of the Triton backend, without a GPU.
 
 Kernels are compiled for sm_90, but a driver that starts nothing takes the place of the GPU's, and each matrix product
 is one of 1 x 1. Other operations of PyTorch run on the CPU. So tensors are small, 144 rows and 256 tokens: at 2304 rows
 and 4096 tokens the same calls would take 25 microseconds more, for the arithmetic of `index_select` and for memory that
 the operating system maps, and on a GPU the host does neither. The number of blocks, parts, launches, products and
-allocations depends on neither size here. Prints a JSON object; with an argument, also where the time goes.
+allocations depends on neither size here.
+
+| figure     | what is timed                                                                                 |
+| ---------- | --------------------------------------------------------------------------------------------- |
+| `layer_us` | a call with one layer of 16 frames, whose rows are one block in one part                      |
+| `part_us`  | each part of a call with 28 layers of bf16, whose rows are one block in four parts            |
+| `call_us`  | `gasp_loss` with one layer, forward and backward                                              |
+
+`ratio` and `part_ratio` are the first two, divided by the time of one product of 1 x 1 matrices. Prints a JSON object;
+with an argument, also where the time goes.
 """
 
 import cProfile
@@ -13,7 +22,7 @@ import pstats
 import sys
 import time
 from collections.abc import Callable
-from statistics import median
+from dataclasses import replace
 
 import torch
 import triton.compiler.compiler as compiler
@@ -21,13 +30,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gasp_fast.kernels import rows_triton
+import gasp_fast
+from gasp_fast.kernels import chunked, engines, rows_triton, scaling
+from gasp_fast.kernels.blocks import Blocks, Sizes, blocks_for
 from gasp_fast.kernels.chunk import MatchTerms, Problem, TermDefinition, TermWeights
 from gasp_fast.kernels.chunked import ChunkedEngine, Gradients
-from gasp_fast.kernels.index import MatchIndex
 from gasp_fast.kernels.products import Products
 
 ROWS, FRAMES, PER_FRAME, WIDTH, MATCHES = 144, 16, 16, 16, 1250
+LAYERS, PARTS = 28, 4  # of the second figure
 SMALL = torch.zeros(1, 1)
 started = 0
 
@@ -60,7 +71,13 @@ def small_product(*arguments: Tensor, **options: object) -> None:
     torch.mm(SMALL, SMALL, out=SMALL)
 
 
-def one_layer() -> Callable[[], object]:
+def blocks_in_parts(sizes: Sizes, workspace: int) -> Blocks:
+    """Blocks of one layer; those of a call with several layers have several parts."""
+    blocks = blocks_for(sizes, workspace)
+    return blocks if sizes.layers == 1 else replace(blocks, part=blocks.rows // PARTS)
+
+
+def some_matches() -> gasp_fast.Matches:
     generator = torch.Generator().manual_seed(0)
     tokens = FRAMES * PER_FRAME
     rows = torch.randperm(tokens, generator=generator)[:ROWS]
@@ -68,34 +85,49 @@ def one_layer() -> Callable[[], object]:
     anchor[:ROWS] = rows  # each is a row
     target = torch.randint(tokens - PER_FRAME, (MATCHES,), generator=generator)
     target += PER_FRAME * (target >= anchor // PER_FRAME * PER_FRAME)  # in another frame
-    index = MatchIndex.build(
+    return gasp_fast.Matches(
         frame_offsets=torch.arange(FRAMES + 1) * PER_FRAME,
-        sequence_offsets=torch.tensor([0, FRAMES]),
         anchor=anchor,
         target=target,
         target_depth=torch.ones(MATCHES),
-        countable=torch.ones(MATCHES, dtype=torch.bool),
         patch_depth=torch.ones(tokens),
-        known=torch.ones(tokens, dtype=torch.bool),
-        weight=None,
     )
-    embeddings = torch.randn(1, tokens, WIDTH, generator=generator)
+
+
+def engine_call(matches: gasp_fast.Matches, embeddings: Tensor) -> Callable[[], object]:
+    """Both terms and the gradients of all layers."""
+    index, layers = matches.index, len(embeddings)
     problem = Problem(embeddings, embeddings, index.rows, torch.tensor(0.07), index.values, index.known, True)
-    weights = TermWeights(*(torch.full((1, 1), 1e-4).expand(1, MATCHES) for _ in range(2)))
-    terms = MatchTerms.empty(1, MATCHES, embeddings.device)
+    weights = TermWeights(*(torch.full((layers, 1), 1e-4).expand(layers, MATCHES) for _ in range(2)))
+    terms = MatchTerms.empty(layers, MATCHES, embeddings.device)
     gradient = torch.empty_like(embeddings)
     engine = ChunkedEngine(operations=rows_triton, workspace_bytes=1 << 30)
     definition, gradients = TermDefinition("sequence", "negatives", 1e-6), Gradients(gradient, gradient, False)
     return lambda: engine.terms_and_gradients(problem, index, weights, terms, definition, gradients)
 
 
-def median_us(call: Callable[[], object], repeats: int) -> float:
+def whole_call(matches: gasp_fast.Matches, embeddings: Tensor) -> Callable[[], object]:
+    """The loss and its gradient."""
+    leaf = embeddings.clone().requires_grad_()
+    return lambda: gasp_fast.gasp_loss(leaf, matches, backend="triton", workspace=1024).loss.backward()
+
+
+def least_us(call: Callable[[], object], repeats: int) -> float:
+    """Processor time of a call: other processes do not count. The least of 20 measurements of so many calls each."""
     times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e6 * median(times)
+    for _ in range(20):
+        start = time.thread_time()
+        for _ in range(repeats):
+            call()
+        times.append(time.thread_time() - start)
+    return 1e6 * min(times) / repeats
+
+
+PRODUCTS = {t: Products(t, converts=False, wide_result=t != torch.float32) for t in (torch.float32, torch.bfloat16)}
+
+
+def products_of_a_gpu(embeddings: Tensor) -> Products:
+    return PRODUCTS[embeddings.dtype]
 
 
 if __name__ == "__main__":
@@ -103,17 +135,29 @@ if __name__ == "__main__":
     driver.set_active(NoDriver())  # type: ignore[arg-type]
     compiler.CompiledKernel._init_handles = load_nothing
     Products.product = Products.similarity = Products.row_gradient = Products.token_gradient = small_product  # type: ignore
-    call = one_layer()
-    call()
+    Products.of = staticmethod(products_of_a_gpu)  # type: ignore[method-assign]
+    chunked.blocks_for = blocks_in_parts
+    engines.interpreted, scaling.INTERPRETED = lambda: True, True  # tensors of the CPU count as those of a GPU
+    matches, embeddings = some_matches(), torch.randn(LAYERS, FRAMES * PER_FRAME, WIDTH)
+    one_layer = engine_call(matches, embeddings[:1].clone())
+    layers = engine_call(matches, embeddings.bfloat16())
+    loss = whole_call(matches, embeddings[0])
+    for call in (one_layer, layers, loss):
+        call()
     started = 0
-    call()
+    one_layer()
     launches = started
-    product = median_us(lambda: torch.mm(SMALL, SMALL), 2000)
-    layer = min(median_us(call, 60) for _ in range(3))
-    ratio = round(layer / product, 1)
-    print(json.dumps({"layer_us": layer, "product_us": product, "ratio": ratio, "launches": launches}))
+    product = least_us(lambda: torch.mm(SMALL, SMALL), 1000)
+    layer = least_us(one_layer, 20)
+    part = least_us(layers, 1) / (LAYERS * PARTS)
+    report = {
+        "layer_us": layer, "part_us": part, "call_us": least_us(loss, 10), "product_us": product,
+        "ratio": layer / product, "part_ratio": part / product, "launches": launches,
+    }  # fmt: skip
+    print(json.dumps({name: round(value, 2) for name, value in report.items()}))
     if len(sys.argv) > 1:
-        with cProfile.Profile() as profile:
-            for _ in range(200):
-                call()
-        pstats.Stats(profile).sort_stats(sys.argv[1]).print_stats(45)
+        for call, repeats in ((one_layer, 200), (layers, 5), (loss, 200)):
+            with cProfile.Profile(time.thread_time) as profile:
+                for _ in range(repeats):
+                    call()
+            pstats.Stats(profile).sort_stats(sys.argv[1]).print_stats(45)

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gasp_fast.kernels.blocks import TILE_ROWS, Sizes, blocks_for, bytes_of
+from gasp_fast.kernels.blocks import LEAST_CPU_PANEL, TILE_ROWS, Sizes, blocks_for, bytes_of
 
 MIB = 1 << 20
 W1 = Sizes(28, 6912, 13824, 3584, element=2, backward=True, multiprocessors=132)
+W3 = Sizes(28, 2304, 4096, 3584, element=2, backward=True, multiprocessors=132)
 W5 = Sizes(1, 65536, 131072, 1024, element=2, backward=True, multiprocessors=132)
 
 
@@ -24,6 +25,7 @@ def sizes(draw: st.DrawFn) -> Sizes:
         element=draw(st.sampled_from([2, 4])),
         backward=draw(st.booleans()),
         multiprocessors=draw(st.sampled_from([0, 132])),
+        wide=draw(st.booleans()),
     )
 
 
@@ -31,7 +33,7 @@ def sizes(draw: st.DrawFn) -> Sizes:
 @given(sizes(), st.sampled_from([32, 128, 512]))
 def test_a_block_fits_the_workspace(sizes, mib):
     blocks = blocks_for(sizes, mib * MIB)
-    assert bytes_of(sizes, blocks.layers, blocks.rows, blocks.part, blocks.columns) <= mib * MIB
+    assert bytes_of(sizes, blocks) <= mib * MIB
     assert 1 <= blocks.part <= blocks.rows <= sizes.rows
     assert 1 <= blocks.columns <= sizes.tokens and 1 <= blocks.layers <= sizes.layers
     if not sizes.multiprocessors:
@@ -53,8 +55,41 @@ def test_rows_on_a_gpu_are_whole_tiles(sizes, mib):
         assert blocks.rows % TILE_ROWS == 0 or blocks.rows in (sizes.rows, blocks.columns) or blocks.rows < TILE_ROWS
 
 
-def test_columns_of_many_frames_are_not_cut_where_enough_rows_fit():
-    assert blocks_for(replace(W5, frames=64), 1024 * MIB).columns == W5.tokens
+@settings(max_examples=100, deadline=None)
+@given(sizes(), st.sampled_from([24, 256]))
+def test_only_a_block_of_all_rows_and_columns_has_panels(sizes, mib):
+    blocks = blocks_for(sizes, mib * MIB)
+    if blocks.panel:
+        assert sizes.backward and (blocks.rows, blocks.columns) == (sizes.rows, sizes.tokens)
+        least = TILE_ROWS if sizes.multiprocessors else LEAST_CPU_PANEL // 2  # equal ones may be smaller than the least
+        assert min(least, sizes.tokens) <= blocks.panel <= sizes.tokens + TILE_ROWS
+
+
+def test_a_panel_counts_as_workspace():
+    blocks = blocks_for(W3, 256 * MIB)
+    assert blocks.panel > 0
+    gradients = 4 * blocks.layers * (W3.rows + blocks.panel) * W3.width
+    operands = 2 * blocks.layers * W3.rows * (W3.width + W3.tokens)
+    assert bytes_of(W3, blocks) >= operands + gradients
+    assert bytes_of(W3, replace(blocks, panel=2 * blocks.panel)) > bytes_of(W3, blocks)
+
+
+def test_one_block_for_all_rows_is_taken_where_it_fits():
+    assert blocks_for(W1, 256 * MIB).rows < W1.rows  # X alone takes 182 MiB
+    blocks = blocks_for(W1, 512 * MIB)
+    assert blocks.rows == W1.rows and blocks.panel > 0
+
+
+def test_columns_are_not_cut_where_enough_rows_fit():
+    for frames in (2, 64):
+        assert blocks_for(replace(W5, frames=frames), 1024 * MIB).columns == W5.tokens
+
+
+@pytest.mark.parametrize("mib", [128, 256, 512])
+@pytest.mark.parametrize("width", [256, 3584])
+def test_a_forward_pass_keeps_columns_whole_where_many_rows_fit(mib, width):
+    forward = replace(W1, width=width, frames=24, backward=False)
+    assert blocks_for(forward, mib * MIB).columns == W1.tokens
 
 
 def test_gradient_products_have_many_rows_where_they_fit():

@@ -41,6 +41,30 @@ def test_two_runs_agree_to_the_last_bit(monkeypatch, workspace, options):
     assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"keys": True}])
+def test_a_gradient_in_panels_is_that_of_one_panel(monkeypatch, dtype, options):
+    problem = random_problem(0, [[300, 200, 250], [40, 30]], width=8, matches=30, **options)
+    rows = int((problem.matches.index.rows.row_token < 750).sum())
+    one_block = 4 * (rows * (750 + 8 + 8))  # similarities, anchors, row gradients
+    panels: list[int] = []
+    project = rows_torch.project_gradient
+
+    def spy(gradient, *arguments):
+        panels.append(gradient.shape[1])
+        project(gradient, *arguments)
+
+    monkeypatch.setattr(rows_torch, "project_gradient", spy)
+    results = []
+    for workspace in (1 << 20, one_block + 4 * 8 * 300):
+        panels.clear()
+        use_reference(monkeypatch, workspace)
+        results.append(run(problem, problem.embeddings.to(dtype), "cpp")[:3])
+        assert panels.count(250) == (0 if workspace == 1 << 20 else 3 * 2)  # three panels in each of two layers
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("workspace", [500, 1 << 20])
 @pytest.mark.parametrize("needed", ["embeddings", "keys", "temperature", "both"])
 def test_each_gradient_can_be_computed_alone(monkeypatch, workspace, needed):

@@ -1,11 +1,12 @@
-"""The host's part of a layer does not become slower.
+"""The host's part of a layer, and of a part of a layer, does not become slower.
 
-The target is 80 times a product of 1 x 1 matrices; it is not reached yet: 87 to 90 were measured on one processor. The
-bound is a third above that, because other processors have another ratio and other tests run beside this one. It guards
-against new tensors, views and launches in the path of a layer (each costs 1 to 4 products).
+The target for a layer is 80 times a product of 1 x 1 matrices; it is not reached yet: 86 to 92 were measured, the more
+the busier the machine. For a part of a layer 37 to 43 were measured. The bounds are above that, because other
+processors have other ratios. They guard against new tensors, views and launches in the path of a layer (each costs 1
+to 4 products).
 
-Runs in a process of its own, because a driver that starts nothing takes the place of the GPU's. Noise makes the ratio
-worse, so the bound is met if one of three tries meets it.
+Runs in a process of its own, because a driver that starts nothing takes the place of the GPU's. Noise makes the ratios
+worse, so the bounds are met if one of three tries meets them.
 """
 
 import json
@@ -19,24 +20,25 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent / "host_time_report.py"
-MOST = 120  # times one product of 1 x 1 matrices
+MOST = {"ratio": 105, "part_ratio": 55}  # times one product of 1 x 1
 TRIES = 3
 
 
-def ratio() -> float:
+def measured() -> dict[str, float]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    return json.loads(done.stdout.splitlines()[0])["ratio"]
+    report = json.loads(done.stdout.splitlines()[0])
+    return {name: report[name] for name in MOST}
 
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_one_layer_costs_the_host_about_ninety_small_products() -> None:
+def test_a_layer_and_a_part_cost_the_host_few_small_products() -> None:
     seen = []
     for _ in range(TRIES):
-        seen.append(ratio())
-        if seen[-1] <= MOST:
+        seen.append(measured())
+        if all(seen[-1][name] <= most for name, most in MOST.items()):
             return
-    pytest.fail(f"one layer costs the host at most {MOST} products of 1 x 1; measured {seen}")
+    pytest.fail(f"the host needs more than {MOST} products of 1 x 1: {seen}")

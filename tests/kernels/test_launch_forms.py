@@ -69,6 +69,6 @@ def test_equal_forms_have_equal_types(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("similarity", "row_gradient", "token_gradient"):
             monkeypatch.setattr(Products, name, lambda *arguments, **options: None)
         for switches in itertools.product((False, True), repeat=3):
-            for workspace in (1 << 20, 500):  # whole rows; columns that are cut
+            for workspace in (1 << 20, 500, 150):  # whole rows; columns that are cut; rows, too
                 every_call(dtype, *switches, workspace)
     assert len({key[0] for key in types_of}) == 8  # each kernel

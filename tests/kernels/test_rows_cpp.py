@@ -14,7 +14,15 @@ from torch import Tensor
 
 import gasp_fast
 from gasp_fast.kernels import rows_cpp, rows_torch
-from gasp_fast.kernels.chunk import ChunkMatches, FrameUpstream, MatchTerms, RowChunk, TermDefinition, TermWeights
+from gasp_fast.kernels.chunk import (
+    AddedRows,
+    ChunkMatches,
+    FrameUpstream,
+    MatchTerms,
+    RowChunk,
+    TermDefinition,
+    TermWeights,
+)
 
 DEFINITIONS = [
     TermDefinition(negatives, other_targets, 1e-6)
@@ -244,6 +252,24 @@ def test_a_gradient_is_projected_in_its_own_memory():
     rows_torch.project_gradient(gradient, embeddings, norms, expected, of_unit=False)
     rows_cpp.project_gradient(gradient, embeddings, norms, gradient, of_unit=False)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 130])
+def test_gradients_of_rows_are_added_before_the_jacobian(width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    embeddings, gradient = torch.randn(2, 1, 9, width, generator=generator)
+    embeddings, rows = embeddings.to(dtype), torch.randn(1, 4, width, generator=generator)
+    norms = rows_cpp.inverse_norms(embeddings)
+    added = AddedRows(rows, torch.tensor([-1, 2, 0, -1, -1, 3, -1, 1, -1]))
+    ours, expected = torch.empty(1, 9, width), torch.empty(1, 9, width)
+    rows_torch.project_gradient(gradient, embeddings, norms, expected, False, None, added)
+    summed = gradient.index_add(1, torch.tensor([2, 7, 1, 5]), rows)
+    in_two_steps = torch.empty_like(expected)
+    rows_torch.project_gradient(summed, embeddings, norms, in_two_steps, False)
+    assert torch.equal(expected, in_two_steps)
+    rows_cpp.project_gradient(gradient, embeddings, norms, ours, False, None, added)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("definition", [None, *DEFINITIONS], ids=str)

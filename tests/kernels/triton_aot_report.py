@@ -15,7 +15,7 @@ import torch
 
 from gasp_fast.benchmarking.ahead_of_time import WARP, HopperCode, compile_for_hopper
 from gasp_fast.kernels import rows_triton
-from gasp_fast.kernels.chunk import ChunkMatches, MatchTerms, RowChunk, TermDefinition, TermWeights
+from gasp_fast.kernels.chunk import AddedRows, ChunkMatches, MatchTerms, RowChunk, TermDefinition, TermWeights
 from gasp_fast.kernels.index import MatchIndex
 from gasp_fast.kernels.triton_launch import Kernel, Tile
 
@@ -88,7 +88,9 @@ def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
     gradient = torch.zeros(1, tokens, width)
     rows_triton.add_rows(torch.zeros(1, rows, width), own, gradient)
     rows_triton.gather_rows(embeddings, own, torch.zeros(1, rows, width, dtype=dtype))
-    rows_triton.project_gradient(gradient, embeddings, scale, torch.empty_like(embeddings), of_unit=False)
+    added = AddedRows(torch.zeros(1, rows, width), index.rows.token_row)
+    for factor, sums in ((None, None), (None, added), (torch.ones(1), added)):
+        rows_triton.project_gradient(gradient, embeddings, scale, torch.empty_like(embeddings), False, factor, sums)
 
 
 if __name__ == "__main__":

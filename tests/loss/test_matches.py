@@ -182,6 +182,15 @@ def test_repr_tells_what_is_inside():
         assert words in text
 
 
+def test_each_token_knows_its_row():
+    rows = Matches.pack([random_problem(seed, [[6, 3, 5]], matches=4).matches for seed in range(3)]).index.rows
+    for sequence in rows.sequences:
+        of_token = rows.token_row[slice(*sequence.tokens)]
+        tokens = rows.row_column[slice(*sequence.rows)]
+        assert torch.equal((of_token >= 0).nonzero()[:, 0], tokens)
+        assert of_token[tokens].tolist() == list(range(sequence.row_count))
+
+
 def test_matches_travel_through_pickle_and_cannot_be_changed():
     copy = pickle.loads(pickle.dumps(PROBLEM.matches))
     assert torch.equal(copy.index.order, PROBLEM.matches.index.order)

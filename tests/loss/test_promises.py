@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gasp_fast
 from gasp_fast.kernels import engines, rows_cpp
+from gasp_fast.kernels.products import CONVERTED_BYTES
 
 SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -94,6 +95,25 @@ def test_no_tensor_of_anchor_times_token_size(dtype):
         extra.append(peak - gradients - statistics)
     assert max(extra) <= (engines.CPU_WORKSPACE << 20) + (8 << 20)
     assert extra[1] <= extra[0] + (4 << 20)
+
+
+def test_all_rows_in_one_block_need_no_accumulator_of_all_tokens():
+    tokens, width, workspace = 1 << 14, 256, 8 << 20
+    anchors = torch.arange(32)
+    matches = gasp_fast.Matches(
+        frame_offsets=torch.tensor([0, tokens // 2, tokens]), anchor=anchors, target=anchors + tokens // 2
+    )
+    embeddings = torch.randn(1, tokens, width).bfloat16().requires_grad_()
+
+    def work():
+        embeddings.grad = None
+        gasp_fast.gasp_loss(embeddings, matches, workspace=workspace >> 20, backend="cpp").loss.backward()
+
+    work()  # allocates what is allocated only once
+    largest, peak = allocations(work)
+    accumulator = 4 * tokens * width
+    assert largest < accumulator
+    assert peak - embeddings.nbytes < workspace + CONVERTED_BYTES + (1 << 20) < accumulator
 
 
 def test_addresses_pass_two_to_the_thirty_one():

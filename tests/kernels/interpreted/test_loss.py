@@ -33,6 +33,27 @@ def test_two_runs_agree_to_the_last_bit():
     assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
 
 
+def test_layers_of_a_stack_are_those_computed_alone():
+    """Memory, views and launch arguments of one layer are used again for the next."""
+    problem = random_problem(1, [[5, 3, 1], [4, 3]], width=8, matches=20, layers=3)
+    scales = torch.tensor([1.0, 3.0, 0.2])[:, None, None]
+    layers = problem.embeddings.float() * scales
+    together = layers.clone().requires_grad_()
+    stack = gasp_fast.gasp_loss(
+        together, problem.matches, reduction="sum", layer_weights=torch.ones(3), backend="triton"
+    )
+    stack.loss.backward()
+    assert together.grad is not None
+    for number, layer in enumerate(layers):
+        alone = layer.clone().requires_grad_()
+        out = gasp_fast.gasp_loss(alone, problem.matches, reduction="sum", backend="triton")
+        out.loss.backward()
+        assert alone.grad is not None
+        assert torch.equal(alone.grad, together.grad[number])
+        assert out.corr_per_layer == stack.corr_per_layer[number]
+        assert out.depth_per_layer == stack.depth_per_layer[number]
+
+
 def test_frame_match_is_that_of_the_reference():
     problem = random_problem(0, [[9, 4, 1], [5, 7]], width=24, matches=40)
     matches = problem.matches

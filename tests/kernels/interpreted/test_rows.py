@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gasp_fast.kernels import rows_torch, rows_triton
 from gasp_fast.kernels.chunk import (
+    AddedRows,
     ChunkMatches,
     FrameStatistics,
     FrameUpstream,
@@ -136,7 +137,6 @@ def _with_matches(chunk: RowChunk, generator: torch.Generator, busiest: int, def
     run = ChunkMatches(
         start=torch.tensor(start),
         longest=longest,
-        positions=(EARLIER, matches),
         first_row=FIRST_ROW,
         order=torch.randperm(matches + later, generator=generator),
         row=torch.tensor(row_of + [FIRST_ROW + rows] * later),
@@ -292,7 +292,7 @@ def test_nan_reaches_the_statistics_and_the_gradient(temperature: float, other_t
     assert out[0, 0, :2].isnan().all() and out[0, 1].isfinite().all()
     nothing = torch.zeros(0, dtype=torch.int64)
     matches = ChunkMatches(
-        torch.zeros(5, dtype=torch.int64), 2, (0, 0), 0, nothing, nothing, nothing, torch.zeros(0), nothing.bool(),
+        torch.zeros(5, dtype=torch.int64), 2, 0, nothing, nothing, nothing, torch.zeros(0), nothing.bool(),
         torch.zeros(1, 0), torch.zeros(1, 0), TermDefinition("sequence", other_targets, 1e-6),
     )  # fmt: skip
     merged = rows_triton.frame_statistics(chunk, matches, rows_triton.frame_statistics(chunk, matches, None))
@@ -337,7 +337,7 @@ def test_a_row_without_other_tokens_has_zero_upstream_gradients() -> None:
     )
     nothing = torch.zeros(0, dtype=torch.int64)
     matches = ChunkMatches(
-        torch.tensor([0, 0]), 1, (0, 0), 0, nothing, nothing, nothing, torch.zeros(0), nothing.bool(),
+        torch.tensor([0, 0]), 1, 0, nothing, nothing, nothing, torch.zeros(0), nothing.bool(),
         torch.zeros(1, 0), torch.zeros(1, 0), TermDefinition("sequence", "negatives", 1e-6),
     )  # fmt: skip
     statistics = rows_triton.frame_statistics(chunk, matches, None)
@@ -367,14 +367,33 @@ def test_norms_and_projected_gradients_are_those_of_pytorch(
     inverse[..., 0] = inverse[..., 0].clamp(max=10.0) if of_unit else inverse[..., 0]
     gradient = torch.randn(shape, generator=generator)
     ours, truth = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    if len(shape) == 2:
+        embeddings, inverse, gradient, ours, truth = (t[None] for t in (embeddings, inverse, gradient, ours, truth))
     rows_triton.project_gradient(gradient, embeddings, inverse, ours, of_unit)
     rows_torch.project_gradient(gradient, embeddings, inverse, truth, of_unit)
     close(ours.float(), truth.float(), {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype])
     in_place = gradient.clone()
     rows_triton.project_gradient(in_place, embeddings, inverse, in_place, of_unit)
-    truth = torch.empty(shape)
+    truth = torch.empty_like(gradient)
     rows_torch.project_gradient(gradient, embeddings, inverse, truth, of_unit)
     close(in_place, truth, 5e-6)
+
+
+@pytest.mark.parametrize("width", [1, 24, 9000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [None, torch.tensor([0.25, 4.0])])
+def test_gradients_of_rows_are_added_and_scaled_before_the_jacobian(
+    width: int, dtype: torch.dtype, factor: torch.Tensor | None
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.randn(2, 9, width, generator=generator).to(dtype)
+    inverse = rows_torch.inverse_norms(embeddings)
+    gradient, rows = torch.randn(2, 9, width, generator=generator), torch.randn(2, 4, width, generator=generator)
+    added = AddedRows(rows, torch.tensor([-1, 2, 0, -1, -1, 3, -1, 1, -1]))
+    ours, truth = torch.full((2, 9, width), float("nan")), torch.empty(2, 9, width)
+    rows_triton.project_gradient(gradient, embeddings, inverse, ours, False, factor, added)
+    rows_torch.project_gradient(gradient, embeddings, inverse, truth, False, factor, added)
+    close(ours, truth, 5e-6)
 
 
 def test_a_vanishing_embedding_keeps_its_whole_gradient() -> None:
