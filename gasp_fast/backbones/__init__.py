@@ -4,10 +4,16 @@ base.py              `Backbone`: what a model family defines; the registry; `loa
 qwen2_5_vl.py        Qwen2.5-VL
 llava_next_video.py  LLaVA-NeXT-Video
 token_grid.py        the pixel -> token map: which visual token covers which pixels of a frame
+token_index.py       where the visual and the labelled tokens of a batch are, computed in the data worker
 chat.py              conversations to prompt text and labels
 base_model.py        the base model of a run: attention, fused layers, gradient checkpointing
-adapters.py          LoRA
+attention_kernel.py  the name of the attention kernel that runs
+liger.py             Liger's fused layers for the decoder
+adapters.py          LoRA, cast to bf16 once a step
+frozen.py            frozen parts run once a step, without a graph
+unmasked_attention.py  attention without a mask for right-padded batches
 window_attention.py  faster window attention for Qwen's vision tower
+vision_layers.py     its norms, rotary embedding and MLP without slow kernels
 tiny.py              small random models for tests, the demo and the examples
 torchvision_shim.py  makes torchvision importable beside a CPU build of torch
 """
@@ -28,6 +34,7 @@ from .base import (  # noqa: E402
 )
 from .chat import messages_from_record  # noqa: E402
 from .token_grid import TokenGrid  # noqa: E402
+from .token_index import TokenIndex  # noqa: E402
 
 __all__ = [
     "AttentionShape",
@@ -35,6 +42,7 @@ __all__ = [
     "Conversation",
     "Encoded",
     "TokenGrid",
+    "TokenIndex",
     "load_backbone",
     "messages_from_record",
     "register",

@@ -1,10 +1,24 @@
-"""LoRA adapters on the language model."""
+"""LoRA adapters on the language model.
+
+Adapters are stored in fp32 and multiplied in bf16. Under autocast alone every use casts the weight, recomputation under
+checkpointing once more, and peft casts the input to fp32 in between. Here one copy a step serves every use:
+
+    with cast_once(model, torch.bfloat16):  # the forward and backward passes of a step
+        ...
+
+The values are those of autocast: the same rounded weights, and gradients that are rounded to bf16 and added up in fp32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .base import Backbone
 
@@ -35,4 +49,68 @@ def add_adapters(backbone: Backbone, model: nn.Module, config: AdapterConfig) ->
         target_modules=backbone.lora_targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    _use_adapter_matrices(adapted)
+    return adapted
+
+
+class AdapterMatrix(nn.Linear):
+    """A or B of an adapter: a linear layer without bias, with the parameter that peft made.
+
+    It casts its input itself, and only without autocast. peft would cast it to the weight's fp32 before autocast makes
+    it bf16 again.
+    """
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.cast_weight: Tensor | None = None  # set by `cast_once`
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.cast_weight is not None:
+            return F.linear(input, _CastWeight.apply(self.weight, self.cast_weight))
+        if not torch.is_autocast_enabled(input.device.type):
+            input = input.to(self.weight.dtype)
+        return F.linear(input, self.weight)
+
+
+class _CastWeight(torch.autograd.Function):
+    """The copy of a weight, as if it were cast here: its gradient is cast back and goes to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
+
+
+@contextmanager
+def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Cast the adapters now, for all forward and backward passes inside. Their weights must not change meanwhile.
+
+    ZeRO-3 gathers weights only while they are used, so under ZeRO-3 every use casts them, as autocast does.
+    """
+    matrices = [module for module in model.modules() if isinstance(module, AdapterMatrix)]
+    try:
+        for matrix in matrices:
+            if matrix.weight.dtype != dtype and not hasattr(matrix.weight, "ds_id"):
+                matrix.cast_weight = matrix.weight.detach().to(dtype)
+        yield
+    finally:
+        for matrix in matrices:
+            matrix.cast_weight = None
+
+
+def _use_adapter_matrices(model: nn.Module) -> None:
+    """Replace the linear layers of every LoRA module by `AdapterMatrix`."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+            for matrices in (module.lora_A, module.lora_B):
+                for name, linear in matrices.items():
+                    matrices[name] = AdapterMatrix(linear)

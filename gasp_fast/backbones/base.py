@@ -32,8 +32,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .chat import ChatFormat, Message
+from .chat import IGNORE, ChatFormat, Message
 from .token_grid import TokenGrid
+from .token_index import TokenIndex
 
 RGBImage = NDArray[np.uint8]  # [H, W, 3]
 
@@ -71,7 +72,9 @@ class Backbone(ABC):
     # Regular expression for q, k, v and o of the language model. It must include the module path, because a vision
     # tower can have layers of the same names.
     lora_targets: ClassVar[str] = r".*language_model.*\.(q|k|v|o)_proj"
+    llama_layers: ClassVar[bool] = False  # whether norms, rotary embedding and MLPs of the decoder are as in Llama
     one_frame_count: ClassVar[bool] = False  # whether all sequences of a batch must have equally many frames (or none)
+    host_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the vision tower whose numbers the host reads
 
     def __init__(self, source: str, config: Any, processor: Any) -> None:
         self.source = source
@@ -195,6 +198,49 @@ class Backbone(ABC):
             rendered, inputs["input_ids"], inputs["attention_mask"], self.visual_token_id
         )
         return Encoded(inputs, grids, positions)
+
+    # ---- a training step ---------------------------------------------------------------------------------------------
+
+    def index_tokens(self, inputs: dict[str, Tensor]) -> TokenIndex:
+        """The `TokenIndex` of model inputs (labels included). To be called on the CPU."""
+        visual, following = inputs["input_ids"] == self.visual_token_id, torch.full_like(inputs["labels"], IGNORE)
+        following[:, :-1] = inputs["labels"][:, 1:]  # [B, S]
+        predicting = (following != IGNORE).flatten().nonzero()[:, 0]
+        return TokenIndex(
+            visual=visual.flatten().nonzero()[:, 0],
+            predicting=predicting,
+            answers=following.flatten()[predicting],
+            rotary=self.rotary_positions(inputs),
+            on_host={name: inputs[name] for name in self.host_inputs if name in inputs},
+        )
+
+    def rotary_positions(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """Position ids of the decoder's rotary embedding, for a model that would read `inputs` to compute them."""
+        return None
+
+    def last_states(self, model: nn.Module, inputs: dict[str, Tensor], index: TokenIndex) -> Tensor:
+        """The states after the decoder's final norm, `[B, S, D]`, of sequences that are padded on the right.
+
+        Puts the visual features at the positions of their tokens and runs the decoder without a mask: then nothing
+        makes the host wait for a GPU. Override this for a decoder that is not causal, or that takes more than this.
+        """
+        inner = unwrap(model)
+        embeddings = inner.get_input_embeddings()(inputs["input_ids"])  # [B, S, D]
+        if len(index.visual):
+            features = self.visual_features(model, {**inputs, **index.on_host}).to(embeddings.dtype)  # [V, D]
+            embeddings = embeddings.flatten(0, 1).index_copy(0, index.visual, features).view_as(embeddings)
+        return inner.base_model(inputs_embeds=embeddings, position_ids=index.rotary, use_cache=False)[0]
+
+    def visual_features(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """The features of the visual tokens of all frames, `[V, D]`, in the order of the tokens."""
+        inner = unwrap(model).base_model
+        if "pixel_values_videos" in inputs:
+            compute, pixels = inner.get_video_features, inputs["pixel_values_videos"]
+        else:
+            compute, pixels = inner.get_image_features, inputs["pixel_values"]
+        # The name of the first argument differs between versions of transformers.
+        parts = compute(pixels, **{name: inputs[name] for name in self.host_inputs}, return_dict=True).pooler_output
+        return torch.cat([part.flatten(0, -2) for part in parts])
 
     def _positions(self, input_ids: Tensor, grids: list[list[TokenGrid]]) -> list[Tensor]:
         """Flat positions of each sequence's visual tokens. Sequences, frames and rows appear in that order."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from .attention_kernel import attention_kernel
 from .base import Backbone, load_backbone, unwrap
+from .frozen import exempt_frozen_parts
+from .liger import choose_liger, use_liger
 
+# Major compute capability -> the FlashAttention that is at least as fast there as SDPA.
+FLASH_ATTENTION = {8: "flash_attention_2", 9: "flash_attention_3", 10: "flash_attention_4"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -19,9 +25,9 @@ class ModelConfig:
 
     source: str  # folder of a saved model, or hub name
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the computation; trained weights are always stored in fp32
-    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = "auto"  # auto: the fastest
+    attention: Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = "auto"
     frame_pixels: int | None = None  # most pixels of a frame after resizing, for models that keep the aspect ratio
-    liger: bool = False  # Liger's fused layers for the base model
+    liger: bool | Literal["auto"] = "auto"  # Liger's fused layers in the decoder; auto: on a GPU, where it is installed
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -32,47 +38,58 @@ def load_base_model(config: ModelConfig, device: torch.device, dtype: torch.dtyp
     """Load the backbone and its model in `dtype`, on the CPU. `device` is where the model will run."""
     backbone = load_backbone(config.source, config.frame_pixels)
     model = backbone.load_model(dtype, choose_attention(config, device))
-    use_fast_modules(backbone, model, config)
+    use_fast_modules(backbone, model, config, device)
     return backbone, model
 
 
 def choose_attention(config: ModelConfig, device: torch.device) -> str:
-    """The attention implementation, as transformers names it. auto: FlashAttention where it can run, else SDPA."""
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+    """The attention implementation, as transformers names it.
 
-    installed = {"flash_attention_3": is_flash_attn_3_available(), "flash_attention_2": is_flash_attn_2_available()}
+    auto is SDPA, which is cuDNN's kernel on Hopper and Blackwell; where it is installed, FlashAttention 3 on Hopper and
+    4 on Blackwell; and FlashAttention 2 on Ampere and Ada, where it is faster than SDPA.
+    """
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
+
+    installed = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+        "flash_attention_4": is_flash_attn_4_available,
+    }
     usable = device.type == "cuda" and config.dtype == "bf16"
     if config.attention == "auto":
-        return next((name for name, available in installed.items() if available and usable), "sdpa")
-    if config.attention in installed and not (installed[config.attention] and usable):
+        fast = FLASH_ATTENTION.get(torch.cuda.get_device_capability(device)[0]) if usable else None
+        return fast if fast is not None and installed[fast]() else "sdpa"
+    if config.attention in installed and not (usable and installed[config.attention]()):
         reason = "is not installed" if usable else f"needs a GPU and bf16, and this is {device.type}, {config.dtype}"
         raise ValueError(f"model.attention = {config.attention!r} {reason}; use model.attention=auto")
     return config.attention
 
 
-def use_fast_modules(backbone: Backbone, model: nn.Module, config: ModelConfig) -> None:
-    """Replace submodules by faster ones with the same weights. Call it after the model's weights are loaded."""
+def describe_layers(config: ModelConfig, backbone: Backbone, device: torch.device) -> str:
+    """In words: which attention and which fused layers run."""
+    attention = choose_attention(config, device)
+    kernel = attention_kernel(attention, backbone.attention_shape, device, DTYPES[config.dtype])
+    layers = "Liger's" if choose_liger(config.liger, backbone, device) else "transformers'"
+    return f"{kernel} attention, {layers} norms and MLPs"
+
+
+def use_fast_modules(
+    backbone: Backbone, model: nn.Module, config: ModelConfig, device: torch.device | None = None
+) -> None:
+    """Replace submodules by faster ones with the same weights. Call it after the model's weights are loaded.
+
+    `device` is where the model will run; None: where it is.
+    """
     backbone.replace_slow_modules(model)
-    if config.liger:
-        use_liger(model)
+    if choose_liger(config.liger, backbone, device or next(model.parameters()).device):
+        use_liger(backbone, model)
 
 
-def use_liger(model: Any) -> None:
-    """Liger's fused norms, rotary embeddings and MLPs, without its loss: ours skips tokens without a label."""
-    try:
-        import liger_kernel.transformers as liger
-    except ImportError:
-        raise ValueError("model.liger = true, but liger-kernel is not installed; pip install liger-kernel") from None
-    apply = getattr(liger, f"apply_liger_kernel_to_{model.config.model_type}", None)
-    if apply is None:
-        raise ValueError(
-            f"model.liger = true, but liger-kernel does not support {model.config.model_type}; use model.liger=false"
-        )
-    apply(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+def use_checkpointing(model: Any, kind: str, kept: Iterable[Any] = ()) -> None:
+    """Gradient checkpointing of the layers but `kept`, whose activations are kept until backward.
 
-
-def use_checkpointing(model: Any, kind: str) -> None:
-    """Gradient checkpointing of the layers: "off", "non_reentrant" or "reentrant"."""
+    Under `kind` "off" there is none, under "reentrant" it is torch's older one, else the one that is not reentrant.
+    """
     if kind == "off":
         return
     reentrant = kind == "reentrant"
@@ -81,7 +98,6 @@ def use_checkpointing(model: Any, kind: str) -> None:
         inner.activation_checkpointing_enable({"use_reentrant": reentrant})
     else:
         inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        # Reentrant checkpointing gives no gradient to a block whose input needs none, even if the block is trained.
-        embeddings = inner.get_input_embeddings()
-        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    exempt_frozen_parts(inner, reentrant)
+    for layer in kept:
+        layer.gradient_checkpointing = False

@@ -23,6 +23,7 @@ from .token_grid import TokenGrid
 @register
 class LlavaNextVideo(Backbone):
     model_type = "llava_next_video"
+    llama_layers = True
     one_frame_count = True
 
     @property

@@ -21,12 +21,16 @@ from torch import Tensor, nn
 
 from .base import Backbone, RGBImage, register, unwrap
 from .token_grid import TokenGrid
-from .window_attention import batch_windows
+from .vision_layers import use_fast_layers
+from .window_attention import BatchedWindowAttention, batch_windows
 
 
 @register
 class Qwen2_5_VL(Backbone):
     model_type = "qwen2_5_vl"
+    host_inputs = ("image_grid_thw",)
+    llama_layers = True
+    host_inputs = ("image_grid_thw",)
 
     @property
     def visual_token_id(self) -> int:
@@ -61,6 +65,7 @@ class Qwen2_5_VL(Backbone):
     def replace_slow_modules(self, model: nn.Module) -> None:
         vision = unwrap(model).model.visual
         batch_windows(vision)
+        use_fast_layers(vision)
         vision.patch_embed.proj = PatchProjection(vision.patch_embed.proj)
 
     def visual_content(self, frames: int) -> list[dict[str, str]]:
@@ -71,6 +76,24 @@ class Qwen2_5_VL(Backbone):
 
     def check_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         check_mrope(model, inputs)
+
+    def visual_features(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        vision = unwrap(model).model.visual
+        if not isinstance(vision.blocks[0].attn, BatchedWindowAttention):  # transformers reads the grid on the device
+            grid = inputs["image_grid_thw"].to(inputs["pixel_values"].device)
+            inputs = {**inputs, "image_grid_thw": grid}
+        return super().visual_features(model, inputs)
+
+    def rotary_positions(self, inputs: dict[str, Tensor]) -> Tensor:
+        """`[3, B, S]`: time, row and column of each token; 0 for padding, as in transformers."""
+        visual = inputs["input_ids"] == self.visual_token_id
+        merge = self.config.vision_config.spatial_merge_size
+        grids = iter((inputs["image_grid_thw"][:, 1:] // merge).tolist() if "image_grid_thw" in inputs else ())
+        positions = visual.new_zeros(3, *visual.shape, dtype=torch.long)
+        for row, real in enumerate(inputs["attention_mask"].bool()):
+            expected = _expected_positions(visual[row][real].tolist(), grids)
+            positions[:, row, real] = expected.to(positions.device)
+        return positions
 
 
 class PatchProjection(nn.Module):
