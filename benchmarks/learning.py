@@ -1,6 +1,6 @@
 """Learning benchmark: PCK@2 and depth error of a tiny model after training with different losses and adapters.
 
-    python benchmarks/learning.py [--seeds 3] [--steps 600] [--lora-steps 300] [--out DIR] [KEY=VALUE ...]
+    python benchmarks/learning.py [--seeds 3] [--steps 600] [--lora-steps 300] [--full-only] [--out DIR] [KEY=VALUE ...]
 
 First `configs/tiny_cpu.yaml` from random weights, with and without the depth loss. Then `configs/tiny_cpu_lora.yaml` on
 the exported result (without heads) in rooms seen by another camera: wider, noisier, with varying exposure. The seed
@@ -9,8 +9,9 @@ the control for the adapters: the same new heads on the same base with frozen ad
 
 All models are evaluated on rooms seen by the same camera as in their training, but not used for training: PCK@2 of the
 last layer's head, for all points and for points that moved by more than two patches; PCK@2 of predicting the same
-position; and the depth term, the relative error of the expected depth. `KEY=VALUE` changes the recipe of every run.
-With heads.compute=bf16 and another --out, the result shows the effect of that precision.
+position; and the depth term, the relative error of the expected depth; beside them the mean loss of the last tenth of
+the steps. `KEY=VALUE` changes the recipe of every run; `--full-only` leaves out all but the run with both losses. The
+effect of the heads' precision: `--full-only` with heads.compute=bf16 heads.embeddings=bf16, and with fp32 for both.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def moved_matches(matches: Matches) -> Matches:
 
 
 def experiment(
-    folder: Path, seed: int, steps: int, lora_steps: int, overrides: list[str]
+    folder: Path, seed: int, steps: int, lora_steps: int, overrides: list[str], full_only: bool = False
 ) -> dict[str, dict[str, float]]:
     """Trains and evaluates all runs of a seed; returns the scores and training seconds of each by name."""
     runs = folder / f"seed-{seed}"
@@ -191,15 +192,19 @@ def experiment(
     def train_and_evaluate(name: str, config: TrainConfig, unseen: Path) -> None:
         start = time.monotonic()
         train(config)
-        scores[name] = {"seconds": round(time.monotonic() - start, 1), **asdict(evaluate_trained(config, unseen))}
+        seconds, loss = round(time.monotonic() - start, 1), final_loss(Path(config.run.out))
+        scores[name] = {"seconds": seconds, "loss": loss, **asdict(evaluate_trained(config, unseen))}
         print(f"seed {seed}, {name}: {_words(scores[name])}", flush=True)
 
-    for name, changes in (("correspondence alone", CORRESPONDENCE_ONLY), ("full", [])):
+    first = {"full": []} if full_only else {"correspondence alone": CORRESPONDENCE_ONLY, "full": []}
+    for name, changes in first.items():
         out = runs / name.replace(" ", "-")
         config = recipe("tiny_cpu", model, folder / "seen", out, seed, [f"train.steps={steps}", *changes, *overrides])
         if not scores:
             scores["untrained"] = asdict(evaluate_untrained(config, folder / "unseen"))
         train_and_evaluate(name, config, folder / "unseen")
+    if full_only:
+        return scores
     export(runs / "full", runs / "trained", device="cpu")
     for name, changes in (("heads alone", FROZEN), ("adapters", [])):
         out, name = runs / name.replace(" ", "-"), f"other camera: {name}"
@@ -209,6 +214,12 @@ def experiment(
             scores[BASE] = asdict(evaluate_untrained(config, folder / "new unseen"))
         train_and_evaluate(name, config, folder / "new unseen")
     return scores
+
+
+def final_loss(run: Path) -> float:
+    """The mean loss of the last tenth of a run's log lines."""
+    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return statistics.fmean(losses[-max(1, len(losses) // 10) :])
 
 
 def _words(scores: dict[str, float]) -> str:
@@ -235,6 +246,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lora-steps", type=int, default=300)
+    parser.add_argument("--full-only", action="store_true", help="only the run with both losses, from random weights")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe of every run")
     arguments = parser.parse_intermixed_args()
@@ -250,7 +262,7 @@ def main() -> None:
         render_rooms(Path(temporary))
         for seed in range(arguments.seeds):
             results["seeds"][seed] = experiment(
-                Path(temporary), seed, arguments.steps, arguments.lora_steps, arguments.overrides
+                Path(temporary), seed, arguments.steps, arguments.lora_steps, arguments.overrides, arguments.full_only
             )
             path.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(_table(results["seeds"]))

@@ -3,6 +3,6 @@
 layer_capture.py  `LayerCapture` takes the hidden states out of a model's forward pass
 heads.py          `CorrespondenceHead`, and its initialisation from a layer's query projection
 precision.py      the precision of a head's matrix products
-geometric.py      `GeometricSupervision`: heads and loss, one layer at a time
+geometric.py      `GeometricSupervision`: heads and loss, some layers at a time
 head_files.py     heads in a checkpoint
 """

@@ -1,4 +1,4 @@
-"""`GeometricSupervision`: heads on hidden states and their loss, computed and differentiated one layer at a time.
+"""`GeometricSupervision`: heads on hidden states and their loss, computed and differentiated some layers at a time.
 
 A supervised layer takes the hidden state `[B, S, hidden]` of its decoder layer, selects the rows of the `N` visual
 tokens, embeds them with its head and compares the embeddings. The result is a scalar, so its gradients can be computed
@@ -6,7 +6,9 @@ before the model's backward pass: those with respect to the rows and to the head
 forward pass, on a graph that is freed there. Only those gradients are kept, and the backward pass multiplies them by
 the gradient of the scalar. Hence
 
-- the head activations and embeddings of at most one layer exist at a time, however many layers are supervised;
+- the head activations and embeddings of few layers exist at a time, however many layers are supervised: of as many as
+  fit `GROUP_BYTES`, or of one. These layers share a call of the loss: where frames have few tokens, a call of each
+  layer would take the host longer than the GPU;
 - the loss is computed once, not again in backward, and its metrics need no pass of their own;
 - gradient checkpointing of the model never recomputes any of this.
 
@@ -17,6 +19,8 @@ same modules, whatever their batches contain.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -27,22 +31,33 @@ from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
 
-from .heads import CorrespondenceHeads
+from .heads import CorrespondenceHead, CorrespondenceHeads
 from .layer_capture import LayerCapture
+
+# Hidden rows and embeddings of the layers that share a call of the loss; heads and loss need two to three times as much
+# beside them. 7 layers of 16 frames of 144 tokens (2,304 x 4,096 in bf16: 38 MB), 1 layer of 24 frames of 576 tokens.
+# The loss's own memory on a large GPU holds 8 of the former at once, so that more would not make its products larger.
+GROUP_BYTES = 256 << 20
 
 
 class GeometricSupervision(nn.Module):
     """One supervised layer for each head, by the index of its decoder layer.
 
     With `learnable_temperature`, `config.temperature` is the initial value of a parameter shared by all layers.
+    `embeddings` is the type in which the loss compares them; None: as the heads return them.
     """
 
     def __init__(
-        self, heads: CorrespondenceHeads, config: LossConfig | None = None, learnable_temperature: bool = False
+        self,
+        heads: CorrespondenceHeads,
+        config: LossConfig | None = None,
+        learnable_temperature: bool = False,
+        embeddings: torch.dtype | None = None,
+        group_bytes: int = GROUP_BYTES,
     ) -> None:
         super().__init__()
         self.config = LossConfig() if config is None else config
-        self.by_layer = nn.ModuleDict({name: SupervisedLayer(head) for name, head in heads.by_layer.items()})
+        self.by_layer = SupervisedLayers(heads, embeddings, group_bytes)
         self.log_temperature = None
         if learnable_temperature:  # [1], not []: DeepSpeed cannot send 0-dim parameters
             self.log_temperature = nn.Parameter(torch.tensor([self.config.temperature]).log())
@@ -57,47 +72,95 @@ class GeometricSupervision(nn.Module):
         `positions` [N] are the visual tokens over which `matches` are defined, as flat indices into `B * S`. PCK is the
         share of matches whose arg-max is within two patches; NaN if the matches have no `token_xy`.
         """
-        # A tensor on the device in both cases: a number would be copied there again for every layer.
-        if self.log_temperature is None:
-            temperature = torch.tensor(self.config.temperature, device=positions.device)
+        if self.log_temperature is None:  # filled on the device; `torch.tensor` would copy it there and wait
+            temperature = torch.full((), self.config.temperature, device=positions.device)
         else:
             temperature = self.log_temperature.exp()[0].to(positions.device)
-        terms = [
-            layer(capture.hidden(int(name)), positions, matches, temperature, self.config)
-            for name, layer in self.by_layer.items()
-        ]
-        loss, corr, depth, pck = (torch.stack(term) for term in zip(*terms, strict=True))  # [L] each
-        return {"loss": loss.mean(), "corr": corr.detach(), "depth": depth.detach(), "pck": pck.detach()}
+        states = [capture.hidden(layer) for layer in self.layers]
+        loss, corr, depth, pck = self.by_layer(positions, matches, temperature, self.config, *states)
+        return {"loss": loss, "corr": corr, "depth": depth, "pck": pck}
+
+
+class SupervisedLayers(nn.ModuleDict):
+    """The heads of all supervised layers, and the loss of their embeddings, computed in groups of layers.
+
+    Must be declared a leaf module to ZeRO-3 (`deepspeed.utils.set_z3_leaf_modules`). ZeRO-3 gathers and frees weights
+    module by module, but `_GroupLoss` differentiates the heads' weights outside the heads' own forward. A leaf's
+    weights stay gathered for its whole forward pass. All heads form one leaf, because processes must gather alike, and
+    the groups of a process depend on the tokens of its batch. States are arguments of their own, not a list: in a list
+    PyTorch's backward hooks would not see them, and ZeRO-3 would reduce gradients before they are computed.
+    """
+
+    def __init__(self, heads: CorrespondenceHeads, embeddings: torch.dtype | None, group_bytes: int) -> None:
+        by_layer: dict[str, Any] = dict(heads.by_layer.items())
+        super().__init__({name: SupervisedLayer(head, embeddings) for name, head in by_layer.items()})
+        self.group_bytes = group_bytes
+
+    def forward(
+        self, positions: Tensor, matches: Matches, temperature: Tensor, config: LossConfig, *states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The mean loss of hidden states [B, S, hidden]; corr, depth and PCK [L] of each, without gradient."""
+        layers: list[Any] = list(self.values())
+        shares = torch.full((len(layers),), 1 / len(layers), device=positions.device)  # [L]
+        terms = []
+        for group in self._groups(layers, states, len(positions)):
+            inputs = layers[group], matches, config, shares[group]
+            if torch.is_grad_enabled():
+                weights = [weight for layer in layers[group] for weight in layer.parameters()]
+                terms.append(_GroupLoss.apply(*inputs, positions, temperature, *states[group], *weights))
+            else:
+                terms.append(_loss_of_rows(*inputs, temperature, _rows(states[group], positions)))
+        loss, corr, depth, pck = zip(*terms, strict=True)  # of each group
+        return torch.stack(loss).sum(), torch.cat(corr), torch.cat(depth), torch.cat(pck)
+
+    def _groups(self, layers: Sequence[SupervisedLayer], states: Sequence[Tensor], tokens: int) -> Iterator[slice]:
+        """Neighbours of one width, in as few groups as fit `group_bytes`, about equal and of at least one layer."""
+        for width, same in groupby(range(len(layers)), key=lambda at: layers[at].width):
+            first, *others = same
+            count, end = 1 + len(others), first + 1 + len(others)
+            bytes_ = tokens * (states[first].shape[-1] + width) * states[first].element_size()  # of one layer
+            groups = -(-count // max(1, self.group_bytes // max(1, bytes_)))
+            size = -(-count // groups)
+            yield from (slice(start, min(start + size, end)) for start in range(first, end, size))
 
 
 class SupervisedLayer(nn.Module):
-    """A head and the loss of its embeddings.
+    """A head, and the type in which the loss takes its embeddings."""
 
-    Must be declared a leaf module to ZeRO-3 (`deepspeed.utils.set_z3_leaf_modules`). ZeRO-3 gathers and frees weights
-    module by module, but `_LayerLoss` differentiates the head's weights outside the head's own forward. A leaf's
-    weights stay gathered for its whole forward pass.
-    """
-
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: CorrespondenceHead, embeddings: torch.dtype | None) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.embeddings = head, embeddings
 
-    def forward(
-        self, hidden: Tensor, positions: Tensor, matches: Matches, temperature: Tensor, config: LossConfig
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The layer's loss, and its corr, depth and PCK without gradient; all scalars."""
-        if not torch.is_grad_enabled():
-            rows = hidden.flatten(0, 1).index_select(0, positions)  # [N, hidden]
-            return _loss_of_rows(self.head, rows, matches, temperature, config)
-        return _LayerLoss.apply(self.head, positions, matches, config, hidden, temperature, *self.head.parameters())
+    @property
+    def width(self) -> int:
+        return self.head.second.out_features
+
+    def forward(self, rows: Tensor) -> Tensor:
+        embeddings: Tensor = self.head(rows)  # [N, width]
+        return embeddings if self.embeddings is None else embeddings.to(self.embeddings)
+
+
+def _rows(states: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
+    """The rows [N, hidden] at flat positions of each hidden state [B, S, hidden]."""
+    return [state.flatten(0, 1).index_select(0, positions) for state in states]
 
 
 def _loss_of_rows(
-    head: nn.Module, rows: Tensor, matches: Matches, temperature: Tensor, config: LossConfig
+    layers: Sequence[SupervisedLayer],
+    matches: Matches,
+    config: LossConfig,
+    shares: Tensor,
+    temperature: Tensor,
+    rows: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, corr, depth and PCK of hidden rows [N, hidden]."""
+    """The sum of the losses of a group of layers, each times its share; and corr, depth and PCK [G] of each.
+
+    `rows` are G tensors [N, hidden], `shares` [G].
+    """
+    embeddings = [layer(some) for layer, some in zip(layers, rows, strict=True)]  # G of [N, width]
     out = gasp_loss(
-        head(rows),
+        # Only the layers of one stack are computed together.
+        torch.stack(embeddings) if len(layers) > 1 else embeddings,
         matches,
         temperature=temperature,
         negatives=config.negatives,
@@ -105,42 +168,44 @@ def _loss_of_rows(
         corr_weight=config.corr_weight,
         depth_weight=config.depth_weight,
         eps=config.eps,
+        layer_weights=shares,
         return_metrics=True,
         backend=config.backend,
         workspace=config.workspace,
     )
     assert out.metrics is not None
-    corr, depth = out.corr_per_layer[0], out.depth_per_layer[0]
-    pck = torch.full_like(corr, torch.nan) if out.metrics.pck is None else out.metrics.pck[0]
+    corr, depth = out.corr_per_layer, out.depth_per_layer
+    pck = torch.full_like(corr, torch.nan) if out.metrics.pck is None else out.metrics.pck
     return out.loss, corr, depth, pck
 
 
-class _LayerLoss(torch.autograd.Function):
-    """`_loss_of_rows` on the rows `positions` of `hidden`, with its gradients computed in the forward pass."""
+class _GroupLoss(torch.autograd.Function):
+    """`_loss_of_rows` on the rows `positions` of hidden states, with its gradients computed in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        head: nn.Module,
-        positions: Tensor,
+        layers: Sequence[SupervisedLayer],
         matches: Matches,
         config: LossConfig,
-        hidden: Tensor,
+        shares: Tensor,
+        positions: Tensor,
         temperature: Tensor,
-        *weights: Tensor,
+        *tensors: Tensor,  # a hidden state of each layer, and the weights of all
     ) -> tuple[Tensor, ...]:
-        needs_grad = ctx.needs_input_grad[4:]  # of hidden, temperature and weights
+        states, weights = tensors[: len(layers)], tensors[len(layers) :]
+        needs_grad = ctx.needs_input_grad[5:]  # of temperature, states and weights
         with torch.enable_grad():
-            rows = hidden.detach().flatten(0, 1).index_select(0, positions)  # [N, hidden]
-            rows.requires_grad_(needs_grad[0])
-            # Detached: the temperature has a graph of its own behind it, which must not be differentiated here.
-            temperature = temperature.detach().requires_grad_(needs_grad[1])
-            loss, *metrics = _loss_of_rows(head, rows, matches, temperature, config)
-            inputs = [x for x, needed in zip((rows, temperature, *weights), needs_grad, strict=True) if needed]
+            # Detached: states and temperature have graphs of their own behind them, which must not be differentiated.
+            rows = _rows([state.detach() for state in states], positions)
+            rows = [some.requires_grad_(needed) for some, needed in zip(rows, needs_grad[1:], strict=False)]
+            temperature = temperature.detach().requires_grad_(needs_grad[0])
+            loss, *metrics = _loss_of_rows(layers, matches, config, shares, temperature, rows)
+            inputs = [x for x, needed in zip((temperature, *rows, *weights), needs_grad, strict=True) if needed]
             # Without matches the loss may not depend on the temperature: its gradient is then zero.
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         ctx.save_for_backward(positions, *gradients)
-        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
+        ctx.states = [(state.shape, state.dtype) for state in states]
         metrics = [metric.detach() for metric in metrics]
         ctx.mark_non_differentiable(*metrics)
         return loss.detach(), *metrics
@@ -150,9 +215,16 @@ class _LayerLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         positions, *gradients = ctx.saved_tensors
         saved = iter(gradients)
-        grads = [next(saved) * upstream if needed else None for needed in ctx.needs_input_grad[4:]]
-        if grads[0] is not None:
-            grad_hidden = grads[0].new_zeros(ctx.hidden_shape, dtype=ctx.hidden_dtype)  # [B, S, hidden]
-            grad_hidden.flatten(0, 1).index_copy_(0, positions, grads[0].to(ctx.hidden_dtype))
-            grads[0] = grad_hidden
-        return None, None, None, None, *grads
+        scaled = (next(saved) * upstream if needed else None for needed in ctx.needs_input_grad[5:])
+        of_temperature = next(scaled)
+        of_states = [_scattered(next(scaled), positions, *state) for state in ctx.states]
+        return *[None] * 5, of_temperature, *of_states, *scaled
+
+
+def _scattered(rows: Tensor | None, positions: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """Rows [N, hidden] at their positions in a tensor [B, S, hidden] of zeros."""
+    if rows is None:
+        return None
+    state = rows.new_zeros(shape, dtype=dtype)
+    state.flatten(0, 1).index_copy_(0, positions, rows.to(dtype))
+    return state

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gasp_fast.supervision import precision
-from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, parse_layers
+from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, HeadsConfig, parse_layers
 
 # outputs x hidden of W_Q: square, narrow query heads, wide query heads
 SHAPES = [(48, 48), (32, 48), (64, 40)]
@@ -74,6 +74,39 @@ def test_a_narrow_embedding_carries_the_bias_in_its_own_directions():
     projected = (x @ weight.double().mT + bias.double()) @ leading  # the full projection seen in 12 directions
     ours = linear(CorrespondenceHead.from_query_projection(weight, bias, mid_size=24, out_size=12), x)
     assert relative(ours @ ours.mT, projected @ projected.mT) < 2e-6
+
+
+@pytest.mark.parametrize("outputs, hidden", SHAPES)
+@pytest.mark.parametrize("mid, out", [(24, None), (16, 12)])
+def test_the_head_is_that_of_the_svd_with_signs_that_do_not_depend_on_a_library(outputs, hidden, mid, out):
+    torch.manual_seed(1)
+    weight = torch.randn(outputs, hidden)
+    head = CorrespondenceHead.from_query_projection(weight, mid_size=mid, out_size=out)
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    largest = u.abs().argmax(0)
+    signs = u[largest, torch.arange(len(s))].sign()
+    u, vt, root = u * signs, vt * signs[:, None], s.sqrt()
+    second = (u if out is None else torch.eye(out, len(s)).double()) * root
+    torch.testing.assert_close(head.first.weight.double(), root[:mid, None] * vt[:mid], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(head.second.weight.double(), second[:, :mid], rtol=1e-6, atol=1e-7)
+
+
+def test_small_singular_values_keep_their_precision():
+    """They are found beside ones a million times as large, although eigenvalues are their squares."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(40, 40).double()).Q for _ in range(2))
+    values = torch.logspace(0, -6.5, 40).double()
+    weight = (left * values) @ right.mT
+    head = CorrespondenceHead.from_query_projection(weight, mid_size=40).double()
+    torch.testing.assert_close(head.first.weight.square().sum(1), values, rtol=1e-6, atol=0)
+    assert relative(head.second.weight @ head.first.weight, weight) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_precisions_follow_the_model_unless_they_are_given(dtype):
+    assert HeadsConfig().precisions(dtype) == (dtype, dtype)
+    assert HeadsConfig(compute="tf32").precisions(dtype) == ("tf32", dtype)
+    assert HeadsConfig(embeddings="fp32").precisions(dtype) == (dtype, "fp32")
 
 
 def test_default_sizes_are_those_of_the_paper():
