@@ -1,15 +1,20 @@
-"""Times full training steps, the cost of geometry in them, and each part of the model.
+"""Times full training steps, beside the usual step of a Hugging Face `Trainer`, and each part of the model.
 
-    benchmarks/step.sh [OUT]                           on a GPU, the real shapes, in less than nine minutes
+    benchmarks/step.sh [OUT]                           on a GPU, the real shapes; four minutes tell the essential
     python benchmarks/step.py --shape tiny --out DIR   every path of this script on small shapes, on any machine
+    python benchmarks/step.py --shape tiny --essential --rounds 20 --out DIR   there, our step against the Trainer's
 
 A step is that of the training loop: its model with heads and adapters, its loader and collator, on rendered scenes.
 Three things differ from a run. Weights are random, since only shapes matter. The batches of a step are loaded once and
 then repeated, so that no step waits for a disk; the time to load them is recorded separately. And every sequence has
 an answer besides its tracks, so that the step without geometry still has a gradient.
 
-The most important cases run first; no case begins once the time is up. One that runs out of memory, or lacks a package,
-is recorded with the reason. After each case the result is written: `step-DEVICE-DATE.json` and a plot.
+The cases of a group take turns on the same batches, and a ratio compares steps of the same round. The essential group
+of each family holds our step with geometry, the Trainer's step without (`step_trainer.py`), and ours without.
+
+The most important groups run first; none begins once the time is up. A case that runs out of memory, or lacks a
+package, is recorded with the reason. The result is written as soon as the cases of a group are timed, and after each
+profile: `step-DEVICE-DATE.json`; after each group also a plot.
 """
 
 from __future__ import annotations
@@ -23,20 +28,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from step_cases import MEASURED, SHAPES, WARM_UP, Case, CaseData, cases
-from step_profile import part_range, profiled, seconds_by_part
-from step_report import one_line, print_targets, save, verdicts
-from torch.profiler import profile
-from transformers import AutoModelForImageTextToText
+from step_cases import ROUNDS, SHAPES, WARM_UP, Case, CaseData, groups
+from step_ours import Base, OurSteps
+from step_report import one_line, plot, print_targets, save, verdicts
+from step_trainer import PlainRun, PlainTrainer, empty_cache, save_batches
 
-from gasp_fast.backbones import load_backbone
-from gasp_fast.backbones.base_model import choose_attention, use_fast_modules
 from gasp_fast.benchmarking.report import machine
 from gasp_fast.planning.assumptions import Assumptions
 from gasp_fast.planning.calibration import MeasuredStep, calibrate
@@ -44,116 +46,158 @@ from gasp_fast.planning.gpus import GPU, GPUS, find_gpu, peak_flops
 from gasp_fast.planning.shapes import ModelShape
 from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.distributed import quiet_libraries, start_processes
-from gasp_fast.training.loop import TrainingLoop
-from gasp_fast.training.model import SupervisedModel, stored_dtype, supervise
-from gasp_fast.training.stream import SampleStream, Share
-from gasp_fast.training.workload import plan_run
+from gasp_fast.training.workload import BatchFlops, plan_run
 
-# ---- one case -------------------------------------------------------------------------------------------------------
+Record = dict[str, Any]
+Steps = OurSteps | PlainTrainer
+
+# ---- a group of cases -----------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, data: CaseData, gpu: GPU) -> dict[str, Any]:
-    """The record of one case."""
-    config, processes = data.config(case), start_processes()
-    batches, loading = data.batches(case, config, processes.device.type == "cuda")
-    share = Share(0, 1, config.train.batch_size, case.at_once)
-    model, steps = build_model(config, processes.device), WARM_UP + MEASURED + case.profile
-    loop = TrainingLoop(config, model, SampleStream(config.data), share, steps, processes)
-    times, peak_memory = timed_steps(loop, batches)
+def measure(
+    group: Sequence[Case], data: CaseData, gpu: GPU, rounds: int, keep: Callable[[list[Record]], None] = lambda _: None
+) -> list[Record]:
+    """The record of each case, or the reason why it has none. Frees the memory of the group.
 
-    sizes = [loop.batch_flops.sizes(batch) for batch in batches]
-    step = statistics.median(times)
-    tokens = sum(size.tokens for batch_sizes in sizes for size in batch_sizes)
-    record = {
-        "shape": dataclasses.asdict(loop.batch_flops.setup.shape),
+    Records go to `keep` as soon as all cases are timed, and after each profile.
+    """
+    records: list[Record] = [{"name": case.name, **dataclasses.asdict(case), **EMPTY} for case in group]
+    with restored_transformers():
+        running = start(group, records, data)
+        try:
+            take_turns(running, records, rounds)
+            summarise(group, records, data, gpu)
+            keep(records)
+            for number, steps in running.items():
+                if group[number].profile:
+                    with failure_recorded(records[number], "profile_failed"):
+                        records[number] |= {k: v for k, v in steps.ask("profile").items() if k not in TIMES}
+                    summarise(group, records, data, gpu)
+                    keep(records)
+        finally:
+            for steps in running.values():
+                steps.close()
+            running.clear()
+    gc.collect()
+    empty_cache()
+    return records
+
+
+def start(group: Sequence[Case], records: list[Record], data: CaseData) -> dict[int, Steps]:
+    """The models of the cases, by their place in the group. The Trainer's is built in its own process meanwhile."""
+    running: dict[int, Steps] = {}
+    processes, base = start_processes(), None
+    for number, case in sorted(enumerate(group), key=lambda one: not one[1].trainer):
+        with failure_recorded(records[number]):
+            config = data.config(case)
+            batches, _ = data.batches(case, processes.device.type == "cuda")
+            if case.trainer:
+                running[number] = start_trainer(config, batches, data.folder / "batches.pt")
+                continue
+            if base is None:
+                base = Base(config, processes.device)
+                # Ours keeps as many activations as fit the memory that the Trainer leaves.
+                for trainer in running.values():
+                    trainer.ask("rest")
+            running[number] = OurSteps(config, base, batches, processes)
+    return dict(sorted(running.items()))
+
+
+def start_trainer(config: TrainConfig, batches: list[dict[str, Any]], path: Path) -> PlainTrainer:
+    save_batches(batches, path)
+    run = PlainRun(
+        source=config.model.source,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha or 2 * config.lora.rank,
+        batches=str(path),
+        clip=config.train.clip,
+        learning_rate=config.train.learning_rate,
+        threads=torch.get_num_threads(),
+    )
+    return PlainTrainer(run)
+
+
+EMPTY: Record = {"all_seconds": (), "all_process_seconds": ()}
+TIMES = ("seconds", "process_seconds", "peak_memory")  # a profiler changes them
+
+
+def take_turns(running: dict[int, Steps], records: list[Record], rounds: int) -> None:
+    """Time `rounds` steps of every case. A GPU takes a few at a time, since it frees its memory between turns."""
+    gpu = torch.cuda.is_available()
+    at_once = 3 if gpu else 1
+    turns = [WARM_UP] + [at_once] * -(-rounds // at_once)
+    for turn, count in enumerate(turns):
+        for number in list(running):
+            with failure_recorded(records[number]):
+                if turn and gpu:
+                    running[number].ask("step")  # fills the cache of free memory again
+                answers = [running[number].ask("step") for _ in range(count)]
+                running[number].ask("rest")
+                if turn:
+                    for name in ("seconds", "process_seconds"):
+                        records[number][f"all_{name}"] += tuple(answer[name] for answer in answers)
+                    records[number]["peak_memory"] = answers[-1]["peak_memory"]
+            if "failed" in records[number]:
+                running.pop(number).close()
+                empty_cache()
+
+
+@contextmanager
+def failure_recorded(record: Record, key: str = "failed") -> Iterator[None]:
+    """An exception becomes the reason in the record: the other cases still run."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        record[key] = "out of memory"
+    except Exception as error:
+        record[key] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def summarise(group: Sequence[Case], records: Sequence[Record], data: CaseData, gpu: GPU) -> None:
+    """Add what follows from the times of each case, and their ratios to the Trainer's."""
+    for case, record in zip(group, records, strict=True):
+        if "failed" not in record:
+            add_rates(case, record, data, gpu)
+    compare(records)
+
+
+def add_rates(case: Case, record: Record, data: CaseData, gpu: GPU) -> None:
+    """Add rates, MFU, and the corrections of the plan if there is a profile."""
+    config, (batches, loading) = data.config(case), data.batches(case)
+    flops: BatchFlops = data.flops(case)
+    sizes = [flops.sizes(batch) for batch in batches]
+    step = statistics.median(record["all_seconds"])
+    tokens = sum(size.tokens for micro_batch in sizes for size in micro_batch)
+    record |= {
+        "shape": dataclasses.asdict(flops.setup.shape),
         "step_seconds": step,
-        "step_seconds_all": times,
         "sequences_per_s": config.train.batch_size / step,
         "tokens_per_s": tokens / step,
         "tokens_per_sequence": tokens / config.train.batch_size,
         "frame_tokens": sizes[0][0].visual // sizes[0][0].frames,
-        "mfu": sum(map(loop.batch_flops, batches)) / step / peak_flops(processes.device),
-        "peak_memory": peak_memory,
+        "mfu": sum(map(flops, batches)) / step / peak_flops(start_processes().device),
         "loading_seconds": loading,  # of one sequence, in one process
+        "head_bytes": 16 * flops.setup.parameters.heads,  # weights, gradients and two moments, in fp32
     }
-    if case.profile:
-        parts, attention = seconds_by_part(profiled_step(loop, batches))
-        measured = MeasuredStep(seconds=step, accumulation=share.accumulation, sequences=sizes[-1], parts=parts)
-        record["seconds_by_part"] = parts  # of one micro-batch, and of the optimiser
-        record["attention_operations"] = attention
-        record["assumptions"] = calibrate(loop.batch_flops.setup, gpu, measured)
-    loop.state.accelerator.free_memory()
-    return record
-
-
-def build_model(config: TrainConfig, device: torch.device) -> SupervisedModel:
-    """The model of the case with random weights, created on `device`, so that 16 GB are not copied from the CPU."""
-    backbone = load_backbone(config.model.source)
-    attention = choose_attention(config.model, device)
-    torch.manual_seed(0)
-    with torch.device(device):
-        base = AutoModelForImageTextToText.from_config(
-            backbone.config, dtype=stored_dtype(config), attn_implementation=attention
+    if "seconds_by_part" in record and not case.trainer:
+        measured = MeasuredStep(seconds=step, micro_batches=sizes, parts=record["seconds_by_part"])
+        ran = dataclasses.replace(
+            flops.setup,
+            kept_layers=record["layers"] - record["recomputed"],
+            fused_layers="liger_kernel" in record["replaced"],
         )
-        use_fast_modules(backbone, base, config.model)
-        model = supervise(config, backbone, base, device)
-    forwards = (getattr(module.forward, "__module__", "") for module in base.modules())
-    if config.model.liger and not any(name.startswith("liger_kernel") for name in forwards):
-        raise ValueError(f"liger-kernel leaves {base.config.model_type} as it is")  # Liger raises no error
-    return model
+        record["factors"] = calibrate(ran, gpu, measured)
 
 
-def timed_steps(loop: TrainingLoop, batches: list[dict[str, Any]]) -> tuple[list[float], int | None]:
-    """Seconds of each step after the warm-up, and the GPU's peak of memory in them (None without a GPU)."""
-    gpu = torch.cuda.is_available()
-    times = []
-    for step in range(1, WARM_UP + MEASURED + 1):
-        if gpu and step == WARM_UP + 1:
-            torch.cuda.reset_peak_memory_stats()
-        synchronize()
-        start = time.perf_counter()
-        loop.train_step(step, batches)
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return times[WARM_UP:], torch.cuda.max_memory_allocated() if gpu else None
-
-
-def profiled_step(loop: TrainingLoop, batches: list[dict[str, Any]]) -> profile:
-    """A profile of the last micro-batch of one more step, and of the optimiser."""
-    for batch in batches[:-1]:
-        loop.forward_backward(batch)
-    synchronize()
-    with profiled(loop.model) as measured:
-        loop.forward_backward(batches[-1])
-        with part_range("optimiser"):
-            loop.update(loop.steps, batches)
-        synchronize()
-    return measured
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-# ---- all cases ------------------------------------------------------------------------------------------------------
-
-
-def measure_or_reason(case: Case, data: CaseData, gpu: GPU) -> dict[str, Any]:
-    """The record of one case, or the reason why there is none. Frees the case's memory."""
-    record: dict[str, Any] = {"name": case.name, **dataclasses.asdict(case)}
-    try:
-        with restored_transformers():
-            record |= measure(case, data, gpu)
-    except torch.OutOfMemoryError:
-        record["failed"] = "out of memory"
-    except Exception as error:  # the other cases still run
-        record["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        record["left_behind"] = torch.cuda.memory_allocated()
-    return record
+def compare(records: Sequence[Record]) -> None:
+    """Add the median ratio to the Trainer's step of the same round: of seconds, and of those of the process."""
+    trainer = next((record for record in records if record["trainer"] and "failed" not in record), None)
+    for record in records:
+        if trainer is None or "failed" in record:
+            continue
+        for name in ("seconds", "process_seconds"):
+            pairs = zip(record[f"all_{name}"], trainer[f"all_{name}"], strict=True)
+            record[f"{name}_to_trainer"] = statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 @contextmanager
@@ -170,13 +214,19 @@ def restored_transformers() -> Iterator[None]:
             vars(module).update(names)
 
 
-def add_plan(record: dict[str, Any], config: TrainConfig, records: list[dict[str, Any]], gpu: GPU) -> None:
+# ---- all groups -----------------------------------------------------------------------------------------------------
+
+
+def add_plan(record: Record, data: CaseData, records: list[Record], gpu: GPU) -> None:
     """Add what `gasp-fast plan` estimates for the case, with the first calibrated step of the same model."""
-    calibrated = next((r for r in records if r.get("assumptions") and r["family"] == record["family"]), None)
-    if calibrated is None or "step_seconds" not in record:
+    calibrated = next((r for r in records if r.get("factors") and r["family"] == record["family"]), None)
+    if calibrated is None or record["trainer"] or "step_seconds" not in record:
         return
+    liger = "liger_kernel" in calibrated["replaced"] if record["liger"] is None else record["liger"]
+    fields = {field.name for field in dataclasses.fields(Case)}
+    config = data.config(dataclasses.replace(Case(**{n: record[n] for n in fields}), liger=liger))  # as it ran here
     text = round(record["tokens_per_sequence"]) - record["frames"] * record["frame_tokens"]
-    assumptions = dataclasses.replace(Assumptions(prompt_tokens=text), **calibrated["assumptions"])
+    assumptions = Assumptions(prompt_tokens=text, factors=calibrated["factors"])
     plan = plan_run(config, ModelShape(**record["shape"]), 1, gpu, assumptions, record["frame_tokens"])
     record["planned_seconds"] = plan.step_seconds
     record["plan_error"] = plan.step_seconds / record["step_seconds"] - 1
@@ -201,27 +251,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="7b")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--seconds", type=float, default=420, help="no case begins later than this (default: 420)")
+    parser.add_argument("--seconds", type=float, default=420, help="no group begins later than this (default: 420)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed steps of each case (default: {ROUNDS})")
+    parser.add_argument("--essential", action="store_true", help="only the first group of each family")
     arguments = parser.parse_args()
     if arguments.shape == "7b" and not torch.cuda.is_available():
         sys.exit("step.py: the 7B shapes need a GPU; --shape tiny runs every path without one")
     quiet_libraries()
     device, gpu = start_processes().device, this_gpu()
-    result: dict[str, Any] = {"machine": machine(device), "shape": arguments.shape, "gpu": dataclasses.asdict(gpu)}
-    result |= {"warm_up": WARM_UP, "measured": MEASURED, "cases": [], "out_of_time": []}
+    result: Record = {"machine": machine(device), "shape": arguments.shape, "gpu": dataclasses.asdict(gpu)}
+    result |= {"warm_up": WARM_UP, "measured": arguments.rounds, "cases": [], "out_of_time": []}
     with tempfile.TemporaryDirectory() as folder:
         data = CaseData(SHAPES[arguments.shape], Path(folder))
         print(f"{result['machine']}: scenes and models after {time.perf_counter() - began:.0f} s", flush=True)
-        for case in cases(arguments.shape):
-            if time.perf_counter() - began > arguments.seconds:
-                result["out_of_time"].append(case.name)
+        for group in groups(arguments.shape):
+            if arguments.essential and not group[0].essential:
                 continue
-            record = measure_or_reason(case, data, gpu)
-            result["cases"].append(record)
-            add_plan(record, data.config(case), result["cases"], gpu)
-            print(f"{time.perf_counter() - began:4.0f} s  {one_line(record)}", flush=True)
-            result["targets"] = verdicts(result)
-            save(result, arguments.out)
+            if time.perf_counter() - began > arguments.seconds:
+                result["out_of_time"] += [case.name for case in group]
+                continue
+            measured = result["cases"]
+
+            def keep(records: list[Record], measured: list[Record] = measured) -> None:
+                for record in records:
+                    add_plan(record, data, [*measured, *records], gpu)
+                result["cases"] = [*measured, *records]
+                result["targets"] = verdicts(result)
+                save(result, arguments.out)
+
+            records = measure(group, data, gpu, arguments.rounds, keep)
+            keep(records)
+            for record in records:
+                print(f"{time.perf_counter() - began:4.0f} s  {one_line(record)}", flush=True)
+            plot(result, arguments.out)
     print_targets(result)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
 
 from gasp_fast.backbones import load_backbone
 from gasp_fast.backbones.adapters import AdapterConfig
@@ -19,11 +22,14 @@ from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.supervision.heads import HeadsConfig
 from gasp_fast.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from gasp_fast.training.model import SupervisedModel
 from gasp_fast.training.optim import OptimisationConfig
 from gasp_fast.training.sources import ScenesConfig
 from gasp_fast.training.stream import DataConfig, SampleStream, Share, make_loader
+from gasp_fast.training.workload import BatchFlops
 
-WARM_UP, MEASURED = 2, 5
+WARM_UP, ROUNDS = 2, 6
+STEPS = 1000  # of the schedule; nobody takes them all
 QUESTION = {"role": "user", "content": "Which way did the camera turn, and how many boxes are in the room?"}
 ANSWER = {"role": "assistant", "content": "The camera turned to the left. There are 3 boxes: red, green, blue. " * 6}
 
@@ -36,7 +42,7 @@ class Shape:
     ranks: dict[str, int]  # of the adapters
     scenes: SyntheticConfig
     scene_count: int
-    batch_size: int  # sequences of a step: the share of one of 32 GPUs
+    batch_sizes: dict[str, int]  # sequences of a step
 
 
 SHAPES = {
@@ -45,7 +51,8 @@ SHAPES = {
         ranks={"qwen2_5_vl": 128, "llava_next_video": 512},
         scenes=SyntheticConfig(frames=26, width=960, height=540, samples=1),
         scene_count=4,
-        batch_size=4,
+        # The recipes' share of one of 32 GPUs is 4. Four long sequences, one after the other, tell no more than one.
+        batch_sizes={"qwen2_5_vl": 1, "llava_next_video": 4},
     ),
     "tiny": Shape(
         models={
@@ -57,66 +64,67 @@ SHAPES = {
         ranks={"qwen2_5_vl": 4, "llava_next_video": 8},
         scenes=SyntheticConfig(frames=8, width=96, height=80, samples=1),
         scene_count=2,
-        batch_size=2,
+        batch_sizes={"qwen2_5_vl": 2, "llava_next_video": 2},
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One configuration of a step. The defaults are those of the recipes in configs/."""
+    """One configuration of a step. None is the default of a run."""
 
     family: str
     frames: int
+    trainer: bool = False  # the usual step, without anything of gasp_fast
     geometry: bool = True
-    checkpointing: str = "non_reentrant"
-    attention: str = "sdpa"
-    liger: bool = False
-    heads: str = "tf32"
+    checkpointing: str | None = None
+    attention: str | None = None
+    liger: bool | None = None
+    heads: str | None = None
     at_once: int = 1
     profile: bool = False
+    essential: bool = False  # the targets are about these
 
     @property
     def name(self) -> str:
-        words = [self.family, f"{self.frames} frames", "geometry" if self.geometry else "plain"]
+        kind = "Trainer" if self.trainer else "geometry" if self.geometry else "plain"
+        words = [self.family, f"{self.frames} frames", kind]
         for field in ("checkpointing", "attention", "heads"):
-            words += [f"{field} {getattr(self, field)}"] * (getattr(self, field) != getattr(Case, field))
-        words += ["liger"] * self.liger + [f"{self.at_once} at once"] * (self.at_once > 1)
+            words += [f"{field} {getattr(self, field)}"] * (getattr(self, field) is not None)
+        words += [] if self.liger is None else ["liger" if self.liger else "without liger"]
+        words += [f"{self.at_once} at once"] * (self.at_once > 1)
         return ", ".join(words)
 
 
-def cases(shape: str) -> Iterator[Case]:
-    """The cases of `shape`, the most important ones first."""
-    qwen, llava = (partial(Case, family=name) for name in ("qwen2_5_vl", "llava_next_video"))
+Group = tuple[Case, ...]  # of one family, with the same batches and the same attention
+
+
+def groups(shape: str) -> Iterator[Group]:
+    """The cases of `shape`, the most important groups first."""
+    qwen, llava = (partial(Case, family=name) for name in SIZES_7B)
     if shape == "tiny":
-        for case in (qwen, llava):
-            yield case(frames=3, profile=True)
-            yield case(frames=3, geometry=False)
-        yield qwen(frames=2, heads="bf16", checkpointing="off", at_once=2)
-        yield qwen(frames=2, attention="flash_attention_2")
-        yield qwen(frames=2, liger=True)
+        yield _beside_trainer(partial(qwen, frames=3))
+        yield _beside_trainer(partial(llava, frames=3))
+        yield (qwen(frames=2, heads="bf16", checkpointing="off", at_once=2),)
+        yield (qwen(frames=2, attention="flash_attention_2"),)
+        yield (qwen(frames=2, liger=True),)
         return
-    for case, frames in ((qwen, 24), (llava, 16), (llava, 24)):
-        yield case(frames=frames, profile=True)
-        yield case(frames=frames, geometry=False)
-    yield qwen(frames=24, heads="bf16")
-    yield llava(frames=16, checkpointing="off")
-    yield llava(frames=16, checkpointing="off", heads="bf16")
-    yield qwen(frames=24, liger=True)
-    yield llava(frames=16, liger=True)
-    yield qwen(frames=24, attention="flash_attention_2")
-    yield llava(frames=16, attention="flash_attention_2")
+    yield _beside_trainer(partial(qwen, frames=24))
+    yield _beside_trainer(partial(llava, frames=16, at_once=4))
+    for case in (partial(qwen, frames=24), partial(llava, frames=16, at_once=4)):
+        yield case(heads="tf32"), case(checkpointing="off")
+        yield (case(liger=False),)  # alone: Liger changes transformers' own modules
+        yield (case(attention="flash_attention_2"),)
+    yield llava(frames=16), llava(frames=16, trainer=True), llava(frames=16, geometry=False)
+    yield llava(frames=24), llava(frames=24, geometry=False)
     for frames in (16, 8):
-        yield qwen(frames=frames)
-        yield qwen(frames=frames, geometry=False)
-    yield qwen(frames=8, checkpointing="off")
-    yield qwen(frames=24, checkpointing="off")
-    yield qwen(frames=24, checkpointing="off", geometry=False)
-    yield qwen(frames=24, heads="fp32")
-    yield llava(frames=16, at_once=4)
-    yield llava(frames=8)
-    yield llava(frames=8, geometry=False)
-    yield llava(frames=24, checkpointing="off")
+        yield qwen(frames=frames), qwen(frames=frames, trainer=True), qwen(frames=frames, geometry=False)
+
+
+def _beside_trainer(case: Callable[..., Case]) -> Group:
+    """The essential group of a family."""
+    case = partial(case, essential=True)
+    return case(profile=True), case(trainer=True, geometry=False, profile=True), case(geometry=False)
 
 
 # ---- configurations and batches -------------------------------------------------------------------------------------
@@ -130,31 +138,47 @@ class CaseData:
         self.models = {name: build_tiny(folder / name, config, weights=False) for name, config in shape.models.items()}
         list(render_scenes(folder / "scenes", shape.scene_count, config=shape.scenes, workers=shape.scene_count))
         self._batches: dict[tuple[str, int, int], tuple[list[dict[str, Any]], float]] = {}
+        self._flops: dict[Case, BatchFlops] = {}
 
     def config(self, case: Case) -> TrainConfig:
         """The run that trains the case."""
         weights = {} if case.geometry else {"corr_weight": 0.0, "depth_weight": 0.0}
         sequences = SequenceConfig(min_frames=case.frames, max_frames=case.frames, window=case.frames, per_scene=4)
+
+        def chosen(**fields: str) -> dict[str, Any]:
+            return {f: getattr(case, name) for f, name in fields.items() if getattr(case, name) is not None}
+
         # Random heads, of the same sizes as those from W_Q: the SVD would take longer than the steps.
         return TrainConfig(
-            model=ModelConfig(source=str(self.models[case.family]), attention=case.attention, liger=case.liger),  # type: ignore[arg-type]
+            model=ModelConfig(source=str(self.models[case.family]), **chosen(attention="attention", liger="liger")),
             train=OptimisationConfig(
-                steps=WARM_UP + MEASURED + case.profile,
-                batch_size=self.shape.batch_size,
+                steps=STEPS,
+                batch_size=self.shape.batch_sizes[case.family],
                 micro_batch_size=case.at_once,
-                checkpointing=case.checkpointing,  # type: ignore[arg-type]
+                **chosen(checkpointing="checkpointing"),
             ),
             lora=AdapterConfig(rank=self.shape.ranks[case.family]),
-            heads=HeadsConfig(init="random", compute=case.heads),  # type: ignore[arg-type]
+            heads=HeadsConfig(init="random", **chosen(compute="heads")),
             loss=ObjectiveConfig(**weights),
             data=DataConfig(scenes=ScenesConfig(root=str(self.folder / "scenes"), sequences=sequences), workers=0),
             run=RunConfig(out=str(self.folder / "run"), progress=False),
         )
 
-    def batches(self, case: Case, config: TrainConfig, pin: bool) -> tuple[list[dict[str, Any]], float]:
+    def flops(self, case: Case) -> BatchFlops:
+        """Counts the model FLOPs of the case's batches."""
+        if case not in self._flops:
+            config = self.config(case)
+            backbone = load_backbone(config.model.source)
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(backbone.config)
+            self._flops[case] = BatchFlops(config, SupervisedModel(backbone, model, None))
+        return self._flops[case]
+
+    def batches(self, case: Case, pin: bool = False) -> tuple[list[dict[str, Any]], float]:
         """The micro-batches of one step, from the real loader, and the seconds that one process loads a sequence."""
         key = (case.family, case.frames, case.at_once)
         if key not in self._batches:
+            config = self.config(case)
             backbone = load_backbone(config.model.source)
             share = Share(0, 1, config.train.batch_size, case.at_once)
             start = time.perf_counter()

@@ -17,7 +17,7 @@ modules again. What belongs to no part, or cannot be attributed, is "rest".
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +36,8 @@ RANGE = "part:"  # prefix of the ranges' names
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul",
             "aten::mkldnn_linear", "mkldnn::_linear_pointwise"}  # fmt: skip
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "flash_attn")
+STOCK = ("torch", "transformers", "peft", "")  # packages of the usual modules
+OPTIMISER = ("Optimizer.step", "aten::_foreach_")  # the second: clipping
 NODE = "autograd::engine::evaluate_function"
 NodeKey = tuple[int | None, int]  # thread, and autograd's number there
 
@@ -53,31 +55,69 @@ def profiled(model: SupervisedModel) -> Iterator[profile]:
             handle.remove()
 
 
-def part_range(part: str) -> record_function:
-    """A range that attributes to `part` what runs inside."""
-    return record_function(RANGE + part)
+@contextmanager
+def what_ran(model: SupervisedModel) -> Iterator[dict[str, Any]]:
+    """Filled on leaving: tokens, decoder layers that ran again in backward, whether a vision module had a graph.
+
+    `replaced` counts the modules whose forward pass is neither torch's nor transformers' nor peft's, by package.
+    """
+    language, vision = _language_and_vision(model)
+    passes: list[int] = []  # tokens of each forward pass
+    runs, graphs = Counter[int](), []
+
+    def begin(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        passes.append(options["inputs_embeds"].shape[:2].numel())
+
+    def finish(module: nn.Module, args: Any, output: Any) -> None:
+        states = getattr(output, "last_hidden_state", output)
+        graphs.append(bool(getattr(states, "requires_grad", False)))
+
+    handles = [language.register_forward_pre_hook(begin, with_kwargs=True)]
+    for number, layer in enumerate(language.layers):
+        handles.append(layer.self_attn.register_forward_pre_hook(lambda *_, n=number: runs.update([n])))
+    handles += [module.register_forward_hook(finish) for module in vision]
+    ran: dict[str, Any] = {}
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+        packages = (getattr(m.forward, "__module__", "").split(".")[0] for m in unwrap(model.model).modules())
+        ran |= {
+            "tokens": sum(passes),
+            "layers": len(language.layers),
+            "recomputed": sum(count > len(passes) for count in runs.values()),
+            "vision_graph": any(graphs),
+            "replaced": dict(Counter(name for name in packages if name not in STOCK)),
+        }
+
+
+def _language_and_vision(model: SupervisedModel) -> tuple[Any, list[nn.Module]]:
+    """The language model without its head, and the modules that see pictures."""
+    language: Any = model.backbone.language_model(model.model)
+    children = unwrap(model.model).model.children()
+    return language, [child for child in children if child is not language]
 
 
 def _parts(model: SupervisedModel) -> Iterator[tuple[nn.Module, str]]:
     inner = unwrap(model.model)
-    language: Any = model.backbone.language_model(model.model)
+    language, vision = _language_and_vision(model)
     yield from ((layer, "decoder") for layer in language.layers)
-    yield from ((child, "vision") for child in inner.model.children() if child is not language)
+    yield from ((module, "vision") for module in vision)
     yield inner.get_output_embeddings(), "lm head"
     for name, module in inner.named_modules():
         if ("lora_A." in name or "lora_B." in name) and isinstance(module, nn.Linear):
             yield module, "adapters"
     if model.supervision is not None:
-        for layer in model.supervision.by_layer.values():
-            yield layer, "geometric loss"
-            yield layer.head, "heads"  # type: ignore[misc]
+        yield model.supervision, "geometric loss"
+        yield from ((layer.head, "heads") for layer in model.supervision.by_layer.values())  # type: ignore[misc]
 
 
 def _add_range(module: nn.Module, part: str) -> Iterator[Any]:
     entered: list[record_function] = []
 
     def enter(*_: Any) -> None:
-        entered.append(part_range(part))
+        entered.append(record_function(RANGE + part))
         entered[-1].__enter__()
 
     def leave(*_: Any) -> None:
@@ -137,7 +177,7 @@ def _part_of(event: Any, forward: dict[NodeKey, Any], passes: int = 0) -> str:
         if event.name.startswith(RANGE):
             part: str = event.name.removeprefix(RANGE)
             return "attention" if attention and part == "decoder" else part
-        if event.name.startswith("Optimizer.step"):
+        if event.name.startswith(OPTIMISER):
             return "optimiser"
         attention |= _is_attention(event)
         if event.name.startswith(NODE):

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from step_cases import Case
 from step_profile import PARTS
 
 from gasp_fast.benchmarking.report import device_and_date, versions
@@ -32,12 +31,27 @@ def one_line(record: Record) -> str:
     ]
     parts += [] if record["peak_memory"] is None else [f"{record['peak_memory'] / 1e9:.1f} GB"]
     parts += [f"plan {record['plan_error']:+.0%}"] if "plan_error" in record else []
+    if "seconds_to_trainer" in record and not record["trainer"]:
+        of_process = f" ({record['process_seconds_to_trainer']:.2f} x its process time)" * (
+            record["peak_memory"] is None
+        )
+        parts.append(f"{record['seconds_to_trainer']:.2f} x the Trainer's{of_process}")
     line = f"{record['name']}: {', '.join(parts)}"
     if "seconds_by_part" not in record:
-        return line
+        return f"{line}; no profile: {record['profile_failed']}" if "profile_failed" in record else line
     total = sum(record["seconds_by_part"].values())
     shares = (f"{part} {value / total:.0%}" for part, value in record["seconds_by_part"].items())
-    return f"{line}\n        {', '.join(shares)}; attention by {', '.join(record['attention_operations']) or 'none'}"
+    return f"{line}\n        {', '.join(shares)}\n        {kernels(record)}"
+
+
+def kernels(record: Record) -> str:
+    """What really ran: attention, replaced modules, recomputation."""
+    replaced = ", ".join(f"{count} modules by {package}" for package, count in record["replaced"].items())
+    return (
+        f"attention by {', '.join(record['attention_operations']) or 'none'}; {replaced or 'no module replaced'}; "
+        f"{record['recomputed']} of {record['layers']} layers recomputed; "
+        f"vision tower {'with' if record['vision_graph'] else 'without'} a graph"
+    )
 
 
 # ---- targets --------------------------------------------------------------------------------------------------------
@@ -47,34 +61,28 @@ def verdicts(result: Record) -> list[Record]:
     """Each target with the measured value; `met` is null where its case was not measured."""
     measured = [record for record in result["cases"] if "failed" not in record]
     targets = []
-    for family in dict.fromkeys(record["family"] for record in measured):
-        frames = max(record["frames"] for record in measured if record["family"] == family)
-        with_geometry = _default(measured, family, frames, geometry=True)
-        plain = _default(measured, family, frames, geometry=False)
-        bounds = (("time", "step_seconds", GEOMETRY_TIME), ("peak memory", "peak_memory", GEOMETRY_MEMORY))
-        for quantity, key, bound in bounds:
-            share = 1 - plain[key] / with_geometry[key] if with_geometry and plain and plain[key] else None
-            targets.append(_at_most(f"{family}, {frames} frames: geometry's share of {quantity}", share, bound))
+    for family, frames in dict.fromkeys((r["family"], r["frames"]) for r in measured if r["essential"]):
+        essential = [r for r in measured if r["family"] == family and r["essential"] and not r["trainer"]]
+        with_geometry, plain = (next((r for r in essential if r["geometry"] is want), None) for want in (True, False))
+        ratio = None if with_geometry is None else with_geometry.get("seconds_to_trainer")
+        targets.append(_at_most(f"{family}, {frames} frames: our step with geometry / the Trainer's without", ratio, 1))
+        time = memory = None
+        if with_geometry and plain:
+            time = 1 - plain["step_seconds"] / with_geometry["step_seconds"]
+        if with_geometry and plain and plain["peak_memory"]:
+            heads = with_geometry["head_bytes"]
+            memory = 1 - (plain["peak_memory"] + heads) / with_geometry["peak_memory"]
+        targets.append(_at_most(f"{family}, {frames} frames: geometry's share of time", time, GEOMETRY_TIME))
+        what = "share of peak memory, besides its weights and their states"
+        targets.append(_at_most(f"{family}, {frames} frames: geometry's {what}", memory, GEOMETRY_MEMORY))
         mfu = [r["mfu"] for r in measured if r["family"] == family and r["geometry"]]
         targets.append(_at_least(f"{family}: best MFU with geometry", mfu, MFU))
     llava = ("llava_next_video", 16, True)
     rates = [r["sequences_per_s"] for r in measured if (r["family"], r["frames"], r["geometry"]) == llava]
     targets.append(_at_least("LLaVA, 16 frames: sequences/s (of an H200)", rates, RATE))
-    errors = [abs(r["plan_error"]) for r in measured if "plan_error" in r and _is_default(r)]
-    targets.append(_at_most("plan: worst error on the recipes' steps", max(errors, default=None), PLAN_ERROR))
+    errors = [abs(r["plan_error"]) for r in measured if "plan_error" in r and r["essential"]]
+    targets.append(_at_most("plan: worst error on the essential steps", max(errors, default=None), PLAN_ERROR))
     return targets
-
-
-def _default(measured: list[Record], family: str, frames: int, geometry: bool) -> Record | None:
-    """The case with the recipes' settings."""
-    case = (family, frames, geometry)
-    fitting = (r for r in measured if (r["family"], r["frames"], r["geometry"]) == case and _is_default(r))
-    return next(fitting, None)
-
-
-def _is_default(record: Record) -> bool:
-    settings = ("checkpointing", "attention", "heads", "liger", "at_once")
-    return all(record[name] == getattr(Case, name) for name in settings)  # the class holds the defaults
 
 
 def _at_most(target: str, value: float | None, bound: float) -> Record:
@@ -101,18 +109,19 @@ def print_targets(result: Record) -> None:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def save(result: Record, out: Path) -> Path:
-    """Write `step-DEVICE-DATE.json`, and its plot if any case was measured."""
+def save(result: Record, out: Path) -> None:
+    """Write `step-DEVICE-DATE.json`."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"step-{device_and_date(result['machine'])}.json"
     about = {"date": datetime.date.today().isoformat(), "versions": versions(*PACKAGES)}
-    write_atomically(path, (json.dumps({**about, **result}, indent=1) + "\n").encode())
-    plot(result, path.with_suffix(".png"))
-    return path
+    write_atomically(_path(result, out), (json.dumps({**about, **result}, indent=1) + "\n").encode())
 
 
-def plot(result: Record, path: Path) -> None:
-    """Seconds of a sequence in every case, and by part in those that were profiled."""
+def _path(result: Record, out: Path) -> Path:
+    return out / f"step-{device_and_date(result['machine'])}.json"
+
+
+def plot(result: Record, out: Path) -> None:
+    """Seconds of a sequence in every case, and by part in those that were profiled, beside the JSON."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -124,12 +133,19 @@ def plot(result: Record, path: Path) -> None:
     figure = Figure(figsize=(9, 2 + 0.32 * sum(rows)), layout="constrained")
     every, parts = figure.subplots(2, 1, height_ratios=[rows[0], rows[1] + 1])
     seconds = [1 / record["sequences_per_s"] for record in measured]
-    every.barh(range(len(measured)), seconds, color=["#0072B2" if r["geometry"] else "#BBBBBB" for r in measured])
+    every.barh(
+        range(len(measured)),
+        seconds,
+        color=["#D55E00" if r["trainer"] else "#0072B2" if r["geometry"] else "#BBBBBB" for r in measured],
+    )
     for place, (value, record) in enumerate(zip(seconds, measured, strict=True)):
         every.text(value, place, f" MFU {record['mfu']:.0%}", va="center", fontsize=7)
     every.set_yticks(range(len(measured)), [record["name"] for record in measured], fontsize=7)
     every.set_xlim(0, 1.15 * max(seconds))
-    every.set_xlabel("seconds of a sequence, its share of the optimiser included (grey: without geometry)", fontsize=8)
+    every.set_xlabel(
+        "seconds of a sequence, its share of the optimiser included (grey: without geometry, red: the Trainer)",
+        fontsize=8,
+    )
     for place, record in enumerate(profiled):
         left = 0.0
         for part, colour in zip(PARTS, colormaps["tab10"].colors, strict=True):
@@ -143,4 +159,4 @@ def plot(result: Record, path: Path) -> None:
         panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"gasp_fast training step on {result['machine']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.savefig(_path(result, out).with_suffix(".png"), dpi=150)

@@ -1,8 +1,8 @@
 """Estimates memory, FLOPs, step time and GPU-hours of a recipe on a cluster. Needs no GPU and loads no weights.
 
-Parameters, FLOPs and activations are counted; efficiencies are assumptions, listed in
-`gasp_fast/planning/assumptions.py`. Times are right within a factor of two, until a step has been measured on your GPUs
-(`benchmarks/step.sh`, then `--measured FILE`).
+Parameters, FLOPs and activations are counted; efficiencies are those of an H200, listed in
+`gasp_fast/planning/assumptions.py`. They reproduce the steps that were measured on it within 10 %. Other GPUs and later
+versions differ: measure a step (`benchmarks/step.sh`, then `--measured FILE`).
 
 examples:
   gasp-fast plan configs/qwen2_5_vl_7b.yaml --gpus 32 --gpu h200
@@ -12,6 +12,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from gasp_fast.planning.gpus import GPUS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gasp_fast.planning.assumptions import Assumptions
     from gasp_fast.planning.plan import Plan
 
 HELP = "estimate memory, time and GPU-hours of a recipe"
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="sequences of an epoch (default: the annotations')")
     parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="efficiencies from a result of benchmarks/step.sh"
+        "--measured", type=Path, metavar="FILE", help="correct the parts of a step by a result of benchmarks/step.sh"
     )
 
 
@@ -62,10 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         notes.append(
             f"there are no annotations here: an epoch is taken to be the paper's {PAPER_SEQUENCES:,} sequences"
         )
-    origin = "efficiencies are assumptions, not yet measured on a GPU"
+    origin = "efficiencies are those of an H200; this step has not been measured"
     if arguments.measured:
         assumptions, step = read_measured(arguments.measured, shape)
-        origin = f"efficiencies are those of {step}; all else is assumed"
+        origin = f"parts of a step are corrected by {step}; all else is assumed"
 
     def plan_at(frame_tokens: int | None, sequences: int | None = None) -> Plan:
         return plan_run(config, shape, arguments.gpus, gpu, assumptions, frame_tokens, sequences)
@@ -82,8 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(line)
     if arguments.gpu == "h200" and shape.language_parameters > 5e9:
         console.print(against_paper(plan, lambda tokens: plan_at(tokens, sequences=1)))
-    if plan.seconds["geometric loss"] and plan.setup.head_precision != "bf16":
-        notes.append(fp32_loss(plan))
+    if plan.seconds["geometric loss"] and plan.setup.embedding_precision == "fp32":
+        notes.append(fp32_loss(plan, assumptions))
+    if config.model.liger == "auto":
+        notes.append("liger-kernel is taken to be installed there, as by gasp-fast\\[gpu]")
     for note in (*notes, origin):
         console.print(f"note: {note}", style="dim")
     return 0 if plan.fits else 1
@@ -96,6 +100,8 @@ def conclusions(plan: Plan) -> list[str]:
     return [
         f"memory {'fits' if plan.fits else 'DOES NOT FIT'}: {plan.memory_needed / 1e9:.0f} of "
         f"{plan.gpu.memory / 1e9:.0f} GB a GPU; the largest part is {largest}",
+        f"activations of {plan.setup.kept_layers} of {plan.setup.shape.layers} decoder layers are kept, the others are "
+        "recomputed",
         f"a step of {plan.setup.batch_size} sequences takes {plan.step_seconds:.2f} s; the largest part is {slowest} "
         f"({plan.seconds[slowest] / plan.step_seconds:.0%}); {plan.rate:.2f} sequences a second on each GPU, "
         f"MFU {plan.mfu:.0%}",
@@ -113,17 +119,22 @@ def against_paper(plan: Plan, plan_at: Callable[[int], Plan]) -> str:
         f"the paper's totals imply {PAPER_RATE:.1f} sequences a second on each H200; this plan says {plan.rate:.2f}."
     )
     if most is None:
-        return f"{rates} No number of tokens a frame would reach that rate with this recipe."
+        late = plan_at(1).seconds["idle"] > 0
+        cause = ": with small frames the GPU waits for its host; raise train.micro_batch_size" if late else ""
+        return f"{rates} No number of tokens a frame would reach that rate with this recipe{cause}."
     verb = "would allow" if most >= plan.frame_tokens else "would need frames of at most"
     return f"{rates} That rate {verb} {most} tokens a frame; this recipe has {plan.frame_tokens}."
 
 
-def fp32_loss(plan: Plan) -> str:
+def fp32_loss(plan: Plan, assumptions: Assumptions) -> str:
     """What fp32 products cost the geometric loss."""
-    seconds = plan.seconds["geometric loss"]
+    from gasp_fast.planning.plan import make_plan
+
+    setup = replace(plan.setup, embedding_precision="bf16")
+    bf16 = make_plan(setup, plan.mix, plan.steps, plan.gpus, plan.gpu, assumptions)
     return (
-        "fp32 embeddings make the loss's products IEEE fp32; heads.compute=bf16 would take them from "
-        f"{seconds:.2f} s to {seconds * plan.gpu.fp32 / plan.gpu.bf16:.2f} s of a step"
+        "fp32 embeddings make the loss's products IEEE fp32; heads.embeddings=bf16 would take the loss from "
+        f"{plan.seconds['geometric loss']:.2f} s to {bf16.seconds['geometric loss']:.2f} s of a step"
     )
 
 

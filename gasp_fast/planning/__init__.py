@@ -2,11 +2,13 @@
 
 shapes.py          sizes of a model
 training_setup.py  what is trained and how; sizes of the sequences
+step_design.py     which costs a step avoids
 flops.py           FLOPs of a step, by part of the model
 gpus.py            data sheets of GPUs
 assumptions.py     efficiencies and other numbers that are neither counted nor stated
 memory.py          bytes on each GPU
+work.py            FLOPs and bytes of a step, by kind of kernel
 step_time.py       seconds of a step
 plan.py            all of it together: the estimate of a run
-calibration.py     efficiencies from a measured step
+calibration.py     corrections from a measured step
 """

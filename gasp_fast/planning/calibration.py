@@ -1,8 +1,8 @@
-"""Efficiencies from a measured step.
+"""Corrections from a measured step.
 
-The efficiency of a part is its estimated time at full speed divided by its measured time. `idle` is the time of the
-step beyond that of all parts, as a share of it. `benchmarks/step.py` writes the efficiencies into a file, and
-`gasp-fast plan --measured` reads them.
+The factor of a part is its measured over its estimated time. The host has one if the GPU waited for it, or if the step
+was shorter than the host's estimate.
+`benchmarks/step.py` writes the factors into a file, and `gasp-fast plan --measured` reads them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,11 @@ from typing import Any
 from .assumptions import Assumptions
 from .gpus import GPU
 from .shapes import ModelShape
-from .step_time import optimiser_seconds, sequence_seconds
+from .step_time import host_seconds, optimiser_seconds, seconds_of
 from .training_setup import SequenceSize, TrainingSetup
+from .work import work_of_micro_batch, work_of_sequence
 
-FULL_SPEED = Assumptions(
-    decoder=1, attention=1, adapters=1, vision=1, heads=1, loss=1, bandwidth=1, optimiser=1, idle=0
-)  # fmt: skip
-# Efficiency -> the parts of a step that it applies to.
-PARTS = {
-    "decoder": ("decoder", "lm head"),
-    "attention": ("attention",),
-    "adapters": ("adapters",),
-    "vision": ("vision",),
-    "heads": ("heads",),
-    "loss": ("geometric loss",),
-    "bandwidth": ("norms, activations", "rest"),
-}
+LATE = 1.02  # a step this much longer than its kernels waited for the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,38 +29,36 @@ class MeasuredStep:
     """An optimiser step of one GPU."""
 
     seconds: float
-    accumulation: int  # micro-batches of it
-    sequences: Sequence[SequenceSize]  # of the micro-batch that was profiled
-    parts: dict[str, float]  # seconds of that micro-batch by part, and "optimiser", which comes once a step
+    micro_batches: Sequence[Sequence[SequenceSize]]
+    parts: dict[str, float]  # seconds of the GPU by part, profiled
 
 
 def calibrate(setup: TrainingSetup, gpu: GPU, step: MeasuredStep) -> dict[str, float]:
-    """The fields of `Assumptions` that the step determines."""
-    optimiser = step.parts.get("optimiser", 0.0)
-    busy = step.accumulation * (sum(step.parts.values()) - optimiser) + optimiser
-    # A profiler slows a step down, so its parts may add up to more than the step took without it.
-    scale = min(1.0, step.seconds / busy)
-    ideal: dict[str, float] = {}
-    for sequence in step.sequences:
-        for part, value in sequence_seconds(setup, sequence, gpu, FULL_SPEED).items():
-            ideal[part] = ideal.get(part, 0.0) + value
-    measured = {"idle": step.seconds / (scale * busy) - 1}
-    for field, parts in PARTS.items():
-        took = scale * sum(step.parts.get(part, 0.0) for part in parts)
-        needed = sum(ideal.get(part, 0.0) for part in parts)
-        if took and needed:
-            measured[field] = needed / took
-    if optimiser:
-        measured["optimiser"] = optimiser_seconds(setup, 1, gpu, FULL_SPEED) / (scale * optimiser)
-    return measured
+    """The factor of each part of the step that an estimate with `Assumptions()` knows."""
+    assumed = Assumptions()
+    estimated = {"optimiser": optimiser_seconds(setup, 1, gpu, assumed)}
+    for sequences in step.micro_batches:
+        work = [one for size in sequences for one in work_of_sequence(setup, size)] + work_of_micro_batch(setup)
+        for part, seconds in seconds_of(setup, work, gpu, assumed).items():
+            estimated[part] = estimated.get(part, 0.0) + seconds
+    busy = sum(step.parts.values())
+    known = sum(seconds for part, seconds in step.parts.items() if estimated.get(part))
+    # A profiler slows a step down, so its parts may add up to more than the step took without it. What belongs to no
+    # part is spread over all of them.
+    scale = min(busy, step.seconds) / known
+    factors = {part: scale * step.parts[part] / estimated[part] for part in step.parts if estimated.get(part)}
+    host = step.seconds / (len(step.micro_batches) * host_seconds(setup, assumed))
+    if step.seconds > LATE * busy or host < 1:  # or it kept ahead, and took no longer than the step
+        factors["host"] = host
+    return factors
 
 
 def read_measured(path: str | os.PathLike[str], shape: ModelShape) -> tuple[Assumptions, str]:
-    """Assumptions with the efficiencies of the file's first calibrated step of a model of this shape, and its name."""
+    """Assumptions with the factors of the file's first calibrated step of a model of this shape, and its name."""
     path = Path(path)
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        cases = [case for case in result["cases"] if case.get("assumptions")]
+        cases = [case for case in result["cases"] if case.get("factors")]
         fitting = [case for case in cases if case["shape"] == asdict(shape)]
     except OSError as error:
         raise OSError(f"--measured {path} cannot be read ({error.strerror}); benchmarks/step.sh writes one") from None
@@ -84,4 +71,4 @@ def read_measured(path: str | os.PathLike[str], shape: ModelShape) -> tuple[Assu
             "benchmarks/step.sh, or plan without it"
         )
     case = fitting[0]
-    return replace(Assumptions(), **case["assumptions"]), f"{case['name']} on {result['machine']}, {result['date']}"
+    return replace(Assumptions(), factors=case["factors"]), f"{case['name']} on {result['machine']}, {result['date']}"

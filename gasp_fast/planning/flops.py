@@ -14,8 +14,9 @@ addition are two):
 Backward costs once the forward where weights are frozen (only the input's gradient is computed), twice where they are
 trained, and in attention. A frozen vision tower has no backward. Forward and backward are the model FLOPs, and all
 that MFU counts. Recomputation comes on top: attention's backward computes its scores again (half of its forward), and
-under checkpointing decoder, attention, adapters and a trained vision tower run forward once more. The rest is not
-recomputed.
+under checkpointing the decoder layers that keep no activations, with their attention and adapters, and a trained vision
+tower run forward once more. A layer's last product is not repeated: nothing that follows it saves anything. The rest is
+not recomputed.
 """
 
 from __future__ import annotations
@@ -49,21 +50,27 @@ class Flops:
 def flops_by_part(setup: TrainingSetup, sequence: SequenceSize) -> dict[str, Flops]:
     """FLOPs of each part of the model, for one sequence."""
     shape, tokens = setup.shape, sequence.tokens
-    again = 1.0 if setup.checkpointing else 0.0
+    again = setup.recomputed
     weights = 2.0 if setup.full else 1.0  # backward products per forward product
 
     decoder = 2.0 * tokens * shape.layer_weights * shape.layers
     attention = 2.0 * tokens**2 * shape.query_width * shape.layers
     adapters = 2.0 * tokens * setup.adapter_weights * shape.layers
-    vision = _vision_forward(shape, sequence)
+    last = 2.0 * tokens * shape.hidden * shape.intermediate * shape.layers  # the MLP's down projection
+    tower = vision_forward(shape, sequence)
+    vision = tower.mlp + tower.other + tower.attention
+    # A frozen tower of which checkpointing asks a gradient computes one, for nothing.
+    needless = 2 * vision if setup.checkpointing and not setup.design.frozen_tower else 0.0
     lm_head = 2.0 * sequence.labelled * shape.hidden * shape.vocabulary
     heads = 2.0 * sequence.tracked * setup.head_weights * setup.supervised_layers
     loss = 2.0 * sequence.anchors * sequence.tracked * setup.head_sizes[1] * setup.supervised_layers
     return {
-        "decoder": Flops(decoder, weights * decoder, again * decoder),
+        "decoder": Flops(decoder, weights * decoder, again * (decoder - last)),
         "attention": Flops(attention, 2 * attention, (0.5 + again) * attention),
         "adapters": Flops(adapters, 2 * adapters, again * adapters),
-        "vision": Flops(vision, 2 * vision if setup.full else 0.0, again * vision if setup.full else 0.0),
+        "vision": Flops(vision, 2 * vision, vision * setup.checkpointing)
+        if setup.full
+        else Flops(vision, 0.0, needless),
         "lm head": Flops(lm_head, weights * lm_head),
         "heads": Flops(heads, 2 * heads),
         "geometric loss": Flops(loss, 2 * loss),
@@ -89,11 +96,26 @@ def mean_flops(setup: TrainingSetup, mix: SequenceMix) -> dict[str, Flops]:
     return mean
 
 
-def _vision_forward(shape: ModelShape, sequence: SequenceSize) -> float:
+@dataclass(frozen=True)
+class VisionFlops:
+    """Forward, of the vision tower and its projector."""
+
+    mlp: float
+    attention: float
+    other: float  # projections
+
+
+def vision_forward(shape: ModelShape, sequence: SequenceSize) -> VisionFlops:
+    """FLOPs of the vision tower for the frames of one sequence."""
     patches = PATCHES * sequence.visual
     blocks = shape.vision_block_weights * shape.vision_layers
+    mlp = blocks - 4 * shape.vision_hidden**2 * shape.vision_layers
     frame_patches = patches // max(1, sequence.frames)
     windowed = shape.vision_layers - shape.vision_full_layers
     keys = shape.vision_full_layers * frame_patches + windowed * min(WINDOW, frame_patches)  # summed over layers
     rest = shape.vision_parameters - blocks  # the projector, nearly all of it
-    return 2.0 * patches * blocks + 4.0 * patches * keys * shape.vision_hidden + 2.0 * sequence.visual * rest
+    return VisionFlops(
+        mlp=2.0 * patches * mlp,
+        attention=4.0 * patches * keys * shape.vision_hidden,
+        other=2.0 * patches * (blocks - mlp) + 2.0 * sequence.visual * rest,
+    )

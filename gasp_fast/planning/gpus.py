@@ -46,6 +46,16 @@ def _listed(device_name: str) -> str:
     return max((name for name in (*GPUS, *OTHER_PEAKS) if name in device_name.lower()), key=len, default="")
 
 
+def device_memory(device: torch.device) -> float:
+    """Bytes of a CUDA device that this process can have: those of its data sheet, unless others hold some."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    at_hand = float(free + torch.cuda.memory_reserved(device))
+    known = find_gpu(torch.cuda.get_device_properties(device).name)
+    return min(at_hand, known.memory) if known else at_hand
+
+
 @lru_cache
 def peak_flops(device: torch.device) -> float:
     """Peak FLOPs a second, bf16. A CPU (fp32), or a GPU that is not listed, is measured in one large product."""

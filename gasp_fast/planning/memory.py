@@ -1,11 +1,15 @@
 """Memory of a GPU in training: weights, gradients, optimiser states, saved activations, and the working set on top.
 
 Whatever is trained is fp32: 4 bytes of weight, 4 of gradient, 8 of AdamW's moments, 4 more of DeepSpeed's own copy, and
-2 of the bf16 copy that autocast keeps (not of heads). ZeRO divides states from stage 1, gradients from stage 2, weights
+2 of the bf16 copy that products use (not of heads). ZeRO divides states from stage 1, gradients from stage 2, weights
 in stage 3.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+
+from gasp_fast.supervision.geometric import GROUP_BYTES
 
 from .assumptions import Assumptions
 from .shapes import PATCHES
@@ -55,26 +59,40 @@ def memory_by_purpose(
     return memory
 
 
+def most_kept_layers(
+    setup: TrainingSetup, longest: SequenceSize, gpus: int, memory: float, assumptions: Assumptions
+) -> int:
+    """The most decoder layers that can keep their activations on GPUs with this many bytes; a margin stays free."""
+    for kept in range(setup.shape.layers, 0, -1):
+        needed = memory_by_purpose(replace(setup, kept_layers=kept), longest, gpus, assumptions)
+        if sum(needed.values()) <= (1 - assumptions.margin) * memory:
+            return kept
+    return 0
+
+
 def activation_bytes(setup: TrainingSetup) -> float:
     """Bytes that one decoder layer saves for backward, for each token; counted from what autograd saves.
 
-    Norms save their input in fp32. Each adapter keeps its own bf16 copy of its input, the products between frozen
-    weights none; where weights are trained the residual stream is fp32, and every product keeps its input.
+    Norms save their input in fp32, Liger's as it is; the MLP's product saves its factors, and Liger's computes
+    one of them again. Adapters share their input, q, k and v with each other and o with the attention; products with
+    frozen weights save none. Where weights are trained the residual stream is fp32, and every product keeps its input.
     """
     shape, element = setup.shape, setup.element_bytes
     d, ff, q, kv = shape.hidden, shape.intermediate, shape.query_width, shape.key_width
     statistics = 4 * shape.query_heads + 8
     if setup.adapter_rank is None:
         return 16 * d + element * (5 * d + 4 * ff + 2 * q + 2 * kv) + statistics
-    return 8 * d + element * (3 * d + 3 * ff + 3 * q + 2 * kv + 4 * setup.adapter_rank) + statistics
+    norms, mlp = (2 * element * d, 2 * ff) if setup.fused_layers else (8 * d, 3 * ff)
+    return norms + element * (d + mlp + 2 * q + 2 * kv + 4 * setup.adapter_rank) + statistics
 
 
 def _decoder_bytes(setup: TrainingSetup, tokens: int) -> tuple[float, float]:
     """Saved by the decoder layers, and the working set of one layer."""
     layer_bytes, layers = tokens * activation_bytes(setup), setup.shape.layers
-    if setup.checkpointing:  # saves the layers' inputs; holds one layer's activations again, and their gradients
-        return float(tokens * _residual_bytes(setup) * setup.shape.hidden * layers), 1.5 * layer_bytes
-    return layer_bytes * layers, 0.5 * layer_bytes
+    inputs = float(tokens * _residual_bytes(setup) * setup.shape.hidden * (layers - setup.kept_layers))
+    # The last layers are those that are kept. Backward has freed them when it holds a layer's activations again, and
+    # their gradients; in a kept layer, only the gradients come on top.
+    return layer_bytes * setup.kept_layers + inputs, (0.5 if setup.kept_layers else 1.5) * layer_bytes
 
 
 def _residual_bytes(setup: TrainingSetup) -> int:
@@ -94,8 +112,11 @@ def _vision_bytes(setup: TrainingSetup, visual: int) -> tuple[float, float]:
 
 
 def _head_bytes(setup: TrainingSetup, tracked: int) -> tuple[float, float]:
-    """Kept until backward (the gradients that were computed in forward), and the working set of one layer."""
+    """Kept until backward (the gradients that were computed in forward), and the working set of a group of layers."""
     hidden, (middle, out) = setup.shape.hidden, setup.head_sizes
     kept = setup.supervised_layers * tracked * hidden * _residual_bytes(setup) + 4.0 * setup.parameters.heads
-    at_work = tracked * (12.0 * hidden + 16.0 * middle + 8.0 * out) + (128 << 20)
+    group = GROUP_BYTES // max(1, tracked * (hidden + out) * _residual_bytes(setup))
+    layers = min(setup.supervised_layers, max(1, group))
+    element = 2 if setup.head_precision == "bf16" else 4
+    at_work = layers * tracked * (element * (3.0 * hidden + 4.0 * middle) + 8.0 * out) + (128 << 20)
     return kept, at_work if setup.supervised_layers else 0.0

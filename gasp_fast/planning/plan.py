@@ -2,7 +2,7 @@
 
     counted    from shapes: parameters, FLOPs, bytes; tests compare them with the real modules
     stated     by a vendor: `gpus.py`
-    assumed    efficiencies and what the data holds: `Assumptions`; a measured step replaces the efficiencies
+    assumed    efficiencies and what the data holds: `Assumptions`; a measured step corrects the time of each part
 
 Memory is that of the longest sequence, time that of the mean one.
 """
@@ -17,7 +17,7 @@ from .flops import Flops, mean_flops
 from .gpus import GPU
 from .memory import memory_by_purpose
 from .step_time import OVERHEADS, step_seconds
-from .training_setup import SequenceMix, SequenceSize, TrainingSetup
+from .training_setup import SequenceMix, SequenceSize, TrainingSetup, longest_sequence
 
 PAPER_SEQUENCES = 1_750_000
 PAPER_RATE = PAPER_SEQUENCES * 3 / (10 * 3600 * 32)  # sequences a second on each H200, from the paper's totals: 4.6
@@ -89,7 +89,7 @@ def make_plan(
 ) -> Plan:
     """The estimate of a run of `steps` optimiser steps on `gpus` GPUs."""
     setup.accumulation(gpus)  # first of all: whether the batch divides over the GPUs
-    longest = max((size for _, size in mix), key=lambda size: size.tokens)
+    longest = longest_sequence(mix)
     return Plan(
         setup=setup,
         mix=mix,

@@ -1,8 +1,9 @@
 """Time of an optimiser step, by part.
 
-Parts run one after the other. A part takes its FLOPs / (peak rate of its precision x efficiency). Whatever is not a
-matrix product takes its memory traffic / bandwidth: forward, each saved activation is written once and read once;
-backward, twice that. The loss's products have the embeddings' type; for fp32 embeddings that is IEEE fp32, not tf32.
+Parts run one after the other. Each is a sum of the `Work` in `work.py`, times its factor in `Assumptions` if a step has
+been measured. The loss's products have the embeddings' type; for fp32 embeddings that is IEEE fp32, not tf32.
+
+`idle` is the time that a GPU waits for its host, which starts the operations of a micro-batch one after another.
 
 GPUs wait for each other, and sequences are of unequal length: of many GPUs one nearly always draws the longest.
 `waiting` is the expected excess of the slowest over the mean. From ZeRO-2 on GPUs meet at every micro-batch, otherwise
@@ -11,11 +12,12 @@ once a step, and the excess of a sum of draws grows like the square root of thei
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .assumptions import Assumptions
-from .flops import flops_by_part
 from .gpus import GPU
-from .memory import activation_bytes
 from .training_setup import SequenceMix, SequenceSize, TrainingSetup
+from .work import Work, operations, work_of_micro_batch, work_of_sequence
 
 OVERHEADS = ("waiting", "communication", "optimiser", "idle")  # parts of a step that belong to no sequence
 NODE = 8  # GPUs of a node
@@ -31,12 +33,14 @@ def step_seconds(
 
     accumulation, batch = setup.accumulation(gpus), setup.micro_batch_size
     step = {part: accumulation * batch * value for part, value in mean.items()}
-    computing = sum(step.values())
+    for part, value in seconds_of(setup, work_of_micro_batch(setup), gpu, assumptions).items():
+        step[part] += accumulation * value
     meetings = accumulation if setup.sharding.stage >= 2 else accumulation**0.5
-    step["waiting"] = (slowest - sum(mean.values())) * meetings * batch**0.5
+    step["waiting"] = max(0.0, slowest - sum(mean.values())) * meetings * batch**0.5
+    slowest_computes = sum(step.values())
     step["communication"] = _communication_seconds(setup, gpus, gpu, assumptions)
     step["optimiser"] = optimiser_seconds(setup, gpus, gpu, assumptions)
-    step["idle"] = assumptions.idle * (computing + step["optimiser"])
+    step["idle"] = max(0.0, accumulation * host_seconds(setup, assumptions) - slowest_computes)
     return step
 
 
@@ -44,22 +48,25 @@ def sequence_seconds(
     setup: TrainingSetup, sequence: SequenceSize, gpu: GPU, assumptions: Assumptions
 ) -> dict[str, float]:
     """Seconds of one GPU on one sequence, by part."""
+    return seconds_of(setup, work_of_sequence(setup, sequence), gpu, assumptions)
+
+
+def seconds_of(setup: TrainingSetup, work: Iterable[Work], gpu: GPU, assumptions: Assumptions) -> dict[str, float]:
+    """Seconds of one GPU on this work, by part."""
     peaks = {"bf16": gpu.bf16, "tf32": gpu.tf32, "fp32": gpu.fp32}
-    base = peaks[setup.precision]
-    rates = {
-        "decoder": base * assumptions.decoder,
-        "attention": base * assumptions.attention,
-        "adapters": base * assumptions.adapters,
-        "vision": base * assumptions.vision,
-        "lm head": base * assumptions.decoder,
-        "heads": peaks[setup.head_precision] * assumptions.heads,
-        "geometric loss": (gpu.bf16 if setup.head_precision == "bf16" else gpu.fp32) * assumptions.loss,
-    }
-    seconds = {part: flops.total / rates[part] for part, flops in flops_by_part(setup, sequence).items()}
-    passes = 4 if setup.checkpointing else 3  # forward, twice that backward, forward again
-    traffic = 2.0 * passes * sequence.tokens * activation_bytes(setup) * setup.shape.layers
-    seconds["norms, activations"] = traffic / (gpu.bandwidth * assumptions.bandwidth)
+    own = {"heads": setup.head_precision, "geometric loss": setup.embedding_precision}
+    seconds: dict[str, float] = {}
+    for one in work:
+        rate = peaks[own.get(one.part, setup.precision)] * getattr(assumptions, one.rate)
+        moving = one.bytes / (gpu.bandwidth * getattr(assumptions, one.speed))
+        took = assumptions.factors.get(one.part, 1.0) * (one.flops / rate + moving + one.seconds)
+        seconds[one.part] = seconds.get(one.part, 0.0) + took
     return seconds
+
+
+def host_seconds(setup: TrainingSetup, assumptions: Assumptions) -> float:
+    """Seconds that the host takes to start the operations of a micro-batch."""
+    return assumptions.factors.get("host", 1.0) * assumptions.operation * operations(setup)
 
 
 def expected_slowest(times: list[tuple[float, float]], ranks: int) -> float:
@@ -97,4 +104,4 @@ def optimiser_seconds(setup: TrainingSetup, gpus: int, gpu: GPU, assumptions: As
     trained, sharding = setup.parameters.trained, setup.sharding
     own = trained / gpus if sharding.stage >= 1 else trained
     bandwidth = assumptions.cpu_bandwidth if sharding.optimiser_on_cpu else gpu.bandwidth * assumptions.optimiser
-    return 36.0 * own / bandwidth
+    return assumptions.factors.get("optimiser", 1.0) * 36.0 * own / bandwidth

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .shapes import ModelShape
+from .step_design import StepDesign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,27 @@ class TrainingSetup:
     supervised_layers: int  # each has a head; 0 without the geometric loss
     head_sizes: tuple[int, int]  # outputs of a head's two linear layers
     head_precision: Literal["fp32", "tf32", "bf16"]  # of the products in heads
+    embedding_precision: Literal["fp32", "bf16"]  # of the products in the geometric loss
     precision: Literal["fp32", "bf16"]  # of the model's products, and of frozen weights
-    checkpointing: bool  # of activations
+    kept_layers: int  # decoder layers that keep their activations until backward; the others are recomputed
+    fused_layers: bool = False  # Liger's norms and MLPs in the decoder
     batch_size: int  # sequences of an optimiser step, over all GPUs
     micro_batch_size: int  # sequences that a GPU takes at once
     sharding: Sharding = Sharding()
+    design: StepDesign = field(default_factory=StepDesign)
 
     @property
     def full(self) -> bool:
         return self.adapter_rank is None
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.kept_layers < self.shape.layers
+
+    @property
+    def recomputed(self) -> float:
+        """Share of the decoder layers that run forward once more in backward."""
+        return 1 - self.kept_layers / self.shape.layers
 
     @property
     def element_bytes(self) -> int:
@@ -117,3 +130,7 @@ class SequenceSize:
 
 
 SequenceMix = list[tuple[float, SequenceSize]]  # the sizes that a run draws, each with its probability
+
+
+def longest_sequence(mix: SequenceMix) -> SequenceSize:
+    return max((size for _, size in mix), key=lambda size: size.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from support.planning import setup_of
 from torch.utils.flop_counter import FlopCounterMode
 
+from gasp_fast.backbones.vision_layers import MULTIPLE
 from gasp_fast.planning.flops import flops_by_part, model_flops
 from gasp_fast.planning.shapes import PATCHES, ModelShape
+from gasp_fast.planning.step_design import FIRST_MEASURED
 from gasp_fast.planning.training_setup import SequenceSize
 from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream, Share, make_loader
@@ -75,12 +78,36 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(config: Any, famil
     assert batch_flops(batch) == model_flops(setup, sizes)
     masked = sum(flops_by_part(setup, size)["attention"].model for size in sizes)  # torch counts the whole square
     # LLaVA reads the last but one layer of its tower, a third of this one's: no gradient enters the last.
-    unread = 0.0
+    unread = padded = 0.0
+    patches = PATCHES * sum(s.visual for s in sizes)
+    if shape.vision_gated:  # zeros up to a multiple of a tile's width
+        zeros = -shape.vision_intermediate % MULTIPLE
+        padded = 2 * patches * 3 * shape.vision_hidden * zeros * shape.vision_layers * (3 if mode == "full" else 1)
     if (family, mode) == ("llava_next_video", "full"):
-        patches = PATCHES * sum(s.visual for s in sizes)
         of_frame = PATCHES * shape.frame_tokens
         unread = 2 * patches * (2 * shape.vision_block_weights + 4 * of_frame * shape.vision_hidden)
-    assert counter.get_total_flops() == pytest.approx(batch_flops(batch) + masked - unread, rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(batch_flops(batch) + masked + padded - unread, rel=0.03)
+
+
+def test_recomputed_flops_are_those_that_torch_counts_on_top(config: Any, family: str) -> None:
+    """Of the decoder alone, without its last product; the frozen vision tower is left alone."""
+    counted, sizes = {}, []
+    for checkpointing in ("off", "non_reentrant"):
+        recipe = config(
+            family, train={"checkpointing": checkpointing}, loss={"backend": "torch"}, model={"attention": "eager"}
+        )
+        model = build_model(recipe, torch.device("cpu"))
+        loader = make_loader(recipe.data, SampleStream(recipe.data), model.backbone, Share(0, 1, 2, 2), 1, False)
+        batch, flops = next(iter(loader)), BatchFlops(recipe, model)
+        setup, sizes = flops.setup, flops.sizes(batch)
+        with TotalCounter(display=False) as counter:
+            model.train()(**batch)["loss"].backward()
+        counted[checkpointing] = counter.get_total_flops()
+    parts = [flops_by_part(setup, size) for size in sizes]
+    # torch counts the whole square of attention; eager attention keeps its scores for backward.
+    attention = sum(2 * part["attention"].forward for part in parts)
+    again = attention + sum(part[name].recompute for part in parts for name in ("decoder", "adapters", "vision"))
+    assert counted["non_reentrant"] - counted["off"] == pytest.approx(again, rel=1e-3)
 
 
 def test_flops_of_one_sequence_by_hand() -> None:
@@ -95,6 +122,14 @@ def test_flops_of_one_sequence_by_hand() -> None:
     assert flops["vision"].backward == 0
     assert flops["attention"].model == 3 * flops["attention"].forward  # its backward recomputes on top
     assert {part for part, of in flops.items() if of.recompute} == {"attention"}
+
+
+def test_a_frozen_tower_that_is_differentiated_costs_flops_that_mfu_does_not_count() -> None:
+    size = SequenceSize(frames=2, tokens=1000, visual=900, tracked=900, anchors=100, labelled=10)
+    today = setup_of("train.checkpointing=full")
+    first = replace(today, design=FIRST_MEASURED)
+    tower, before = (flops_by_part(setup, size)["vision"] for setup in (today, first))
+    assert (before.model, before.total) == (tower.model, 3 * tower.forward) and tower.total == tower.forward
 
 
 def test_mfu_does_not_count_recomputation() -> None:

@@ -7,23 +7,33 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from support import liger_stand_in
 from support.planning import ROOT, plan_of, setup_of, zero
 
-from gasp_fast.planning.memory import activation_bytes, state_bytes
+from gasp_fast.backbones.adapters import AdapterConfig, add_adapters
+from gasp_fast.backbones.liger import use_liger
+from gasp_fast.planning.assumptions import Assumptions
+from gasp_fast.planning.memory import activation_bytes, memory_by_purpose, state_bytes
 from gasp_fast.planning.shapes import ModelShape
-from gasp_fast.planning.training_setup import Sharding
+from gasp_fast.planning.training_setup import SequenceSize, Sharding
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize(("mode", "liger"), [("lora", False), ("lora", True), ("full", False)])
 def test_activations_are_those_that_autograd_saves(
-    small: tuple[Any, ModelShape], inputs: dict[str, torch.Tensor], mode: str
+    small: tuple[Any, ModelShape],
+    inputs: dict[str, torch.Tensor],
+    mode: str,
+    liger: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     backbone, shape = small
-    setup = setup_of(f"train.mode={mode}", "lora.rank=8", shape=shape)
+    setup = setup_of(f"train.mode={mode}", "lora.rank=8", f"model.liger={'true' if liger else 'false'}", shape=shape)
     model: Any = backbone.load_model(torch.float32 if mode == "full" else torch.bfloat16)
+    if liger:
+        liger_stand_in.install(monkeypatch)
+        use_liger(backbone, model)
     if mode == "lora":
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=backbone.lora_targets))
+        model = add_adapters(backbone, model, AdapterConfig(rank=8))
     tokens = inputs["input_ids"].shape[1]
     layer: Any = backbone.decoder_layers(model)[2]
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -76,3 +86,32 @@ def test_a_preset_gives_its_stage_and_its_offloading() -> None:
     assert (of["zero1"].stage, of["zero3"].stage, Sharding.of(None).deepspeed) == (1, 3, False)
     assert of["zero3_offload"].weights_on_cpu and not of["zero2_offload"].weights_on_cpu
     assert of["zero2_offload"].optimiser_on_cpu and not of["zero2"].optimiser_on_cpu
+
+
+def test_where_auto_keeps_a_layer_every_measured_step_would_have_fit() -> None:
+    """The frozen tower had a graph then, which took some gigabytes; the estimate knows none. The margin covers that."""
+    assumptions, folder = Assumptions(), ROOT / "benchmarks" / "results" / "h200-2026-11-26"
+    records = [case for name in "ab" for case in json.loads((folder / f"step-{name}.json").read_text())["cases"]]
+    measured = [record for record in records if record.get("peak_memory")]
+    assert len(measured) >= 10
+    for record in measured:
+        visual = record["frames"] * record["frame_tokens"]
+        size = SequenceSize(
+            frames=record["frames"],
+            tokens=round(record["tokens_per_sequence"]),
+            visual=visual,
+            tracked=visual if record["geometry"] else 0,
+        )
+        setup = setup_of(
+            "deepspeed=null",
+            f"lora.rank={128 if record['family'] == 'qwen2_5_vl' else 512}",
+            f"train.micro_batch_size={record['at_once']}",
+            f"train.checkpointing={record['checkpointing']}",
+            f"heads.compute={record['heads']}",
+            f"model.liger={'true' if record['liger'] else 'false'}",
+            *([] if record["geometry"] else ["loss.corr_weight=0", "loss.depth_weight=0"]),
+            shape=ModelShape(**record["shape"]),
+        )
+        estimate = sum(memory_by_purpose(setup, size, 1, assumptions).values())
+        allowed = estimate / (1 - assumptions.margin)  # the least memory with which auto would choose this setup
+        assert record["peak_memory"] <= allowed < 1.35 * record["peak_memory"], record["name"]
