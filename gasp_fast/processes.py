@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
+_IMPORTED = time.monotonic()
+
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
@@ -34,6 +36,16 @@ def proc_line(file: str, key: str) -> str | None:
             return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
     except OSError:
         return None
+
+
+def process_age() -> float:
+    """Seconds since this process was started, the imports included; without /proc, since this module was imported."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.monotonic() - _IMPORTED
 
 
 def in_processes(

@@ -26,11 +26,14 @@ from gasp_fast.training import checkpoints, distributed, dry_run, guards
 from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.model import build_model
+from gasp_fast.training.start_up import StartUp
 from gasp_fast.training.stream import SampleStream, Share
 
 
 def train(config: TrainConfig, *, try_one_step: bool = False) -> None:
     """Train, from the beginning or from a checkpoint. With `try_one_step`, take and report only the first step."""
+    start_up = StartUp()
+    start_up.add("imports and model")
     guards.check_disk(config.run)
     guards.check_trackers(config.run)
     out = Path(config.run.out)
@@ -41,6 +44,7 @@ def train(config: TrainConfig, *, try_one_step: bool = False) -> None:
         if resume is not None:
             guards.check_resume(config, processes.world_size, Sharding.of(deepspeed).stage, resume)
         stream = SampleStream(config.data)
+        start_up.add("data")
         share = Share(processes.rank, processes.world_size, config.train.batch_size, config.train.micro_batch_size)
         steps = config.train.steps_of(stream.epoch)
         model = build_model(config, processes.device)
@@ -49,12 +53,13 @@ def train(config: TrainConfig, *, try_one_step: bool = False) -> None:
         if processes.first and (try_one_step or config.run.progress):
             print(dry_run.describe(config, model, share, processes), file=sys.stdout if try_one_step else sys.stderr)
         loop = TrainingLoop(config, model, stream, share, steps, processes, deepspeed)
+        start_up.add("imports and model", heads=model.head_seconds)
         if try_one_step:
             dry_run.try_step(loop)
             return
         if processes.first:
             write_atomically(out / CONFIG, to_yaml(config).encode())
-        loop.run(resume)
+        loop.run(resume, start_up)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

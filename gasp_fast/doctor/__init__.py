@@ -44,6 +44,7 @@ GROUPS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {
         gpu.triton,
         gpu.loss_on_device,
         gpu.attention_and_layers,
+        gpu.layers_in_use,
     ),
 }
 

@@ -86,17 +86,58 @@ def attention_and_layers() -> Iterator[Finding]:
     """Optional packages that make the base model faster, by the module names that transformers looks for."""
     specifier = installed.range_of("flash-attn")
     flash = installed.pip_install(f"flash-attn{specifier}", "--no-build-isolation")
-    yield _extra("FlashAttention 2", "flash-attn", "flash_attn", specifier, flash)
+    yield _extra(
+        "FlashAttention 2",
+        "flash-attn",
+        "flash_attn",
+        specifier,
+        flash,
+        faster=_faster_attention() == "flash_attention_2",
+    )
     hopper = installed.pip_install("--no-build-isolation", FLASH_ATTENTION_3)
-    yield _extra("FlashAttention 3", "flash-attn-3", "flash_attn_interface", "", hopper)
-    yield _extra("Liger", "liger-kernel", "liger_kernel", "", installed.pip_install("liger-kernel"))
+    yield _extra("FlashAttention 3", "flash-attn-3", "flash_attn_interface", "", hopper, faster=False)
+    specifier = installed.range_of("liger-kernel")
+    liger = installed.pip_install(f"liger-kernel{specifier}")
+    yield _extra("Liger", "liger-kernel", "liger_kernel", specifier, liger, faster=usable())
 
 
-def _extra(label: str, distribution: str, module: str, specifier: str, cure: str) -> Finding:
+def layers_in_use() -> Iterator[Finding]:
+    """What `model.attention` and `model.liger` choose on this machine where they are auto, for Qwen2.5-VL-7B."""
+    import torch
+
+    from gasp_fast.backbones.attention_kernel import attention_kernel
+    from gasp_fast.backbones.base import AttentionShape
+    from gasp_fast.backbones.base_model import ModelConfig, choose_attention
+    from gasp_fast.backbones.liger import choose_liger
+    from gasp_fast.backbones.qwen2_5_vl import Qwen2_5_VL
+    from gasp_fast.planning.shapes import QWEN2_5_VL_7B as shape
+
+    device = torch.device("cuda" if usable() else "cpu")
+    heads = AttentionShape(shape.query_heads, shape.key_heads, shape.head_dim)
+    attention = choose_attention(ModelConfig(source=Qwen2_5_VL.model_type), device)
+    kernel = attention_kernel(attention, heads, device, torch.bfloat16)
+    yield Finding(OK, "attention", f"{kernel}, where model.attention is auto")
+    layers = "Liger's" if choose_liger("auto", Qwen2_5_VL, device) else "transformers'"
+    yield Finding(OK, "decoder layers", f"{layers} norms, rotary embedding and MLPs, where model.liger is auto")
+
+
+def _faster_attention() -> str | None:
+    """The FlashAttention that is at least as fast as SDPA on this GPU."""
+    if not usable():
+        return None
+    import torch
+
+    from gasp_fast.backbones.base_model import FLASH_ATTENTION
+
+    return FLASH_ATTENTION.get(torch.cuda.get_device_capability()[0])
+
+
+def _extra(label: str, distribution: str, module: str, specifier: str, cure: str, faster: bool) -> Finding:
+    """`faster`: whether this machine would train faster with the package."""
     version = installed.version_of(distribution)
     if version is None or not installed.has_module(module):
-        use = "optional" if usable() else "only used on a GPU"
-        return Finding(MISSING, label, f"not installed; {use}", cure if usable() else "")
+        use = "this GPU trains faster with it" if faster else "no faster here" if usable() else "only used on a GPU"
+        return Finding(MISSING, label, f"not installed; {use}", cure if faster else "")
     if not satisfies(version, specifier):
         return Finding(BROKEN, label, f"{version} is out of range (needs {specifier})", cure)
     if usable():

@@ -12,6 +12,7 @@ checkpoints.py  checkpoint folders, rotation, random number generators
 distributed.py  rank, process group, DeepSpeed configuration
 guards.py       checks that stop a run early
 log.py          log.jsonl, progress bar, trackers
+start_up.py     time to the first step
 summary.py      table and figure of a finished run
 dry_run.py      `--dry-run`
 workload.py     FLOPs of a batch, for the MFU in the log and for `gasp-fast plan`

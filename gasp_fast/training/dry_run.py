@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import Any
 
 from gasp_fast.backbones import unwrap
-from gasp_fast.backbones.base_model import choose_attention
-from gasp_fast.planning.memory import state_bytes
+from gasp_fast.backbones.base_model import describe_layers
+from gasp_fast.backbones.liger import choose_liger
+from gasp_fast.planning.assumptions import Assumptions
+from gasp_fast.planning.gpus import device_memory
+from gasp_fast.planning.memory import memory_by_purpose, state_bytes
 from gasp_fast.planning.shapes import shape_from_model
+from gasp_fast.planning.training_setup import TrainingSetup, longest_sequence
 
 from .config import TrainConfig
 from .distributed import Processes
@@ -16,7 +22,7 @@ from .loop import TrainingLoop
 from .model import SupervisedModel
 from .optim import trained_groups
 from .stream import Share
-from .workload import training_setup
+from .workload import expected_mix, training_setup
 
 
 def describe(config: TrainConfig, model: SupervisedModel, share: Share, processes: Processes) -> str:
@@ -30,12 +36,27 @@ def describe(config: TrainConfig, model: SupervisedModel, share: Share, processe
     setup = training_setup(config, shape_from_model(unwrap(model.model)))
     lines.append(
         f"{share.world_size} process{'es' if share.world_size > 1 else ''}, ZeRO-{setup.sharding.stage}, "
-        f"{choose_attention(config.model, processes.device)} attention; a step is {share.batch_size} sequences: "
+        f"{describe_layers(config.model, model.backbone, processes.device)}; a step is {share.batch_size} sequences: "
         f"{share.micro_batch_size} at once, {share.accumulation} times on each"
     )
     memory = sum(state_bytes(setup, share.world_size).values()) / 1e9
     lines.append(f"weights, gradients, optimiser: {memory:.2f} GB a process; activations come on top")
+    lines.append(describe_memory(config, model, setup, processes))
     return "\n".join(lines)
+
+
+def describe_memory(config: TrainConfig, model: SupervisedModel, setup: TrainingSetup, processes: Processes) -> str:
+    """How many decoder layers keep their activations; on a GPU, also the memory that this is estimated to take."""
+    layers: Any = model.backbone.decoder_layers(model.model)
+    kept = sum(not layer.gradient_checkpointing for layer in layers)
+    words = f"keeps activations of {kept} of {len(layers)} decoder layers"
+    if processes.device.type != "cuda":
+        return words
+    fused = choose_liger(config.model.liger, model.backbone, processes.device)
+    setup = replace(setup, kept_layers=kept, fused_layers=fused)
+    longest = longest_sequence(expected_mix(config, setup.shape))
+    needed = sum(memory_by_purpose(setup, longest, processes.world_size, Assumptions()).values())
+    return f"{words}: {needed / 1e9:.0f} of {device_memory(processes.device) / 1e9:.0f} GB, by estimate"
 
 
 def try_step(loop: TrainingLoop) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate.tracking import get_available_trackers
-from torch import Tensor
 
 from gasp_fast.backbones import unwrap
 from gasp_fast.loss.matches import Matches
@@ -114,20 +113,20 @@ class LearningGuard:
         self.highest = -1 if model.supervision is None else max(model.supervision.layers)
         self.before = self._sums()
         self.saw_matches = False
-        self.answers: Tensor | int = 0  # labelled tokens so far, on the model's device
+        self.answers = 0  # labelled tokens so far
 
     def _sums(self) -> dict[str, float]:
         weights = ((name, gathered(parameter).double()) for name, parameter in self.watched.items())
         return {name: float(weight.abs().sum() + weight.square().sum()) for name, weight in weights}
 
-    def add(self, outputs: dict[str, Tensor], matches: Matches) -> None:
+    def add(self, outputs: dict[str, Any], matches: Matches) -> None:
         """Note which losses a micro-batch had."""
         self.saw_matches |= len(matches) > 0
-        self.answers = self.answers + outputs["answers"]
+        self.answers += outputs["answers"]
 
     def check(self) -> None:
         """Raise if a weight that a loss depends on has not changed."""
-        now, saw_answers = self._sums(), self.language and bool(self.answers)
+        now, saw_answers = self._sums(), self.language and self.answers > 0
         reached = [name for name in now if self._is_reached(name, saw_answers)]
         fixed = [name for name in reached if now[name] == self.before[name]]
         if fixed:

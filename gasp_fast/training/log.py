@@ -10,7 +10,8 @@ One JSON object per logged step:
     tokens_per_s, mfu              over all processes
     peak_memory                    bytes, the largest of all processes: of GPU memory, or without a GPU of the process
 
-The sums stay on the device until a line is written, so that logging does not wait for the GPU at the other steps.
+The sums stay on the device until a line is due. Then they are copied behind the step that they belong to, and read when
+the next step has been launched: the host never waits for a GPU that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -43,6 +44,22 @@ LAYER_SUMS = ("corr", "depth", "pck")  # a sum for each layer
 SECONDS_BETWEEN_LINES = 30.0  # where the output is not a terminal, such as a batch system's log file
 
 
+class HostCopy:
+    """The numbers of a tensor, copied to the host in the background. `read` waits until they are there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.detach().to("cpu", non_blocking=True)  # into pinned memory
+        self._done = None
+        if tensor.is_cuda:
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._copy
+
+
 class Meter:
     """Sums over the micro-batches of this process since the last log line."""
 
@@ -57,7 +74,7 @@ class Meter:
         """The columns of `packed` by name: [1] each, or [L] for those of the layers."""
         return dict(zip((*SUMS, *LAYER_SUMS), packed.split(self.widths), strict=True))
 
-    def add(self, outputs: dict[str, Tensor], matches: int, tokens: int, flops: float) -> None:
+    def add(self, outputs: dict[str, Any], matches: int, tokens: int, flops: float) -> None:
         answered, sums = outputs["answers"] > 0, self.sums
         sums["loss"] += outputs["loss"].detach()
         sums["batches"] += 1
@@ -72,11 +89,11 @@ class Meter:
 
     def state(self) -> list[list[float]]:
         """The sums of every process, and the seconds since the last line, `[processes][sums + 1]`. All must call."""
-        return self._gathered(time.perf_counter() - self.start).tolist()
+        return HostCopy(self._gathered(time.perf_counter() - self.start)).read().tolist()
 
     def _gathered(self, value: float) -> Tensor:
-        """The sums of every process, and a value of each, [processes, sums + 1]."""
-        return gather(torch.cat([self.packed, self.packed.new_tensor([value])])[None]).cpu()
+        """The sums of every process, and a value of each, [processes, sums + 1], in new memory on the device."""
+        return gather(torch.cat([self.packed, self.packed.new_full((1,), value)])[None])
 
     def restore(self, state: list[list[float]], rank: int, world_size: int) -> None:
         """Go on from `state`. If it was written by another number of processes, the first one takes all sums."""
@@ -85,14 +102,20 @@ class Meter:
         self.packed.copy_(own[:-1])
         self.start = time.perf_counter() - float(sums[0, -1])
 
-    def reduce_and_reset(self) -> dict[str, Any]:
-        """The means over all processes; the sums begin anew. All processes must call."""
-        gathered = self._gathered(_peak_memory(self.device))
-        seconds = time.perf_counter() - self.start
+    def take(self) -> HostCopy:
+        """The sums of all processes, for `means`; they begin anew. All processes must call."""
+        taken = HostCopy(self._gathered(_peak_memory(self.device)))
+        self.packed.zero_()
+        return taken
+
+    def means(self, taken: HostCopy) -> dict[str, Any]:
+        """The means of sums that were taken. Speeds count the time since the last call."""
+        gathered, now = taken.read(), time.perf_counter()
+        seconds, self.start = now - self.start, now
         columns = self._columns(gathered[:, :-1].sum(0))
         sums = {name: columns[name].item() for name in SUMS}
         layers = {name: [_ratio(total, sums["matched"]) for total in columns[name].tolist()] for name in LAYER_SUMS}
-        record = {
+        return {
             "loss": _ratio(sums["loss"], sums["batches"]),
             "lm": _ratio(sums["lm"], sums["answered"]),
             "corr": _mean(layers["corr"]),
@@ -102,9 +125,6 @@ class Meter:
             "mfu": sums["flops"] / seconds / (len(gathered) * peak_flops(self.device)),
             "peak_memory": int(gathered[:, -1].max()),
         }
-        self.packed.zero_()
-        self.start = time.perf_counter()
-        return record
 
 
 def finite(value: float | None) -> float | None:
@@ -140,10 +160,14 @@ class RunLog:
         if self.first:
             self.file = LogFile(Path(config.run.out), done)
             self.console = Console(stderr=True)
-            if config.run.progress:
-                begin = "from the beginning" if resume is None else f"resuming from {resume}"
-                self.console.print(f"{steps:,} steps into {config.run.out}, {begin}", highlight=False, soft_wrap=True)
+            begin = "from the beginning" if resume is None else f"resuming from {resume}"
+            self.note(f"{steps:,} steps into {config.run.out}, {begin}")
             self.bar = Progress(steps, done, config.run.progress, self.console)
+
+    def note(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.first and self.run.progress:
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def progress(self, step: int) -> None:
         if self.first:

@@ -2,6 +2,9 @@
 
 The same loop runs on one process, under DDP and under DeepSpeed, through accelerate. A run resumes exactly: a step's
 samples are a function of its number (`stream.py`), and a checkpoint holds everything else that a step depends on.
+
+The host launches the work of a GPU and does not wait for it within a step. What it must know of a step, whether its
+gradient was finite and what its log line says, it reads when the next step has been launched, or before a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,23 +12,38 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 
+from gasp_fast.backbones.adapters import cast_once
 from gasp_fast.planning.training_setup import Sharding
 
 from . import checkpoints, guards
 from .config import TrainConfig
 from .distributed import Processes
-from .log import Meter, RunLog, finite, score_of
+from .log import HostCopy, Meter, RunLog, finite, score_of
 from .model import SupervisedModel
+from .start_up import StartUp
 from .state import TrainState
 from .stream import SampleStream, Share, make_loader
 from .workload import BatchFlops
 
 Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step whose numbers the host has not read yet."""
+
+    step: int
+    micro_batches: Sequence[Batch]
+    learning_rate: float
+    grad_norm: HostCopy | None  # None: DeepSpeed computed none
+    sums: HostCopy | None  # of the meter; None: the step has no log line
 
 
 class TrainingLoop:
@@ -53,37 +71,44 @@ class TrainingLoop:
         self.batch_flops = BatchFlops(config, model)  # before the model is sharded
         self.state = TrainState(config, model, share, steps, processes, deepspeed)
         self.meter = Meter(0 if model.supervision is None else len(model.supervision.layers), processes.device)
+        self.launched: list[Launched] = []  # at most two steps, the last ones
         self.bad_steps = 0  # steps so far whose gradient was not finite
         self.learning: guards.LearningGuard | None = None  # only in the first steps of a new run
         self.scores: list[float] = []  # of each log line since the last checkpoint
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
-    def run(self, resume: Path | None = None) -> None:
-        """Train to the last step, from the beginning or from a checkpoint."""
+    def run(self, resume: Path | None = None, start_up: StartUp | None = None) -> None:
+        """Train to the last step, from the beginning or from a checkpoint. Reports `start_up` after the first step."""
+        start_up = StartUp() if start_up is None else start_up
         run = self.config.run
         done, batches = self.begin(resume)
         with RunLog(self.config, self.steps, done, resume, self.state.accelerator) as log:
             for step in range(done + 1, self.steps + 1):
                 micro_batches = [next(batches) for _ in range(self.share.accumulation)]
-                if step == done + 1:
+                first, saved = step == done + 1, step % run.save_every == 0 or step == self.steps
+                if first:
                     guards.check_positions(self.model, micro_batches[0])
-                learning_rate, grad_norm = self.train_step(step, micro_batches)
-                self.check_learning(step)
+                    start_up.add("data")
+                self.launched.append(self.train_step(step, micro_batches))
                 log.progress(step)
-                if step == 1 or step % run.log_every == 0 or step == self.steps:
-                    record = self.log_line(step, learning_rate, grad_norm)
-                    if (score := score_of(record)) is not None:
-                        self.scores.append(score)
-                    log.write(record)
-                if step % run.save_every == 0 or step == self.steps:
+                self.finish(log, waiting=0 if first or saved else 1)
+                if first:
+                    start_up.add("first step")
+                    log.note(str(start_up))
+                self.check_learning(step)
+                if saved:
                     self.save(step)
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:
-        """One optimiser step. Returns its learning rate, and the norm of its gradient before clipping."""
-        for batch in micro_batches:
-            self.forward_backward(batch)
-        return self.update(step, micro_batches)
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> Launched:
+        """Launch one optimiser step, and the copies of its numbers to the host."""
+        with cast_once(self.model, self.model.dtype):
+            for batch in micro_batches:
+                self.forward_backward(batch)
+        learning_rate, grad_norm = self.update()
+        logged = step == 1 or step % self.config.run.log_every == 0 or step == self.steps
+        sums = self.meter.take() if logged else None
+        return Launched(step, micro_batches, learning_rate, grad_norm, sums)
 
     def forward_backward(self, batch: Batch) -> None:
         """Add the gradient of a micro-batch. Below ZeRO-2, gradients are exchanged after the last one of a step."""
@@ -96,23 +121,23 @@ class TrainingLoop:
                 self.learning.add(outputs, batch["matches"])
             state.accelerator.backward(outputs["loss"])  # after the last micro-batch, DeepSpeed also clips and steps
 
-    def update(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, float | None]:
+    def update(self) -> tuple[float, HostCopy | None]:
         """Clip the gradient, step the optimiser and the schedule. A gradient that is not finite changes no weight.
 
-        DeepSpeed has clipped and stepped in `backward`, or skipped the step: there, only the schedule is stepped here.
+        Returns the learning rate, and the norm of the gradient before clipping. DeepSpeed has clipped and stepped in
+        `backward`, or skipped the step: there, only the schedule is stepped here.
         """
         state = self.state
-        norm = state.accelerator.clip_grad_norm_(state.engine.parameters(), self.config.train.clip)
-        norm = None if norm is None else float(norm)  # over all processes, so that all of them skip the same steps
-        if norm is not None and not math.isfinite(norm):
-            state.engine.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
-            self.report_bad_step(step, micro_batches)
+        norm = state.accelerator.clip_grad_norm_(state.engine.parameters(), self.config.train.clip)  # of all processes
+        if norm is not None:
+            norm = torch.as_tensor(norm)  # DeepSpeed may return a number
+            state.skip_unless_finite(norm)
         state.optimizer.step()
         learning_rate = float(state.schedule.get_last_lr()[0])
         if not state.accelerator.optimizer_step_was_skipped:
             state.schedule.step()
         state.optimizer.zero_grad()
-        return learning_rate, norm
+        return learning_rate, None if norm is None else HostCopy(norm)
 
     # ---- start, log, save -------------------------------------------------------------------------------------------
 
@@ -138,11 +163,25 @@ class TrainingLoop:
         _, batches = self.begin()
         micro_batches = [next(batches) for _ in range(self.share.accumulation)]
         guards.check_positions(self.model, micro_batches[0])
-        return self.log_line(1, *self.train_step(1, micro_batches))
+        return self.record_of(self.train_step(1, micro_batches))
 
-    def log_line(self, step: int, learning_rate: float, grad_norm: float | None) -> dict[str, Any]:
-        """The log line of a step. Restarts the sums of the meter. All processes must call."""
-        return {"step": step, **self.meter.reduce_and_reset(), "lr": learning_rate, "grad_norm": finite(grad_norm)}
+    def finish(self, log: RunLog, waiting: int) -> None:
+        """Read the numbers of the launched steps, but for the last `waiting` ones, and write their log lines."""
+        while len(self.launched) > waiting:
+            launched = self.launched.pop(0)
+            record = self.record_of(launched)
+            if launched.sums is not None:
+                if (score := score_of(record)) is not None:
+                    self.scores.append(score)
+                log.write(record)
+
+    def record_of(self, launched: Launched) -> dict[str, Any]:
+        """What a step's log line says, as far as it has one. Reports the step if its gradient was not finite."""
+        norm = None if launched.grad_norm is None else float(launched.grad_norm.read())
+        if norm is not None and not math.isfinite(norm):
+            self.report_bad_step(launched.step, launched.micro_batches)
+        means = {} if launched.sums is None else self.meter.means(launched.sums)
+        return {"step": launched.step, **means, "lr": launched.learning_rate, "grad_norm": finite(norm)}
 
     def check_learning(self, step: int) -> None:
         if self.learning is not None and step == self.learning.steps:

@@ -22,22 +22,27 @@ stays off: it would round the heads.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gasp_fast.backbones import Backbone, unwrap
+from gasp_fast.backbones import Backbone, TokenIndex, unwrap
 from gasp_fast.backbones.adapters import add_adapters
 from gasp_fast.backbones.base_model import DTYPES, load_base_model, use_checkpointing
-from gasp_fast.backbones.chat import IGNORE
+from gasp_fast.backbones.unmasked_attention import use_unmasked_attention
 from gasp_fast.loss.matches import Matches
+from gasp_fast.planning.shapes import shape_from_model
 from gasp_fast.supervision.geometric import GeometricSupervision
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, HeadsConfig, parse_layers
 from gasp_fast.supervision.layer_capture import LayerCapture
+from gasp_fast.supervision.precision import Compute
 
 from .config import TrainConfig
+from .workload import setup_here
 
 
 class SupervisedModel(nn.Module):
@@ -54,45 +59,50 @@ class SupervisedModel(nn.Module):
         super().__init__()
         self.backbone, self.model, self.supervision = backbone, model, supervision
         self.lm_weight, self.dtype = lm_weight, dtype
+        self.head_seconds = 0.0  # that it took to build the heads
 
-    def forward(self, visual_positions: Tensor, matches: Matches, labels: Tensor, **inputs: Tensor) -> dict[str, Any]:
+    def forward(
+        self,
+        visual_positions: Tensor,
+        matches: Matches,
+        labels: Tensor,
+        token_index: TokenIndex | None = None,  # None: computed here, for which the host waits for a GPU
+        **inputs: Tensor,
+    ) -> dict[str, Any]:
         """The `loss` and, without gradient, its terms: `lm`; with heads also `corr`, `depth` and `pck`, [L] each.
 
         `answers` is the number of labelled tokens.
         """
+        if token_index is None:
+            token_index = self.backbone.index_tokens({**inputs, "labels": labels})
         layers: Any = self.backbone.decoder_layers(self.model)
         supervised = [] if self.supervision is None else self.supervision.layers
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             with LayerCapture(layers, self.backbone.final_norm(self.model), supervised) as capture:
-                states = unwrap(self.model).base_model(**inputs, use_cache=False)[0]  # [B, S, D], after the final norm
-            lm, answers = language_loss(self.model, states, labels)
-            terms = {"loss": self.lm_weight * lm, "lm": lm.detach(), "answers": answers}
+                states = self.backbone.last_states(self.model, inputs, token_index)  # [B, S, D]
+            lm = language_loss(self.model, states, token_index)
+            terms = {"loss": self.lm_weight * lm, "lm": lm.detach(), "answers": len(token_index.answers)}
             if self.supervision is None:
                 return terms
             geometry = self.supervision(capture, visual_positions, matches)
         return {**terms, **geometry, "loss": terms["loss"] + geometry["loss"]}
 
 
-def language_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of the labelled tokens (0 without any), and their number.
+def language_loss(model: nn.Module, hidden: Tensor, index: TokenIndex) -> Tensor:
+    """Mean cross entropy of the labelled tokens; 0 without any.
 
-    `hidden` [B, S, D] are the model's last states after the final norm; `labels` [B, S] are IGNORE where a token has
-    none. Token t is predicted from state t - 1.
+    `hidden` [B, S, D] are the model's last states after the final norm. A token is predicted from the one before it.
     """
-    following = labels[:, 1:]
-    labelled = following != IGNORE  # [B, S - 1]
-    # Indexing with a mask makes the host wait for a GPU to count its rows: the one wait of a forward pass.
-    rows = hidden[:, :-1][labelled]  # [K, D]
+    rows = hidden.flatten(0, 1).index_select(0, index.predicting)  # [K, D]
     logits = unwrap(model).get_output_embeddings()(rows).float()  # [K, V]
-    count = labelled.sum()
-    return F.cross_entropy(logits, following[labelled], reduction="sum") / count.clamp(min=1), count
+    return F.cross_entropy(logits, index.answers, reduction="sum") / max(1, len(index.answers))
 
 
 # ---- building it ----------------------------------------------------------------------------------------------------
 
 
 def build_model(config: TrainConfig, device: torch.device) -> SupervisedModel:
-    """The model of a run, on the CPU, the same on every process. `device` computes the SVD of the heads."""
+    """The model of a run, on the CPU, the same on every process. `device` decomposes W_Q for the heads."""
     torch.manual_seed(config.train.seed)
     backbone, model = load_base_model(config.model, device, stored_dtype(config))
     return supervise(config, backbone, model, device)
@@ -105,28 +115,47 @@ def stored_dtype(config: TrainConfig) -> torch.dtype:
 
 def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> SupervisedModel:
     """Add the heads, adapters and checkpointing of `config` to a base model."""
-    heads = build_heads(config.heads, backbone, model, device) if config.loss.geometric else None
+    start = time.perf_counter()
+    supervision, loss = None, config.loss
+    if loss.geometric:
+        compute, embeddings = config.heads.precisions(config.model.dtype)
+        heads = build_heads(config.heads, backbone, model, device, compute)
+        supervision = GeometricSupervision(heads, loss, loss.learnable_temperature, DTYPES[embeddings])
+    head_seconds = time.perf_counter() - start
+    use_unmasked_attention(model)
     if config.train.mode == "lora":
         model = add_adapters(backbone, model, config.lora)
     else:
         model.requires_grad_(True)
-    use_checkpointing(model, config.train.checkpointing)
-    supervision = None if heads is None else GeometricSupervision(heads, config.loss, config.loss.learnable_temperature)
-    return SupervisedModel(backbone, model, supervision, config.loss.lm_weight, DTYPES[config.model.dtype])
+    setup = setup_here(config, shape_from_model(unwrap(model)), backbone, device)
+    layers = backbone.decoder_layers(model)
+    kept = [layers[number] for number in config.train.kept_layers(len(layers), setup.kept_layers)]
+    use_checkpointing(model, config.train.checkpointing if setup.checkpointing else "off", kept)
+    supervised = SupervisedModel(backbone, model, supervision, loss.lm_weight, DTYPES[config.model.dtype])
+    supervised.head_seconds = head_seconds
+    return supervised
 
 
-def build_heads(config: HeadsConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> CorrespondenceHeads:
-    """Heads of the chosen layers. Call it before the model is sharded, while every process has all of W_Q."""
-    layers = parse_layers(config.layers, backbone.layer_count)
-    if config.init == "random":
-        size = backbone.hidden_size
-        return CorrespondenceHeads(
-            {layer: CorrespondenceHead(size, config.mid_size, config.out_size, config.compute) for layer in layers}
-        )
-    projections = {}
-    for layer in layers:
+def build_heads(
+    config: HeadsConfig, backbone: Backbone, model: nn.Module, device: torch.device, compute: Compute = "fp32"
+) -> CorrespondenceHeads:
+    """Heads of the chosen layers, on the CPU, the same on every process. `device` decomposes W_Q.
+
+    Call it before the model is sharded, while every process has all of W_Q, and with the same state of the random
+    generator everywhere. Only the first process decomposes, one layer at a time, and sends the head to the others.
+    """
+    heads = {}
+    for layer in parse_layers(config.layers, backbone.layer_count):
+        if config.init == "random":
+            heads[layer] = CorrespondenceHead(backbone.hidden_size, config.mid_size, config.out_size, compute)
+            continue
         weight, bias = backbone.query_projection(model, layer)
-        projections[layer] = (weight.to(device), None if bias is None else bias.to(device))
-    return CorrespondenceHeads.from_query_projections(
-        projections, config.mid_size, config.out_size, config.compute
-    ).cpu()
+        weight, bias = weight.detach().to(device), None if bias is None else bias.detach().to(device)
+        head = CorrespondenceHead.sized_for(weight, bias, config.mid_size, config.out_size, compute)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            head.approximate(weight, bias)
+        if dist.is_initialized():
+            for parameter in head.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+        heads[layer] = head.cpu()
+    return CorrespondenceHeads(heads)

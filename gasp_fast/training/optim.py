@@ -5,6 +5,7 @@ The schedule (linear warm-up, then a cosine to zero; `state.py`) multiplies the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +28,9 @@ class OptimisationConfig:
     warmup: float = 0.1  # share of all steps; then the cosine begins
     weight_decay: float = 0.0
     clip: float = 1.0  # maximum norm of the gradient
-    checkpointing: Literal["off", "non_reentrant", "reentrant"] = "non_reentrant"  # of activations
+    # Decoder layers that recompute their activations in backward: auto (as few as the GPU's memory demands), off
+    # (none), full (all; also named non_reentrant), reentrant (all, in torch's older way), every:N (each Nth).
+    checkpointing: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -36,11 +39,28 @@ class OptimisationConfig:
         for name in ("steps", "batch_size", "micro_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)} must be at least 1")
+        if not re.fullmatch(r"auto|off|full|non_reentrant|reentrant|every:[1-9]\d*", self.checkpointing):
+            raise ValueError(
+                f"train.checkpointing = {self.checkpointing!r} must be auto, off, full, reentrant, or every:N such as "
+                "every:2"
+            )
         for name in ("learning_rate", "head_lr_scale", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} = {getattr(self, name)} must be above 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"train.warmup = {self.warmup} is a share of all steps; give 0 <= warmup < 1")
+
+    def kept_layers(self, layers: int, fitting: int = 0) -> list[int]:
+        """The decoder layers, of so many, that keep their activations until backward. auto keeps the last `fitting`.
+
+        Backward frees the last ones first, before it needs memory to recompute the others.
+        """
+        if self.checkpointing == "off":
+            return list(range(layers))
+        if self.checkpointing.startswith("every:"):
+            every = int(self.checkpointing.removeprefix("every:"))
+            return [layer for layer in range(layers) if (layers - layer) % every]
+        return list(range(layers - fitting, layers)) if self.checkpointing == "auto" else []
 
     def steps_of(self, epoch: float) -> int:
         """Optimiser steps of the run, where a pass through the first source takes `epoch` sequences in all."""

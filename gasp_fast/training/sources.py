@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
 from gasp_fast.data.annotations.read import AnnotationReader
+from gasp_fast.data.permutation import permuted
 from gasp_fast.data.questions.video_qa import VideoQA
-from gasp_fast.data.scenes.library import find_scenes, folder_name, survey
+from gasp_fast.data.scenes.library import SceneEntry, check_unchanged, find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
 
-TRIES = 16  # unreadable sequences in a row after which the run stops
+TRIES = 64  # sequences tried in place of an unreadable one; if none of them can be read, the run stops
 OPEN_FRAMES = 16384  # of all scenes that stay open: tens of megabytes of poses and paths
 
 
@@ -27,6 +30,9 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, epoch: int, index: int, position: int) -> Sample: ...
+
+    def name(self, index: int) -> str:
+        """The file and place of a sample, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +55,10 @@ class TrackedScenes:
         self.config = config
         self.root = Path(config.root)
         self.broken: dict[str, str] = {}  # scene -> why it could not be read
-        self.open = OpenScenes(self.root)
         if config.annotations:
             self.caches = [AnnotationReader(folder) for folder in config.annotations]
+            for cache in self.caches:
+                cache.check_complete()
             settings = self.caches[0].settings
             for cache in self.caches[1:]:
                 if (cache.settings.scenes, cache.settings.sequences) != (settings.scenes, settings.sequences):
@@ -59,7 +66,7 @@ class TrackedScenes:
                         f"{cache.folder} annotates other sequences than {self.caches[0].folder}; annotations that are "
                         "used together must differ in their grid only"
                     )
-            self.names, self.sampler, self.epochs = [s.name for s in settings.scenes], settings.sampler, settings.epochs
+            entries, self.sampler, self.epochs = list(settings.scenes), settings.sampler, settings.epochs
         else:
             self.caches, self.epochs = [], 0
             entries = []
@@ -72,8 +79,14 @@ class TrackedScenes:
             if not entries:
                 name, reason = next(iter(self.broken.items()))
                 raise ValueError(f"data.scenes.root = {config.root!r} has no usable scene; {name}: {reason}")
-            self.names = [entry.name for entry in entries]
-            self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, self.names)
+            if self.broken:
+                count = f"{len(self.broken):,} of {len(self.broken) + len(entries):,} scenes"
+                name, reason = next(iter(self.broken.items()))
+                print(f"{config.root}: skipped {count}; the first, {name}: {reason}", file=sys.stderr)
+            names = [entry.name for entry in entries]
+            self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, names)
+        self.names = [entry.name for entry in entries]
+        self.open = OpenScenes(self.root, entries={entry.name: entry for entry in entries})
         # By the folder's own name, as in `gasp-fast tracks` and `evaluate`: it is the same wherever the library is.
         folder_names = [folder_name(self.root, name) for name in self.names]
         self._trained = [n for n, name in enumerate(folder_names) if not is_held_out(name, config.held_out)]
@@ -87,19 +100,26 @@ class TrackedScenes:
         return len(self._trained) * self.sampler.config.per_scene
 
     def sample(self, epoch: int, index: int, position: int) -> Sample:
-        """The sequence `index`, or the first after it whose scene can be read."""
-        for attempt in range(min(TRIES, len(self))):
-            sequence = self._sequence((index + attempt) % len(self))
+        """The sequence `index`; if its scene or its tracks cannot be read, another one in its place.
+
+        The others follow in an order shuffled by `index`: its neighbours are of the same scene and shard.
+        """
+        others = (permuted(n, len(self), f"instead of {index}") for n in range(min(TRIES, len(self))))
+        for sequence in map(self._sequence, chain([index], others)):
             name = self.names[sequence // self.sampler.config.per_scene]
             try:
                 return geometry_sample(self.open[name], self._tracks(epoch, sequence), position)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 if name not in self.broken:
                     print(f"data.scenes: {name}: {error}", file=sys.stderr)
                 self.broken[name] = str(error)
         raise OSError(
             f"data.scenes.root = {self.config.root!r}: no readable sequence in {TRIES}; {name}: {self.broken[name]}"
         )
+
+    def name(self, index: int) -> str:
+        scene, place = divmod(self._sequence(index), self.sampler.config.per_scene)
+        return f"{self.names[scene]}, sequence {place}"
 
     def _sequence(self, index: int) -> int:
         """The number of a training sequence among those of all scenes, held out ones included."""
@@ -118,8 +138,11 @@ class TrackedScenes:
 class OpenScenes:
     """Scenes of a library by name. They stay open, with at most `frames` frames in all; the oldest closes first."""
 
-    def __init__(self, root: Path, frames: float = OPEN_FRAMES) -> None:
-        self.root, self.frames = root, frames
+    def __init__(
+        self, root: Path, frames: float = OPEN_FRAMES, entries: Mapping[str, SceneEntry] | None = None
+    ) -> None:
+        """A scene with an entry in `entries` must be the scene that the entry describes."""
+        self.root, self.frames, self.entries = root, frames, dict(entries or {})
         self.scenes: dict[str, Scene] = {}
 
     def __len__(self) -> int:
@@ -128,6 +151,8 @@ class OpenScenes:
     def __getitem__(self, name: str) -> Scene:
         if name not in self.scenes:
             scene = open_scene(self.root / name)
+            if name in self.entries:
+                check_unchanged(scene, self.entries[name])
             while self.scenes and sum(map(len, self.scenes.values())) + len(scene) > self.frames:
                 self.scenes.pop(next(iter(self.scenes)))
             self.scenes[name] = scene
@@ -155,12 +180,20 @@ class VideoQuestions:
     def __init__(self, config: QAConfig) -> None:
         self.config = config
         self.records = VideoQA(Path(config.root), config.configs)
+        if skipped := self.records.skipped:
+            count = f"{len(skipped):,} of {len(skipped) + len(self.records):,} records"
+            print(f"{config.root}: skipped {count}; the first, {skipped[0]}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def sample(self, epoch: int, index: int, position: int) -> Sample:
-        config = self.config
+        config, known = self.config, len(self.records.broken)
         question = self.records.sample(index, config.frames, timeout=config.timeout, longest_side=config.longest_side)
+        for reason in list(self.records.broken.values())[known:]:
+            print(f"{config.root}: skipped {reason}", file=sys.stderr)
         turns = [{"from": turn.speaker, "value": turn.text} for turn in question.record.turns]
         return Sample(frames=list(question.frames), messages=messages_from_record(turns), position=position)
+
+    def name(self, index: int) -> str:
+        return self.records.name(index)

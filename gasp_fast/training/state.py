@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from . import checkpoints
@@ -48,6 +48,15 @@ class TrainState:
         warmup = math.ceil(config.train.warmup * steps)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, steps)
 
+    def skip_unless_finite(self, norm: Tensor) -> None:
+        """Let the next step of AdamW change nothing if the gradient's norm is not finite. DeepSpeed does so by itself.
+
+        The norm stays on the device: a fused optimiser reads `found_inf` there, which torch's GradScaler sets as well.
+        """
+        if self.deepspeed is None:
+            optimizer: Any = self.optimizer.optimizer
+            optimizer.found_inf = (~norm.isfinite()).float()
+
     def save(self, folder: Path) -> None:
         """Write everything but the step's number into `folder`. All processes must call."""
         processes, lora = self.processes, self.config.train.mode == "lora"
@@ -74,10 +83,10 @@ class TrainState:
 
 
 def gather_heads_together(model: nn.Module) -> None:
-    """Under ZeRO-3, gather the weights of a supervised layer at once and keep them until its backward has run."""
+    """Under ZeRO-3, gather the weights of all heads at once and keep them until their gradients are computed."""
     from deepspeed.utils import set_z3_leaf_modules
 
-    from gasp_fast.supervision.geometric import SupervisedLayer
+    from gasp_fast.supervision.geometric import SupervisedLayers
 
-    if any(isinstance(module, SupervisedLayer) for module in model.modules()):
-        set_z3_leaf_modules(model, [SupervisedLayer])
+    if any(isinstance(module, SupervisedLayers) for module in model.modules()):
+        set_z3_leaf_modules(model, [SupervisedLayers])

@@ -67,7 +67,7 @@ class SampleStream(Dataset[Sample]):
     def describe(self, position: int) -> str:
         """Name the sample at a position, for messages."""
         draw = self.mixture.draw(position)
-        return f"{draw.source}[{draw.index}] of epoch {draw.epoch}"
+        return f"{draw.source}[{draw.index}] of epoch {draw.epoch}, {self.sources[draw.source].name(draw.index)}"
 
     @property
     def epoch(self) -> int:
@@ -115,7 +115,10 @@ class StreamBatches(Sampler[list[int]]):
 
 
 class SteadyCollator:
-    """A `Collator` whose batches always have at least one frame. Loader workers get it pickled."""
+    """A `Collator` for training: its batches always have at least one frame, and a `TokenIndex`, `token_index`.
+
+    Loader workers get it pickled.
+    """
 
     def __init__(self, collate: Collator) -> None:
         self.collate = collate
@@ -123,7 +126,8 @@ class SteadyCollator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if not any(len(sample.frames) for sample in samples):
             samples = [*samples, Sample(frames=[np.full((BLANK, BLANK, 3), 127, np.uint8)])]
-        return self.collate(samples)
+        batch = self.collate(samples)
+        return {**batch, "token_index": self.collate.backbone.index_tokens(batch)}
 
 
 def make_loader(

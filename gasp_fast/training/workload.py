@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
-from gasp_fast.backbones import unwrap
+from gasp_fast.backbones import Backbone, unwrap
 from gasp_fast.backbones.chat import IGNORE
+from gasp_fast.backbones.liger import choose_liger
 from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.settings import SETTINGS_FILE
 from gasp_fast.loss.matches import Matches
 from gasp_fast.planning.assumptions import Assumptions
 from gasp_fast.planning.flops import model_flops
-from gasp_fast.planning.gpus import GPU
+from gasp_fast.planning.gpus import GPU, device_memory
+from gasp_fast.planning.memory import most_kept_layers
 from gasp_fast.planning.plan import PAPER_SEQUENCES, Plan, make_plan
 from gasp_fast.planning.shapes import PATCHES, ModelShape, shape_from_model
-from gasp_fast.planning.training_setup import SequenceMix, SequenceSize, Sharding, TrainingSetup
+from gasp_fast.planning.training_setup import (
+    SequenceMix,
+    SequenceSize,
+    Sharding,
+    TrainingSetup,
+    longest_sequence,
+)
 from gasp_fast.supervision.heads import parse_layers
 
 from .config import TrainConfig
@@ -30,21 +40,56 @@ if TYPE_CHECKING:
 
 
 def training_setup(config: TrainConfig, shape: ModelShape) -> TrainingSetup:
-    """What `config` trains on a model of this shape, and how."""
+    """What `config` trains on a model of this shape, and how. auto recomputes all layers until memory is known."""
     heads = config.heads
     out = heads.out_size or (shape.query_width if heads.init == "svd" else shape.hidden)
+    head_precision, embedding_precision = heads.precisions(config.model.dtype)
     return TrainingSetup(
         shape=shape,
         adapter_rank=config.lora.rank if config.train.mode == "lora" else None,
         supervised_layers=len(parse_layers(heads.layers, shape.layers)) if config.loss.geometric else 0,
         head_sizes=(heads.mid_size or shape.hidden // 2, out),
-        head_precision=heads.compute,
+        head_precision=head_precision,
+        embedding_precision=embedding_precision,
         precision=config.model.dtype,
-        checkpointing=config.train.checkpointing != "off",
+        kept_layers=len(config.train.kept_layers(shape.layers)),
+        fused_layers=config.model.liger is not False,
         batch_size=config.train.batch_size,
         micro_batch_size=config.train.micro_batch_size,
         sharding=Sharding.of(read_deepspeed(config.deepspeed)),
     )
+
+
+def keep_fitting_layers(
+    config: TrainConfig, setup: TrainingSetup, mix: SequenceMix, gpus: int, memory: float, assumptions: Assumptions
+) -> TrainingSetup:
+    """`setup`, where `train.checkpointing` is auto with as many layers kept as fit `memory` (bytes of a GPU)."""
+    if config.train.checkpointing != "auto":
+        return setup
+    return replace(setup, kept_layers=most_kept_layers(setup, longest_sequence(mix), gpus, memory, assumptions))
+
+
+def setup_here(config: TrainConfig, shape: ModelShape, backbone: Backbone, device: torch.device) -> TrainingSetup:
+    """`training_setup` on this device, with the choices that depend on it. All processes must call.
+
+    On a CPU, auto keeps the activations of all layers: the models that are trained there are small.
+    """
+    setup, auto = training_setup(config, shape), config.train.checkpointing == "auto"
+    setup = replace(setup, fused_layers=choose_liger(config.model.liger, backbone, device))
+    if device.type != "cuda":
+        return replace(setup, kept_layers=shape.layers) if auto else setup
+    memory, gpus = device_memory(device), 1
+    if dist.is_initialized():  # ZeRO-3 gathers weights from all, so that all must recompute the same layers
+        least, gpus = torch.tensor(memory, dtype=torch.float64, device=device), dist.get_world_size()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        memory = float(least)
+    return keep_fitting_layers(config, setup, expected_mix(config, shape), gpus, memory, Assumptions())
+
+
+def expected_mix(config: TrainConfig, shape: ModelShape) -> SequenceMix:
+    """The sequences that a run draws, as far as its configuration tells."""
+    assumptions = Assumptions()
+    return sequence_mix(config, frame_tokens_of(config, shape, assumptions), assumptions)
 
 
 # ---- the plan of a run ----------------------------------------------------------------------------------------------
@@ -63,7 +108,8 @@ def plan_run(
     assumptions = Assumptions() if assumptions is None else assumptions
     mix = sequence_mix(config, frame_tokens or frame_tokens_of(config, shape, assumptions), assumptions)
     steps = config.train.steps_of(epoch_of(config, sequences or annotated_sequences(config) or PAPER_SEQUENCES))
-    return make_plan(training_setup(config, shape), mix, steps, gpus, gpu, assumptions)
+    setup = keep_fitting_layers(config, training_setup(config, shape), mix, gpus, gpu.memory, assumptions)
+    return make_plan(setup, mix, steps, gpus, gpu, assumptions)
 
 
 def sequence_mix(config: TrainConfig, frame_tokens: int, assumptions: Assumptions) -> SequenceMix:
@@ -167,7 +213,4 @@ class BatchFlops:
 
 def _tracked(matches: Matches) -> Iterator[tuple[int, int]]:
     """Tokens and unique anchors of each sequence with tracks."""
-    offsets = matches.frame_offsets
-    ends = offsets[[0, -1]] if matches.sequence_offsets is None else offsets[matches.sequence_offsets]  # [B + 1]
-    anchors = torch.searchsorted(torch.unique(matches.anchor), ends)
-    yield from zip(ends.diff().tolist(), anchors.diff().tolist(), strict=True)
+    yield from ((span.token_count, span.row_count) for span in matches.index.rows.sequences)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packaging.requirements import Requirement
+from support import liger_stand_in
 
 from gasp_fast import cli, doctor
 from gasp_fast.doctor import BROKEN, MISSING, OK, Finding, gpu, installed, packages, trials
@@ -377,3 +378,27 @@ def test_without_a_driver_there_is_nothing_to_fix(monkeypatch):
     monkeypatch.setattr(gpu, "driver_cuda", gpu.driver_cuda.__wrapped__)
     (finding,) = gpu.driver()
     assert (finding.state, finding.cure) == (MISSING, "")
+
+
+def test_what_runs_on_this_machine_is_named(monkeypatch):
+    monkeypatch.setattr(gpu, "usable", lambda: False)
+    attention, layers = gpu.layers_in_use()
+    assert attention == Finding(OK, "attention", "SDPA (CPU), where model.attention is auto")
+    assert layers.state == OK and layers.found.startswith("transformers' norms, rotary embedding and MLPs")
+
+
+@pytest.mark.parametrize(
+    ("major", "attention", "needed"), [(8, "2", ["Liger", "FlashAttention 2"]), (9, "3", ["Liger"])]
+)
+def test_on_a_gpu_the_packages_that_make_it_faster_are_named_and_used(monkeypatch, major, attention, needed):
+    monkeypatch.setattr(gpu, "usable", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
+    for version in (2, 3):
+        monkeypatch.setattr(f"transformers.utils.is_flash_attn_{version}_available", lambda: True)
+    liger_stand_in.install(monkeypatch)
+    kernel, layers = gpu.layers_in_use()
+    assert kernel.found.startswith(f"FlashAttention {attention}, where") and layers.found.startswith("Liger's norms")
+    monkeypatch.setattr(installed, "version_of", lambda name: None)
+    missing = {finding.name: finding for finding in gpu.attention_and_layers()}
+    assert {name for name, finding in missing.items() if finding.cure} == set(needed)
+    assert "liger-kernel" in missing["Liger"].cure and missing["Liger"].state == MISSING

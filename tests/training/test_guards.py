@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.run_folder import checkpoint_folders
@@ -45,7 +46,7 @@ def run_main(config, tmp_path, capsys):
         (["train.batch_size=3", "train.micro_batch_size=2"], "use a multiple of 2"),
         (["train.learning_rat=1"], "the nearest is train.learning_rate"),
         (["train.lr=0.1"], "the nearest is train.learning_rate"),
-        (["model.liger=true"], "pip install liger-kernel"),
+        (["model.liger=true"], "needs a GPU, and this is cpu; train on one, or use model.liger=auto"),
         (["data.qa.root=nowhere"], "nowhere: no such folder"),
         (["run.report_to=[notebook]"], "run.report_to names 'notebook', which is not installed"),
     ],
@@ -183,10 +184,26 @@ def test_a_step_without_a_finite_gradient_is_reported_and_skipped(config, monkey
     records = [json.loads(line) for line in (Path(settings.run.out) / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert [record["loss"] is None for record in records] == [False, True, False, False]
-    from safetensors.torch import load_file
-
     stored = load_file(Path(settings.run.out) / "checkpoint-4" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in stored.values())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_step_without_a_finite_gradient_changes_no_weight_and_no_moment(config, monkeypatch, weight_decay):
+    poison(monkeypatch, {3})
+    train_settings = {"steps": 4, "weight_decay": weight_decay}
+    settings = config(train=train_settings, run={"save_every": 1, "keep": 4})
+    train(settings)
+
+    def state(step):
+        folder = Path(settings.run.out) / f"checkpoint-{step}"
+        weights = {**load_file(folder / "adapter_model.safetensors"), **load_file(folder / "heads.safetensors")}
+        moments = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+        return [*weights.values(), *(value for entry in moments.values() for value in entry.values())]
+
+    before, after, later = state(2), state(3), state(4)
+    assert len(before) > 100
+    assert all(map(torch.equal, before, after)) and not any(map(torch.equal, after[-3:], later[-3:]))
 
 
 def test_too_many_bad_steps_stop_the_run_and_save_the_batch(config, monkeypatch):
@@ -219,7 +236,8 @@ def test_a_dry_run_reports_and_leaves_nothing(config, tmp_path, capsys):
     model = build_model(settings, CPU)
     for group in trained_groups(model):
         assert f"{group.count:,}" in printed and group.name in printed
-    assert "one step:" in printed and "GB a process" in printed and "sdpa attention" in printed
+    assert "one step:" in printed and "GB a process" in printed and "SDPA (CPU) attention" in printed
+    assert "transformers' norms and MLPs" in printed and "keeps activations of 4 of 4 decoder layers" in printed
     assert not list(Path(settings.run.out).iterdir())
 
 

@@ -19,6 +19,8 @@ from gasp_fast.collator import Collator
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.train import train
+from gasp_fast.training.log import RunLog
+from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream
 
@@ -172,6 +174,29 @@ def kill_at(process, out, step, deadline):
         time.sleep(0.1)
 
 
+def test_the_numbers_of_a_step_are_read_when_the_next_one_is_launched(config, monkeypatch):
+    """At the latest before a checkpoint. Those of the first step are read at once, for the time that it took."""
+    events = []
+
+    def record(owner, name, step_of):
+        real = getattr(owner, name)
+
+        def recorded(self, first, *others):
+            events.append(f"{name} {step_of(first)}")
+            return real(self, first, *others)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(TrainingLoop, "train_step", int)
+    record(TrainingLoop, "save", int)
+    record(RunLog, "write", lambda line: line["step"])
+    train(config(train={"steps": 7}, run={"save_every": 5}))
+    assert events == [
+        "train_step 1", "write 1", "train_step 2", "train_step 3", "write 2", "train_step 4", "write 3",
+        "train_step 5", "write 4", "write 5", "save 5", "train_step 6", "train_step 7", "write 6", "write 7", "save 7",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("mode", "log_every", "logged"), [("lora", 1, range(1, 8)), ("full", 3, [1, 3, 6, 7])])
 def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, mode, log_every, logged):
     run = {"save_every": 2, "log_every": log_every}  # 3: some log lines cover steps on both sides of a checkpoint
@@ -205,6 +230,19 @@ def test_a_killed_run_under_zero2_resumes_with_the_same_log(config, tmp_path):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output[-3000:]
     assert without_clock(log_of(tmp_path / "b")) == without_clock(log_of(tmp_path / "a"))
+
+
+@pytest.mark.slow
+def test_a_run_under_zero2_stops_after_too_many_bad_steps(config, tmp_path):
+    """The rate of step 2 makes the weights so large that the loss of step 3 is not finite."""
+    preset = str(REPOSITORY / "configs/deepspeed/zero2.json")
+    base = config(train={"steps": 6, "learning_rate": 1e30}, run={"bad_steps": 1})
+    process = launch(1, "-m", "gasp_fast.train", write_config(replace(base, deepspeed=preset), tmp_path / "z.yaml"))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output[-3000:]
+    assert "step 3: the gradient is not finite (scenes[" in output
+    assert "step 4: the gradient is not finite (scenes[" in output.splitlines()[-1] and "2 such steps" in output
+    assert [record["step"] for record in log_of(base.run.out)] == [1, 2, 3]
 
 
 @pytest.mark.slow

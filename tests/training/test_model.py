@@ -1,10 +1,18 @@
-"""Whatever a batch holds, the same modules run and the same weights receive a gradient."""
+"""Whatever a batch holds, the same modules run and the same weights receive a gradient; how heads are built."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from gasp_fast.collator import Collator, Sample
+from gasp_fast.config.loader import to_yaml
+from gasp_fast.supervision.heads import CorrespondenceHead
 from gasp_fast.training.model import build_model, language_loss
 from gasp_fast.training.stream import SampleStream, SteadyCollator
 
@@ -69,9 +77,9 @@ def test_language_loss_is_the_models_own(config, family):
     own = model.model(**batch, use_cache=False)
     labels = batch.pop("labels")
     hidden = model.model.get_base_model().model(**batch, use_cache=False)[0]
-    loss, count = language_loss(model.model, hidden, labels)
-    torch.testing.assert_close(loss, own.loss, rtol=1e-5, atol=1e-6)
-    assert count == (labels[:, 1:] != -100).sum()
+    index = model.backbone.index_tokens({**batch, "labels": labels})
+    torch.testing.assert_close(language_loss(model.model, hidden, index), own.loss, rtol=1e-5, atol=1e-6)
+    assert len(index.answers) == (labels[:, 1:] != -100).sum()
 
 
 def test_logits_are_made_for_labelled_tokens_only(config):
@@ -90,3 +98,25 @@ def test_a_batch_with_frames_is_passed_on_unchanged(config):
     sample = Sample(frames=[np.zeros((64, 64, 3), np.uint8)] * 2, messages=WORDS)
     collate = Collator(model.backbone)
     assert torch.equal(SteadyCollator(collate)([sample])["input_ids"], collate([sample])["input_ids"])
+
+
+def test_heads_start_as_the_query_projections_of_their_layers_and_their_time_is_measured(config, family):
+    model = build_model(config(family, heads={"layers": "2-3"}), CPU)
+    assert model.supervision.layers == [1, 2] and model.head_seconds > 0
+    for layer, supervised in zip((1, 2), model.supervision.by_layer.values(), strict=True):
+        expected = CorrespondenceHead.from_query_projection(*model.backbone.query_projection(model.model, layer))
+        assert all(map(torch.equal, supervised.head.parameters(), expected.parameters()))
+
+
+@pytest.mark.slow
+def test_one_process_decomposes_for_all_and_all_have_the_same_heads(config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config()))
+    script = Path(__file__).with_name("heads_on_two_processes.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, script, path], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (first, heads, number), (second, other_heads, other_number) = json.loads(done.stdout.splitlines()[-1])
+    assert (first, second) == (4, 0)
+    assert heads == other_heads
+    assert number == other_number  # what is drawn later is the same, too

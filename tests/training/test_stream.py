@@ -1,5 +1,7 @@
 """The sample at a position of the stream depends on the position alone."""
 
+import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -7,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gasp_fast.data.annotations.settings import AnnotationSettings
+from gasp_fast.data.annotations.settings import AnnotationSettings, store_settings
+from gasp_fast.data.annotations.shard import shard_path
 from gasp_fast.data.annotations.write import annotate
-from gasp_fast.data.scenes.library import find_scenes, survey
+from gasp_fast.data.scenes.library import SceneEntry, find_scenes, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
 from gasp_fast.training import sources
@@ -90,6 +93,114 @@ def test_a_broken_scene_is_skipped_and_named(config, assets, tmp_path, capsys):
         image.write_bytes(b"")
     assert scenes.sample(0, 4, 0).tracks  # sequences 4..7 are of scene-1
     assert list(scenes.broken) == ["scene-1"] and "scene-1" in capsys.readouterr().err
+
+
+def test_skipped_scenes_records_and_videos_are_named_with_their_file(config, assets, tmp_path, capsys):
+    library, questions = tmp_path / "library", tmp_path / "questions"
+    shutil.copytree(assets.scenes, library)
+    shutil.copytree(assets.questions, questions)
+    (library / "scene-2" / "meta.json").write_text("{")
+    records = json.loads((questions / "qa.json").read_text())
+    records[1]["conversations"][0]["value"] += "<|image_pad|>"
+    (questions / "qa.json").write_text(json.dumps(records))
+    (questions / records[0]["video"]).write_bytes(b"")
+    settings = config(mixed=True, scenes={"root": str(library)}, qa={"root": str(questions)})
+    stream = SampleStream(settings.data)
+    scenes, records_read = capsys.readouterr().err.splitlines()
+    assert scenes.startswith(f"{library}: skipped 1 of 4 scenes; the first, scene-2: ")
+    assert records_read.startswith(f"{questions}: skipped 1 of {len(records)} records; the first, qa.json[1]: ")
+    assert "<|image_pad|>" in records_read
+    stream.sources["qa"].sample(0, 0, 0)
+    assert f"{questions}: skipped qa.json[0]: {questions / records[0]['video']}: " in capsys.readouterr().err
+    named = {stream.describe(position).partition(", ")[2] for position in range(40)}
+    assert {"qa.json[0]", "qa.json[2]", "scene-0, sequence 0"} <= named and "qa.json[1]" not in named
+
+
+def annotated_copy(config, assets, tmp_path, per_scene=4):
+    """A copy of the library, which the test may damage, with its annotations; and the source of its sequences."""
+    library = tmp_path / "library"
+    shutil.copytree(assets.scenes, library)
+    entries = tuple(survey(library, find_scenes(library)))
+    sequences = replace(SEQUENCES, per_scene=per_scene)
+    settings = AnnotationSettings(scenes=entries, sequences=sequences, grid=8, shard_size=5)
+    list(annotate(library, tmp_path / "tracks", settings))
+    chosen = {"root": str(library), "annotations": (str(tmp_path / "tracks"),)}
+    return library, lambda: TrackedScenes(config(scenes=chosen).data.scenes)
+
+
+def swap_poses(library):
+    first, second = sorted((library / "scene-1" / "pose").iterdir())[:2]
+    texts = first.read_text(), second.read_text()
+    second.write_text(texts[0])
+    first.write_text(texts[1])
+
+
+def delete_a_pose(library):
+    sorted((library / "scene-1" / "pose").iterdir())[-1].unlink()
+
+
+def break_the_meta(library):
+    (library / "scene-1" / "meta.json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(swap_poses, "other names or poses"), (delete_a_pose, "9 frames instead of 10"), (break_the_meta, "not JSON")],
+)
+@pytest.mark.parametrize("ready", [True, False], ids=["annotated", "tracked on the fly"])
+def test_a_scene_that_changed_after_its_annotation_is_replaced_and_named(
+    config, assets, tmp_path, capsys, damage, reason, ready
+):
+    library, scenes = annotated_copy(config, assets, tmp_path)
+    if not ready:
+        scenes = TrackedScenes(config(scenes={"root": str(library)}).data.scenes)
+    damage(library)
+    scenes = scenes() if ready else scenes
+    drawn = [scenes.sample(0, index, 0) for index in range(len(scenes))]
+    assert all(sample.tracks for sample in drawn)
+    assert list(scenes.broken) == ["scene-1"] and reason in scenes.broken["scene-1"]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and printed[0].startswith("data.scenes: scene-1: ") and reason in printed[0]
+
+
+def test_one_broken_scene_of_many_sequences_does_not_end_the_run(config, assets, tmp_path):
+    library, scenes = annotated_copy(config, assets, tmp_path, per_scene=200)
+    swap_poses(library)
+    scenes = scenes()
+    again = pickle.loads(pickle.dumps(scenes))
+    for index in (200, 399):
+        assert same(scenes.sample(0, index, 0), again.sample(0, index, 0))  # the sample in its place is always the same
+    assert list(scenes.broken) == ["scene-1"]
+
+
+def test_a_damaged_shard_is_never_trained_on(config, assets, tmp_path):
+    _, scenes = annotated_copy(config, assets, tmp_path)
+    path = tmp_path / "tracks" / "tracks-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 4
+    path.write_bytes(content)
+    scenes = scenes()
+    for index in range(len(scenes)):
+        assert scenes.sample(0, index, 0).tracks
+    assert scenes.broken and all("tracks-00001.safetensors: damaged" in reason for reason in scenes.broken.values())
+    path.unlink()
+    with pytest.raises(OSError, match="shard 1 of 4 is missing; finish with gasp-fast tracks"):
+        TrackedScenes(scenes.config)
+
+
+def test_ten_thousand_annotated_scenes_are_not_touched_at_the_start(config, tmp_path, monkeypatch):
+    entries = tuple(SceneEntry(f"1K/{n:05d}", 300, f"{n:016x}") for n in range(10_000))
+    settings = AnnotationSettings(scenes=entries, sequences=replace(SEQUENCES, per_scene=1), shard_size=5_000)
+    store_settings(tmp_path, settings)
+    for number in range(settings.shards):
+        shard_path(tmp_path, number).touch()
+    calls = []
+    for name in ("stat", "lstat", "scandir", "listdir"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, _call=call, **k: (calls.append(a), _call(*a, **k))[1])
+    source = {"root": str(tmp_path / "library"), "annotations": (str(tmp_path),)}
+    assert len(TrackedScenes(config(scenes=source).data.scenes)) == 10_000
+    assert len(calls) < 100
 
 
 @pytest.mark.parametrize(("bound", "open_at_once"), [(10_000, 4), (2.5, 2), (0.5, 1)])  # in lengths of a scene

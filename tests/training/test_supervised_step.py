@@ -1,9 +1,15 @@
 """Streamed supervision is the plain loss on the plain heads, in less memory, under every kind of checkpointing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from gasp_fast.backbones.base_model import DTYPES
 from gasp_fast.collator import Collator
+from gasp_fast.loss.function import gasp_loss
+from gasp_fast.supervision import geometric
+from gasp_fast.supervision.heads import HeadsConfig
 from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream
 
@@ -82,6 +88,25 @@ def test_a_batch_without_answers_has_a_language_loss_of_zero(config, family):
     model = build_model(config(family), CPU).train()
     out = model(**batch_of(config(family), model))
     assert out["lm"] == 0 and out["answers"] == 0 and torch.isfinite(out["loss"])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_by_default_heads_and_loss_compute_in_the_type_of_the_model(config, monkeypatch, dtype):
+    """A loss on fp32 embeddings would multiply in IEEE fp32 on a GPU."""
+    seen = []
+
+    def watched(embeddings, *args, **kwargs):
+        seen.append(embeddings.dtype)
+        return gasp_loss(embeddings, *args, **kwargs)
+
+    monkeypatch.setattr(geometric, "gasp_loss", watched)
+    settings = replace(config(model={"dtype": dtype}), heads=HeadsConfig())
+    model = build_model(settings, CPU).train()
+    model(**batch_of(settings, model))["loss"].backward()
+    assert seen == [DTYPES[dtype]]  # one call for all layers
+    assert {layer.head.first.compute for layer in model.supervision.by_layer.values()} == {dtype}
+    assert {p.dtype for p in model.supervision.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.supervision.parameters()} == {torch.float32}
 
 
 def test_the_temperature_learns(config):

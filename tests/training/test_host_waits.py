@@ -1,0 +1,84 @@
+"""Within a training step the host never waits for the device."""
+
+import pytest
+import torch
+from support.pretend_device import DEVICE, PretendedDevice
+
+from gasp_fast.training.distributed import Processes
+from gasp_fast.training.loop import TrainingLoop
+from gasp_fast.training.model import build_model
+from gasp_fast.training.stream import SampleStream, Share
+
+# Places that read a number on a CPU only, and the reason.
+ON_A_CPU = {
+    "kernels/scaling.py:scale_in_place": "a CPU is spared a multiplication by one; a GPU's kernel reads the number",
+    "loss/arguments.py:checked_temperature": "checked where reading costs nothing",
+}
+
+
+def loop_on(device, settings, batches=2):
+    """A training loop after its start, and the micro-batches of its first steps."""
+    share = Share(0, 1, settings.train.batch_size, settings.train.micro_batch_size)
+    model = build_model(settings, torch.device(device.type))
+    loop = TrainingLoop(
+        settings, model, SampleStream(settings.data), share, settings.train.steps, Processes(0, 1, device)
+    )
+    _, loaded = loop.begin()
+    return loop, [[next(loaded) for _ in range(share.accumulation)] for _ in range(batches)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "checkpointing", "dtype"),
+    [("lora", "non_reentrant", "bf16"), ("lora", "off", "fp32"), ("full", "reentrant", "fp32")],
+)
+def test_a_step_does_not_wait(config, family, mode, checkpointing, dtype):
+    """Micro-batches of scenes and questions of different lengths, so that there is padding."""
+    train = {"batch_size": 4, "micro_batch_size": 2, "mode": mode, "checkpointing": checkpointing}
+    settings = config(family, mixed=True, train=train, model={"dtype": dtype})
+    loop, steps = loop_on(DEVICE, settings)
+    device = PretendedDevice()
+    device.place([*loop.model.parameters(), *loop.model.buffers(), loop.meter.packed])
+    with device:
+        launched = [loop.train_step(number, batches) for number, batches in enumerate(steps, 1)]
+    innermost = [wait.partition(" < ")[0] for wait in device.waits]
+    assert [wait for wait in innermost if not wait.endswith(tuple(ON_A_CPU))] == []
+    assert all(step.sums is not None for step in launched)  # log lines were on their way, too
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_torch_finds_no_wait_in_a_step_on_a_gpu(config, family):
+    settings = config(family, mixed=True, train={"batch_size": 2}, model={"dtype": "bf16"})
+    loop, steps = loop_on(torch.device("cuda", 0), settings)
+    loop.train_step(1, steps[0])  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.train_step(2, steps[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_pretended_device_sees_every_kind_of_wait():
+    device = PretendedDevice()
+    with device:
+        x = torch.arange(4.0).to(DEVICE, non_blocking=True)
+        assert x.device == DEVICE and (x + 1).device == DEVICE and torch.zeros(2).device.index is None
+        y = x * 2 + torch.full((), 3.0, device=x.device)
+        y.to("cpu", non_blocking=True), x.repeat_interleave(2), x[torch.arange(2, device=x.device)]
+        assert device.waits == []
+        waits = {
+            "item": lambda: y.sum().item(),
+            "a condition": lambda: bool(y[0] > 0),
+            "tolist": lambda: y.tolist(),
+            "cpu": lambda: y.cpu(),
+            "a mask": lambda: y[y > 4],
+            "nonzero": lambda: y.nonzero(),
+            "repeat_interleave": lambda: x.repeat_interleave(x.long()),
+            "a Python list": lambda: torch.tensor([1.0], device=x.device),
+            "a blocking copy": lambda: torch.arange(3).to(x.device),
+            "an index of the host": lambda: x[torch.tensor([0, 1])],
+        }
+        for name, wait in waits.items():
+            before = len(device.waits)
+            wait()
+            assert len(device.waits) > before, name
