@@ -1,12 +1,38 @@
-"""Atomic writes: a file or folder never holds part of its new content, even if the writing process is killed."""
+"""Atomic writes, and JSON from files that are not trusted.
+
+A file or folder never holds part of its new content, even if the writing process is killed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+LARGEST_JSON = 1 << 28  # bytes; parsed, JSON takes some ten times as much memory
+
+
+def read_json(path: Path, largest: float = LARGEST_JSON) -> Any:
+    """The content of a JSON file. One that is damaged, too large or nested too deep is a one-line `ValueError`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a named pipe or a device may never end
+        raise OSError(f"{path}: not a regular file")
+    if status.st_size > largest:
+        raise ValueError(f"{path}: {status.st_size:,} bytes of JSON; at most {largest:,} are read")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text; `name` stands in the error."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON: {error}") from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.text import Text
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mvs: COLMAP's *.geometric.bin; model: --model; auto: mvs if the scene has it, otherwise model",
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="local folder of a transformers depth model")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="device of the model: cpu, cuda, cuda:1 …")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="device of the model: cpu, cuda, cuda:1 ...")
     parser.add_argument("--force", action="store_true", help="compute it again where it exists")
 
 
@@ -49,17 +50,34 @@ def run(arguments: argparse.Namespace) -> int:
     model: Predictor | None = None
     complete = True
     for root in roots:
-        scene = open_scene(root)
-        if scene.has_depth and not (arguments.force and (root / FOLDER / INDEX).is_file()):
-            console.print(f"{root}: {_why_skipped(scene)}", soft_wrap=True, highlight=False)
+        try:
+            scene = open_scene(root)
+            if scene.has_depth and not (arguments.force and (root / FOLDER / INDEX).is_file()):
+                console.print(f"{root}: {_why_skipped(scene)}", soft_wrap=True, highlight=False, markup=False)
+                continue
+            scene = without_depth(scene)
+            mvs = arguments.source == "mvs" or (arguments.source == "auto" and has_mvs(scene))
+        except (OSError, ValueError) as error:
+            _fail(console, root, error, alone=len(roots) == 1)
+            complete = False
             continue
-        scene = without_depth(scene)
-        mvs = arguments.source == "mvs" or (arguments.source == "auto" and has_mvs(scene))
         if not mvs and model is None:
             model = _load_model(arguments, root)
-        index = _compute(console, scene, None if mvs else model, arguments.model)
-        complete &= _print(console, root, index)
+        try:
+            index = _compute(console, scene, None if mvs else model, arguments.model)
+            complete &= _print(console, root, index)
+        except (OSError, ValueError) as error:
+            _fail(console, root, error, alone=len(roots) == 1)
+            complete = False
     return 0 if complete else 1
+
+
+def _fail(console: Console, root: Path, error: Exception, alone: bool) -> None:
+    """Names a scene that has no depth now, unless it is the only one: then its error is the command's."""
+    if alone:
+        raise error
+    reason = str(error) if str(root) in str(error) else f"{root}: {error}"
+    console.print(Text(f"failed: {reason}", style="red"), soft_wrap=True)
 
 
 def _load_model(arguments: argparse.Namespace, root: Path) -> Predictor:
@@ -77,7 +95,7 @@ def _compute(console: Console, scene: Scene, model: Predictor | None, folder: Pa
     """With `model`, loaded from `folder`, or from MVS maps if it is None."""
 
     def progress(frames: Iterable[int]) -> Iterable[int]:
-        return track(list(frames), scene.root.name, console=console, transient=True)
+        return track(list(frames), escape(scene.root.name), console=console, transient=True)
 
     if model is None:
         return depth_from_mvs(scene, progress)
@@ -101,6 +119,7 @@ def _print(console: Console, root: Path, index: DepthIndex) -> bool:
         f"against sparse points: {fit}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
     for name, frame in index.frames.items():
         if frame.file is None:

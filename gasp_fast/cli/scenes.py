@@ -26,6 +26,7 @@ from gasp_fast.data.inspection.consistency import GAPS, SceneReport, check_scene
 from gasp_fast.data.scenes.library import find_scenes
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
+from gasp_fast.data.tracks.build import LARGEST_GRID
 from gasp_fast.processes import in_processes, usable_cores
 
 HELP = "list scenes, check their geometry, draw their tracks"
@@ -68,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise ValueError(f"--jobs {arguments.jobs}: at least 1")
+    if not 1 <= arguments.grid <= LARGEST_GRID:
+        raise ValueError(f"--grid {arguments.grid}: 1 to {LARGEST_GRID} query points along an axis")
     console = Console()
     roots = [arguments.dir / name for name in find_scenes(arguments.dir)]
     results = _check_all(console, roots, arguments)
@@ -78,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print(console, arguments.dir, reports, failures)
     for result in results:
         if result.picture:
-            console.print(f"picture: {result.picture}", highlight=False, soft_wrap=True)
+            console.print(f"picture: {result.picture}", highlight=False, soft_wrap=True, markup=False)
     if arguments.json:
         found = {"scenes": [asdict(report) for report in reports], "unreadable": failures}
         arguments.json.write_text(json.dumps(found, indent=1))
@@ -129,13 +132,13 @@ def _print(console: Console, folder: Path, reports: list[SceneReport], failures:
     for report in reports:
         shares = {gap.gap: gap.share for gap in report.gaps}
         table.add_row(
-            _short(report.root, folder),
+            Text(_short(report.root, folder)),
             report.format,
             str(report.frames),
-            "×".join(map(str, report.image_size)),
-            f"{report.known_depth:.0%}" if report.frames_with_depth else "–",
-            f"{report.gaps[0].baseline / report.median_depth:.3f}" if report.gaps and report.median_depth else "–",
-            *("–" if shares.get(gap) is None else f"{shares[gap]:.3f}" for gap in GAPS),
+            "x".join(map(str, report.image_size)),
+            f"{report.known_depth:.0%}" if report.frames_with_depth else "-",
+            f"{report.gaps[0].baseline / report.median_depth:.3f}" if report.gaps and report.median_depth else "-",
+            *("-" if shares.get(gap) is None else f"{shares[gap]:.3f}" for gap in GAPS),
             ("[green]sound" if report.gaps else "[yellow]no depth") if report.sound else "[bold red]WRONG",
         )
     if reports:

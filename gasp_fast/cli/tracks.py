@@ -90,9 +90,10 @@ def _settings(arguments: argparse.Namespace) -> AnnotationSettings:
     with _progress("reading scenes") as progress:
         for found in progress.track(survey(arguments.scenes, names), total=len(names)):
             if not isinstance(found, SceneEntry):
-                progress.console.print(f"skipped {found[0]}: {found[1]}", highlight=False)
+                progress.console.print(f"skipped {found[0]}: {found[1]}", highlight=False, markup=False)
             elif found.frames < arguments.min_frames:
-                progress.console.print(f"skipped {found.name}: {found.frames} frames, fewer than --min-frames")
+                reason = f"{found.frames} frames, fewer than --min-frames"
+                progress.console.print(f"skipped {found.name}: {reason}", highlight=False, markup=False)
             else:
                 usable.append(found)
     if not usable:

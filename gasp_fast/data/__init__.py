@@ -13,5 +13,5 @@ other, nor do `tracks` and `depth`, nor `scenes` and `video`.
     video         reads and writes video files
 
 The modules beside them are `mixture` (interleaves data sources by weight), `permutation` (shuffles without a list),
-`compiled` (the C++ extensions) and `errors` (one-line messages).
+`images` (opens image files), `compiled` (the C++ extensions) and `errors` (one-line messages).
 """

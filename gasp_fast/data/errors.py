@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+LONGEST = 500  # characters of a message: a library may quote a whole file
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def one_line(error: BaseException) -> str:
-    """The message of `error` without line breaks, or its type where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of `error` without line breaks, shortened, or its type where it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: long and deeply nested values are shortened."""
+    return _SHORT.repr(value)
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a decoder raises inside the block into a one-line `OSError` that names the file and `what` it is.
+
+    On damaged files the libraries raise anything from SyntaxError to MemoryError. Only regular files are read: a named
+    pipe or a device may never end.
+    """
+    try:
+        if not path.is_file():
+            raise OSError("missing, or not a regular file")
+        yield
+    except Exception as error:
+        raise OSError(f"{path}: cannot read {what}: {one_line(error)}") from error
 
 
 def difference(old: Any, new: Any, name: str = "settings") -> str:
@@ -20,5 +49,5 @@ def difference(old: Any, new: Any, name: str = "settings") -> str:
             return f"{name}: {len(old)} there, {len(new)} now"
         pairs = [(a, b, name) for a, b in zip(old, new, strict=True)]
     elif old != new:
-        return f"{name}: {old} there, {new} now"
+        return f"{name}: {shown(old)} there, {shown(new)} now"
     return next((change for pair in pairs if (change := difference(*pair))), "")

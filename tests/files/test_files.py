@@ -1,12 +1,13 @@
-"""A file never holds part of its new content, whatever happens to the process that writes it."""
+"""A file never holds part of its new content, and JSON of any kind is read or refused in one line."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from gasp_fast.files import complete_folder, replacing, sweep_partials, write_atomically
+from gasp_fast.files import complete_folder, read_json, replacing, sweep_partials, write_atomically
 
 
 def test_content_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -41,3 +42,30 @@ def test_a_folder_is_complete_or_absent_and_what_killed_processes_left_is_remove
     with complete_folder(tmp_path / "new" / "model") as partial:
         (partial / "weights").write_bytes(b"all")
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [Path("new/model/weights")]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a":' * 5000, "1" + "0" * 5000, "\xff", "NaN,"])
+def test_json_that_cannot_be_parsed_is_one_line_that_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"a\.json: not JSON") as caught:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_json_is_utf_8_whatever_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    (tmp_path / "a.json").write_bytes('{"ä": "–"}'.encode())
+    assert read_json(tmp_path / "a.json") == {"ä": "–"}
+
+
+def test_pipes_folders_and_large_files_are_not_read_as_json(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("pipe.json", "folder.json"):
+        with pytest.raises(OSError, match=f"{name}: not a regular file"):
+            read_json(tmp_path / name)
+    (tmp_path / "a.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"a\.json: 6 bytes of JSON; at most 5 are read"):
+        read_json(tmp_path / "a.json", largest=5)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")

@@ -1,7 +1,8 @@
 """Reads annotations: the tracks of each sequence, by number.
 
-A shard is opened when one of its sequences is read, and memory-mapped: only the bytes of that sequence are read. Memory
-does not grow with the number of annotations.
+A shard is opened when one of its sequences is read, and memory-mapped. When a process opens it for the first time, it
+compares the checksum; after that it reads only the bytes of the sequence. Memory does not grow with the number of
+annotations.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from gasp_fast.data.errors import one_line
 from gasp_fast.data.tracks.build import Tracks
 
 from .settings import read_settings
-from .shard import checksum, read_header, shard_path
+from .shard import ARRAYS, checksum, read_header, shard_path
 
 OPEN_SHARDS = 16
 
@@ -43,6 +45,7 @@ class AnnotationReader:
         except FileNotFoundError:
             raise OSError(f"{self.folder}: no annotations here; make them with gasp-fast tracks") from None
         self._shards: OrderedDict[int, Any] = OrderedDict()  # open, the least recently used first
+        self._intact: set[int] = set()  # shards whose checksum this process has compared
 
     def __len__(self) -> int:
         return len(self.settings)
@@ -76,36 +79,59 @@ class AnnotationReader:
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
-        path = shard_path(self.folder, number)
-        if not path.exists():
-            raise OSError(f"{path}: shard {number} of {self.settings.shards} is missing; finish with gasp-fast tracks")
-        try:
-            shard = safe_open(path, "numpy")
-        except Exception as error:
-            raise OSError(f"{path}: damaged ({error}); delete it and run gasp-fast tracks again") from error
-        if read_header(shard).get("plan") != self.settings.digest:
-            raise ValueError(f"{path}: was made with other settings; delete it and run gasp-fast tracks again")
+        shard, header = self._opened(number)
+        if number not in self._intact:
+            arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+            if arrays.keys() != ARRAYS or header["checksum"] != checksum(arrays):
+                path = shard_path(self.folder, number)
+                raise OSError(f"{path}: damaged (wrong checksum); delete it and run gasp-fast tracks again")
+            self._intact.add(number)
         self._shards[number] = shard
         while len(self._shards) > OPEN_SHARDS:
             self._shards.popitem(last=False)
         return shard
 
+    def check_complete(self) -> None:
+        """Raises if a shard is missing. Opens none."""
+        for number in range(self.settings.shards):
+            self._path(number)
+
+    def _path(self, number: int) -> Path:
+        path = shard_path(self.folder, number)
+        if not path.is_file():
+            raise OSError(f"{path}: shard {number} of {self.settings.shards} is missing; finish with gasp-fast tracks")
+        return path
+
+    def _opened(self, number: int) -> tuple[Any, dict[str, Any]]:
+        """The shard and its header. Reads nothing else."""
+        path = self._path(number)
+        try:
+            shard = safe_open(path, "numpy")
+            header = read_header(shard)
+        except Exception as error:
+            raise OSError(f"{path}: damaged ({one_line(error)}); delete it and run gasp-fast tracks again") from error
+        if header["plan"] != self.settings.digest:
+            raise ValueError(f"{path}: was made with other settings; delete it and run gasp-fast tracks again")
+        return shard, header
+
     def failed(self) -> dict[int, str]:
         """The sequences without tracks, because their scene could not be read, and the reasons."""
         reasons: dict[int, str] = {}
         for number in range(self.settings.shards):
-            reasons |= {int(index): reason for index, reason in read_header(self._shard(number))["failed"].items()}
+            _, header = self._opened(number)
+            reasons |= {int(index): reason for index, reason in header["failed"].items()}
         return reasons
 
     def verify(self) -> Iterator[tuple[int, bool]]:
         """Yields each shard's number and whether its arrays match the checksum."""
         for number in range(self.settings.shards):
+            self._shards.pop(number, None)
+            self._intact.discard(number)
             try:
-                shard = self._shard(number)
-                arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
-                yield number, read_header(shard)["checksum"] == checksum(arrays)
+                self._shard(number)
+                yield number, True
             except (OSError, ValueError):
                 yield number, False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": OrderedDict()}
+        return {**self.__dict__, "_shards": OrderedDict(), "_intact": set()}

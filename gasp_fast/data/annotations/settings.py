@@ -9,12 +9,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from gasp_fast.data.errors import difference, one_line
+from gasp_fast.data.errors import difference, one_line, shown
 from gasp_fast.data.scenes.library import SceneEntry
-from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler
-from gasp_fast.files import write_atomically
+from gasp_fast.data.tracks.build import LARGEST_GRID
+from gasp_fast.data.tracks.sequences import MOST, SequenceConfig, SequenceSampler
+from gasp_fast.files import read_json, write_atomically
 
 VERSION = 1  # of the settings file and of shards
+MOST_SHARDS = 100_000  # their names have five digits
+_KINDS: dict[str, Any] = {"int": int, "float": int | float, "str": str, "tuple[SceneEntry, ...]": list}
 SETTINGS_FILE = "plan.json"  # the name in folders written before
 
 
@@ -30,9 +33,9 @@ class AnnotationSettings:
     shard_size: int = 1024  # sequences
 
     def __post_init__(self) -> None:
-        for name in ("grid", "epochs", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name, most in (("grid", LARGEST_GRID), ("epochs", MOST), ("shard_size", MOST)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} = {getattr(self, name)}: must lie in 1..{most}")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep = {self.keep}: must be above 0 and at most 1")
 
@@ -63,13 +66,15 @@ class AnnotationSettings:
         return json.dumps({"format": "gasp-fast tracks", "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> AnnotationSettings:
-        stored = json.loads(text)
+    def from_json(cls, stored: Any) -> AnnotationSettings:
+        """From the value of what `to_json` wrote."""
         if not isinstance(stored, dict) or stored.pop("format", None) != "gasp-fast tracks" or "version" not in stored:
             raise ValueError("not the settings of gasp-fast tracks")
         version = stored.pop("version")
         if version != VERSION:
-            raise ValueError(f"has version {version}, this program reads version {VERSION}; make the annotations again")
+            raise ValueError(
+                f"has version {shown(version)}, this program reads version {VERSION}; make the annotations again"
+            )
         settings: AnnotationSettings = _from_fields(cls, stored)
         scenes = tuple(_from_fields(SceneEntry, entry) for entry in settings.scenes)
         return replace(settings, scenes=scenes, sequences=_from_fields(SequenceConfig, settings.sequences))
@@ -83,13 +88,19 @@ def read_settings(folder: Path) -> AnnotationSettings:
     """The settings in `folder`. A damaged file is a one-line `ValueError` that names it."""
     path = folder / SETTINGS_FILE
     try:
-        return AnnotationSettings.from_json(path.read_text())
-    except (ValueError, TypeError) as error:
+        settings = AnnotationSettings.from_json(read_json(path))
+        len(settings)  # raises for scenes that the sampler does not take
+        return settings
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: cannot read the settings: {one_line(error)}") from error
 
 
 def store_settings(folder: Path, settings: AnnotationSettings) -> None:
     """Writes the settings into `folder`. If it holds other settings, an error names the first difference."""
+    if settings.shards > MOST_SHARDS:
+        raise ValueError(
+            f"{len(settings):,} sequences in {settings.shards:,} shards: at most {MOST_SHARDS:,}; raise shard_size"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / SETTINGS_FILE).exists():
         if change := difference(asdict(read_settings(folder)), asdict(settings)):
@@ -104,4 +115,8 @@ def _from_fields(kind: type[Any], stored: Any) -> Any:
     if not isinstance(stored, dict) or stored.keys() != names:
         keys = stored.keys() ^ names if isinstance(stored, dict) else names
         raise ValueError(f"missing or unknown fields of {kind.__name__}: {', '.join(sorted(keys))}")
+    for one in fields(kind):
+        allowed = _KINDS.get(str(one.type), object)
+        if not isinstance(stored[one.name], allowed) or isinstance(stored[one.name], bool):
+            raise ValueError(f"{kind.__name__}.{one.name} = {shown(stored[one.name])}: not of type {one.type}")
     return kind(**stored)

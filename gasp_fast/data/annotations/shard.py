@@ -18,9 +18,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from gasp_fast.data.tracks.build import Tracks
+from gasp_fast.files import parse_json
 
 from .settings import VERSION
 
+ARRAYS = frozenset(
+    ("scene", "frame_offsets", "track_offsets", "cell_offsets", "frames", "query", "uv", "depth", "visible")
+)
 Arrays = dict[str, NDArray[Any]]
 _KEY = "gasp_fast"  # of the header in the safetensors metadata
 
@@ -56,8 +60,12 @@ def shard_bytes(arrays: Arrays, settings_digest: str, failed: dict[str, str]) ->
 
 
 def read_header(shard: Any) -> dict[str, Any]:
-    """The header of an open shard; empty if it has none."""
-    header: dict[str, Any] = json.loads((shard.metadata() or {}).get(_KEY, "{}"))
+    """The header of an open shard; a `ValueError` if it has none."""
+    header = parse_json((shard.metadata() or {}).get(_KEY, "{}"), "header")
+    if not (
+        isinstance(header, dict) and {"plan", "checksum"} <= header.keys() and isinstance(header.get("failed"), dict)
+    ):
+        raise ValueError("no header of gasp-fast tracks")
     return header
 
 

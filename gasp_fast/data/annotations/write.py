@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from gasp_fast.data.scenes.library import SceneEntry, scene_digest
+from gasp_fast.data.scenes.library import SceneChangedError, SceneEntry, check_unchanged
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
@@ -77,13 +77,12 @@ def _open_unchanged(library: Path, entry: SceneEntry) -> Scene | str:
     """The scene, or the reason why it cannot be read. A scene that changed since the settings were made is an error."""
     try:
         scene = open_scene(library / entry.name)
+        check_unchanged(scene, entry)
+        return scene
+    except SceneChangedError:
+        raise
     except (OSError, ValueError) as error:
         return str(error)
-    if scene_digest(scene) != entry.digest:
-        raise ValueError(
-            f"{library / entry.name}: the scene has changed since the annotations were begun; give another --out"
-        )
-    return scene
 
 
 def _no_tracks(frames: Sequence[int]) -> Tracks:

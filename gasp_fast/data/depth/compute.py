@@ -7,6 +7,7 @@ whether it predicts depth or inverse depth is found by trying both.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, DepthIndex, Fram
 from gasp_fast.data.scenes.depth_maps import read_depth
 from gasp_fast.data.scenes.formats.colmap import DEPTH_FOLDER, find_model
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage, read_model
-from gasp_fast.data.scenes.scene import Scene, camera_centre
+from gasp_fast.data.scenes.scene import Scene, camera_centre, size_fault
 from gasp_fast.files import replacing, sweep_partials
 
 from .alignment import FEWEST_POINTS, LARGEST_ERROR, SPACES, Alignment, Space, align
@@ -122,7 +123,7 @@ def _by_frame(scene: Scene, images: list[ModelImage]) -> dict[str, ModelImage]:
     by_path = {str(Path(image.name).with_suffix("")): image for image in images if Path(image.name).name}
     by_stem = {Path(name).name: image for name, image in by_path.items()}
     named = {name: by_path.get(name) or by_stem.get(Path(name).name) for name in scene.frame_names}
-    return {name: image for name, image in named.items() if image is not None}
+    return {name: image for name, image in named.items() if image is not None and size_fault(image.size) is None}
 
 
 def _unit(scene: Scene, images: dict[str, ModelImage]) -> float:
@@ -198,7 +199,10 @@ def _write(
     (folder / INDEX).unlink(missing_ok=True)
     for i in progress(range(len(scene))):
         name = scene.frame_names[i]
-        depth, fit = frame_depth(i)
+        try:
+            depth, fit = frame_depth(i)
+        except OSError as error:  # a damaged file costs its frame, not the scene
+            depth, fit = None, FrameFit(None, reason=str(error).replace(f"{scene.root}{os.sep}", ""))
         if depth is not None and not fit.reason:
             fit = replace(fit, file=f"{name}.npy")
             _save(depth, folder / f"{name}.npy")

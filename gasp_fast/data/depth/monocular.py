@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gasp_fast.data.errors import one_line
+
 
 class DepthModel:
     """`DepthModel(folder)(image)` predicts depth or inverse depth, in a unit of the model's own."""
@@ -21,9 +23,15 @@ class DepthModel:
             raise ValueError(f"{folder}: no config.json; --model is the local folder of a transformers depth model")
         if not (folder / "preprocessor_config.json").is_file():
             raise ValueError(f"{folder}: no preprocessor_config.json; save the model's image processor there too")
-        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True)
-        self.model = model.to(torch.device(device)).eval()
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # on damaged folders the libraries raise anything
+            raise OSError(f"{folder}: cannot load the depth model: {one_line(error)}") from error
+        try:
+            self.model = model.to(torch.device(device)).eval()
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device = {device!r} cannot be used here: {one_line(error)}") from error
         self.device = device
 
     def __call__(self, image: np.ndarray) -> np.ndarray:  # float32 [H, W]

@@ -110,7 +110,8 @@ def check_scene(scene: Scene) -> SceneReport:
         baseline = float(np.median([np.linalg.norm(centres[i] - centres[j]) for i, j in members]))
         agreed, compared, _ = _count(_samples(scene, members, PIXELS_PER_PAIR), CONVENTIONS[AS_IT_IS], 1.0, AGREEMENT)
         report.gaps.append(GapAgreement(gap, baseline, agreed / compared if compared else None, compared))
-    report.findings += _findings(scene, pairs, report)
+    if pairs:  # a single frame agrees with itself
+        report.findings += _findings(scene, pairs, report)
     return report
 
 
@@ -195,6 +196,7 @@ def _depth_camera(scene: Scene, i: int) -> np.ndarray:
     return scene.intrinsics(i) * np.array([width / image_width, height / image_height, 1.0])[:, None]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # pixels of a wild depth or camera agree with nothing
 def _count(samples: list[_Sample], to_pose: Convention, factor: float, tolerance: float) -> tuple[int, int, int]:
     """(agreeing, compared, sampled) pixels, with the poses under a convention and the depth multiplied by `factor`."""
     agreeing = compared = sampled = 0

@@ -50,7 +50,7 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
         _draw_points(top, tracks, f, numbers, norm)
         shown = tracks.visible[:, f].mean() if len(tracks) else 0.0
         step = "query frame" if f == 0 else f"{index - frames[0]} frames later, {shown:.0%} of points visible"
-        top.set_title(f"{scene.frame_names[index]}\n{step}", fontsize=10)
+        top.set_title(f"{scene.frame_names[index]}\n{step}", fontsize=10, parse_math=False)
         masked = np.ma.masked_less_equal(maps[f], 0)
         mesh = bottom.imshow(masked, extent=(0, wide, tall, 0), cmap=COLOURS, norm=norm, interpolation="nearest")
         bottom.set_facecolor("0.85")
@@ -60,7 +60,7 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
     title = f"{scene.root.name}: filled = visible, hollow = hidden; a number must mark the same thing in every frame"
     if not len(tracks):
         title = f"{scene.root.name}: NO point of the query frame is visible again: poses, intrinsics or depth are wrong"
-    figure.suptitle(title, fontsize=11, y=0.985)
+    figure.suptitle(title, fontsize=11, y=0.985, parse_math=False)
     figure.savefig(path)
     return path
 

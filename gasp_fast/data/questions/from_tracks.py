@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gasp_fast.data.annotations.parts import shards_in_part
 from gasp_fast.data.annotations.read import AnnotationReader
+from gasp_fast.data.scenes.library import check_unchanged
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks
@@ -40,6 +41,7 @@ PREFACE = (
     "The clip shows {count} images of one place. A position is [x, y], from [0, 0] at the top left of an image to "
     "[1000, 1000] at its bottom right."
 )
+MOST_TURNS = 64
 LEAST_DISTANCE = 80  # thousandths between two marks, so that their labels do not overlap
 LEAST_DEPTH_RATIO = 1.15  # of two points, for the question which one is nearer
 
@@ -53,8 +55,8 @@ class VQAConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.turns < 1:
-            raise ValueError(f"turns = {self.turns}: at least 1 question per sequence")
+        if not 1 <= self.turns <= MOST_TURNS:
+            raise ValueError(f"turns = {self.turns}: 1 to {MOST_TURNS} questions per sequence")
         if self.longest_side < 32:
             raise ValueError(f"longest_side = {self.longest_side}: at least 32 pixels")
 
@@ -257,13 +259,20 @@ def write_shard(library: Path, annotations: Path, out: Path, config: VQAConfig, 
     reader = AnnotationReader(annotations)
     folder = out / "videos" / f"{number:05d}"
     folder.mkdir(parents=True, exist_ok=True)
-    open_once = lru_cache(maxsize=1)(open_scene)  # consecutive sequences share a scene
+    entries = {entry.name: entry for entry in reader.settings.scenes}
+
+    @lru_cache(maxsize=1)  # consecutive sequences share a scene
+    def open_once(name: str) -> Scene:
+        scene = open_scene(library / name)
+        check_unchanged(scene, entries[name])
+        return scene
+
     records, omitted = [], []
     for index in reader.settings.sequences_in_shard(number):
         name, tracks = reader[index].scene, reader[index].tracks
         video = f"videos/{number:05d}/{index:08d}.mp4"
         try:
-            questions = _write_sequence(open_once(library / name), tracks, out / video, config, index)
+            questions = _write_sequence(open_once(name), tracks, out / video, config, index)
         except (OSError, ValueError) as error:
             omitted.append(f"{index} {name}: {error}".replace(f"{library}{os.sep}", ""))
             continue

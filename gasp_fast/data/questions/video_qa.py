@@ -7,11 +7,17 @@ between forked workers. (Reference counts would make every worker copy a list of
 
 Collections of this size contain damaged files. An invalid record is skipped at loading; a record whose video cannot be
 read is replaced by the next one when it is drawn. Both are counted and named.
+
+A text with a control token of a language model (`<|im_start|>`, `<|image_pad|>`) is invalid: tokenized, it would end
+the turn that contains it, or stand for a frame that is not there.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,9 +26,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gasp_fast.data.errors import reading, shown
 from gasp_fast.data.video.read import read_video
+from gasp_fast.files import parse_json, read_json
 
 MOST_BROKEN = 64  # records tried; if none has a readable video, the folder is wrong, not the videos
+CONTROL_TOKEN = re.compile(r"<\|\w{1,40}\|>")
 SPEAKERS = ("human", "gpt")  # by turns, the human first
 
 
@@ -59,10 +68,20 @@ class QARecord:
             speaker = SPEAKERS[place % 2]
             if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
                 raise ValueError(f"turn {place} of the conversation is not from {speaker}")
+            if token := CONTROL_TOKEN.search(turn["value"]):
+                raise ValueError(f"turn {place} of the conversation contains the control token {token[0]}")
             turns.append(Turn(speaker, turn["value"]))
         if not all(turn.text.strip() for turn in turns if turn.speaker == "gpt"):
             raise ValueError("has an empty answer")
-        return cls(str(fields.get("id", "")), tuple(turns), video)
+        identity = fields.get("id", "")
+        if not isinstance(identity, str | int | float):
+            raise ValueError(f"id = {shown(identity)} is neither text nor a number")
+        return cls(str(identity), tuple(turns), video)
+
+    def to_json(self) -> bytes:
+        """UTF-8; a `ValueError` for half of a surrogate pair, which no tokenizer takes."""
+        fields = record_json(self.id, [turn.text for turn in self.turns], "", self.video)
+        return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def record_json(identity: str, texts: Sequence[str], data_source: str, video: str) -> dict[str, Any]:
@@ -87,28 +106,26 @@ class VideoQA:
     root: Path
     configs: Sequence[str] = ()
     skipped: list[str] = field(default_factory=list)  # records skipped at loading, with the reason
-    broken: dict[str, str] = field(default_factory=dict)  # videos that could not be read, with the reason
+    broken: dict[str, str] = field(default_factory=dict)  # paths of videos that could not be read, with the reason
 
     def __post_init__(self) -> None:
         self.root = Path(self.root)
-        self._folders: list[Path] = []
+        self._files = self._lists()
         parts: list[bytes] = []
-        folder_of: list[int] = []
-        for path in self._lists():
-            if path.parent not in self._folders:
-                self._folders.append(path.parent)
-            for record in self._read_list(path):
-                parts.append(json.dumps(record, ensure_ascii=False).encode())
-                folder_of.append(self._folders.index(path.parent))
+        places: list[tuple[int, int]] = []
+        for file, path in enumerate(self._files):
+            for number, record in self._read_list(path):
+                parts.append(record)
+                places.append((file, number))
         if not parts:
             reason = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"{self.root}: none of {len(self.skipped)} records can be used{reason}")
         self._text: NDArray[np.uint8] = np.frombuffer(b"".join(parts), np.uint8)
         self._offsets: NDArray[np.int64] = np.cumsum([0, *map(len, parts)])
-        self._folder_of: NDArray[np.int32] = np.array(folder_of, np.int32)
+        self._places: NDArray[np.int32] = np.array(places, np.int32)  # [records, 2]: file, number in it
 
     def __len__(self) -> int:
-        return len(self._folder_of)
+        return len(self._places)
 
     def record(self, index: int) -> QARecord:
         if not 0 <= index < len(self):
@@ -118,22 +135,27 @@ class VideoQA:
     def video_path(self, index: int) -> Path:
         """The path of a record's video, which may not exist."""
         video = self.record(index).video
-        beside = self._folders[self._folder_of[index]] / video
-        return beside if beside.exists() else self.root / video
+        beside = self._files[self._places[index, 0]].parent / video
+        return beside if os.path.exists(beside) else self.root / video
+
+    def name(self, index: int) -> str:
+        """The file of a record and its number there, for messages."""
+        file, number = self._places[index]
+        return f"{self._files[file].relative_to(self.root)}[{number}]"
 
     def sample(self, index: int, frames: int = 16, timeout: float = 30.0, longest_side: int | None = None) -> QASample:
         """Record `index` with evenly spread frames, or the next record whose video can be read."""
         for attempt in range(min(MOST_BROKEN, len(self))):
             place = (index + attempt) % len(self)
-            record = self.record(place)
-            if record.video in self.broken:
+            path = self.video_path(place)
+            if str(path) in self.broken:
                 continue
             try:
-                images = read_video(self.video_path(place), frames, timeout=timeout, longest_side=longest_side)
+                images = read_video(path, frames, timeout=timeout, longest_side=longest_side)
             except OSError as error:
-                self.broken[record.video] = str(error)
+                self.broken[str(path)] = f"{self.name(place)}: {error}"
                 continue
-            return QASample(place, record, images)
+            return QASample(place, self.record(place), images)
         first = next(iter(self.broken.items()))
         raise OSError(
             f"{self.root}: no readable video in {min(MOST_BROKEN, len(self))} records from {index} on ({first[1]}); "
@@ -155,23 +177,18 @@ class VideoQA:
             raise OSError(f"{self.root}: no JSON lists of questions here or one folder below")
         return lists
 
-    def _read_list(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The valid records of one file, reduced to the keys of the schema."""
-        try:
-            text = path.read_text(encoding="utf-8")
-            records = (
-                [json.loads(line) for line in text.splitlines() if line]
-                if path.suffix == ".jsonl"
-                else json.loads(text)
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a JSON list ({error})") from error
+    def _read_list(self, path: Path) -> Iterator[tuple[int, bytes]]:
+        """The valid records of one file, as JSON, with their numbers."""
+        lines = path.suffix == ".jsonl"
+        if lines:
+            with reading(path, "questions"):
+                records: Any = [line for line in path.read_bytes().splitlines() if line.strip()]
+        else:
+            records = read_json(path, largest=math.inf)
         if not isinstance(records, list):
             raise ValueError(f"{path}: holds {type(records).__name__}, not a list of records")
         for number, fields in enumerate(records):
             try:
-                QARecord.from_json(fields)
+                yield number, QARecord.from_json(parse_json(fields, "line") if lines else fields).to_json()
             except ValueError as error:
-                self.skipped.append(f"{path.name}[{number}]: {error}")
-                continue
-            yield {key: fields[key] for key in ("id", "conversations", "data_source", "video") if key in fields}
+                self.skipped.append(f"{path.relative_to(self.root)}[{number}]: {error}")

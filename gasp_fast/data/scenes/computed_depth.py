@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from gasp_fast.data.errors import one_line
-from gasp_fast.files import write_atomically
+from gasp_fast.data.errors import one_line, shown
+from gasp_fast.files import read_json, write_atomically
 
 from .depth_maps import DepthFile
 from .scene import Scene, inside
@@ -57,15 +58,25 @@ def write_index(root: Path, index: DepthIndex) -> Path:
 def read_index(path: Path) -> DepthIndex:
     """The content of an `index.json`; a damaged one is a one-line `ValueError`."""
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         version = stored["version"]
-        frames = {str(name): FrameFit(**fit) for name, fit in stored.pop("frames").items()}
+        frames = {str(name): _frame_fit(fit) for name, fit in stored.pop("frames").items()}
         index = DepthIndex(**stored, frames=frames)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: damaged; delete it and run gasp-fast depth again ({one_line(error)})") from error
     if version != VERSION:
-        raise ValueError(f"{path}: version {version}, this program reads version {VERSION}; run gasp-fast depth again")
+        raise ValueError(
+            f"{path}: version {shown(version)}, this program reads version {VERSION}; run gasp-fast depth again"
+        )
     return index
+
+
+def _frame_fit(stored: dict[str, Any]) -> FrameFit:
+    fit = FrameFit(**stored)
+    for value, kinds in ((fit.file, str | None), (fit.error, int | float | None), (fit.reason, str)):
+        if not isinstance(value, kinds):
+            raise TypeError(f"{shown(value)} is no {kinds}")
+    return replace(fit, error=None if fit.error is None else float(fit.error))
 
 
 def attach_computed_depth(scene: Scene) -> Scene:
@@ -79,6 +90,6 @@ def attach_computed_depth(scene: Scene) -> Scene:
     for frame in scene.frames:
         fit = index.frames.get(frame.name)
         if fit is not None and fit.file is not None:
-            frame = replace(frame, depth=DepthFile(inside(scene.root, folder / str(fit.file))))
+            frame = replace(frame, depth=DepthFile(inside(scene.root, folder / fit.file)))
         frames.append(frame)
     return replace(scene, frames=tuple(frames))

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from gasp_fast.data.errors import one_line
-
-# A corrupted header may claim any size; no depth camera or stereo pipeline makes maps beyond this.
-LARGEST_MAP = 1 << 26  # pixels
+from gasp_fast.data.errors import reading
+from gasp_fast.data.images import check_size, open_image
 
 
 @dataclass(frozen=True)
@@ -31,10 +28,8 @@ def read_depth(path: Path, scale: float = 1.0) -> np.ndarray:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: unknown depth format {path.suffix!r}; readable are {', '.join(_READERS)}")
-    try:
+    with reading(path, "depth"):
         stored = reader(path)
-    except Exception as error:  # on damaged files the libraries raise anything from SyntaxError to MemoryError
-        raise OSError(f"{path}: cannot read depth: {one_line(error)}") from error
     if stored.ndim != 2 or 0 in stored.shape:
         raise OSError(f"{path}: a depth map has two axes, this file holds shape {stored.shape}")
     with np.errstate(over="ignore", invalid="ignore"):  # a damaged value may overflow: it becomes unknown
@@ -45,22 +40,19 @@ def read_depth(path: Path, scale: float = 1.0) -> np.ndarray:
     return depth
 
 
-def _checked_size(width: int, height: int) -> None:
-    if not 0 < width * height <= LARGEST_MAP or width < 0:
-        raise ValueError(f"implausible size {width} x {height}")
-
-
 def _read_npy(path: Path) -> np.ndarray:
     # Memory mapping compares the size in the header with that of the file before it allocates anything.
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
     if stored.dtype.kind not in "fiu":
         raise ValueError(f"holds {stored.dtype}, not numbers")
-    return stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else stored
+    stored = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else stored
+    if stored.ndim == 2:
+        check_size(*stored.shape[::-1])
+    return stored
 
 
 def _read_png(path: Path) -> np.ndarray:
-    with Image.open(path, formats=["PNG"]) as image:
-        _checked_size(*image.size)
+    with open_image(path, ("PNG",)) as image:
         if image.mode not in ("I;16", "I;16B", "I"):
             raise ValueError(f"a depth image has one channel of 16 bits, this one is {image.mode}")
         return np.asarray(image)
@@ -71,7 +63,7 @@ def _read_exr(path: Path) -> np.ndarray:
 
     with OpenEXR.File(str(path), separate_channels=True, header_only=True, num_threads=0) as file:
         low, high = file.header()["dataWindow"]
-        _checked_size(*(int(n) for n in high.astype(np.int64) - low + 1))
+        check_size(*(int(n) for n in high.astype(np.int64) - low + 1))
     with OpenEXR.File(str(path), separate_channels=True, num_threads=0) as file:
         channels = file.channels()
         # Depth tools write Z, V or Y, or three equal channels.
@@ -89,7 +81,7 @@ def _read_colmap(path: Path) -> np.ndarray:
         if len(fields) != 4:
             raise ValueError("does not begin with width&height&channels&")
         width, height, channels = (int(field) for field in fields[:3])
-        _checked_size(width, height)
+        check_size(width, height)
         if channels != 1:
             raise ValueError(f"holds {channels} channels; a normal map, not a depth map?")
         file.seek(len(head) - len(fields[3]))

@@ -59,8 +59,23 @@ def scene_digest(scene: Scene) -> str:
     """A hash of frame names and poses: it changes when a frame is added, removed, renamed or moved. Decodes nothing."""
     digest = blake2b(digest_size=8)
     for index, name in enumerate(scene.frame_names):
-        digest.update(name.encode() + b"\0" + np.ascontiguousarray(scene.pose(index), np.float64).tobytes())
+        # On disk, names are bytes: those that are not UTF-8 are read as halves of surrogate pairs.
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+        digest.update(np.ascontiguousarray(scene.pose(index), np.float64).tobytes())
     return digest.hexdigest()
+
+
+def check_unchanged(scene: Scene, entry: SceneEntry) -> None:
+    """Raises unless the frames and poses of `scene` are those of its `entry`. Opens no file."""
+    if scene_digest(scene) != entry.digest:
+        what = "other names or poses"
+        if len(scene) != entry.frames:
+            what = f"{len(scene)} frames instead of {entry.frames}"
+        raise SceneChangedError(f"{scene.root}: the scene has changed ({what}); make its annotations again")
+
+
+class SceneChangedError(ValueError):
+    """A scene is not what it was when its annotations were begun."""
 
 
 def survey(library: Path, names: Iterable[str]) -> Iterator[SceneEntry | tuple[str, str]]:

@@ -10,7 +10,7 @@ intrinsics (`lens.py`).
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from gasp_fast.data.errors import one_line
+from gasp_fast.data.errors import one_line, reading, shown
+from gasp_fast.data.images import open_image
 
 from .depth_maps import DepthFile, read_depth
 from .frame_cache import DECODED
 from .lens import NO_DISTORTION, Distortion, undistort
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LARGEST_IMAGE = 1 << 27  # pixels; a corrupted header may claim any size
+MOST_FRAMES = 1 << 15  # of a scene: 18 minutes of video at 30 frames a second
+LARGEST_SIDE = 1 << 16  # pixels of a side of the image for which intrinsics hold; JPEG ends there
+LONGEST_NAME = 255  # bytes of a file or folder name on ordinary file systems
 # Largest difference of R R^T from the identity: poses stored as text with six digits stay below 1e-4.
 ROTATION_TOLERANCE = 1e-3
 _LAST_ROW, _IDENTITY = np.array([0.0, 0.0, 0.0, 1.0]), np.eye(3)
@@ -130,12 +132,8 @@ class Scene:
 
     def _decode_image(self, i: int) -> np.ndarray:
         frame = self.frames[i]
-        try:
-            with Image.open(frame.image) as image:
-                _plausible(image.size)
-                pixels = np.array(image.convert("RGB"))
-        except Exception as error:
-            raise OSError(f"{frame.image}: cannot read image: {one_line(error)}") from error
+        with reading(frame.image, "image"), open_image(frame.image) as image:
+            pixels = np.array(image.convert("RGB"))
         if frame.distortion != NO_DISTORTION:
             pixels = undistort(pixels, self.intrinsics(i), frame.distortion, smooth=True)
         return pixels
@@ -159,24 +157,35 @@ class Scene:
 
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) from the header of an image file."""
-    try:
-        with Image.open(path) as image:
-            return _plausible(image.size)
-    except Exception as error:  # Pillow raises everything from SyntaxError to struct.error on damaged files
-        raise OSError(f"{path}: cannot read image: {one_line(error)}") from error
+    with reading(path, "image"), open_image(path) as image:
+        return image.size
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; a damaged one is a one-line `ValueError`."""
+def number_of(path: Path, values: dict[str, Any], name: str, default: float | None = None) -> float:
+    """The finite number under `name` in the content of the JSON file `path`."""
+    value = values.get(name, default)
     try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {one_line(error)}") from error
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # JSON has integers of any length
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{path}: {name} = {shown(value)} is not a number")
+    return number
+
+
+def check_frame_count(path: Path, count: int) -> None:
+    """Called before any work on each frame, which for millions of frames would take minutes without a word."""
+    if count > MOST_FRAMES:
+        raise ValueError(f"{path}: {count:,} frames; a scene has at most {MOST_FRAMES:,}; divide it into several")
 
 
 def inside(root: Path, path: Path) -> Path:
     """`path` if it lies under `root` with every `..` and link resolved; otherwise an error that names it."""
-    real = os.path.join(_real_folder(path.parent), path.name)
+    try:
+        _check_length(path.name)
+        real = os.path.join(_real_folder(path.parent), path.name)
+    except ValueError as error:  # also for a null byte or half of a surrogate pair, from JSON
+        raise ValueError(f"{root}: {shown(str(path))} is not a path: {one_line(error)}") from error
     if path.name == ".." or os.path.islink(real):
         real = os.path.realpath(path)
     real_root = _real_folder(root)
@@ -187,7 +196,14 @@ def inside(root: Path, path: Path) -> Path:
 
 @lru_cache(maxsize=256)  # a scene has hundreds of files in a handful of folders
 def _real_folder(path: Path) -> str:
+    for name in path.parts:
+        _check_length(name)
     return os.path.realpath(path)
+
+
+def _check_length(name: str) -> None:
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ValueError("name too long")
 
 
 def build_scene(
@@ -204,7 +220,7 @@ def build_scene(
         inside(root, frame.image)
         if frame.depth is not None:
             inside(root, frame.depth.path)
-        fault = pose_fault(frame.pose) or intrinsics_fault(frame.intrinsics)
+        fault = pose_fault(frame.pose) or intrinsics_fault(frame.intrinsics) or size_fault(frame.camera_size)
         if fault:
             lost.append(Skipped(frame.name, fault))
         else:
@@ -243,6 +259,13 @@ def intrinsics_fault(matrix: np.ndarray) -> str | None:
     return None
 
 
+def size_fault(size: tuple[int, int] | None) -> str | None:
+    """Why `size` is not that of the image for which intrinsics hold, or None."""
+    if size is None or 1 <= min(size) <= max(size) <= LARGEST_SIDE:
+        return None
+    return f"camera has size {size[0]:g} x {size[1]:g}; a side has 1 to {LARGEST_SIDE:,} pixels"
+
+
 def rigid_inverse(pose: np.ndarray) -> np.ndarray:
     """Camera-to-world from world-to-camera, and back.
 
@@ -279,9 +302,3 @@ def _stamp(path: Path) -> tuple[str, int, int]:
     """Identifies the content of a file: a rewritten file must not be served from the cache."""
     status = path.stat()
     return str(path), status.st_mtime_ns, status.st_size
-
-
-def _plausible(size: tuple[int, int]) -> tuple[int, int]:
-    if not 0 < size[0] * size[1] <= LARGEST_IMAGE:
-        raise ValueError(f"implausible size {size[0]} x {size[1]}")
-    return size

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from gasp_fast.data.errors import reading
+from gasp_fast.data.images import open_image
 from gasp_fast.data.questions.video_qa import record_json
 from gasp_fast.data.video.write import write_clip
-from gasp_fast.files import write_atomically
+from gasp_fast.files import read_json, write_atomically
 
 from .layout import COLOURS
 
@@ -213,11 +214,17 @@ def question_record(identity: str, question: SceneQuestion, video: str, choice: 
 
 def read_facts(scene: Path) -> SceneFacts:
     """The facts of a rendered scene folder."""
-    meta = json.loads((scene / "meta.json").read_text())
-    if "boxes" not in meta:
+    meta = read_json(scene / "meta.json")
+    if not isinstance(meta, dict) or "boxes" not in meta:
         raise ValueError(f"{scene}: not a synthetic scene; its meta.json lists no boxes")
-    poses = np.stack([np.loadtxt(path) for path in sorted((scene / "pose").iterdir())])
-    return SceneFacts.of(meta, poses, np.loadtxt(scene / "intrinsics.txt"))
+    with reading(scene / "meta.json", "the facts of a rendered scene"):
+        poses = np.stack([np.loadtxt(path) for path in sorted((scene / "pose").iterdir())])
+        return SceneFacts.of(meta, poses, np.loadtxt(scene / "intrinsics.txt"))
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    with reading(path, "image"), open_image(path) as image:
+        return np.asarray(image)
 
 
 def write_qa(scenes: Sequence[Path], out: Path, workers: int = 2) -> Iterator[Path]:
@@ -226,7 +233,7 @@ def write_qa(scenes: Sequence[Path], out: Path, workers: int = 2) -> Iterator[Pa
 
     def one(scene: Path) -> list[dict[str, Any]]:
         facts, video = read_facts(scene), f"{scene.name}.mp4"
-        frames = [np.asarray(Image.open(path)) for path in sorted((scene / "color").iterdir())]
+        frames = [_pixels(path) for path in sorted((scene / "color").iterdir())]
         write_clip(out / video, frames, fps=4)
         rng = np.random.default_rng([facts.seed, 4])
         return [

@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gasp_fast.data.compiled import render_extension
-from gasp_fast.files import complete_folder
+from gasp_fast.data.images import check_size
+from gasp_fast.data.scenes.scene import MOST_FRAMES
+from gasp_fast.files import complete_folder, read_json
 
 from .layout import COLOURS, Box, camera_path, is_clear, place_boxes
 from .textures import PATTERNS, SIZE, Grey, make_texture, mip_levels
@@ -34,6 +36,7 @@ from .textures import PATTERNS, SIZE, Grey, make_texture, mip_levels
 Float = NDArray[np.float64]
 
 VERSION = 2  # raise it whenever the same seed gives other bytes, so that old folders are rendered again
+MOST_SCENES = 1_000_000  # of one call
 TEXTURE_METRES = 12.0  # period of a texture: longer than a wall, so that no two places of a room look the same
 
 
@@ -53,10 +56,11 @@ class SyntheticConfig:
     sensor_noise: float = 0.012
 
     def __post_init__(self) -> None:
-        if self.frames < 2:
-            raise ValueError(f"frames = {self.frames}: a scene needs at least 2 frames")
+        if not 2 <= self.frames <= MOST_FRAMES:
+            raise ValueError(f"frames = {self.frames}: a scene has 2 to {MOST_FRAMES:,} frames")
         if min(self.width, self.height) < 16:
             raise ValueError(f"width x height = {self.width} x {self.height}: at least 16 x 16 pixels")
+        check_size(self.width, self.height)
         if not 20 <= self.field_of_view <= 120:
             raise ValueError(f"field_of_view = {self.field_of_view}: give degrees between 20 and 120")
         if not 2 <= self.min_boxes <= self.max_boxes <= 8:
@@ -211,8 +215,8 @@ def render_scenes(
 
     A complete folder of the same version, seed and configuration is kept, so a killed run continues.
     """
-    if scenes < 1:
-        raise ValueError(f"scenes = {scenes}: at least 1")
+    if not 1 <= scenes <= MOST_SCENES:
+        raise ValueError(f"scenes = {scenes}: 1 to {MOST_SCENES:,}")
     config = config or SyntheticConfig()
     out.mkdir(parents=True, exist_ok=True)
 
@@ -229,8 +233,8 @@ def render_scenes(
 
 def _is_complete(folder: Path, seed: int, config: SyntheticConfig) -> bool:
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
     except (OSError, ValueError):
         return False
     expected = {"version": VERSION, "seed": seed, "config": asdict(config)}
-    return all(meta.get(key) == value for key, value in expected.items())
+    return isinstance(meta, dict) and all(meta.get(key) == value for key, value in expected.items())

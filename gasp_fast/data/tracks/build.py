@@ -24,6 +24,7 @@ from gasp_fast.data.scenes.scene import Scene, rigid_inverse
 from . import reference
 
 BORDER = 4.0  # pixels; closer to the image's edge a point counts as not visible
+LARGEST_GRID = 1024  # query points along an axis
 AGREEMENT = 0.05  # largest relative difference between two depths of one surface
 
 
@@ -110,10 +111,10 @@ def grid_queries(views: Views, grid: int | Literal["dense"]) -> np.ndarray:  # f
     width, height = (int(n) for n in views.size[0])
     if grid == "dense":
         columns, rows = width, height
-    elif isinstance(grid, int | np.integer) and not isinstance(grid, bool) and grid >= 1:
+    elif isinstance(grid, int | np.integer) and not isinstance(grid, bool) and 1 <= grid <= LARGEST_GRID:
         columns = rows = int(grid)
     else:
-        raise ValueError(f'grid = {grid!r}; it is a number of points per axis, at least 1, or "dense"')
+        raise ValueError(f'grid = {grid!r}; it is a number of points per axis, 1 to {LARGEST_GRID}, or "dense"')
     x = (np.arange(columns) + 0.5) * (width / columns)
     y = (np.arange(rows) + 0.5) * (height / rows)
     return np.stack(np.broadcast_arrays(x[None, :], y[:, None]), axis=-1).reshape(-1, 2)

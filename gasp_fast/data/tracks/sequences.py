@@ -19,6 +19,8 @@ from hashlib import blake2b
 
 import numpy as np
 
+MOST = 1_000_000  # of anything that is counted in a configuration
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
@@ -39,6 +41,9 @@ class SequenceConfig:
             raise ValueError(f"window = {self.window}: too narrow for max_frames = {self.max_frames}; widen it")
         if self.per_scene < 1:
             raise ValueError(f"per_scene = {self.per_scene}: at least 1 sequence a scene")
+        for name in ("max_frames", "window", "per_scene"):
+            if getattr(self, name) > MOST:
+                raise ValueError(f"{name} = {getattr(self, name)}: at most {MOST:,}")
 
 
 @dataclass(frozen=True)

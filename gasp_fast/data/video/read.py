@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from gasp_fast.data.errors import one_line
+from gasp_fast.data.images import MOST_PIXELS, check_size
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,gif,ogg,h264,hevc,ivf"
-LARGEST_FRAME = 1 << 25  # pixels
 GRACE = 0.5  # seconds after the deadline in which decoding may still end
 
 
@@ -92,15 +92,16 @@ def _read(container: Any, frames: int, deadline: float, longest_side: int | None
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     # The decoder checks this for every frame: sizes may change within a stream.
-    stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}
-    if stream.codec_context.width * stream.codec_context.height > LARGEST_FRAME:
-        raise ValueError(f"implausible size {stream.codec_context.width} x {stream.codec_context.height}")
+    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+    if stream.codec_context.width and stream.codec_context.height:  # some streams know their size only when decoded
+        check_size(stream.codec_context.width, stream.codec_context.height)
     kept: list[np.ndarray] = []
     stride = 1
     for number, frame in enumerate(container.decode(stream)):
         if time.monotonic() > deadline:
             raise TimeoutError
         if number % stride == 0:
+            check_size(frame.width, frame.height)
             kept.append(_pixels(frame, longest_side))
             if len(kept) >= 2 * frames:
                 kept, stride = kept[::2], stride * 2

@@ -47,12 +47,58 @@ def test_a_cache_pickles_into_a_worker(cache: AnnotationReader) -> None:
 
 def test_a_flipped_bit_is_found(library: Path, settings: AnnotationSettings, tmp_path: Path) -> None:
     list(annotate(library, tmp_path, settings))
-    path = shard_path(tmp_path, 3)
+    flip_a_bit(shard_path(tmp_path, 3))
+    bad = [number for number, good in AnnotationReader(tmp_path).verify() if not good]
+    assert bad == [3]
+
+
+def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-200] ^= 4
     path.write_bytes(content)
-    bad = [number for number, good in AnnotationReader(tmp_path).verify() if not good]
-    assert bad == [3]
+
+
+def test_a_flipped_bit_is_found_when_its_shard_is_first_read(
+    library: Path, settings: AnnotationSettings, tmp_path: Path
+) -> None:
+    list(annotate(library, tmp_path, settings))
+    flip_a_bit(shard_path(tmp_path, 3))
+    cache = AnnotationReader(tmp_path)
+    assert len(cache[0].tracks)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"tracks-00003\.safetensors: damaged \(wrong checksum\)"):
+            cache[3 * settings.shard_size]
+
+
+def test_a_shard_is_compared_once_in_a_process(cache: AnnotationReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gasp_fast.data.annotations.read as module
+
+    compared: list[int] = []
+    sums = module.checksum
+    monkeypatch.setattr(module, "checksum", lambda arrays: (compared.append(1), sums(arrays))[1])
+    reader = AnnotationReader(cache.folder)
+    for _ in range(3):
+        for index in range(len(reader)):
+            reader[index]
+    assert len(compared) == reader.settings.shards
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"\xff" * 8 + b"{}", "pipe", "folder"])
+def test_any_file_in_place_of_a_shard_is_one_line(
+    settings: AnnotationSettings, tmp_path: Path, damage: bytes | str
+) -> None:
+    store_settings(tmp_path, settings)
+    path = shard_path(tmp_path, 0)
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "folder":
+        path.mkdir()
+    else:
+        assert isinstance(damage, bytes)
+        path.write_bytes(damage)
+    with pytest.raises(OSError, match=r"tracks-00000\.safetensors") as caught:
+        AnnotationReader(tmp_path)[0]
+    assert "\n" not in str(caught.value)
 
 
 def test_shards_open_lazily_and_memory_stays_flat(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from gasp_fast.data.tracks.sequences import SequenceConfig
 
 
 def test_settings_survive_their_json(settings: AnnotationSettings) -> None:
-    assert AnnotationSettings.from_json(settings.to_json()) == settings
+    assert AnnotationSettings.from_json(json.loads(settings.to_json())) == settings
 
 
 def test_describing_two_million_sequences_is_quick_and_small() -> None:
@@ -65,7 +66,9 @@ def test_settings_without_a_field_are_named(settings: AnnotationSettings, tmp_pa
             use(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", '{"format": "gasp-fast tracks", "version": 1, "scenes": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 100_000, "\xff", '{"format": "gasp-fast tracks", "version": 1, "scenes": 3}']
+)
 def test_a_damaged_settings_file_is_named_in_one_line(settings: AnnotationSettings, tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"plan\.json: cannot read the settings") as caught:
@@ -85,3 +88,36 @@ def test_the_unknown_fields_of_settings_are_named(settings: AnnotationSettings, 
 def test_settings_that_would_keep_no_track_are_refused(settings: AnnotationSettings, keep: float) -> None:
     with pytest.raises(ValueError, match="keep = "):
         replace(settings, keep=keep)
+
+
+def test_absurd_sizes_are_refused_before_any_work(settings: AnnotationSettings, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"grid = 1000000: must lie in 1\.\.1024"):
+        replace(settings, grid=1_000_000)
+    with pytest.raises(ValueError, match="epochs = 1000000000"):
+        replace(settings, epochs=1_000_000_000)
+    with pytest.raises(ValueError, match="per_scene = 1000000000"):
+        replace(settings.sequences, per_scene=1_000_000_000)
+    with pytest.raises(ValueError, match="in 4,500,000 shards: at most 100,000; raise shard_size"):
+        store_settings(tmp_path, replace(settings, epochs=1_000_000))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("grid", 8.5), ("grid", True), ("epochs", "2"), ("keep", None), ("shard_size", 10**400), ("scenes", {"a": 1})],
+)
+def test_settings_of_another_type_are_named(settings: AnnotationSettings, tmp_path: Path, key: str, value: Any) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({**json.loads(settings.to_json()), key: value}))
+    with pytest.raises(ValueError, match=rf"plan\.json: cannot read the settings: .*{key} = ") as caught:
+        AnnotationReader(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(("key", "value"), [("frames", 10**11), ("frames", -1), ("frames", [[]]), ("name", 3)])
+def test_scenes_of_settings_that_cannot_be_sampled_are_named(
+    settings: AnnotationSettings, tmp_path: Path, key: str, value: Any
+) -> None:
+    fields = json.loads(settings.to_json())
+    fields["scenes"][1][key] = value
+    (tmp_path / "plan.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"plan\.json: cannot read the settings"):
+        AnnotationReader(tmp_path)

@@ -217,3 +217,40 @@ def test_missing_models_give_a_one_line_error(depthless, tmp_path):
         run(command, depthless.root)
     with pytest.raises(ValueError, match=r"no config\.json"):
         run(command, depthless.root, "--model", tmp_path)
+
+
+def test_one_broken_scene_does_not_end_the_command(scene_world, scene_boxes, tmp_path, capsys):
+    for name in "abc":
+        root = tmp_path / name
+        root.mkdir()
+        write_dl3dv(without_depth(scene_boxes), root)
+        write_workspace(scene_world, root)
+    (tmp_path / "a" / "transforms.json").write_text("[" * 100_000)
+    for file in (tmp_path / "b" / "colmap" / "dense" / "sparse").iterdir():
+        file.write_bytes(b"\1" * 20)
+    assert run(command, tmp_path) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"failed: {tmp_path}/a/transforms.json: not JSON" in output
+    assert f"failed: {tmp_path}/b/colmap/dense/sparse" in output
+    assert f"{tmp_path}/c: 6 of 8 frames usable" in output
+
+
+def test_a_damaged_stereo_map_costs_its_frame_only(scene_world, scene_boxes, tmp_path):
+    write_dl3dv(without_depth(scene_boxes), tmp_path)
+    write_workspace(scene_world, tmp_path)
+    map_file = next(tmp_path.rglob("0002.png.geometric.bin"))
+    map_file.write_bytes(map_file.read_bytes()[:-100])
+    index = depth_from_mvs(open_scene(tmp_path))
+    assert len(index.usable) == 5
+    assert index.frames["0002"].reason.startswith("colmap/dense/stereo/depth_maps/0002.png.geometric.bin: cannot read")
+
+
+def test_a_device_that_is_not_here_and_a_damaged_model_are_one_line(depthless, tiny_depth_model, tmp_path):
+    with pytest.raises(ValueError, match="device = 'bogus' cannot be used here") as caught:
+        run(command, depthless.root, "--model", tiny_depth_model, "--device", "bogus")
+    assert "\n" not in str(caught.value)
+    broken = shutil.copytree(tiny_depth_model, tmp_path / "broken")
+    (broken / "config.json").write_text("[" * 100_000)
+    with pytest.raises(OSError, match="broken: cannot load the depth model") as caught:
+        run(command, depthless.root, "--model", broken)
+    assert "\n" not in str(caught.value)

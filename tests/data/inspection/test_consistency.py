@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -96,7 +100,7 @@ def test_the_command_prints_and_writes_its_findings(scene_long, capsys, tmp_path
     monkeypatch.setenv("COLUMNS", "160")
     assert run(command, scene_long.root, "--json", tmp_path / "r.json") == 0
     output = capsys.readouterr().out
-    for word in ("long", "rgbd", "24", "180×108", "sound"):
+    for word in ("long", "rgbd", "24", "180x108", "sound"):
         assert word in output
     written = json.loads((tmp_path / "r.json").read_text())["scenes"][0]
     assert written["frames"] == 24 and [gap["gap"] for gap in written["gaps"]] == [1, 5, 20]
@@ -146,3 +150,33 @@ def test_no_scene_anywhere_gives_a_one_line_error(tmp_path):
         run(command, tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         run(command, tmp_path / "nowhere")
+
+
+def on_an_ascii_terminal(*words: object) -> subprocess.CompletedProcess[str]:
+    program = "import sys; from gasp_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-c", program, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_a_sound_scene_is_sound_on_a_terminal_without_unicode(scene_boxes_folder, tmp_path):
+    root = shutil.copytree(scene_boxes_folder, tmp_path / "küche")
+    done = on_an_ascii_terminal("scenes", root)
+    assert done.returncode == 0 and "sound" in done.stdout and "360x216" in done.stdout and not done.stderr
+    assert "k\\xfcche" in done.stdout
+
+
+def test_names_that_look_like_markup_or_formulas_are_names(scene_boxes_folder, tmp_path, capsys):
+    for name in ("[/b]", "[red] $x_{$"):  # the first is a folder `b]` in a folder `[`
+        shutil.copytree(scene_boxes_folder, tmp_path / "s" / name)
+    assert run(command, tmp_path / "s", "--jobs", 1, "--picture", tmp_path / "[" / "p]") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "[/b] rgbd" in output and "[red] $x_{$ rgbd" in output and output.count(" sound") == 2
+    assert f"{tmp_path}/[/p]/b]-tracks.png" in output
+
+
+@pytest.mark.parametrize("grid", [0, 1_000_000])
+def test_an_absurd_grid_is_an_error_of_the_option_and_not_of_the_scenes(scene_boxes, grid):
+    with pytest.raises(ValueError, match=f"--grid {grid}: 1 to 1024 query points"):
+        run(command, scene_boxes.root, "--picture", "--grid", grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -260,7 +261,22 @@ def test_frames_of_a_clip_are_untouched_where_nothing_is_marked(
         assert (changed > 0.003) == (place in named)
 
 
-@pytest.mark.parametrize(("change", "named"), [({"turns": 0}, "turns = 0"), ({"longest_side": 3}, "longest_side = 3")])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"turns": 0}, "turns = 0"), ({"turns": 10**9}, "1 to 64"), ({"longest_side": 3}, "longest_side = 3")],
+)
 def test_bad_settings_are_named(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         VQAConfig(**change)
+
+
+def test_a_scene_that_changed_after_its_annotation_gives_no_questions(
+    library: Path, cache: AnnotationReader, tmp_path: Path
+) -> None:
+    changed = shutil.copytree(library, tmp_path / "library")
+    poses = sorted((changed / "scene-000001" / "pose").iterdir())
+    poses[0].write_bytes(poses[1].read_bytes())
+    list(make_vqa(changed, cache.folder, tmp_path / "out"))
+    omitted = [line for path in (tmp_path / "out").glob("omitted-*") for line in path.read_text().splitlines()]
+    assert len(omitted) == 10
+    assert all("scene-000001: the scene has changed (other names or poses)" in line for line in omitted)

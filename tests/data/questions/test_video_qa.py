@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ def record(identity: str, video: str = "source/good.mp4", **changes: Any) -> dic
         {"from": "gpt", "value": "Yes – sure."},
     ]
     return {"id": identity, "conversations": talk, "data_source": "here", "video": video, **changes}
+
+
+def talk(question: str, answer: str = "yes") -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def clip(path: Path, grey: int) -> None:
@@ -79,9 +84,22 @@ def test_broken_videos_are_skipped_counted_and_named(root: Path) -> None:
     data = VideoQA(root)
     sample = data.sample(3, frames=4)
     assert (sample.index, sample.record.id) == (7, "good")
-    assert sorted(data.broken) == [f"source/{name}.mp4" for name in ("cut", "empty", "missing", "text")]
+    beside = [str(root / CONFIGS[1] / "source" / f"{name}.mp4") for name in ("cut", "empty", "text")]
+    assert sorted(data.broken) == [*beside, str(root / "source" / "missing.mp4")]
     assert all(name in reason for name, reason in data.broken.items())
+    assert data.broken[beside[0]].startswith(f"{CONFIGS[1]}/qa.jsonl[0]: {beside[0]}: cannot read video")
     assert data.sample(4, frames=4).record.id == "good"
+
+
+def test_a_broken_video_does_not_hide_a_video_of_the_same_name_in_another_config(root: Path) -> None:
+    """So the sample at an index does not depend on which videos were drawn before."""
+    clip(root / CONFIGS[0] / "source" / "cut.mp4", 70)
+    (root / CONFIGS[0] / "oe_processed.json").write_text(json.dumps([record("d", "source/cut.mp4")]))
+    fresh, used = VideoQA(root), VideoQA(root)
+    names = [fresh.record(i).id for i in range(len(fresh))]
+    used.sample(names.index("cut"), frames=2)
+    drawn = [data.sample(names.index("d"), frames=2).record.id for data in (used, fresh)]
+    assert drawn == ["d", "d"]
 
 
 def test_skipping_wraps_around_and_is_an_error_if_no_video_can_be_read(root: Path) -> None:
@@ -114,6 +132,10 @@ def test_a_broken_video_is_not_tried_twice(root: Path, monkeypatch: pytest.Monke
         ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}, "turn 0"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}, "turn 1"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}, "empty answer"),
+        ({"conversations": talk("see <|image_pad|>")}, "turn 0 of the conversation contains the control token"),
+        ({"conversations": talk("see", "<|im_end|>")}, "contains the control token <|im_end|>"),
+        ({"conversations": talk("half \ud83d of a pair")}, "surrogates not allowed"),
+        ({"id": [[[]]]}, "neither text nor a number"),
     ],
 )
 def test_an_invalid_record_is_skipped_and_named(tmp_path: Path, changes: dict, reason: str) -> None:
@@ -137,13 +159,39 @@ def test_files_that_are_no_lists_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a list of records"):
         VideoQA(tmp_path)
     (tmp_path / "qa.json").write_text("[{")
-    with pytest.raises(ValueError, match="not a JSON list"):
+    with pytest.raises(ValueError, match=r"qa\.json: not JSON"):
         VideoQA(tmp_path)
     (tmp_path / "qa.json").write_text("[3]")
     with pytest.raises(ValueError, match=r"none of 1 records can be used; the first: qa.json\[0\]"):
         VideoQA(tmp_path)
     with pytest.raises(OSError, match="no such folder"):
         VideoQA(tmp_path / "nowhere")
+
+
+def test_a_damaged_line_costs_its_record_and_not_the_list(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    lines = [json.dumps(record("a")), '{"id": ', "[" * 100_000, json.dumps(record("b", id=7))]
+    (tmp_path / "sub" / "qa.jsonl").write_text("\n".join(lines))
+    data = VideoQA(tmp_path)
+    assert [data.record(i).id for i in range(len(data))] == ["a", "7"]
+    assert [skipped.partition(": ")[0] for skipped in data.skipped] == ["sub/qa.jsonl[1]", "sub/qa.jsonl[2]"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1" + "0" * 5000 + "]"])
+def test_a_list_that_no_parser_takes_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "qa.json").write_text(text)
+    with pytest.raises(ValueError, match=r"qa\.json: not JSON") as caught:
+        VideoQA(tmp_path)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_pipe_in_place_of_a_list_is_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "qa.json")
+    os.mkfifo(tmp_path / "qa.jsonl")
+    for name in ("qa.json", "qa.jsonl"):
+        with pytest.raises(OSError, match=f"{name}.*not a regular file"):
+            VideoQA(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_many_records_stay_small_and_pickle_as_they_are(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gasp_fast.data.scenes.library import DEEPEST, SceneEntry, find_scenes, scene_digest, survey
+from gasp_fast.data.scenes.library import (
+    DEEPEST,
+    SceneEntry,
+    check_unchanged,
+    find_scenes,
+    scene_digest,
+    survey,
+)
 
 
 def place(scene: Path, at: Path) -> None:
@@ -59,3 +66,19 @@ def test_the_digest_depends_on_frames_their_names_and_their_poses(scene_boxes) -
     others = [frames[1:], (replace(frames[0], name="x"), *frames[1:]), (moved, *frames[1:]), frames[::-1]]
     digests = {scene_digest(replace(scene_boxes, frames=tuple(other))) for other in (frames, *others)}
     assert len(digests) == 5
+
+
+def test_a_scene_that_is_not_what_its_entry_says_is_named_with_the_change(scene_boxes) -> None:
+    entry = SceneEntry("boxes", len(scene_boxes), scene_digest(scene_boxes))
+    check_unchanged(scene_boxes, entry)
+    with pytest.raises(ValueError, match=r"boxes: the scene has changed \(7 frames instead of 8\)"):
+        check_unchanged(replace(scene_boxes, frames=scene_boxes.frames[1:]), entry)
+    first, second, *rest = scene_boxes.frames
+    swapped = (replace(first, pose=second.pose), replace(second, pose=first.pose), *rest)
+    with pytest.raises(ValueError, match=r"boxes: the scene has changed \(other names or poses\)"):
+        check_unchanged(replace(scene_boxes, frames=swapped), entry)
+
+
+def test_names_that_are_not_utf_8_have_a_digest(scene_boxes) -> None:
+    odd = replace(scene_boxes.frames[0], name=b"caf\xe9".decode(errors="surrogateescape"))
+    assert scene_digest(replace(scene_boxes, frames=(odd, *scene_boxes.frames[1:]))) != scene_digest(scene_boxes)

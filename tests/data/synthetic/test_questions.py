@@ -164,3 +164,12 @@ def test_a_folder_that_is_no_synthetic_scene_is_named(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text("{}")
     with pytest.raises(ValueError, match="not a synthetic scene"):
         read_facts(tmp_path)
+
+
+@pytest.mark.parametrize("meta", ["[]", '{"boxes": 3}', '{"boxes": [1], "color_wh": [48, 48], "name": "a", "seed": 0}'])
+def test_a_damaged_description_of_a_scene_is_one_line(tmp_path: Path, meta: str) -> None:
+    (tmp_path / "meta.json").write_text(meta)
+    (tmp_path / "pose").mkdir()
+    with pytest.raises((ValueError, OSError), match=str(tmp_path)) as caught:
+        read_facts(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -239,8 +239,25 @@ def test_rendering_is_fast_enough_for_fifty_scenes_a_minute(tmp_path: Path) -> N
         ({"width": 3}, "3 x 224"),
         ({"field_of_view": 5.0}, "field_of_view = 5.0"),
         ({"min_boxes": 5, "max_boxes": 3}, "min_boxes = 5, max_boxes = 3"),
+        ({"width": 10**9, "height": 10**9}, "at most 33,554,432 pixels"),
+        ({"frames": 10**9}, "frames = 1000000000: a scene has 2 to 32,768 frames"),
     ],
 )
 def test_a_bad_configuration_is_named(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         SyntheticConfig(**change)
+
+
+def test_an_absurd_number_of_scenes_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scenes = 1000000000000: 1 to 1,000,000"):
+        next(render_scenes(tmp_path, 10**12))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 100_000, ""])
+def test_a_scene_with_a_damaged_meta_is_rendered_again(tmp_path: Path, text: str) -> None:
+    config = SyntheticConfig(frames=2, width=32, height=32, samples=1)
+    folder = next(render_scenes(tmp_path, 1, config=config))
+    whole = (folder / "meta.json").read_bytes()
+    (folder / "meta.json").write_text(text)
+    next(render_scenes(tmp_path, 1, config=config))
+    assert (folder / "meta.json").read_bytes() == whole

@@ -113,8 +113,8 @@ def test_a_process_with_a_hanging_decoder_still_ends(tmp_path):
 
 
 def test_frames_too_large_to_decode_in_time_are_refused(clip, monkeypatch):
-    monkeypatch.setattr("gasp_fast.data.video.read.LARGEST_FRAME", 64 * 48 - 1)
-    with pytest.raises(OSError, match="implausible size 64 x 48"):
+    monkeypatch.setattr("gasp_fast.data.images.MOST_PIXELS", 64 * 48 - 1)
+    with pytest.raises(OSError, match="size 64 x 48: at most 3,071 pixels"):
         read_video(clip, 4)
 
 
@@ -135,7 +135,7 @@ def test_the_decoder_itself_refuses_frames_that_are_too_large(tmp_path, monkeypa
     path.write_bytes(b"".join(parts))
     with pytest.raises(OSError, match="frames change their size"):
         read_video(path, 8)
-    monkeypatch.setattr("gasp_fast.data.video.read.LARGEST_FRAME", 100 * 100)
+    monkeypatch.setattr("gasp_fast.data.video.read.MOST_PIXELS", 100 * 100)
     with pytest.raises(OSError, match="Invalid data"):
         read_video(path, 8)
 
@@ -195,3 +195,9 @@ def test_damaged_clips_never_crash_or_hang(clip, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert time.monotonic() - began < 100
+
+
+def test_a_strip_that_no_model_takes_is_refused(tmp_path: Path) -> None:
+    write_clip(tmp_path / "strip.mp4", [np.zeros((4, 1000, 3), np.uint8)] * 2)
+    with pytest.raises(OSError, match=r"strip\.mp4: .*size 1000 x 4: one side is over 200 times the other"):
+        read_video(tmp_path / "strip.mp4", 2)

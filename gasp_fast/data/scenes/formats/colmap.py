@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gasp_fast.data.scenes.depth_maps import DepthFile
-from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, inside
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, check_frame_count, inside
 
 from .colmap_model import has_model, read_model
 
@@ -45,7 +45,10 @@ def read(root: Path) -> Scene:
     workspace, model = located
     for file in sorted(model.iterdir()):
         inside(root, file)
+        if file.exists() and not (file.is_file() or file.is_dir()):  # pycolmap would open a pipe and wait
+            raise OSError(f"{file}: not a regular file")
     images = read_model(model)
+    check_frame_count(model, len(images))
     folder = _image_folder(root, workspace)
     stems = [_without_suffix(image.name) for image in images]
     keys = stems if len(set(stems)) == len(stems) else [image.name for image in images]

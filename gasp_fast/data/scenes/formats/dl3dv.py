@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gasp_fast.data.errors import shown
 from gasp_fast.data.scenes.depth_maps import DepthFile
 from gasp_fast.data.scenes.scene import (
     IMAGE_SUFFIXES,
@@ -20,11 +21,13 @@ from gasp_fast.data.scenes.scene import (
     Scene,
     Skipped,
     build_scene,
+    check_frame_count,
     inside,
+    number_of,
     pinhole,
-    read_json,
     world_to_camera,
 )
+from gasp_fast.files import read_json
 
 from . import colmap
 
@@ -69,10 +72,10 @@ def read(root: Path) -> Scene:
             skipped.append(Skipped(key, f"{stated} is missing"))
             continue
         values = {**meta, **entry}
-        fx, fy, cx, cy, width, height = (_number(path, values, name) for name in ("fl_x", "fl_y", "cx", "cy", "w", "h"))
-        if min(width, height) < 1:
-            raise ValueError(f"{path}: frames[{k}] has size {width:g} x {height:g}; an image has at least 1 x 1 pixels")
-        k1, k2, p1, p2 = (_number(path, values, name, 0.0) for name in ("k1", "k2", "p1", "p2"))
+        fx, fy, cx, cy, width, height = (
+            number_of(path, values, name) for name in ("fl_x", "fl_y", "cx", "cy", "w", "h")
+        )
+        k1, k2, p1, p2 = (number_of(path, values, name, 0.0) for name in ("k1", "k2", "p1", "p2"))
         frames.append(
             Frame(
                 key,
@@ -92,6 +95,7 @@ def _load(path: Path) -> dict[str, Any]:
     meta = read_json(path)
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
         raise ValueError(f"{path}: has no list of frames")
+    check_frame_count(path, len(meta["frames"]))
     return meta
 
 
@@ -99,15 +103,8 @@ def _refuse_other_lenses(path: Path, values: dict[str, Any]) -> None:
     model = values.get("camera_model", "OPENCV")
     bent = [name for name in OTHER_LENS if values.get(name)]
     if model not in PLAIN_CAMERAS or bent or values.get("is_fisheye"):
-        what = f"{bent[0]} = {values[bent[0]]}" if bent else f"camera_model {model!r}"
+        what = f"{bent[0]} = {shown(values[bent[0]])}" if bent else f"camera_model {shown(model)}"
         raise ValueError(f"{path}: {what} is not read (only k1, k2, p1, p2 are); undistort the photographs first")
-
-
-def _number(path: Path, values: dict[str, Any], name: str, default: float | None = None) -> float:
-    value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        raise ValueError(f"{path}: {name} = {value!r} is not a number")
-    return float(value)
 
 
 def _find_image(root: Path, base: Path, stated: Path, listings: dict[Path, dict[str, Path]]) -> Path | None:
@@ -137,12 +134,12 @@ def _depth_file(root: Path, path: Path, values: dict[str, Any]) -> DepthFile | N
     if not isinstance(stated, str) or not stated:
         return None
     depth = inside(root, path.parent / stated)
-    scale = _number(path, values, "depth_unit_scale_factor", 1e-3) if depth.suffix.lower() == ".png" else 1.0
+    scale = number_of(path, values, "depth_unit_scale_factor", 1e-3) if depth.suffix.lower() == ".png" else 1.0
     return DepthFile(depth, scale, distorted=True) if depth.is_file() else None
 
 
 def _matrix(transform: object) -> np.ndarray:
     try:
         return np.array(transform, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.full((4, 4), np.nan)  # `build_scene` names the fault

@@ -19,14 +19,17 @@ from gasp_fast.data.scenes.scene import (
     Scene,
     Skipped,
     build_scene,
+    check_frame_count,
     image_size,
     inside,
-    read_json,
+    number_of,
     world_to_camera,
 )
+from gasp_fast.files import read_json
 
 NAME = "rgbd"
 FILES = "color/, pose/ and intrinsics.txt"
+SMALLEST_SCALE = 1e-12  # its inverse is still a number in float32
 DEPTH_SUFFIXES = (".png", ".npy", ".exr")
 
 
@@ -41,6 +44,7 @@ def read(root: Path) -> Scene:
     images = sorted(path for path in (root / "color").iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise ValueError(f"{root / 'color'}: no image")
+    check_frame_count(root / "color", len(images))
     depths = {path.stem: path for path in sorted((root / "depth").glob("*")) if path.suffix.lower() in DEPTH_SUFFIXES}
     camera_size = image_size(inside(root, images[0]))
     frames: list[Frame] = []
@@ -73,10 +77,10 @@ def _meta(root: Path) -> dict[str, Any]:
 
 
 def _depth_scale(root: Path, meta: dict[str, Any]) -> float:
-    scale = meta.get("depth_scale", 1000.0)
-    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise ValueError(f"{root / 'meta.json'}: depth_scale = {scale!r}; it is the number of units per metre, above 0")
-    return float(scale)
+    scale = number_of(root / "meta.json", meta, "depth_scale", 1000.0)
+    if scale < SMALLEST_SCALE:
+        raise ValueError(f"{root / 'meta.json'}: depth_scale = {scale:g}; it is the number of units per metre, above 0")
+    return scale
 
 
 def _matrix(path: Path) -> np.ndarray:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gasp_fast.data.errors import one_line
+from gasp_fast.data.errors import reading
 from gasp_fast.data.scenes.depth_maps import DepthFile
-from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, inside, read_json
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, check_frame_count, inside
+from gasp_fast.files import read_json
 
 NAME = "vggt"
 FILES = "image_names.json, cam_from_worlds.npy and intrinsics.npy"
@@ -49,16 +50,15 @@ def _names(path: Path) -> list[str]:
     names = read_json(path)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and Path(name).name for name in names):
         raise ValueError(f"{path}: not a list of file names")
+    check_frame_count(path, len(names))
     if len(set(names)) != len(names):
         raise ValueError(f"{path}: a name occurs twice")
     return names
 
 
 def _array(path: Path, count: int, shapes: tuple[tuple[int, int], ...]) -> np.ndarray:  # float64 [count, *shape]
-    try:
+    with reading(path, "array"):
         array = np.array(np.load(path, mmap_mode="r", allow_pickle=False), dtype=np.float64)
-    except Exception as error:
-        raise OSError(f"{path}: cannot read array: {one_line(error)}") from error
     if array.ndim != 3 or array.shape[1:] not in shapes:
         expected = " or ".join(f"[N, {rows}, {columns}]" for rows, columns in shapes)
         raise ValueError(f"{path}: has shape {list(array.shape)}, not {expected}")
