@@ -102,7 +102,7 @@ def test_an_ablation_differs_from_its_recipe_in_one_key() -> None:
 def test_the_tiny_recipes_need_no_gpu_and_differ_in_one_idea() -> None:
     full, lora = recipe("tiny_cpu.yaml"), recipe("tiny_cpu_lora.yaml")
     assert (full.model.dtype, full.train.mode, full.train.learning_rate) == ("fp32", "full", 1e-3)
-    assert full.deepspeed is None and full.heads.compute == "fp32"
+    assert full.deepspeed is None and full.heads.precisions(full.model.dtype) == ("fp32", "fp32")
     assert lora.train.mode == "lora" and lora.heads == full.heads and lora.loss == full.loss
 
 

@@ -39,7 +39,14 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     root = tmp_path_factory.mktemp("assets")
     models = {}
     for name in FAMILIES:
-        tiny = TinyConfig(model_type=name, hidden_size=64, frame_size=112, vision_hidden_size=32, query_heads=2)
+        tiny = TinyConfig(
+            model_type=name,
+            hidden_size=64,
+            frame_size=112,
+            vision_hidden_size=32,
+            vision_intermediate_size=84,  # an MLP that is padded, like that of Qwen2.5-VL-7B
+            query_heads=2,
+        )
         models[name] = build_tiny(root / name, tiny)
     look = SyntheticConfig(frames=10, width=96, height=80, samples=1)
     folders = []
