@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,7 +79,17 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     return (LARGE_GPU_WORKSPACE if large else GPU_WORKSPACE) << 20
 
 
+@cache
+def survive_fork() -> None:
+    """From the first use on the CPU on, the children of a fork compute on one thread, as loader workers do.
+
+    A fork copies OpenMP's list of threads but not the threads: a child that shared work would wait for them for ever.
+    """
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
 def cpp_engine(embeddings: Tensor, workspace: int | None = None) -> ChunkedEngine:
+    survive_fork()
     bytes_ = workspace_bytes(workspace, embeddings.device)
     return ChunkedEngine(operations=rows_cpp, workspace_bytes=bytes_ * 5 // 6)  # the rest is for converted tokens
 

@@ -60,7 +60,13 @@ def load_config(cls: type[ConfigT], path: str | os.PathLike[str], overrides: Ite
     for keys, setting in settings.items():
         if keys not in declared:
             nearest = _nearest(_dotted(keys), list(map(_dotted, declared)))
-            raise ValueError(f"{_shown(keys, setting)} is no key of {cls.__name__}; the nearest is {nearest}")
+            shown = _shown(keys, setting)
+            if setting.origin not in (
+                str(path),
+                COMMAND_LINE,
+            ):  # a base may be any file: print none of its values
+                shown = f"{setting.origin}: {_dotted(keys)}"
+            raise ValueError(f"{shown} is no key of {cls.__name__}; the nearest is {nearest}")
         config = _set(config, keys, setting, declared[keys])
     return _build(config, (), settings, str(path))
 
@@ -83,11 +89,13 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Setting]:
         raise ValueError(f"{path}: is not UTF-8 text") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: holds {tree!r}; a configuration is a mapping of keys to values")
+        raise ValueError(f"{path}: holds a {type(tree).__name__}; a configuration is a mapping of keys to values")
     if BASE in tree:
         base = tree.pop(BASE)
         if not isinstance(base, str):
             raise ValueError(f"{path}: {BASE} = {base!r} must be the name of a file, relative to this one")
+        if Path(base).suffix not in (".yaml", ".yml"):
+            raise ValueError(f"{path}: {BASE} = {base!r} must be a .yaml or .yml file; any other is not read")
         if not (path.parent / base).is_file():
             raise FileNotFoundError(f"{path}: {BASE} = {base!r} does not exist; write it relative to this file")
         yield from _read(path.parent / base, (*above, path.resolve()))

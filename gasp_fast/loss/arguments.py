@@ -12,6 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .config import LEAST_TEMPERATURE, MOST_TEMPERATURE
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def checked_embeddings(embeddings: Tensor | Sequence[Tensor], name: str = "embeddings") -> list[Tensor]:
     """As a list of one tensor [L, N, D] or [N, D], or of L tensors [N, D]: the form that the operators take."""
@@ -19,6 +23,7 @@ def checked_embeddings(embeddings: Tensor | Sequence[Tensor], name: str = "embed
         _check_plain(name, embeddings)
         if embeddings.dim() not in (2, 3):
             raise ValueError(f"{name} has shape {list(embeddings.shape)}; it must be [L, N, D] or [N, D]")
+        _check_size(name, embeddings)
         return [embeddings]
     if not isinstance(embeddings, (list, tuple)) or not embeddings:
         raise TypeError(
@@ -34,6 +39,7 @@ def checked_embeddings(embeddings: Tensor | Sequence[Tensor], name: str = "embed
                     f"{name}[{at}] has {what} {getattr(entry, what)}, {name}[0] has {getattr(embeddings[0], what)}; "
                     "all layers must agree"
                 )
+    _check_size(f"{name}[0]", embeddings[0])
     return list(embeddings)
 
 
@@ -79,7 +85,7 @@ def checked_layer_weights(layer_weights: Tensor | None, layers: list[Tensor], de
     if layer_weights is None:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return torch.full((count,), 1.0 / count if default is None else default, dtype=dtype, device=like.device)
-    if not isinstance(layer_weights, Tensor) or not layer_weights.is_floating_point():
+    if not isinstance(layer_weights, Tensor) or layer_weights.dtype not in FLOATS:
         raise TypeError("layer_weights must be a floating tensor with one weight per layer")
     if layer_weights.shape != (count,):
         raise ValueError(f"layer_weights has shape {list(layer_weights.shape)}; there are {count} layers")
@@ -91,19 +97,19 @@ def checked_layer_weights(layer_weights: Tensor | None, layers: list[Tensor], de
 def checked_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """A 0-dim tensor; a Python number becomes one on the CPU or, without waiting, on the GPU."""
     if isinstance(temperature, Tensor):
-        if temperature.dim() != 0 or not temperature.is_floating_point():
+        if temperature.dim() != 0 or temperature.dtype not in FLOATS:
             raise ValueError(
                 f"temperature has shape {list(temperature.shape)} and dtype {temperature.dtype}; "
                 "pass a number or a 0-dim floating tensor"
             )
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_temperature_value(temperature.item())
+            check_temperature(temperature.item())
         if temperature.device not in (like.device, torch.device("cpu")):
             raise ValueError(f"temperature lies on {temperature.device}, embeddings on {like.device}; move it there")
         return temperature
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is a {type(temperature).__name__}; pass a number or a 0-dim tensor")
-    _check_temperature_value(temperature)
+    check_temperature(temperature)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.full((), temperature, dtype=dtype, device=like.device)
 
@@ -113,6 +119,14 @@ def check_number(name: str, value: float, *, positive: bool) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; pass a number")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} = {value}; it must be finite and {'positive' if positive else 'not negative'}")
+
+
+def check_temperature(value: float) -> None:
+    if not LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE:
+        raise ValueError(
+            f"temperature = {value}; it must be positive, from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g} "
+            "(the paper uses 0.07)"
+        )
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -160,10 +174,14 @@ def _check_plain(name: str, tensor: object) -> None:
         raise TypeError(
             f"{name} is a DTensor; pass {name}.full_tensor(), or .to_local() where each rank has its own loss"
         )
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; pass {name}.to_dense()")
 
 
-def _check_temperature_value(value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"temperature = {value}; it must be a positive, finite number (the paper uses 0.07)")
+def _check_size(name: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] == 0 or (tensor.dim() == 3 and tensor.shape[0] == 0):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; at least one layer and a width of 1 are needed")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} lies on meta, where tensors have no values; move the model to a CPU or GPU first")

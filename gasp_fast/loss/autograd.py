@@ -211,6 +211,15 @@ def _scaled(gradients: list[Tensor], upstream: Tensor, scale: Tensor) -> list[Te
     return results
 
 
+def refuse_transforms(backend: str) -> None:
+    """Raises under `torch.func` (vmap, grad, jvp ...), whose transforms the autograd functions do not have."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"backend = {backend!r} does not work under torch.func (vmap, grad, jvp ...); use backend='torch', or "
+            "torch.autograd.grad in place of torch.func.grad"
+        )
+
+
 def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(

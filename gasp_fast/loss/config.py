@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-18, 1e18  # beyond, similarities or gradients overflow in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +24,14 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in ("corr_weight", "depth_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"loss.{name} = {getattr(self, name)} must be 0 or more")
-        if not self.temperature > 0:
-            raise ValueError(f"loss.temperature = {self.temperature} must be above 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"loss.{name} = {getattr(self, name)} must be finite and 0 or more")
+        if not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
+            raise ValueError(
+                f"loss.temperature = {self.temperature} must be from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
+            )
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"loss.eps = {self.eps} must be finite and above 0")
         if self.workspace is not None and self.workspace < 1:
             raise ValueError(f"loss.workspace = {self.workspace} must be at least 1 (MiB)")
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gasp_fast.kernels.chunk import TermDefinition
+from gasp_fast.kernels.engines import survive_fork
 from gasp_fast.kernels.index import MatchIndex, RowIndex
 
 
@@ -43,6 +44,8 @@ def dense_frame_match(
     known: Tensor | None,  # bool [N]
     exclude_own: bool,
 ) -> DenseFrames:
+    if not torch.compiler.is_compiling():
+        survive_fork()
     with torch.autocast(embeddings.device.type, enabled=False):  # losses are computed in the type of the embeddings
         return _dense_frame_match(embeddings, keys, rows, temperature, values, known, exclude_own)
 

@@ -15,6 +15,7 @@ from gasp_fast.kernels.engines import choose_backend
 from gasp_fast.kernels.index import RowIndex
 
 from .arguments import (
+    FLOATS,
     check_indices,
     check_offsets,
     check_workspace,
@@ -23,7 +24,7 @@ from .arguments import (
     checked_temperature,
     layer_stack,
 )
-from .autograd import FrameMatching
+from .autograd import FrameMatching, refuse_transforms
 from .config import LossConfig
 from .dense import dense_frame_match
 
@@ -80,6 +81,7 @@ def frame_match(
         key_stack = layer_stack(key_layers) if key_layers else stack
         lse, expected, best, peak, _ = dense_frame_match(stack, key_stack, rows, tau, table, mask, exclude_anchor)
     else:
+        refuse_transforms(chosen)
         table = None if table is None else table.float()
         lse, _, expected, best, peak = FrameMatching.apply(
             rows,
@@ -119,14 +121,19 @@ def _value_table(values: Tensor | None, known: Tensor | None, like: Tensor) -> t
     if values is None:
         return None, None
     tokens, device = like.shape[-2], like.device
-    for name, tensor in (("values", values), ("known", known)):
+    for name, tensor, most in (("values", values, 2), ("known", known, 1)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch tensor with one entry per token")
+        if tensor is not None and not 1 <= tensor.dim() <= most:
+            shapes = "[N] or [N, V]" if most == 2 else "[N]"
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {shapes}")
         if tensor is not None and tensor.shape[0] != tokens:
             raise ValueError(
                 f"{name} has {tensor.shape[0]} entries, embeddings hold {tokens} tokens; one is needed each"
             )
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} lies on {tensor.device}, embeddings on {device}; move it there")
-    if not values.is_floating_point():
+    if values.dtype not in FLOATS:
         raise TypeError(f"values has dtype {values.dtype}; it must be floating (use values.float())")
     if values.requires_grad:
         raise ValueError("values requires grad; expected values are differentiated in the embeddings only (detach it)")

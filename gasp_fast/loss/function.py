@@ -25,7 +25,7 @@ from .arguments import (
     checked_temperature,
     layer_stack,
 )
-from .autograd import FusedLoss, UnreducedTerms
+from .autograd import FusedLoss, UnreducedTerms, refuse_transforms
 from .config import LossConfig
 from .dense import dense_terms
 from .matches import Matches
@@ -93,6 +93,9 @@ def gasp_loss(
         workspace=workspace,
         backend=choose_backend(backend, layers[0].device, layers[0].dtype),  # type: ignore[arg-type]
     )
+
+    if config.backend != "torch":
+        refuse_transforms(config.backend)
 
     loss = None
     if config.backend == "torch":

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from gasp_fast.kernels.index import MatchIndex
 
-from .arguments import check_ascending, check_indices
+from .arguments import FLOATS, check_ascending, check_indices
+
+MOST_DEPTH = 1e18  # a larger one is unknown, as infinity is: the loss divides by the square of a sum of two in float32
+MOST_TOKENS = 2**31  # of a batch: more is a mistake in the offsets, and would exhaust the memory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -31,14 +34,19 @@ class Matches:
     anchor: Tensor  # int64 [M]
     target: Tensor  # int64 [M], in another frame of the anchor's sequence
     target_depth: Tensor | None = None  # float [M], depth of the tracked point where it lands in the target frame
-    depth_valid: Tensor | None = None  # bool [M], counts in the depth term; None = every finite, positive depth
-    patch_depth: Tensor | None = None  # float [N], mean depth over each token's patch; <= 0 or non-finite = unknown
+    depth_valid: Tensor | None = None  # bool [M], counts in the depth term; None = every depth > 0 and <= 1e18
+    patch_depth: Tensor | None = None  # float [N], mean depth over each token's patch; unknown: <= 0, > 1e18 or NaN
     token_xy: Tensor | None = None  # int [N, 2], column and row of each token on the grid of its frame
     weight: Tensor | None = None  # float [M], how much each match counts in every mean and sum; None = 1 each
     index: MatchIndex = field(init=False)  # rows and matches in the order of the kernels
 
+    @torch.inference_mode(False)  # also for a caller in inference mode: its tensors could not be trained with
     def __post_init__(self) -> None:
         _check_kinds(self)
+        for name in _DTYPES:
+            value = getattr(self, name)
+            if value is not None and value.is_inference():
+                object.__setattr__(self, name, value.clone())
         _check_offsets(self)
         _check_matches(self)
         index = MatchIndex.build(
@@ -66,6 +74,7 @@ class Matches:
     def __len__(self) -> int:
         return self.anchor.shape[0]
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Matches:
         """The same matches on another device. Nothing is checked or indexed again, so nothing waits."""
         if torch.device(device) == self.device:
@@ -76,6 +85,7 @@ class Matches:
             object.__setattr__(moved, name, None if value is None else value.to(device, non_blocking=non_blocking))
         return moved
 
+    @torch.inference_mode(False)
     def pin_memory(self) -> Matches:
         """The same matches in page-locked memory: a `DataLoader` with `pin_memory=True` calls this."""
         pinned = object.__new__(Matches)
@@ -114,17 +124,17 @@ class Matches:
         )
 
     def countable_depth(self) -> Tensor:
-        """Bool [M]: the matches that count in the depth term by their own data (a finite, positive depth)."""
+        """Bool [M]: the matches that count in the depth term by their own data (a depth from 0 to `MOST_DEPTH`)."""
         if self.target_depth is None:
             return torch.zeros(len(self), dtype=torch.bool, device=self.device)
-        sound = torch.isfinite(self.target_depth) & (self.target_depth > 0)
+        sound = _known(self.target_depth)
         return sound if self.depth_valid is None else sound & self.depth_valid
 
     def known_depth(self) -> Tensor:
         """Bool [N]: the tokens whose patch depth is known."""
         if self.patch_depth is None:
             return torch.zeros(int(self.frame_offsets[-1]), dtype=torch.bool, device=self.device)
-        return torch.isfinite(self.patch_depth) & (self.patch_depth > 0)
+        return _known(self.patch_depth)
 
     def _sequence_offsets(self) -> Tensor:
         if self.sequence_offsets is not None:
@@ -170,6 +180,8 @@ def _check_kinds(matches: Matches) -> None:
             raise ValueError(
                 f"{name} lies on {value.device}, frame_offsets on {matches.frame_offsets.device}; use one device"
             )
+    if matches.device.type == "meta":
+        raise ValueError("anchor lies on meta, where tensors have no values; make the Matches on the CPU and move it")
     if matches.anchor.shape != matches.target.shape:
         raise ValueError(f"anchor has {len(matches.anchor)} entries, target {len(matches.target)}; they go in pairs")
     for name in ("target_depth", "depth_valid", "weight"):
@@ -187,7 +199,7 @@ _CASTS = {"int64": "long()", "floating": "float()", "bool": "bool()", "integer":
 
 def _is_kind(dtype: torch.dtype, kind: str) -> bool:
     if kind == "floating":
-        return dtype.is_floating_point
+        return dtype in FLOATS
     if kind == "integer":
         return dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
     return dtype == getattr(torch, kind)
@@ -196,6 +208,8 @@ def _is_kind(dtype: torch.dtype, kind: str) -> bool:
 def _check_offsets(matches: Matches) -> None:
     check_ascending("frame_offsets", matches.frame_offsets, "token")
     frames, tokens = matches.frame_offsets.shape[0] - 1, int(matches.frame_offsets[-1])
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"frame_offsets ends at {tokens}; a batch has at most {MOST_TOKENS} tokens, check the offsets")
     if matches.sequence_offsets is not None:
         check_ascending("sequence_offsets", matches.sequence_offsets, "frame")
         last = int(matches.sequence_offsets[-1])
@@ -242,6 +256,11 @@ def _check_matches(matches: Matches) -> None:
             ~(weight.isfinite() & (weight >= 0)),
             lambda at: f"weight[{at}] = {float(weight[at])}; it must be finite and not negative",
         )
+
+
+def _known(depth: Tensor) -> Tensor:
+    wide = depth.double()  # compared with a float16, `MOST_DEPTH` would be infinity
+    return (wide > 0) & (wide <= MOST_DEPTH)
 
 
 def _refuse(bad: Tensor, message: Callable[[int], str]) -> None:

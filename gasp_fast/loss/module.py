@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_number
+from .arguments import check_number, check_temperature
 from .config import LossConfig
 from .function import GaspOutput, gasp_loss
 from .matches import Matches
@@ -36,6 +36,7 @@ class GaspLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_number("temperature", temperature, positive=True)
+        check_temperature(temperature)
         self.temperature = temperature
         self.negatives, self.reduction, self.backend = negatives, reduction, backend
         self.corr_weight, self.depth_weight, self.eps = corr_weight, depth_weight, eps

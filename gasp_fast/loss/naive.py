@@ -13,9 +13,9 @@ For a match (i, t) with `t` in frame `b`, with embeddings `e` normalised to leng
 With `keys`, `s_ik = <e_i, k_k> / tau`. With other_targets="ignored", the sum in `corr` leaves out the other targets of
 the anchor `i`: for a match (i, t), every k that is the target of another match of `i`, but not `t` itself.
 
-A match has a depth term where its own depth is finite, positive and not marked invalid, and `b` has a token of known
-depth. The loss of a layer is `corr_weight * mean corr + depth_weight * mean depth`, each mean over the matches that
-have the term, by `weight`; the loss is the mean over layers.
+A match has a depth term where its own depth is positive, at most 1e18 and not marked invalid, and `b` has a token of
+known depth. The loss of a layer is `corr_weight * mean corr + depth_weight * mean depth`, each mean over the matches
+that have the term, by `weight`; the loss is the mean over layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matches import Matches
+from .matches import MOST_DEPTH, Matches
 
 
 class NaiveLoss(NamedTuple):
@@ -75,8 +75,8 @@ def naive_loss(
     patch_depth = torch.zeros(tokens) if matches.patch_depth is None else matches.patch_depth
     target_depth = torch.zeros(len(matches)) if matches.target_depth is None else matches.target_depth
     patch_depth, target_depth = patch_depth.to(s), target_depth.to(s)
-    known = in_frame & patch_depth.isfinite() & (patch_depth > 0)  # [M, N]
-    has_depth = target_depth.isfinite() & (target_depth > 0) & known.any(1)  # [M]
+    known = in_frame & patch_depth.isfinite() & (patch_depth > 0) & (patch_depth <= MOST_DEPTH)  # [M, N]
+    has_depth = target_depth.isfinite() & (target_depth > 0) & (target_depth <= MOST_DEPTH) & known.any(1)  # [M]
     if matches.depth_valid is not None:
         has_depth = has_depth & matches.depth_valid
     logits = torch.where(has_depth[:, None], _masked(s, known), 0)  # 0: a softmax of nothing would be NaN

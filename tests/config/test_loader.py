@@ -168,7 +168,8 @@ def test_a_path_is_taken_as_written(write: Any, monkeypatch: pytest.MonkeyPatch)
         ("tags: {a: b}", "tags = {'a': 'b'} must be a list"),
         ("tags: a", "tags = 'a' must be a list"),
         ("tags: [1]", "tags = [1] must be a list: text (quote it), ..."),
-        ("[1, 2]", "holds [1, 2]; a configuration is a mapping"),
+        ("[1, 2]", "holds a list; a configuration is a mapping"),
+        ("x: " + "[" * 5000 + "]" * 5000, "line 1: exceeded maximum nesting depth"),
         ("steps: 1\nname: x\nsteps: 2", "line 3: found duplicate key steps"),
         ("steps: [1", "line 2: did not find expected ',' or ']'"),
         ("name: !!python/object/apply:os.getcwd []", "line 1: could not determine a constructor for the tag"),
@@ -200,6 +201,23 @@ def test_files_that_build_on_each_other_are_refused_and_so_is_a_missing_one(writ
     assert "'gone.yaml'" in refusal(write("base: gone.yaml"), kind=OSError)
     assert "must be the name of a file" in refusal(write("base: 3"))
     assert "gone.yaml" in refusal(Path("gone.yaml"), kind=OSError)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("shadow", "root:secret:0", "must be a .yaml or .yml file"),
+        ("shadow.conf", "root: secret", "must be a .yaml or .yml file"),
+        ("text.yaml", "root:secret:0", "holds a str; a configuration is a mapping"),
+        ("wifi.yml", "network: {password: secret}", "network is no key of Recipe"),
+    ],
+)
+def test_the_content_of_a_base_that_is_no_recipe_is_not_printed(tmp_path, write, name, content, expected) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    foreign = write(content, f"elsewhere/{name}")
+    for base in (foreign, f"elsewhere/{name}"):
+        message = refusal(write(f"base: {base}"))
+        assert expected in message and name in message and "secret" not in message
 
 
 def test_a_dataclass_may_not_use_the_reserved_key(write: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,7 +171,33 @@ def test_the_slurm_script_requests_what_it_starts() -> None:
     text = (ROOT / "examples" / "cluster" / "gasp.slurm").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
     assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("4", "1", "8")
-    assert "torch.distributed.run" in text and "-m gasp_fast.train" in text
+    assert "-m gasp_fast.training.launch" in text and "-m gasp_fast.train" in text
+
+
+@pytest.mark.parametrize(("code", "signalled", "requeued"), [(75, True, True), (1, True, False), (75, False, False)])
+def test_the_slurm_script_queues_again_what_the_time_limit_interrupted(
+    tmp_path: Path, code: int, signalled: bool, requeued: bool
+) -> None:
+    """A job that was cancelled, or that failed, must not come back."""
+    scripts = {
+        "scontrol": '[ "$1" = show ] && echo gpu-7 || echo "$@"',
+        "srun": f"trap 'exit {code}' USR1\necho started\n[ {int(signalled)} = 1 ] || exit {code}\n"
+        "while true; do sleep 0.05; done",
+    }
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "gpu-7", "SLURM_JOB_ID": "70001", "SLURM_NNODES": "1"}
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "examples" / "cluster" / "gasp.slurm"), "configs/qwen2_5_vl_7b.yaml"],
+        env={**job, "PATH": f"{tmp_path}:/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    time.sleep(0.2)  # until the script waits
+    if signalled:
+        process.send_signal(signal.SIGUSR1)
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == code and rest == ("requeue 70001\n" if requeued else "")
 
 
 def test_the_hostfile_is_one_that_deepspeed_reads() -> None:

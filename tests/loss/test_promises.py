@@ -1,5 +1,11 @@
 """Promises of the fast CPU backend beyond correct numbers; `test_gpu.py` tests those of a GPU."""
 
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from support.agreement import cpp_workspace
@@ -9,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import gasp_fast
 from gasp_fast.kernels import engines, rows_cpp
 from gasp_fast.kernels.products import CONVERTED_BYTES
+from gasp_fast.loss.naive import naive_loss
 
 SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -346,6 +353,105 @@ def test_a_nan_in_any_token_that_takes_part_reaches_the_loss(backend, negatives,
         assert out.corr_per_layer.isnan().tolist() == [False, True]
         assert out.depth_per_layer.isnan().tolist() == [False, True]
         assert out.loss.isnan()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_matches_made_in_inference_mode_can_be_trained_with(backend, reduction):
+    problem = random_problem(0, SEQUENCES)
+    m = problem.matches
+    with torch.inference_mode():
+        made = gasp_fast.Matches(
+            frame_offsets=m.frame_offsets.clone(), sequence_offsets=m.sequence_offsets, anchor=m.anchor.clone(),
+            target=m.target, target_depth=m.target_depth.clone(), patch_depth=m.patch_depth.clone(),
+            depth_valid=m.depth_valid,
+        )  # fmt: skip
+        problems = [replace(problem, matches=matches) for matches in (made, gasp_fast.Matches.pack([made]))]
+    plain = step(problem, backend=backend, reduction=reduction)
+    for other in problems:
+        trained = step(other, backend=backend, reduction=reduction)
+        assert all(torch.equal(a, b) for a, b in zip(plain, trained, strict=True))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+@pytest.mark.parametrize("function", ["gasp_loss", "frame_match"])
+def test_transforms_of_functions_are_refused_by_compiled_backends_and_right_with_torch(transform, function):
+    problem = random_problem(0, [[6, 4]], layers=1, matches=5)
+    embeddings, m = problem.embeddings.float(), problem.matches
+
+    def value(e, backend="cpp"):
+        if function == "gasp_loss":
+            return gasp_fast.gasp_loss(e, m, backend=backend).loss
+        return gasp_fast.frame_match(e, m.anchor, m.frame_offsets, backend=backend).lse.sum()
+
+    def transformed(backend):
+        if transform == "grad":
+            return torch.func.grad(value)(embeddings, backend)
+        if transform == "vmap":
+            return torch.func.vmap(lambda e: value(e, backend))(embeddings[None])[0]
+        return torch.func.jvp(lambda e: value(e, backend), (embeddings,), (embeddings,))[0]
+
+    with pytest.raises(RuntimeError, match=r"'cpp' does not work under torch\.func .* use backend='torch'"):
+        transformed("cpp")
+    if transform == "grad":
+        leaf = embeddings.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(value(leaf), leaf)
+    else:
+        expected = value(embeddings)
+    assert torch.allclose(transformed("torch"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("depth", [1e18, 1e19, 3e38])
+@pytest.mark.parametrize("where", ["target", "patch", "both"])
+def test_an_absurd_depth_gives_the_loss_that_the_reference_gives(backend, depth, where):
+    """Up to 1e18 a depth is a number; above, it is unknown, as infinity is: 3e38 marks holes in many depth maps."""
+    problem = random_problem(0, SEQUENCES)
+    m = problem.matches
+    target, patch = m.target_depth.clone(), m.patch_depth.clone()
+    if where != "patch":
+        target[::2] = depth
+    if where != "target":
+        patch[::2] = depth
+    matches = gasp_fast.Matches(
+        frame_offsets=m.frame_offsets, sequence_offsets=m.sequence_offsets, anchor=m.anchor, target=m.target,
+        target_depth=target, depth_valid=m.depth_valid, patch_depth=patch,
+    )  # fmt: skip
+    loss, *_, gradient = step(replace(problem, matches=matches), backend=backend)
+    leaf = problem.embeddings.double().clone().requires_grad_()
+    truth = naive_loss(leaf, matches, temperature=0.07).loss
+    truth.backward()
+    assert relative_error(loss, truth.detach()) < 1e-5 and relative_error(gradient, leaf.grad) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_fork_after_the_loss_can_compute_it_too(backend):
+    script = f"""
+import os, torch, gasp_fast
+torch.set_num_threads(2)
+offsets, anchor = torch.tensor([0, 200, 400]), torch.arange(200)
+m = gasp_fast.Matches(frame_offsets=offsets, anchor=anchor, target=anchor + 200)
+e = torch.randn(2, 400, 64, requires_grad=True)
+def loss():
+    value = gasp_fast.gasp_loss(e, m, backend={backend!r}).loss
+    value.backward()
+    return value.item()
+first = loss()
+child = os.fork()
+if child == 0:
+    os._exit(0 if abs(loss() - first) < 1e-5 else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.get_num_threads() == 2
+"""
+    # A session of its own: where the child hangs, the time limit ends both.
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        _, error = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        pytest.fail("the child of the fork hangs")
+    assert process.returncode == 0, error
 
 
 def test_inference_mode_and_grad_free_callers():

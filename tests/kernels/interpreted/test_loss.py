@@ -71,3 +71,35 @@ def test_frame_match_is_that_of_the_reference():
     assert torch.equal(found.best, truth.best)
     assert torch.allclose(found.lse.double(), truth.lse, rtol=1e-5)
     assert torch.allclose(found.expected.double(), truth.expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("negatives", ["sequence", "frame"])
+@pytest.mark.parametrize("where", ["anchor", "target", "candidate"])
+def test_a_nan_in_any_token_that_takes_part_reaches_the_loss(negatives, where):
+    """Token 2 is the anchor, token 5 in the second frame its target, 6 one more candidate in the target's frame."""
+    matches = gasp_fast.Matches(
+        frame_offsets=torch.tensor([0, 4, 8, 11]), anchor=torch.tensor([2]), target=torch.tensor([5]),
+        target_depth=torch.tensor([2.0]), patch_depth=torch.ones(11),
+    )  # fmt: skip
+    embeddings = torch.randn(2, 11, 8, generator=torch.Generator().manual_seed(0))
+    embeddings[1, {"anchor": 2, "target": 5, "candidate": 6}[where], 3] = float("nan")
+    out = gasp_fast.gasp_loss(embeddings, matches, negatives=negatives, backend="triton")
+    assert out.corr_per_layer.isnan().tolist() == [False, True]
+    assert out.depth_per_layer.isnan().tolist() == [False, True]
+    assert out.loss.isnan()
+
+
+@pytest.mark.parametrize("depth", [1e18, 3e38])
+def test_the_largest_depth_is_a_number_and_a_larger_one_is_unknown(depth):
+    offsets, anchor, target = torch.tensor([0, 4, 8, 11]), torch.tensor([2, 3]), torch.tensor([5, 9])
+    matches = gasp_fast.Matches(
+        frame_offsets=offsets, anchor=anchor, target=target, target_depth=torch.tensor([depth, 2.0]),
+        patch_depth=torch.full((11,), depth),
+    )  # fmt: skip
+    embeddings = torch.randn(1, 11, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = gasp_fast.gasp_loss(embeddings, matches, backend="triton")
+    (gradient,) = torch.autograd.grad(out.loss, embeddings)
+    truth = gasp_fast.gasp_loss(embeddings.double(), matches, backend="torch")
+    (expected,) = torch.autograd.grad(truth.loss, embeddings)
+    assert torch.allclose(out.loss.double(), truth.loss, rtol=1e-5) and (out.depth > 0) == (depth <= 1e18)
+    assert torch.allclose(gradient, expected, atol=1e-6)
