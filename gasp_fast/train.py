@@ -13,6 +13,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,21 +27,25 @@ from gasp_fast.training import checkpoints, distributed, dry_run, guards
 from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.model import build_model
+from gasp_fast.training.signals import INTERRUPTED, Interrupted, StopSignals
 from gasp_fast.training.start_up import StartUp
 from gasp_fast.training.stream import SampleStream, Share
 
 
-def train(config: TrainConfig, *, try_one_step: bool = False) -> None:
-    """Train, from the beginning or from a checkpoint. With `try_one_step`, take and report only the first step."""
+def train(config: TrainConfig, *, try_one_step: bool = False, signals: StopSignals | None = None) -> None:
+    """Train, from the beginning or from a checkpoint. With `try_one_step`, take and report only the first step.
+
+    Raises `Interrupted` where one of `signals` ended the run early.
+    """
     start_up = StartUp()
     start_up.add("imports and model")
-    guards.check_disk(config.run)
     guards.check_trackers(config.run)
     out = Path(config.run.out)
     deepspeed = distributed.read_deepspeed(config.deepspeed)
-    processes = distributed.start_processes(deepspeed is not None)
+    processes = distributed.start_processes(deepspeed is not None, config.run.timeout)
     with guards.alone_in(out) if processes.first and not try_one_step else nullcontext():
-        resume = None if try_one_step else checkpoints.to_resume(out, config.run.resume)
+        resume = None if try_one_step else checkpoints.to_resume(out, config.run.resume, processes)
+        guards.check_disk(config.run)  # after what a killed run left has been removed
         if resume is not None:
             guards.check_resume(config, processes.world_size, Sharding.of(deepspeed).stage, resume)
         stream = SampleStream(config.data)
@@ -52,7 +57,7 @@ def train(config: TrainConfig, *, try_one_step: bool = False) -> None:
             guards.check_adapters(model)
         if processes.first and (try_one_step or config.run.progress):
             print(dry_run.describe(config, model, share, processes), file=sys.stdout if try_one_step else sys.stderr)
-        loop = TrainingLoop(config, model, stream, share, steps, processes, deepspeed)
+        loop = TrainingLoop(config, model, stream, share, steps, processes, deepspeed, signals)
         start_up.add("imports and model", heads=model.head_seconds)
         if try_one_step:
             dry_run.try_step(loop)
@@ -78,11 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     distributed.quiet_libraries()
     try:
-        train(load_config(TrainConfig, options.config, options.overrides), try_one_step=options.dry_run)
+        with StopSignals(distributed.launched()) as signals:
+            config = load_config(TrainConfig, options.config, options.overrides)
+            train(config, try_one_step=options.dry_run, signals=signals)
+    except Interrupted as interruption:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"gasp_fast.train: {interruption}", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
         print(f"gasp_fast.train: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if options.traceback or not distributed.lost_process(error):
+            raise
+        cause = f"process {os.environ.get('RANK', 0)} lost another, which ended or froze: {str(error).splitlines()[0]}"
+        print(f"gasp_fast.train: {cause}", file=sys.stderr, flush=True)
         return 1
     finally:
         distributed.stop_processes()

@@ -10,6 +10,8 @@ state.py        model, optimizer and schedule on the device; how they are saved 
 weights.py      trained weights on disk
 checkpoints.py  checkpoint folders, rotation, random number generators
 distributed.py  rank, process group, DeepSpeed configuration
+signals.py      signals that end a run early, saved; ends of loader workers
+launch.py       torchrun that passes signals on and ends with the exit code of the ranks
 guards.py       checks that stop a run early
 log.py          log.jsonl, progress bar, trackers
 start_up.py     time to the first step

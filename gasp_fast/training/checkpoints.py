@@ -7,8 +7,10 @@
     scheduler.pt                                      learning rate schedule
     rng_state*.pth                                    random number generators of each process
     about.json                                        step, score, how the run was divided, sums not yet logged
+    manifest.json                                     size and SHA-256 of each file
 
-All processes write into `.checkpoint-N.partial`; the first one renames it when it is complete.
+All processes write into `.checkpoint-N.partial`; the first one adds the manifest and renames the folder when it is
+complete. A checkpoint that differs from its manifest is damaged and not used.
 """
 
 from __future__ import annotations
@@ -16,21 +18,33 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import load
 
-from gasp_fast.files import write_atomically
-from gasp_fast.run_folder import checkpoint_folders
+from gasp_fast.files import read_json, write_atomically
+from gasp_fast.manifest import damage, write_manifest
+from gasp_fast.run_folder import ABOUT, check_intact, checkpoint_folders
 
 from .distributed import Processes
 
-ABOUT = "about.json"
+_KINDS: dict[str, Any] = {  # of the values in about.json
+    "step": int,
+    "ranks": int,
+    "zero_stage": int,
+    "mode": str,
+    "batch_size": int,
+    "score": (int, float, type(None)),
+    "bad_steps": int,
+    "unlogged": list,
+}
 
 
 @contextmanager
@@ -44,23 +58,51 @@ def complete_or_absent(folder: Path, processes: Processes) -> Iterator[Path]:
     yield partial
     processes.barrier()
     if processes.first:
+        write_manifest(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
 
-def to_resume(out: Path, resume: str) -> Path | None:
-    """The checkpoint that `run.resume` names; None: start from the beginning."""
+def to_resume(out: Path, resume: str, processes: Processes) -> Path | None:
+    """The intact checkpoint that `run.resume` names; None: start from the beginning. All processes must call.
+
+    The first process verifies the files, for all. It also removes what a killed run left half written.
+    """
+
+    def choose() -> Path | None:
+        sweep(out)
+        return _newest_intact(out) if resume == "auto" else _named(out, resume)
+
+    return processes.decided_by_first(choose)
+
+
+def _named(out: Path, resume: str) -> Path | None:
     if resume == "never":
         if checkpoint_folders(out):
             raise ValueError(f"run.out = {str(out)!r} holds checkpoints and run.resume = never; give another run.out")
         return None
-    if resume == "auto":
-        return next(reversed(checkpoint_folders(out)), None)
     folder = Path(resume)
     if not folder.is_dir():
         raise OSError(f"run.resume = {resume!r}: no such folder; give a checkpoint-N folder, auto or never")
+    check_intact(folder)
     read_about(folder)
     return folder
+
+
+def _newest_intact(out: Path) -> Path | None:
+    """The newest checkpoint that is not damaged. Damaged ones are named. If all are, that is an error."""
+    folders = checkpoint_folders(out)
+    for folder in reversed(folders):
+        if (what := damage(folder)) is None:
+            check_intact(folder)
+            return folder
+        print(f"gasp_fast.train: {folder} is damaged: {what}; looking for an older one", file=sys.stderr, flush=True)
+    if folders:
+        raise ValueError(
+            f"run.out = {str(out)!r}: all checkpoints are damaged ({folder.name}: {what}); "
+            "delete them to begin anew, or give another run.out"
+        )
+    return None
 
 
 def write_about(folder: Path, **facts: Any) -> None:
@@ -68,11 +110,28 @@ def write_about(folder: Path, **facts: Any) -> None:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads((folder / ABOUT).read_text())
-    except OSError:
-        raise OSError(f"run.resume = {str(folder)!r} is no checkpoint of a training run ({ABOUT} is missing)") from None
+    path = folder / ABOUT
+    if not path.exists():
+        raise OSError(f"run.resume = {str(folder)!r} is no checkpoint of a training run ({ABOUT} is missing)")
+    facts = read_json(path)
+    for name, kind in _KINDS.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get(name, ...), kind):
+            raise ValueError(f"{path}: {name} is missing or of another kind; use another checkpoint")
     return facts
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what libraries raise for a missing, damaged or foreign file into one line that names `path`."""
+    if not path.exists():
+        raise OSError(f"{path} is missing; resume from another checkpoint")
+    try:
+        yield
+    except Exception as error:
+        refused = isinstance(error, UnpicklingError)  # torch's text explains how to run the file's code after all
+        reason = "it holds more than tensors" if refused else str(error).strip().partition("\n")[0][:300]
+        reason = reason or type(error).__name__
+        raise ValueError(f"{path} does not fit this run or is damaged ({reason}); resume from another") from error
 
 
 # ---- rotation -------------------------------------------------------------------------------------------------------
@@ -91,9 +150,17 @@ def rotate(out: Path, keep: int, keep_best: bool) -> None:
 
 def best_of(folders: list[Path]) -> Path | None:
     """The checkpoint with the highest score, the oldest if several share it; None if none has a score."""
-    scores = {folder: read_about(folder)["score"] for folder in folders if (folder / ABOUT).is_file()}
-    scored = [folder for folder in scores if scores[folder] is not None]
-    return max(scored, key=lambda folder: scores[folder], default=None)
+    scores = {folder: score for folder in folders if (score := _score_of(folder)) is not None}
+    return max(scores, key=lambda folder: scores[folder], default=None)
+
+
+def _score_of(folder: Path) -> float | None:
+    """None also for a damaged checkpoint: it must not keep a run from saving."""
+    try:
+        score: float | None = read_about(folder)["score"]
+        return score
+    except (ValueError, OSError):
+        return None
 
 
 def sweep(out: Path) -> None:
@@ -114,17 +181,18 @@ def write_random_state(folder: Path, processes: Processes) -> None:
 
 
 def read_random_state(folder: Path, processes: Processes) -> None:
-    """Restore the generators of this process. They stay as they are if the checkpoint has none for this rank."""
+    """Restore the generators of this process. They stay if another number of processes saved none for it."""
     path = _random_state(folder, processes)
-    if not path.is_file():
+    if not path.exists() and read_about(folder)["ranks"] != processes.world_size:
         return
-    state = load(path)
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.random.set_rng_state(state["cpu"])
-    if processes.device.type == "cuda":
-        cuda = state["cuda"]  # in older checkpoints a list, one for each GPU
-        torch.cuda.set_rng_state(cuda[processes.device.index] if isinstance(cuda, list) else cuda, processes.device)
+    with readable(path):
+        state = load(path)  # with `weights_only`
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.random.set_rng_state(state["cpu"])
+        if processes.device.type == "cuda":
+            cuda = state["cuda"]  # in older checkpoints a list, one for each GPU
+            torch.cuda.set_rng_state(cuda[processes.device.index] if isinstance(cuda, list) else cuda, processes.device)
 
 
 def _random_state(folder: Path, processes: Processes) -> Path:

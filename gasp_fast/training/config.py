@@ -6,6 +6,7 @@ command line by its path (`train.learning_rate=2e-4`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from gasp_fast.backbones.adapters import AdapterConfig
@@ -26,8 +27,13 @@ class ObjectiveConfig(LossConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.lm_weight >= 0:
-            raise ValueError(f"loss.lm_weight = {self.lm_weight} must be 0 or more")
+        if not 0 <= self.lm_weight < math.inf:
+            raise ValueError(f"loss.lm_weight = {self.lm_weight} must be finite and 0 or more")
+        if not self.lm_weight and not self.geometric:
+            raise ValueError(
+                "loss.lm_weight, loss.corr_weight and loss.depth_weight are all 0, so nothing is trained; "
+                "give one of them a weight"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,7 @@ class RunConfig:
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio
     bad_steps: int = 3  # how many steps with a gradient that is not finite are skipped before the run stops
     min_free_gb: float = 5.0  # the run stops if the disk of `out` has less free space
+    timeout: float = 600.0  # seconds that a process waits for the others, as for a checkpoint, before the run ends
     progress: bool = True  # a progress bar (lines, where the output is no terminal), and a table at the end
 
     def __post_init__(self) -> None:
@@ -51,6 +58,11 @@ class RunConfig:
         for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} = {getattr(self, name)} must be at least 1")
+        for name in ("bad_steps", "min_free_gb"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"run.{name} = {getattr(self, name)} must be 0 or more")
+        if not 1 <= self.timeout < math.inf:
+            raise ValueError(f"run.timeout = {self.timeout} must be 1 second or more")
 
 
 @dataclass(frozen=True, kw_only=True)

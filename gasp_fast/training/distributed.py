@@ -7,24 +7,27 @@ environment variables. Without a GPU, processes communicate through gloo.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
+from torch import Tensor
 
 from gasp_fast.processes import end_with_parent
 
 from .config import TrainConfig
 from .stream import Share
 
-TIMEOUT = timedelta(minutes=20)  # of a collective: more than loading a model takes; a hung run ends after it
+Result = TypeVar("Result")
 
 LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # variables that torchrun and deepspeed set
 
@@ -45,10 +48,41 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
+    def largest(self, value: float) -> Tensor:
+        """The largest `value` of all processes, on the device. The host does not wait for a GPU. All must call."""
+        tensor = torch.full((), float(value), device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
 
-def start_processes(deepspeed: bool = False) -> Processes:
-    """Join the other processes of the run, if there are any. DeepSpeed needs a process group even for one process."""
-    if not LAUNCHERS.isdisjoint(os.environ):
+    def decided_by_first(self, decide: Callable[[], Result]) -> Result:
+        """What `decide` returns on the first process, on all of them. A ValueError or OSError is raised on all."""
+        if self.world_size == 1:
+            return decide()
+        outcome: list[Any] = [None, None]  # result, error
+        if self.first:
+            try:
+                outcome[0] = decide()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Result = outcome[0]
+        return result
+
+
+def launched() -> bool:
+    """Whether torchrun or deepspeed started this process."""
+    return not LAUNCHERS.isdisjoint(os.environ)
+
+
+def start_processes(deepspeed: bool = False, timeout: float = 600.0) -> Processes:
+    """Join the other processes of the run, if there are any. DeepSpeed needs a process group even for one process.
+
+    A collective that takes longer than `timeout` seconds, because a process is frozen, is an error.
+    """
+    if launched():
         end_with_parent(os.getppid())
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = torch.cuda.is_available()
@@ -63,13 +97,13 @@ def start_processes(deepspeed: bool = False) -> Processes:
         for name, value in alone.items():
             os.environ.setdefault(name, value)
     if (deepspeed or world_size > 1) and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     if deepspeed:
-        _start_deepspeed(backend)
+        _start_deepspeed(backend, timedelta(seconds=timeout))
     return Processes(rank, world_size, device)
 
 
-def _start_deepspeed(backend: str) -> None:
+def _start_deepspeed(backend: str, timeout: timedelta) -> None:
     import deepspeed
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -87,10 +121,17 @@ def _start_deepspeed(backend: str) -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     if backend == "gloo":
         set_accelerator(Gloo())
-    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed, because another process has ended or is frozen. gloo's errors have no type."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def stop_processes() -> None:
+    for worker in multiprocessing.active_children():  # of the loader; they do not receive SIGTERM
+        worker.kill()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -113,11 +154,21 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        tree: dict[str, Any] = json.loads(Path(path).read_text())
+        tree = json.loads(Path(path).read_text())
     except OSError as error:
         raise OSError(f"deepspeed = {path!r} cannot be read ({error.strerror}); configs/deepspeed has some") from None
     except ValueError as error:
         raise ValueError(f"deepspeed = {path!r} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(
+            f"deepspeed = {path!r} is nested too deeply; configs/deepspeed has some to begin with"
+        ) from None
+    sections = ("bf16", "fp16", "zero_optimization")
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(name, {}), dict) for name in sections):
+        raise ValueError(
+            f"deepspeed = {path!r} must be a JSON object, and {', '.join(sections)} in it too; configs/deepspeed has "
+            "some to begin with"
+        )
     for kind in ("bf16", "fp16"):
         if tree.get(kind, {}).get("enabled") is True:
             raise ValueError(
@@ -127,10 +178,12 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
     zero = tree.get("zero_optimization", {})
     if not zero.get("stage"):  # without ZeRO, DeepSpeed would step with a gradient that is not finite
         raise ValueError(f"deepspeed = {path!r} has no zero_optimization.stage of 1, 2 or 3; use deepspeed=null")
+    if type(zero["stage"]) is not int or zero["stage"] not in (1, 2, 3):
+        raise ValueError(f"deepspeed = {path!r} has zero_optimization.stage = {zero['stage']!r}; write 1, 2 or 3")
     if not torch.cuda.is_available():
         zero["overlap_comm"] = False  # a CPU has no streams to overlap
         for part in ("offload_optimizer", "offload_param"):
-            if part in zero:
+            if isinstance(zero.get(part), dict):
                 zero[part]["pin_memory"] = False
     return tree
 

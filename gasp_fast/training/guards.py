@@ -59,6 +59,7 @@ def check_trackers(config: RunConfig) -> None:
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
     """Lock `out`: no other run can write into it meanwhile. The lock ends with the process, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
         try:

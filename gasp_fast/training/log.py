@@ -36,7 +36,7 @@ from gasp_fast.planning.gpus import peak_flops
 from gasp_fast.run_folder import LOG
 
 from .config import TrainConfig
-from .summary import summarise
+from .summary import read_log, summarise
 
 # The order is that of `unlogged` in checkpoints. `answered` and `matched` count batches with answers and with matches.
 SUMS = ("loss", "batches", "lm", "answered", "matched", "tokens", "flops")
@@ -97,7 +97,11 @@ class Meter:
 
     def restore(self, state: list[list[float]], rank: int, world_size: int) -> None:
         """Go on from `state`. If it was written by another number of processes, the first one takes all sums."""
-        sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums + 1]
+        try:
+            sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums + 1]
+            sums = sums.view(max(1, len(state)), len(self.packed) + 1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint's unlogged sums do not fit this run ({error})") from error
         own = sums[rank] if len(sums) == world_size else sums.sum(0) * (rank == 0)
         self.packed.copy_(own[:-1])
         self.start = time.perf_counter() - float(sums[0, -1])
@@ -149,13 +153,14 @@ def _peak_memory(device: torch.device) -> int:
 class RunLog:
     """Reports a run from the first process: `log.jsonl`, the progress bar, the trackers of `run.report_to`.
 
-    As a context manager it closes them and, if there was no error, draws and prints the summary.
+    As a context manager it closes them and, if the run reached its end, draws and prints the summary.
     """
 
     def __init__(
         self, config: TrainConfig, steps: int, done: int, resume: Path | None, accelerator: Accelerator
     ) -> None:
         self.run, self.accelerator, self.first = config.run, accelerator, accelerator.is_main_process
+        self.interrupted = False  # set by the loop
         accelerator.init_trackers("gasp_fast", flat(asdict(config)), {"wandb": {"name": config.run.out}})
         if self.first:
             self.file = LogFile(Path(config.run.out), done)
@@ -188,7 +193,7 @@ class RunLog:
         if error is None:
             for tracker in self.accelerator.trackers:  # end_training() would end the process group, too
                 tracker.finish()
-            if self.first:
+            if self.first and not self.interrupted:
                 summarise(Path(self.run.out), self.console, self.run.progress)
 
 
@@ -197,15 +202,7 @@ class LogFile:
 
     def __init__(self, folder: Path, done: int) -> None:
         self.path = folder / LOG
-        lines = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:  # the last line of a killed run may be half a line
-                    continue
-                if record["step"] <= done:
-                    lines.append(line)
+        lines = [json.dumps(record) for record in read_log(self.path) if record["step"] <= done]
         write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def write(self, record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ gradient was finite and what its log line says, it reads when the next step has 
 from __future__ import annotations
 
 import math
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from .config import TrainConfig
 from .distributed import Processes
 from .log import HostCopy, Meter, RunLog, finite, score_of
 from .model import SupervisedModel
+from .signals import Interrupted, StopSignals, kept_from_children
 from .start_up import StartUp
 from .state import TrainState
 from .stream import SampleStream, Share, make_loader
@@ -44,6 +46,7 @@ class Launched:
     learning_rate: float
     grad_norm: HostCopy | None  # None: DeepSpeed computed none
     sums: HostCopy | None  # of the meter; None: the step has no log line
+    signal: HostCopy  # that a process had received by then; 0: none
 
 
 class TrainingLoop:
@@ -58,6 +61,7 @@ class TrainingLoop:
         steps: int,
         processes: Processes,
         deepspeed: dict[str, Any] | None = None,
+        signals: StopSignals | None = None,
     ) -> None:
         set_seed(config.train.seed)
         self.config = config
@@ -66,6 +70,7 @@ class TrainingLoop:
         self.share = share
         self.steps = steps
         self.processes = processes
+        self.signals = StopSignals() if signals is None else signals
         self.zero_stage = Sharding.of(deepspeed).stage
         self.out = Path(config.run.out)
         self.batch_flops = BatchFlops(config, model)  # before the model is sharded
@@ -79,10 +84,15 @@ class TrainingLoop:
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self, resume: Path | None = None, start_up: StartUp | None = None) -> None:
-        """Train to the last step, from the beginning or from a checkpoint. Reports `start_up` after the first step."""
+        """Train to the last step, from the beginning or from a checkpoint. Reports `start_up` after the first step.
+
+        Raises `Interrupted` after the step in which a signal was read, when the checkpoint of that step is complete.
+        """
         start_up = StartUp() if start_up is None else start_up
         run = self.config.run
         done, batches = self.begin(resume)
+        received = 0
+        self.signals.step_in_hand = True
         with RunLog(self.config, self.steps, done, resume, self.state.accelerator) as log:
             for step in range(done + 1, self.steps + 1):
                 micro_batches = [next(batches) for _ in range(self.share.accumulation)]
@@ -92,13 +102,23 @@ class TrainingLoop:
                     start_up.add("data")
                 self.launched.append(self.train_step(step, micro_batches))
                 log.progress(step)
-                self.finish(log, waiting=0 if first or saved else 1)
+                alone_and_stopped = self.processes.world_size == 1 and self.signals.received
+                received = self.finish(log, waiting=0 if first or saved or alone_and_stopped else 1)
                 if first:
                     start_up.add("first step")
                     log.note(str(start_up))
                 self.check_learning(step)
-                if saved:
+                if received:
+                    self.finish(log, waiting=0)
+                if saved or received:
                     self.save(step)
+                if received and step < self.steps:
+                    log.interrupted = True
+                    break
+        if received and step < self.steps:
+            self.processes.barrier()  # a launcher ends the other ranks as soon as one has ended
+            saved_as, name = self.out / f"checkpoint-{step}", signal.Signals(received).name
+            raise Interrupted(f"step {step}: {name}; saved {saved_as}; continue with the same command")
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> Launched:
         """Launch one optimiser step, and the copies of its numbers to the host."""
@@ -108,7 +128,8 @@ class TrainingLoop:
         learning_rate, grad_norm = self.update()
         logged = step == 1 or step % self.config.run.log_every == 0 or step == self.steps
         sums = self.meter.take() if logged else None
-        return Launched(step, micro_batches, learning_rate, grad_norm, sums)
+        received = HostCopy(self.processes.largest(self.signals.received))
+        return Launched(step, micro_batches, learning_rate, grad_norm, sums, received)
 
     def forward_backward(self, batch: Batch) -> None:
         """Add the gradient of a micro-batch. Below ZeRO-2, gradients are exchanged after the last one of a step."""
@@ -153,7 +174,8 @@ class TrainingLoop:
             self.meter.restore(about["unlogged"], self.processes.rank, self.processes.world_size)
         pin = self.processes.device.type == "cuda"
         loader = make_loader(self.config.data, self.stream, self.model.backbone, self.share, self.steps, pin, done)
-        batches = iter(loader)
+        with kept_from_children():
+            batches = iter(loader)
         if resume is not None:  # not earlier: the loader draws a random number when it starts
             checkpoints.read_random_state(resume, self.processes)
         return done, batches
@@ -165,15 +187,21 @@ class TrainingLoop:
         guards.check_positions(self.model, micro_batches[0])
         return self.record_of(self.train_step(1, micro_batches))
 
-    def finish(self, log: RunLog, waiting: int) -> None:
-        """Read the numbers of the launched steps, but for the last `waiting` ones, and write their log lines."""
+    def finish(self, log: RunLog, waiting: int) -> int:
+        """Read the numbers of the launched steps, but for the last `waiting` ones, and write their log lines.
+
+        Returns the signal that a process had received by the last of them; 0: none. It is the same on all processes.
+        """
+        received = 0
         while len(self.launched) > waiting:
             launched = self.launched.pop(0)
             record = self.record_of(launched)
+            received = int(launched.signal.read())
             if launched.sums is not None:
                 if (score := score_of(record)) is not None:
                     self.scores.append(score)
                 log.write(record)
+        return received
 
     def record_of(self, launched: Launched) -> dict[str, Any]:
         """What a step's log line says, as far as it has one. Reports the step if its gradient was not finite."""

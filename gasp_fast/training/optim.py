@@ -5,6 +5,7 @@ The schedule (linear warm-up, then a cosine to zero; `state.py`) multiplies the 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,8 @@ class OptimisationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps is None and not self.epochs > 0:
-            raise ValueError(f"train.epochs = {self.epochs} must be above 0, or train.steps given")
+        if self.steps is None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"train.epochs = {self.epochs} must be finite and above 0, or train.steps given")
         for name in ("steps", "batch_size", "micro_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)} must be at least 1")
@@ -44,9 +46,13 @@ class OptimisationConfig:
                 f"train.checkpointing = {self.checkpointing!r} must be auto, off, full, reentrant, or every:N such as "
                 "every:2"
             )
-        for name in ("learning_rate", "head_lr_scale", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train.{name} = {getattr(self, name)} must be above 0")
+        for name in ("learning_rate", "head_lr_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name} = {getattr(self, name)} must be finite and above 0")
+        if not self.clip > 0:
+            raise ValueError(f"train.clip = {self.clip} must be above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"train.weight_decay = {self.weight_decay} must be finite and 0 or more")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"train.warmup = {self.warmup} is a share of all steps; give 0 <= warmup < 1")
 
@@ -100,3 +106,15 @@ def make_optimizer(groups: Iterable[Group], config: OptimisationConfig) -> torch
             if parameters:
                 settings.append({"params": parameters, "lr": scale * config.learning_rate, "weight_decay": decay})
     return torch.optim.AdamW(settings, lr=config.learning_rate, fused=True)
+
+
+def rate_change(resumed: LambdaLR) -> str | None:
+    """One line if a schedule that was read from a checkpoint goes on at another learning rate than it stopped at."""
+    stopped = resumed.get_last_lr()[0]
+    goes_on = resumed.base_lrs[0] * resumed.lr_lambdas[0](resumed.last_epoch)
+    if math.isclose(stopped, goes_on, rel_tol=1e-6, abs_tol=1e-12 * resumed.base_lrs[0]):
+        return None
+    return (
+        f"step {resumed.last_epoch:,}: the learning rate goes from {stopped:.3g} to {goes_on:.3g}, because this run "
+        "has another number of steps or another warm-up than the checkpoint's (train.steps, train.epochs, train.warmup)"
+    )

@@ -17,7 +17,7 @@ from gasp_fast.data.questions.video_qa import VideoQA
 from gasp_fast.data.scenes.library import SceneEntry, check_unchanged, find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
-from gasp_fast.data.tracks.build import Tracks, build_tracks
+from gasp_fast.data.tracks.build import LARGEST_GRID, Tracks, build_tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
 
 TRIES = 64  # sequences tried in place of an unreadable one; if none of them can be read, the run stops
@@ -40,12 +40,23 @@ class ScenesConfig:
     """Sequences of posed frames with depth, which give tracks."""
 
     root: str = ""  # folder of scenes; empty: none
-    weight: float = 1.0  # relative to the other sources
+    weight: float = 1.0  # relative to the other sources; 0: not read
     annotations: tuple[str, ...] = ()  # folders of `gasp-fast tracks`, of the same sequences; empty: track on the fly
     grids: tuple[int, ...] = (8, 24)  # query points along a side, coarse and fine; for tracking on the fly
     keep: float = 0.5  # share of the tracks to keep; for tracking on the fly
     held_out: float = 0.0  # share of the scenes that is never trained on
     sequences: SequenceConfig = field(default_factory=SequenceConfig)  # for tracking on the fly
+
+    def __post_init__(self) -> None:
+        if not self.annotations and not (self.grids and all(1 <= grid <= LARGEST_GRID for grid in self.grids)):
+            raise ValueError(
+                f"data.scenes.grids = {list(self.grids)} must name at least one grid, each of 1 to {LARGEST_GRID} "
+                "points along a side, such as [8, 24]"
+            )
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"data.scenes.keep = {self.keep} is a share of the tracks; give 0 < keep <= 1")
+        if not 0 <= self.held_out <= 1:
+            raise ValueError(f"data.scenes.held_out = {self.held_out} is a share of the scenes; give 0 to 1")
 
 
 class TrackedScenes:
@@ -172,6 +183,14 @@ class QAConfig:
     frames: int = 16  # taken from each video
     longest_side: int | None = None  # shrink frames to this while decoding
     timeout: float = 30.0  # seconds to decode a video
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"frames = {self.frames} must be at least 1")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout = {self.timeout} must be above 0 (seconds)")
+        if self.longest_side is not None and self.longest_side < 1:
+            raise ValueError(f"longest_side = {self.longest_side} must be at least 1 (pixels), or null")
 
 
 class VideoQuestions:

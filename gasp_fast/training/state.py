@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from . import checkpoints
 from .config import TrainConfig
 from .distributed import Processes, fill_deepspeed, make_accelerator
 from .model import SupervisedModel
-from .optim import make_optimizer, trained_groups
+from .optim import make_optimizer, rate_change, trained_groups
 from .stream import Share
 from .weights import read_weights, write_weights
 
@@ -73,13 +77,62 @@ class TrainState:
         """Read what `save` wrote, except for the random number generators: the loader draws from them first."""
         processes, lora = self.processes, self.config.train.mode == "lora"
         if self.deepspeed is not None:
-            self.engine.load_checkpoint(str(folder), load_module_strict=not lora)
+            with checkpoints.readable(path := folder / "latest"):
+                tag = path.read_text().strip()  # the name of DeepSpeed's folder
+            with checkpoints.readable(folder / tag), loads_only_tensors():
+                loaded, _ = self.engine.load_checkpoint(str(folder), tag, load_module_strict=not lora)
+                if loaded is None:
+                    raise ValueError("DeepSpeed found no state in it")
         else:
             read_weights(self.model, folder)
             # A single process reads into CPU memory, which is larger. Several on a node would each hold a copy there.
             place = processes.device if processes.world_size > 1 else "cpu"
-            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", place, weights_only=True))
-        self.schedule.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+            with checkpoints.readable(path := folder / "optimizer.pt"):
+                self.optimizer.load_state_dict(torch.load(path, place, weights_only=True))
+                self._check_moments(all_parameters=lora)
+        with checkpoints.readable(path := folder / "scheduler.pt"):
+            state = torch.load(path, weights_only=True)
+            if differing := state.keys() ^ self.schedule.state_dict().keys():
+                raise ValueError(f"{min(differing)} is missing or unknown")
+            self.schedule.load_state_dict(state)
+        if processes.first and (line := rate_change(self.schedule)):
+            print(line, file=sys.stderr)
+
+    def _check_moments(self, all_parameters: bool) -> None:
+        """Check AdamW's state, which `load_state_dict` takes as it is. A parameter that is never used has none."""
+        for number, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            state = self.optimizer.state.get(parameter)
+            if not state and not all_parameters:
+                continue
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = (state or {}).get(name)
+                if not torch.is_tensor(moment) or moment.shape != parameter.shape:
+                    raise ValueError(f"{name} of parameter {number} is missing or has another shape")
+            if "step" not in state:
+                raise ValueError(f"step of parameter {number} is missing")
+
+
+@contextmanager
+def loads_only_tensors() -> Iterator[None]:
+    """Let `torch.load` read tensors, containers and DeepSpeed's own records, but call nothing that a file names.
+
+    DeepSpeed loads its files with `weights_only=False`; torch's environment variable overrules that.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def gather_heads_together(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ So an exact resume needs only the number of steps, and a step has the same sampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from gasp_fast.collator import Collator, CollatorConfig, Sample
 from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.planning.training_setup import micro_batches
 
+from .signals import end_with_trainer
 from .sources import QAConfig, Samples, ScenesConfig, TrackedScenes, VideoQuestions
 
 BLANK = 56  # pixels along each side of the blank frame: small, but large enough for every processor
@@ -37,16 +39,24 @@ class DataConfig:
     seed: int = 0  # of the order of samples
 
     def __post_init__(self) -> None:
+        for name, source in self._named().items():
+            if not 0 <= source.weight < math.inf:
+                raise ValueError(f"data.{name}.weight = {source.weight} must be finite and 0 or more")
         if not self.used:
+            rooted = [name for name, source in self._named().items() if source.root]
+            if rooted:
+                raise ValueError(f"data.{rooted[0]}.weight = 0 leaves no source to train on; give one a weight above 0")
             raise ValueError("data names no source; give data.scenes.root, data.qa.root or data.vqa.root")
         if self.workers < 0:
             raise ValueError(f"data.workers = {self.workers} must be 0 or more")
 
     @property
     def used(self) -> dict[str, ScenesConfig | QAConfig]:
-        """The sources that have a root, by name."""
-        sources: dict[str, ScenesConfig | QAConfig] = {"scenes": self.scenes, "qa": self.qa, "vqa": self.vqa}
-        return {name: source for name, source in sources.items() if source.root}
+        """The sources that have a root and a weight, by name."""
+        return {name: source for name, source in self._named().items() if source.root and source.weight > 0}
+
+    def _named(self) -> dict[str, ScenesConfig | QAConfig]:
+        return {"scenes": self.scenes, "qa": self.qa, "vqa": self.vqa}
 
 
 class SampleStream(Dataset[Sample]):
@@ -148,4 +158,5 @@ def make_loader(
         pin_memory=pin_memory,
         # A fork would copy the threads and the GPU context of this process, which do not survive that.
         multiprocessing_context="forkserver" if config.workers else None,
+        worker_init_fn=end_with_trainer if config.workers else None,
     )

@@ -5,7 +5,6 @@ Both are made from `log.jsonl` alone, which holds the whole run, however often i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from gasp_fast.data.errors import reading
+from gasp_fast.files import parse_json
 from gasp_fast.run_folder import FIGURE, LOG
 
 Record = dict[str, Any]
 COLOURS = {"lm": "#0072B2", "corr": "#D55E00", "depth": "#009E73"}  # Okabe and Ito's
+NUMBERS = (*COLOURS, "grad_norm", "tokens_per_s")  # or null
 NAMES = {"lm": "language", "corr": "correspondence", "depth": "depth"}
 
 
 def summarise(run: Path, console: Console, shown: bool) -> None:
     """Draw the run; if `shown`, print what changed and the commands that come next."""
-    records = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+    records = [record for record in read_log(run / LOG) if _can_be_drawn(record)]
+    records = [record for record in records if len(record["pck_per_layer"]) == len(records[-1]["pck_per_layer"])]
     if not records:
         return
     picture = draw(records, run / FIGURE)
@@ -32,6 +35,32 @@ def summarise(run: Path, console: Console, shown: bool) -> None:
         console.print(as_table(records))
         console.print(f"all steps: {picture}", highlight=False, soft_wrap=True)
         console.print(f"next: gasp-fast export {run}; gasp-fast evaluate --model {run} --scenes DIR", soft_wrap=True)
+
+
+def read_log(path: Path) -> list[Record]:
+    """The lines of a log that are whole. A killed run leaves half a line, and a damaged file must not end a run."""
+    if not path.exists():
+        return []
+    with reading(path, "log"):
+        lines = path.read_bytes().splitlines()
+    records = []
+    for line in lines:
+        try:
+            record = parse_json(line, str(path))
+        except ValueError:
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+    return records
+
+
+def _can_be_drawn(record: Record) -> bool:
+    """Whether the record has all that the table and the curves are made of."""
+    row = record.get("pck_per_layer")
+    if not isinstance(row, list) or not all(name in record for name in NUMBERS) or abs(record["step"]) >= 1 << 53:
+        return False
+    values = [*(record[name] for name in NUMBERS), *row]
+    return all(value is None or (type(value) in (int, float) and abs(value) < 1e100) for value in values)
 
 
 def as_table(records: Sequence[Record]) -> Table:

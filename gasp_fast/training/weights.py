@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gasp_fast.backbones.adapters import read_adapters
+from gasp_fast.backbones.base import load_complete
 from gasp_fast.run_folder import HEADS
 from gasp_fast.supervision.head_files import write_heads
 
+from .checkpoints import readable
 from .model import SupervisedModel
 
 
@@ -53,16 +57,14 @@ def write_weights(model: SupervisedModel, folder: Path, first: bool) -> None:
 
 def read_weights(model: SupervisedModel, folder: Path) -> None:
     """Load the trained weights of a checkpoint into a model that is not sharded."""
-    if hasattr(model.model, "peft_config"):
-        from peft import set_peft_model_state_dict
-        from peft.utils import load_peft_weights
-
-        set_peft_model_state_dict(model.model, load_peft_weights(str(folder), device="cpu"))
+    inner: Any = model.model
+    if hasattr(inner, "peft_config"):
+        read_adapters(inner, folder)
     else:
-        inner: Any = model.model
-        stored = type(inner).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        # The configuration is the run's: without config.json, transformers would build a model of default size.
+        stored = load_complete(type(inner), folder, unused=False, dtype=torch.float32, config=deepcopy(inner.config))
         inner.load_state_dict(stored.state_dict())
     if model.supervision is not None:
-        tensors = load_file(folder / HEADS)
-        named = {re.sub(r"^(by_layer\.\d+)\.", r"\1.head.", name): value for name, value in tensors.items()}
-        model.supervision.load_state_dict(named)
+        with readable(path := folder / HEADS):
+            named = {re.sub(r"^(by_layer\.\d+)\.", r"\1.head.", name): value for name, value in load_file(path).items()}
+            model.supervision.load_state_dict(named)

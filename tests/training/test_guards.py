@@ -49,6 +49,30 @@ def run_main(config, tmp_path, capsys):
         (["model.liger=true"], "needs a GPU, and this is cpu; train on one, or use model.liger=auto"),
         (["data.qa.root=nowhere"], "nowhere: no such folder"),
         (["run.report_to=[notebook]"], "run.report_to names 'notebook', which is not installed"),
+        (["data.scenes.grids=[]"], "data.scenes.grids = [] must name at least one grid"),
+        (["data.scenes.grids=[8, 0]"], "data.scenes.grids = [8, 0] must name at least one grid, each of 1 to 1024"),
+        (["data.scenes.keep=0"], "data.scenes.keep = 0.0 is a share"),
+        (["data.scenes.held_out=1.5"], "data.scenes.held_out = 1.5 is a share"),
+        (["data.scenes.weight=0"], "data.scenes.weight = 0 leaves no source to train on"),
+        (["data.scenes.weight=-1"], "data.scenes.weight = -1.0 must be finite and 0 or more"),
+        (["data.vqa.weight=.inf"], "data.vqa.weight = inf must be finite"),
+        (["data.qa.frames=0"], "data.qa: frames = 0 must be at least 1"),
+        (["data.qa.timeout=-1"], "data.qa: timeout = -1.0 must be above 0"),
+        (["data.vqa.longest_side=0"], "data.vqa: longest_side = 0 must be at least 1"),
+        (["run.bad_steps=-1"], "run.bad_steps = -1 must be 0 or more"),
+        (["run.min_free_gb=-1"], "run.min_free_gb = -1.0 must be 0 or more"),
+        (["train.learning_rate=.inf"], "train.learning_rate = inf must be finite and above 0"),
+        (["train.learning_rate=.nan"], "train.learning_rate = nan must be a number"),
+        (["train.head_lr_scale=.inf"], "train.head_lr_scale = inf must be finite and above 0"),
+        (["train.steps=null", "train.epochs=.inf"], "train.epochs = inf must be finite and above 0"),
+        (["train.weight_decay=-0.1"], "train.weight_decay = -0.1 must be finite and 0 or more"),
+        (["train.weight_decay=.inf"], "train.weight_decay = inf must be finite and 0 or more"),
+        (["lora.alpha=-8"], "lora.alpha = -8 must be at least 1"),
+        (["loss.lm_weight=0", "loss.corr_weight=0", "loss.depth_weight=0"], "are all 0, so nothing is trained"),
+        (["loss.lm_weight=.inf"], "loss.lm_weight = inf must be finite and 0 or more"),
+        (["loss.corr_weight=.inf"], "loss.corr_weight = inf must be finite and 0 or more"),
+        (["loss.temperature=1e308"], "loss.temperature = 1e+308 must be from 1e-18 to 1e+18"),
+        (["loss.eps=0"], "loss.eps = 0.0 must be finite and above 0"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_cure(run_main, overrides, message):
@@ -102,6 +126,43 @@ def test_a_deepspeed_file_without_zero_is_refused(tmp_path, settings):
     path.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="use deepspeed=null"):
         read_deepspeed(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must be a JSON object"),
+        ('{"zero_optimization": 2}', "must be a JSON object, and bf16, fp16, zero_optimization in it too"),
+        ('{"bf16": true, "zero_optimization": {"stage": 1}}', "must be a JSON object, and bf16"),
+        ('{"zero_optimization": {"stage": 9}}', r"zero_optimization\.stage = 9; write 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": true}}', r"zero_optimization\.stage = True; write 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": [1]}}', r"zero_optimization\.stage = \[1\]; write 1, 2 or 3"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_deepspeed_file_of_another_form_is_refused_in_a_line(tmp_path, text, message):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_deepspeed(str(path))
+    assert repr(str(path)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_source_of_weight_0_beside_another_is_not_read(config):
+    data = config(mixed=True, scenes={"root": "nowhere", "weight": 0.0}).data
+    assert list(data.used) == list(SampleStream(data).sources) == ["qa"]
+
+
+def test_a_resumed_run_says_that_its_learning_rate_jumps(config, capsys):
+    run = {"run": {"save_every": 2}}
+    train(config(train={"steps": 4}, **run))
+    assert "the learning rate goes" not in capsys.readouterr().err
+    train(config(train={"steps": 4}, **run))
+    assert "the learning rate goes" not in capsys.readouterr().err
+    train(config(train={"steps": 8}, **run))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "the learning rate goes" in line]
+    assert line.startswith("step 4: the learning rate goes from 0 to 0.000") and "train.steps" in line
 
 
 def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -157,14 +159,19 @@ def lives(number):
         return False
 
 
-def kill_at(process, out, step, deadline):
-    """kill -9 of the process that was started, as soon as `step` is logged. Its children must end by themselves."""
+def wait_for(process, out, step, deadline):
+    """Wait until `step` is logged."""
     log = Path(out) / "log.jsonl"
     end = time.monotonic() + deadline
     while not (log.exists() and f'"step": {step},' in log.read_text()):
         assert process.poll() is None, process.stdout.read()[-3000:]
         assert time.monotonic() < end, "too slow"
         time.sleep(0.02)
+
+
+def kill_at(process, out, step, deadline):
+    """kill -9 of the process that was started, as soon as `step` is logged. Its children must end by themselves."""
+    wait_for(process, out, step, deadline)
     children = children_of(process)
     process.kill()
     process.wait()
@@ -213,6 +220,98 @@ def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, mode, log_ever
     assert not list(Path(broken.run.out).glob(".*"))
 
 
+def family_of(process):
+    """The process and all that it started: ranks, and the fork servers and workers of their loaders."""
+    first = psutil.Process(process.pid)
+    return [first, *first.children(recursive=True)]
+
+
+def assert_ended(family):
+    end = time.monotonic() + 10
+    while alive := [member for member in family if lives(member.pid)]:
+        assert time.monotonic() < end, f"{alive} outlive the process that started them"
+        time.sleep(0.1)
+
+
+def weights_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def test_a_signal_ends_a_run_with_a_line_and_a_code_and_the_same_command_goes_on(config, tmp_path):
+    whole = config(mixed=True, train={"steps": 9}, run={"log_every": 3}, lora={"dropout": 0.1})
+    train(whole)
+    broken = replace(whole, run=replace(whole.run, out=str(tmp_path / "broken")))
+    process = launch(1, "-m", "gasp_fast.train", write_config(broken, tmp_path / "broken.yaml"))
+    wait_for(process, broken.run.out, 3, 120)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    (saved,) = Path(broken.run.out).glob("checkpoint-*")
+    step = int(saved.name.partition("-")[2])
+    assert 3 <= step < 9 and process.returncode == 75
+    assert output == f"gasp_fast.train: step {step}: SIGHUP; saved {saved}; continue with the same command\n"
+    train(broken)
+    assert without_clock(log_of(broken.run.out)) == without_clock(log_of(whole.run.out))
+    assert weights_of(Path(broken.run.out) / "checkpoint-9") == weights_of(Path(whole.run.out) / "checkpoint-9")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_survives_any_signals(config, tmp_path):
+    """Signals reach the launcher, one rank, or every process at once, the loader's too."""
+    base = config(mixed=True, train={"steps": 40}, run={"save_every": 5, "log_every": 3}, lora={"dropout": 0.1})
+    base = replace(base, data=replace(base.data, workers=1))
+    runs = {name: replace(base, run=replace(base.run, out=str(tmp_path / name))) for name in ("whole", "broken")}
+    start = {}
+    for name, settings in runs.items():
+        path = write_config(settings, tmp_path / f"{name}.yaml")
+        start[name] = ("-m", "gasp_fast.training.launch", "--standalone", "--nproc-per-node", 2)
+        start[name] += ("-m", "gasp_fast.train", path)
+    process = launch(1, *start["whole"])
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    draw = random.Random(0)
+    ends = [
+        (signal.SIGTERM, "launcher"),
+        (signal.SIGKILL, "launcher"),
+        (signal.SIGUSR1, "rank"),
+        (signal.SIGINT, "all"),
+    ]
+    logged = 0
+    for number, target in draw.sample(ends, len(ends)):
+        process = launch(1, *start["broken"])
+        wait_for(process, tmp_path / "broken", 3 * (logged // 3 + draw.randint(1, 2)), 200)
+        family = family_of(process)
+        assert len(family) >= 7  # a launcher, and two times a rank, its fork server and its worker
+        targets = {"launcher": [process.pid], "rank": [draw.choice(children_of(process))]}
+        for member in targets.get(target, [member.pid for member in family]):
+            os.kill(member, number)
+        output, _ = process.communicate(timeout=60)
+        killed = number == signal.SIGKILL
+        assert process.returncode == (-signal.SIGKILL if killed else 75), output[-3000:]
+        assert "Traceback" not in output, (number, target, output)
+        assert output.count("continue with the same command") == (not killed)
+        assert_ended(family)
+        assert killed or not list((tmp_path / "broken").glob(".*"))
+        logged = log_of(tmp_path / "broken")[-1]["step"]
+    process = launch(1, *start["broken"])
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    assert without_clock(log_of(tmp_path / "broken")) == without_clock(log_of(tmp_path / "whole"))
+    assert weights_of(tmp_path / "broken" / "checkpoint-40") == weights_of(tmp_path / "whole" / "checkpoint-40")
+
+
+def test_loader_workers_end_when_their_trainer_is_killed(config, tmp_path):
+    settings = config(train={"steps": 500})
+    settings = replace(settings, data=replace(settings.data, workers=2))
+    path = write_config(settings, tmp_path / "c.yaml")
+    process = launch(1, "-m", "gasp_fast.train", path)
+    wait_for(process, settings.run.out, 3, 120)
+    family = family_of(process)
+    assert len(family) >= 4  # trainer, fork server, two workers
+    process.kill()
+    process.wait()
+    assert_ended(family)
+
+
 @pytest.mark.slow
 def test_a_killed_run_under_zero2_resumes_with_the_same_log(config, tmp_path):
     preset = str(REPOSITORY / "configs/deepspeed/zero2.json")
@@ -243,6 +342,22 @@ def test_a_run_under_zero2_stops_after_too_many_bad_steps(config, tmp_path):
     assert "step 3: the gradient is not finite (scenes[" in output
     assert "step 4: the gradient is not finite (scenes[" in output.splitlines()[-1] and "2 such steps" in output
     assert [record["step"] for record in log_of(base.run.out)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_ends_the_run_after_a_set_time(config, tmp_path):
+    base = config(train={"steps": 500}, run={"save_every": 1000, "timeout": 20.0})
+    process = launch(
+        1, "-m", "gasp_fast.training.launch", "--standalone", "--nproc-per-node", 2, "--shutdown-timeout", 3,
+        "-m", "gasp_fast.train", write_config(base, tmp_path / "f.yaml"),
+    )  # fmt: skip
+    wait_for(process, base.run.out, 2, 200)
+    family = family_of(process)
+    os.kill(children_of(process)[-1], signal.SIGSTOP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert "process 0 lost another, which ended or froze: " in output
+    assert_ended(family)
 
 
 @pytest.mark.slow

@@ -63,6 +63,19 @@ def test_a_run_of_one_step_or_without_matches_is_summarised_too(tmp_path, record
     assert (tmp_path / FIGURE).is_file() and f"gasp-fast export {tmp_path}" in console.file.getvalue()
 
 
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    whole = [json.dumps(one) for one in GEOMETRIC[:4]]
+    odd = [{**GEOMETRIC[4], "lm": "x"}, {**GEOMETRIC[5], "pck_per_layer": 3}, {"step": None}, [], 3]
+    damaged = [*map(json.dumps, odd), whole[3][:40], "[" * 20_000, "\x00"]
+    (tmp_path / LOG).write_bytes("\n".join([*whole[:2], *damaged, *whole[2:]]).encode() + b"\n\xff\xfe\n")
+    console = Console(file=io.StringIO(), width=200)
+    summarise(tmp_path, console, shown=True)
+    assert "over 4 steps" in console.file.getvalue()
+    log.LogFile(tmp_path, 3).write(GEOMETRIC[3])
+    lines = (tmp_path / LOG).read_text().splitlines()
+    assert [line for line in lines if line in whole] == whole  # unchanged
+
+
 def test_without_a_terminal_a_line_is_printed_every_half_minute(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])

@@ -1,0 +1,300 @@
+"""A checkpoint is used only if every file is as it was saved; a damaged one is named and the one before it is used."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gasp_fast.config.loader import to_yaml
+from gasp_fast.evaluation.evaluated_model import load_evaluated_model
+from gasp_fast.export import export
+from gasp_fast.manifest import MANIFEST, damage, write_manifest
+from gasp_fast.train import main, train
+
+REPOSITORY = Path(__file__).parents[2]
+LAYER = "layers.2.self_attn.v_proj"
+
+
+def log_of(out):
+    clock = ("tokens_per_s", "mfu", "peak_memory")
+    lines = (json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+@pytest.fixture
+def resume(config, tmp_path, capsys):
+    """Train 3 steps with a checkpoint at each. Returns the run's folder, and what continues it to step 4."""
+    settings = config(train={"steps": 3}, run={"save_every": 1})
+    train(settings)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(settings))
+    capsys.readouterr()
+
+    def again(*overrides):
+        status = main([str(path), "train.steps=4", *overrides])
+        return status, capsys.readouterr().err.strip()
+
+    return Path(settings.run.out), again
+
+
+@pytest.fixture
+def newest(resume):
+    """The newest checkpoint, as of an earlier version, whose damage no manifest shows."""
+    out, _ = resume
+    (out / "checkpoint-3" / MANIFEST).unlink()
+    return out / "checkpoint-3"
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_every_file_is_in_the_manifest_with_its_size(resume):
+    out, _ = resume
+    folder = out / "checkpoint-3"
+    listed = json.loads((folder / MANIFEST).read_text())["files"]
+    assert listed.keys() == {path.name for path in folder.iterdir()} - {MANIFEST} and "optimizer.pt" in listed
+    assert all(listed[name]["bytes"] == (folder / name).stat().st_size for name in listed)
+    assert damage(folder) is None
+
+
+def test_files_in_subfolders_are_in_the_manifest(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a").write_bytes(b"ab")
+    write_manifest(tmp_path)
+    (tmp_path / "inner" / "a").write_bytes(b"ac")
+    assert damage(tmp_path) == "inner/a has other content than was saved"
+
+
+def test_auto_names_the_damaged_checkpoint_and_continues_from_the_one_before(resume):
+    out, again = resume
+    whole = log_of(out)
+    (out / "checkpoint-3" / "scheduler.pt").unlink()
+    status, printed = again("train.steps=3")
+    assert status == 0 and f"{out}/checkpoint-3 is damaged: scheduler.pt is missing" in printed
+    assert log_of(out) == whole  # step 3 was taken again, from checkpoint-2
+    assert damage(out / "checkpoint-3") is None
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(resume):
+    out, again = resume
+    for folder in out.glob("checkpoint-*"):
+        (folder / "foreign.bin").write_bytes(b"x")
+    status, printed = again()
+    assert status == 1 and "all checkpoints are damaged (checkpoint-1: foreign.bin was not saved with it)" in printed
+
+
+def test_a_named_damaged_checkpoint_is_one_error(resume):
+    out, again = resume
+    path = out / "checkpoint-2" / "heads.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    status, printed = again(f"run.resume={path.parent}")
+    assert status == 1 and "checkpoint-2 is damaged: heads.safetensors has" in printed and "\n" not in printed
+    assert again()[0] == 0
+
+
+def test_a_damaged_checkpoint_is_neither_exported_nor_evaluated(resume, tmp_path):
+    out, _ = resume
+    path = out / "checkpoint-3" / "adapter_model.safetensors"
+    edit_tensors(path, lambda tensors: tensors[min(tensors)].add_(1))
+    for source in (out, out / "checkpoint-3"):
+        with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: adapter_model\.safetensors has other content"):
+            export(source, tmp_path / "plain")
+        with pytest.raises(ValueError, match=r"checkpoint-3 is damaged"):
+            load_evaluated_model(source)
+    assert export(out / "checkpoint-2", tmp_path / "plain").checkpoint == "checkpoint-2"
+
+
+def test_a_damaged_checkpoint_of_a_fully_trained_model_is_not_evaluated(config):
+    settings = config(train={"mode": "full", "steps": 1})
+    train(settings)
+    folder = Path(settings.run.out) / "checkpoint-1"
+    load_evaluated_model(folder)
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match=r"generation_config\.json is missing"):
+        load_evaluated_model(folder)
+
+
+def test_a_checkpoint_without_a_manifest_is_used_with_a_note(resume, newest):
+    status, printed = resume[1]()
+    note = f"{newest} has no manifest.json, as those of earlier versions: its files are not verified"
+    assert status == 0 and printed.splitlines()[0] == note
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "[" * 100_000, '{"step": "3"}', '{"step": 1e400}'],
+    ids=["empty", "list", "nothing", "deep", "text", "infinite"],
+)
+def test_odd_json_in_about_is_one_line(resume, newest, text):
+    (newest / "about.json").write_text(text)
+    status, printed = resume[1]()
+    assert status == 1 and f"{newest}/about.json" in printed.splitlines()[-1]
+
+
+def test_sums_of_another_shape_in_about_are_one_line(resume, newest):
+    path = newest / "about.json"
+    for sums in ([], [[1.0]], [["a"]], [[1.0], 2]):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "unlogged": sums}))
+        status, printed = resume[1]()
+        assert status == 1 and "unlogged" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "heads.safetensors"])
+def test_a_missing_state_is_an_error_also_without_a_manifest(resume, newest, name):
+    (newest / name).unlink()
+    status, printed = resume[1]()
+    assert status == 1 and f"{newest}/{name} is missing" in printed.splitlines()[-1]
+
+
+def test_a_parameter_without_moments_is_an_error(resume, newest):
+    stored = torch.load(newest / "optimizer.pt", weights_only=True)
+    del stored["state"][5]
+    torch.save(stored, newest / "optimizer.pt")
+    status, printed = resume[1]()
+    assert status == 1 and "exp_avg of parameter 5 is missing" in printed.splitlines()[-1]
+
+
+def test_a_renamed_value_of_the_schedule_is_an_error(resume, newest):
+    stored = torch.load(newest / "scheduler.pt", weights_only=True)
+    stored["epoch"] = stored.pop("last_epoch")
+    torch.save(stored, newest / "scheduler.pt")
+    status, printed = resume[1]()
+    assert status == 1 and "scheduler.pt" in printed.splitlines()[-1] and "epoch" in printed.splitlines()[-1]
+
+
+def lose(tensors, part):
+    for name in [name for name in tensors if part in name]:
+        del tensors[name]
+
+
+def rename(tensors, part):
+    name = min(name for name in tensors if part in name)
+    tensors[name.replace(part, part.replace("2", "3") + "x")] = tensors.pop(name)
+
+
+def reshape(tensors, part):
+    name = min(name for name in tensors if part in name)
+    tensors[name] = tensors[name][:1].clone()
+
+
+@pytest.mark.parametrize("change", [lose, rename, reshape])
+def test_adapters_that_differ_from_the_model_are_errors_in_every_use(resume, newest, tmp_path, change):
+    edit_tensors(newest / "adapter_model.safetensors", lambda tensors: change(tensors, LAYER))
+    status, printed = resume[1]()
+    assert status == 1 and str(newest) in printed.splitlines()[-1] and LAYER in printed.splitlines()[-1]
+    with pytest.raises(ValueError, match=str(newest)):
+        export(newest, tmp_path / "plain")
+    with pytest.raises(ValueError, match=str(newest)):
+        load_evaluated_model(newest)
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("change", [lose, rename, reshape])
+def test_heads_that_differ_from_the_model_are_errors(resume, newest, change):
+    edit_tensors(newest / "heads.safetensors", lambda tensors: change(tensors, "by_layer.2.first"))
+    status, printed = resume[1]()
+    assert status == 1 and f"{newest}/heads.safetensors" in printed.splitlines()[-1]
+    with pytest.raises(ValueError, match=r"heads\.safetensors"):
+        load_evaluated_model(newest)
+
+
+@pytest.mark.parametrize("change", [lose, rename, reshape])
+def test_a_base_model_that_lacks_weights_is_not_trained(config, tmp_path, capsys, change):
+    settings = config()
+    folder = shutil.copytree(settings.model.source, tmp_path / "base")
+    edit_tensors(folder / "model.safetensors", lambda tensors: change(tensors, "layers.2.mlp"))
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(replace(settings, model=replace(settings.model, source=str(folder)))))
+    assert main([str(path)]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(folder) in last and "layers.2.mlp" in last
+
+
+@pytest.mark.parametrize("change", [lose, rename, reshape])
+def test_a_fully_trained_model_that_lacks_weights_does_not_resume(config, change):
+    settings = config(train={"mode": "full", "steps": 2}, run={"save_every": 1})
+    train(settings)
+    folder = Path(settings.run.out) / "checkpoint-1"
+    (folder / MANIFEST).unlink()
+    edit_tensors(folder / "model.safetensors", lambda tensors: change(tensors, "layers.2.mlp"))
+    with pytest.raises(ValueError, match=str(folder)):
+        train(replace(settings, run=replace(settings.run, resume=str(folder))))
+
+
+def test_what_a_killed_run_left_is_removed_before_disk_space_is_judged(resume, monkeypatch):
+    out, again = resume
+    left = out / ".checkpoint-9.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    seen, usage = [], shutil.disk_usage
+
+    def judged(path):
+        seen.append(left.exists())
+        return usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", judged)
+    assert again()[0] == 0
+    assert seen and not any(seen)
+
+
+class Payload:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_nothing_that_a_file_names_is_called(resume, newest, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Payload(), newest / name)
+    status, printed = resume[1]()
+    assert status == 1 and f"{newest}/{name}" in printed and "more than tensors" in printed.splitlines()[-1]
+    (newest / name).write_bytes(pickle.dumps(Payload()))
+    assert resume[1]()[0] == 1
+    assert not Path("executed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_several_processes_agree_on_the_checkpoint_and_run_no_code_of_deepspeeds_files(config, tmp_path, stage):
+    settings = config(train={"steps": 3}, run={"save_every": 1})
+    path, out = tmp_path / "config.yaml", Path(settings.run.out)
+    path.write_text(to_yaml(replace(settings, deepspeed=str(REPOSITORY / f"configs/deepspeed/{stage}.json"))))
+
+    def run(*overrides):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*launcher, "-m", "gasp_fast.train", str(path), *overrides],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            cwd=tmp_path, text=True, capture_output=True, timeout=200,
+        )  # fmt: skip
+        return done.returncode, done.stderr
+
+    status, printed = run()
+    assert status == 0, printed[-3000:]
+    whole = log_of(out)
+    states = [path for path in (out / "checkpoint-3" / "global_step3").iterdir() if "optim" in path.name]
+    assert len(states) == 2
+    states[1].write_bytes(states[1].read_bytes()[:-1])
+    status, printed = run()
+    assert status == 0, printed[-3000:]
+    assert printed.count(f"{out}/checkpoint-3 is damaged: global_step3/{states[1].name} has") == 1
+    assert log_of(out) == whole
+    (out / "checkpoint-3" / MANIFEST).unlink()
+    torch.save(Payload(), states[1])
+    status, printed = run("train.steps=4")
+    assert status != 0 and f"{out}/checkpoint-3/global_step3 does not fit this run or is damaged" in printed
+    assert not (tmp_path / "executed").exists()
+    (out / "checkpoint-3" / "latest").unlink()
+    status, printed = run("train.steps=4")
+    assert status != 0 and f"{out}/checkpoint-3/latest is missing" in printed
