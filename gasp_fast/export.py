@@ -31,14 +31,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from .backbones import Backbone, Conversation, load_backbone
-from .backbones.base_model import DTYPES
+from .backbones.adapters import load_adapters
+from .backbones.base import load_complete, loading, local_folder
+from .backbones.base_model import DTYPES, usable_device
 from .files import complete_folder, write_atomically
-from .run_folder import CONFIG, weights_folder
+from .run_folder import base_of, weights_folder
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
 TOLERANCE = 1e-4  # of a logit, in fp32
@@ -84,17 +85,19 @@ def export(
 ) -> ExportReport:
     """Writes the model of a run or checkpoint to the new folder `out`.
 
-    `base` overrides the base model that the run names. `dtype` "auto" keeps the base model's. `device` defaults to
-    the GPU, if there is one; the whole model has to fit there in fp32. `progress` is called with each step's name.
+    `base` overrides the base model that the run names, which is not downloaded. `dtype` "auto" keeps the base model's.
+    `device` defaults to the GPU, if there is one; the whole model has to fit there in fp32. `progress` is called with
+    each step's name.
     """
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise FileExistsError(f"--out {str(out)!r} exists already; remove it, or name another folder")
+    device = usable_device(device)
     checkpoint = find_checkpoint(source, base)
-    backbone = load_backbone(checkpoint.processor)
+    backbone = load_backbone(checkpoint.processor if base else local_folder(checkpoint.processor))
     stored = _stored_dtype(dtype, backbone)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = {name: value.to(device) for name, value in probe(backbone).items()}
+    with loading(checkpoint.processor):
+        inputs = {name: value.to(device) for name, value in probe(backbone).items()}
 
     progress("loading the trained model")
     model = _load_trained(checkpoint, backbone).to(device)
@@ -129,6 +132,8 @@ def export(
             trained_difference=None if base_logits is None else _difference(trained_logits, base_logits),
         )
         write_atomically(partial / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
+        for file in partial.iterdir():  # safetensors makes its files unreadable for others, whatever the umask
+            file.chmod((partial / REPORT).stat().st_mode)
     return report
 
 
@@ -147,51 +152,25 @@ def find_checkpoint(source: str | os.PathLike[str], base: str | None = None) -> 
             "model.safetensors) nor checkpoint-N folders; pass a run of gasp_fast.train, or one of its checkpoints"
         )
     mode: Literal["lora", "full"] = "lora" if (folder / "adapter_config.json").is_file() else "full"
-    named = base or _named_base(folder, mode)
+    named = base or base_of(folder) or (str(folder) if mode == "full" else None)
+    if named is None:
+        raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base MODEL")
     own = base is None and mode == "full" and (folder / "processor_config.json").is_file()
     return Checkpoint(folder, mode, named, str(folder) if own else named)
-
-
-def _named_base(folder: Path, mode: str) -> str:
-    """The base model that the run's configuration names, or else the adapter's."""
-    for parent in (folder.parent, folder):
-        if (parent / CONFIG).is_file():
-            config = yaml.safe_load((parent / CONFIG).read_text(encoding="utf-8"))
-            name = config.get("model", {}).get("source") if isinstance(config, dict) else None
-            if isinstance(name, str):
-                return name
-    if mode == "lora":
-        name = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        if name:
-            return str(name)
-        raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base DIR")
-    return str(folder)
 
 
 def _load_trained(checkpoint: Checkpoint, backbone: Backbone) -> Any:
     """The trained model in fp32, with unmerged adapters, without heads."""
     if checkpoint.mode == "full":
         return load_plain_model(checkpoint.folder)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(backbone.load_model(torch.float32), str(checkpoint.folder)).eval()
+    return load_adapters(backbone.load_model(torch.float32), checkpoint.folder).eval()
 
 
 def load_plain_model(folder: Path) -> Any:
     """Loads a folder with transformers alone, in fp32; missing or unused weights are an error."""
     from transformers import AutoModelForImageTextToText
 
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
-    model, info = loaded
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            names = sorted(map(str, info[problem]))
-            raise ValueError(
-                f"{folder} has {len(names)} {problem.replace('_', ' ')}, such as {names[0]}; cannot export"
-            )
-    return model.eval()
+    return load_complete(AutoModelForImageTextToText, folder, unused=False, dtype=torch.float32).eval()
 
 
 # ---- verification ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Atomic writes, and JSON from files that are not trusted.
+"""Atomic writes, JSON from files that are not trusted, and errors in one line.
 
 A file or folder never holds part of its new content, even if the writing process is killed.
 """
@@ -14,7 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LONGEST = 500  # characters of a message: a library may quote a whole file
 LARGEST_JSON = 1 << 28  # bytes; parsed, JSON takes some ten times as much memory
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` without line breaks, shortened, or its type where it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def read_json(path: Path, largest: float = LARGEST_JSON) -> Any:
@@ -57,6 +64,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder beside `folder`. It becomes `folder` after the block; if the block raises, it is deleted."""
+    folder = folder.resolve()  # a link stays; the folder that it names is replaced
     for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of killed processes
         shutil.rmtree(leftover, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")

@@ -10,10 +10,16 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
+import yaml
+
+from .files import one_line, read_json
+from .manifest import MANIFEST, damage
+
 CONFIG, LOG, FIGURE = "config.yaml", "log.jsonl", "training.png"
-HEADS = "heads.safetensors"  # in a checkpoint
+HEADS, ABOUT = "heads.safetensors", "about.json"  # in a checkpoint
 EXPORT, REPORT = "export", "report"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
@@ -24,11 +30,27 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
+def check_intact(folder: Path) -> None:
+    """Raise if the checkpoint `folder` differs from its manifest. Says so if it has none."""
+    if (what := damage(folder)) is not None:
+        raise ValueError(
+            f"{folder} is damaged: {what}; use another checkpoint, or delete {MANIFEST} there if the change was meant"
+        )
+    if (folder / ABOUT).is_file() and not (folder / MANIFEST).is_file():
+        print(f"{folder} has no {MANIFEST}, as those of earlier versions: its files are not verified", file=sys.stderr)
+
+
 def weights_folder(source: Path) -> Path | None:
-    """`source` if it holds weights, else the newest checkpoint of the run `source`; None if it has no checkpoint."""
-    if _holds_weights(source):
+    """`source` if it holds weights, else the newest checkpoint of the run `source`; None if it has no checkpoint.
+
+    A folder that differs from its manifest is an error.
+    """
+    if _holds_weights(source) or (source / MANIFEST).is_file():
+        check_intact(source)
         return source
     newest = next(reversed(checkpoint_folders(source)), None)
+    if newest is not None:
+        check_intact(newest)
     if newest is not None and not _holds_weights(newest):
         raise FileNotFoundError(
             f"{newest} holds no gathered weights (adapter_model.safetensors or model.safetensors); after ZeRO-3 "
@@ -40,6 +62,24 @@ def weights_folder(source: Path) -> Path | None:
 def _holds_weights(folder: Path) -> bool:
     adapters = (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
     return adapters or ((folder / "config.json").is_file() and any(folder.glob("model*.safetensors")))
+
+
+def base_of(checkpoint: Path) -> str | None:
+    """The base model of a checkpoint: the run's configuration names it, or else the adapter's."""
+    for parent in (checkpoint.parent, checkpoint):
+        if (parent / CONFIG).is_file():
+            try:
+                config = yaml.safe_load((parent / CONFIG).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                raise ValueError(f"{parent / CONFIG}: not YAML: {one_line(error)}") from error
+            model = config.get("model") if isinstance(config, dict) else None
+            name = model.get("source") if isinstance(model, dict) else None
+            if isinstance(name, str):
+                return name
+    adapter = checkpoint / "adapter_config.json"
+    facts = read_json(adapter) if adapter.exists() else {}
+    name = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
+    return name if isinstance(name, str) and name else None
 
 
 def result_folder(source: str | os.PathLike[str], name: str) -> Path:

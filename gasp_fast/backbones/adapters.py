@@ -11,16 +11,21 @@ The values are those of autocast: the same rounded weights, and gradients that a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .base import Backbone
+
+ADAPTERS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank = {self.rank} must be at least 1")
+        if self.alpha is not None and self.alpha < 1:
+            raise ValueError(f"lora.alpha = {self.alpha} must be at least 1, or null for twice the rank")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout} must lie in 0 <= dropout < 1")
 
@@ -52,6 +59,47 @@ def add_adapters(backbone: Backbone, model: nn.Module, config: AdapterConfig) ->
     adapted = get_peft_model(model, lora)
     _use_adapter_matrices(adapted)
     return adapted
+
+
+def load_adapters(model: nn.Module, folder: Path) -> Any:
+    """Wrap the base model `model` in the adapters of `folder`, each of which must be there."""
+    from peft import PeftModel
+
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: its adapters do not fit the base model ({_first_line(error)})") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{folder}: its adapters cannot be loaded ({_first_line(error)})") from error
+    _check_names(adapted, load_file(folder / ADAPTERS), folder)
+    return adapted
+
+
+def read_adapters(model: nn.Module, folder: Path) -> None:
+    """Load the adapters of `folder` into those of `model`, each of which must be there."""
+    from peft import set_peft_model_state_dict
+
+    try:
+        stored = load_file(folder / ADAPTERS)
+        _check_names(model, stored, folder)
+        set_peft_model_state_dict(model, stored)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: its adapters do not fit this run ({_first_line(error)})") from error
+
+
+def _check_names(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
+    """peft leaves adapters without stored tensors as they are, and ignores tensors without a place in the model."""
+    from peft import get_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    unknown = stored.keys() - expected - model.state_dict().keys()  # embeddings may be stored with the adapters
+    for problem, names in (("lacks", expected - stored.keys()), ("has unknown", unknown)):
+        if names:
+            raise ValueError(f"{folder / ADAPTERS} {problem} {len(names)} tensors of adapters, such as {min(names)}")
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class AdapterMatrix(nn.Linear):

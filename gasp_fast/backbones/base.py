@@ -22,7 +22,8 @@ import importlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from gasp_fast.files import one_line
 
 from .chat import IGNORE, ChatFormat, Message
 from .token_grid import TokenGrid
@@ -121,16 +124,10 @@ class Backbone(ABC):
         return projection.weight, projection.bias
 
     def load_model(self, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa") -> nn.Module:
-        """Load the transformers model: safetensors only, and no code from the model's repository."""
+        """Load the transformers model: every weight, safetensors only, no code from its repository."""
         from transformers import AutoModelForImageTextToText
 
-        return AutoModelForImageTextToText.from_pretrained(
-            self.source,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        return load_complete(AutoModelForImageTextToText, self.source, dtype=dtype, attn_implementation=attention)
 
     def replace_slow_modules(self, model: nn.Module) -> None:  # noqa: B027 (optional)
         """Replace submodules by faster ones that compute the same function with the same, equally named parameters.
@@ -298,24 +295,76 @@ def load_backbone(source: str | os.PathLike[str], frame_pixels: int | None = Non
     from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 
     source = os.fspath(source)
-    supported = supported_models()
-    try:
-        model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    except OSError as error:
-        raise OSError(
-            f"model = {source!r} has no readable config.json; pass a folder with a saved model, or a hub name"
-        ) from error
+    supported, local = supported_models(), Path(source).is_dir()
+    with loading(source):
+        try:
+            model_type = PretrainedConfig.get_config_dict(source, local_files_only=local)[0].get("model_type")
+        except OSError as error:
+            raise OSError("it has no readable config.json; pass a folder with a saved model, or a hub name") from error
     if model_type not in supported:
         raise ValueError(
             f"model = {source!r} is of type {model_type!r}; supported types are {', '.join(supported)} "
             "(a new type is one file in gasp_fast/backbones)"
         )
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    backbone = BACKBONES[model_type](source, config, processor)
+    with loading(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        backbone = BACKBONES[model_type](source, config, processor)
     if frame_pixels is not None:
         backbone.limit_frame_pixels(frame_pixels)
     return backbone
+
+
+def load_complete(kind: Any, source: str | os.PathLike[str], unused: bool = True, **options: Any) -> Any:
+    """Load a transformers model whose files hold every weight. transformers alone fills missing ones with noise.
+
+    `kind` is the class with `from_pretrained`. With `unused`, the files may hold weights that the model has not.
+    """
+    source = os.fspath(source)
+    with loading(source):
+        model, report = kind.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=Path(source).is_dir(),  # whatever other models its files name
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+            **options,
+        )
+    for problem in ("missing_keys", "mismatched_keys", *([] if unused else ["unexpected_keys"])):
+        if report[problem]:
+            names = sorted(key if isinstance(key, str) else key[0] for key in report[problem])
+            raise ValueError(
+                f"model = {source!r} has {len(names)} {problem.replace('_', ' ')}, such as {names[0]}: its weights are "
+                "not those of its config.json; get the folder again"
+            )
+    return model
+
+
+@contextmanager
+def loading(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns whatever the libraries raise on a model's damaged files into a one-line `OSError` that names the model."""
+    try:
+        yield
+    except ImportError:  # of a package that is not installed
+        raise
+    except Exception as error:
+        raise OSError(f"model = {os.fspath(source)!r} cannot be loaded: {one_line(error)}") from error
+
+
+def local_folder(source: str) -> str:
+    """The folder of a model that the files of a run name: a folder, or a model in the hub's cache. Never downloads."""
+    if Path(source).is_dir():
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(source, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"the base model {source!r} of the run is neither a folder here nor a hub model in the cache; name it with "
+            "--base (a hub name given there is downloaded)"
+        ) from error
 
 
 def unwrap(model: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gasp_fast.files import one_line
+
 from .attention_kernel import attention_kernel
 from .base import Backbone, load_backbone, unwrap
 from .frozen import exempt_frozen_parts
@@ -32,6 +34,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("model.source is empty; name the folder of a saved model, or a hub name")
+
+
+def usable_device(name: str | None) -> str:
+    """The device of that name, after a first use; by default the GPU, if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as error:  # of many types, by device
+        raise ValueError(f"device = {name!r} cannot be used here: {one_line(error)}") from error
+    return name
 
 
 def load_base_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, nn.Module]:

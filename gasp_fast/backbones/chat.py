@@ -13,7 +13,10 @@ to the tokens that are not visual.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch import Tensor
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 IGNORE = -100  # the label that torch's cross entropy skips
+TEMPLATE_SECONDS = 10.0  # of processor time; a template is a program, and takes milliseconds
 _RECORD_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _PLACEHOLDERS = re.compile(r"[ \t]*<(?:image|video)>[ \t]*\n?")
 
@@ -107,9 +111,10 @@ class ChatFormat:
         return text
 
     def _template(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        with _time_limit(TEMPLATE_SECONDS, "the chat template does not end; is it the one of this model?"):
+            return self.processor.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
 
     def labels(self, batch: Sequence[Rendered], input_ids: Tensor, attention_mask: Tensor, visual_id: int) -> Tensor:
         """Labels `[B, S]` for the processor's `input_ids [B, S]`: the answers' ids, IGNORE elsewhere."""
@@ -126,6 +131,25 @@ class ChatFormat:
                 )
             labels[row, is_text] = torch.where(in_answer, ids, IGNORE)[ids != visual_id]
         return labels
+
+
+@contextmanager
+def _time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Raises a `TimeoutError` after so much processor time of this process. No limit outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(message)
+
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
 def _content(role: str, text: str, visual: Sequence[dict[str, str]] = ()) -> dict[str, Any]:

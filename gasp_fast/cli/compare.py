@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.evaluation.tables import terminal_table
 
     console = Console()
-    contents = [read_report(path) for path in arguments.reports]
+    contents = [read_report(path, whole=True) for path in arguments.reports]
     folders = [path.parent if path.is_file() else path for path in arguments.reports]
     names = _names(arguments.names, [report["model"] for report in contents], folders)
     reports = dict(zip(names, contents, strict=True))

@@ -2,7 +2,8 @@
 
 Reads a model (a folder or hub name, a run of gasp_fast.train with its heads, or a LoRA adapter) and scenes in any
 format that gasp-fast scenes reads. Writes index.html, report.json, figures and pictures into --out (default for a run:
-RUN/report). Run again with the same options, a stopped evaluation resumes. docs/evaluating.md defines the metrics.
+RUN/report). Run again with the same options, a stopped evaluation resumes. Scenes and sequences that cannot be read are
+left out and named. docs/evaluating.md defines the metrics.
 
 examples:
   gasp-fast evaluate --model runs/full --scenes held-out                          # into runs/full/report
@@ -27,6 +28,11 @@ HELP = "measure point correspondence of a model, layer by layer"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="model folder, hub name, run, or adapter")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="model that a run's or adapter's weights belong to (default: as its files say, without a download)",
+    )
     parser.add_argument("--scenes", type=Path, required=True, metavar="DIR", help="a scene, or a folder of scenes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default for a run: RUN/report)")
     parser.add_argument("--sequences", type=int, default=200, metavar="N", help="number of sequences")
@@ -75,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.evaluation.evaluate import evaluate
     from gasp_fast.evaluation.evaluated_model import load_evaluated_model
     from gasp_fast.evaluation.gallery import draw_gallery
-    from gasp_fast.evaluation.report import write_report
+    from gasp_fast.evaluation.report import warnings_of, write_report
     from gasp_fast.evaluation.tables import terminal_table
     from gasp_fast.run_folder import REPORT, result_folder
 
@@ -89,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
         frame_pixels=arguments.frame_pixels,
         initial_heads="head" in config.features,
+        base=arguments.base,
     )
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("sequences"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
@@ -105,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("The heads are untrained: initialised from W_Q, as at the start of training.")
     if untracked := evaluation.report["sequences_without_tracks"]:
         console.print(f"{untracked} sequences without a point that is visible in two frames are left out.")
+    for warning in warnings_of(evaluation.report):
+        console.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0
 

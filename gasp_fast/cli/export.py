@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("run", type=Path, metavar="RUN", help="a run (its newest checkpoint), or a checkpoint")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; new or empty (default: RUN/export)")
-    parser.add_argument("--base", metavar="MODEL", help="model it was trained from (default: as the run's config.yaml)")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="model it was trained from (default: as the run's config.yaml says, without a download)",
+    )
     parser.add_argument(
         "--dtype", choices=get_args(Stored), default="auto", help="of the stored weights; auto: the base model's"
     )

@@ -8,15 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LONGEST = 500  # characters of a message: a library may quote a whole file
+from gasp_fast.files import one_line as one_line
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
-
-
-def one_line(error: BaseException) -> str:
-    """The message of `error` without line breaks, shortened, or its type where it has no message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def shown(value: Any) -> str:

@@ -9,5 +9,6 @@ predictions      the predictions of a sequence, and their files
 metrics          PCK, confidence-accuracy correlation, PCK by temporal gap
 evaluate         the whole evaluation, resumable
 report, tables, figures    report.json, index.html, tables and curves, for one report or several
+report_check     checks a report.json that is not trusted
 gallery, pictures          example sequences drawn on their frames
 """

@@ -58,7 +58,7 @@ class EvaluationSet:
     def __init__(self, library: Path, config: EvaluationSetConfig) -> None:
         self.library = library
         self.config = config
-        self.scenes = _usable_scenes(library, config)
+        self.scenes, self.unreadable = _usable_scenes(library, config)  # the latter: names and reasons
         self._open = lru_cache(maxsize=OPEN_SCENES)(open_scene)
 
     def __len__(self) -> int:
@@ -86,8 +86,8 @@ class EvaluationSet:
         return Sample(frames=[scene.image(f) for f in frames], tracks=[tracks] if len(tracks) else [])
 
 
-def _usable_scenes(library: Path, config: EvaluationSetConfig) -> list[SceneEntry]:
-    """Long enough scenes in a seeded random order; at most one for each sequence."""
+def _usable_scenes(library: Path, config: EvaluationSetConfig) -> tuple[list[SceneEntry], list[tuple[str, str]]]:
+    """Long enough scenes in a seeded random order, at most one for each sequence, and those that cannot be read."""
     names = find_scenes(library)
     if config.held_out:
         names = [name for name in names if is_held_out(folder_name(library, name), config.held_out)]
@@ -109,7 +109,7 @@ def _usable_scenes(library: Path, config: EvaluationSetConfig) -> list[SceneEntr
         if len(usable) == config.sequences:
             break
     if usable:
-        return usable
+        return usable, unreadable
     if short:
         longest = max(entry.frames for entry in short)
         raise ValueError(

@@ -2,19 +2,22 @@
 
 A batch of sequences passes through the model once. During the forward pass each layer's features are matched and only
 the predicted tokens and probabilities are kept. The next batch is decoded meanwhile. The predictions of a sequence
-are saved as soon as they exist; the metrics are computed from all of them at the end.
+are saved as soon as they exist; the metrics are computed from all of them at the end. Sequences whose frames cannot be
+read are left out, named in the report, and tried again when the evaluation is run again.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gasp_fast.collator import Sample
+from gasp_fast.data.errors import one_line
 from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.function import PCK_RADIUS
 
@@ -23,7 +26,7 @@ from .evaluated_model import EvaluatedModel
 from .features import KINDS, Kind, Rope
 from .metrics import summary
 from .predict import Predictor
-from .predictions import FOLDER, Predictions, PredictionStore
+from .predictions import Predictions, PredictionStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,36 +68,78 @@ def evaluate(
     """Runs the model on every sequence without predictions in `out`, then computes the metrics of all sequences."""
     kinds = config.features or tuple(kind for kind in KINDS if kind != "head" or evaluated.heads is not None)
     predictor = Predictor(evaluated, kinds, config.rope, config.temperature)
-    if fresh:
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
     store = PredictionStore(out, kinds)
+    if fresh:
+        store.remove()
     store.begin(_settings(evaluated, dataset, config, kinds))
     predictions = {index: one for index in range(len(dataset)) if (one := store.load(index)) is not None}
     missing = [index for index in range(len(dataset)) if index not in predictions]
+    unreadable: dict[int, str] = {}  # sequence -> reason
     progress(len(predictions), len(dataset))
-    for indices, samples in _prefetched(dataset, missing, config.batch):
-        frames = [dataset.frames(index) for index in indices]
-        for index, one in zip(indices, predictor(frames, samples), strict=True):
+    for batch in _prefetched(dataset, missing, config.batch):
+        samples = {index: sample for index, sample in batch.items() if isinstance(sample, Sample)}
+        unreadable |= {index: sample for index, sample in batch.items() if isinstance(sample, str)}
+        frames = [dataset.frames(index) for index in samples]
+        for index, one in zip(samples, predictor(frames, list(samples.values())), strict=True):
             store.save(index, one)
             predictions[index] = one
-        progress(len(predictions), len(dataset))
-    in_order = [predictions[index] for index in range(len(dataset))]
-    report = _report(evaluated, dataset, config, predictor.layers, in_order)
+        progress(len(predictions) + len(unreadable), len(dataset))
+    empty = Predictions.empty({kind: len(layers) for kind, layers in predictor.layers.items()})
+    in_order = [predictions.get(index, empty) for index in range(len(dataset))]
+    if reason := _reason_for_no_report(evaluated, dataset, in_order, unreadable):
+        store.remove()  # other options may help, and must not be refused
+        raise ValueError(reason)
+    report = _report(evaluated, dataset, config, predictor.layers, in_order, unreadable)
     return Evaluation(report, in_order, predictor.layers)
 
 
-def _prefetched(dataset: EvaluationSet, indices: list[int], size: int) -> Iterator[tuple[list[int], list[Sample]]]:
-    """Batches of indices with their samples; a thread decodes the next batch while the caller uses this one."""
+def _reason_for_no_report(
+    evaluated: EvaluatedModel, dataset: EvaluationSet, predictions: list[Predictions], unreadable: dict[int, str]
+) -> str:
+    """Why no metrics can be computed; empty if they can."""
+    if any(map(len, predictions)):
+        for kind in predictions[0].confidence:
+            undefined = [np.isnan(one.confidence[kind]).any(1) for one in predictions]  # [L] each
+            if np.any(undefined, axis=0).all():
+                return (
+                    f"{evaluated.name}: the features {kind!r} of every layer are NaN or infinite; check the weights, "
+                    "give --dtype float32, or leave these features out with --features"
+                )
+        return ""
+    if unreadable:
+        first = min(unreadable)
+        return (
+            f"{dataset.library}: {len(unreadable)} of {len(dataset)} sequences cannot be read, and in the others no "
+            f"query point is visible in a second frame; the first, of {dataset.scene_entry(first).name}: "
+            f"{unreadable[first]}"
+        )
+    return (
+        f"{dataset.library}: in none of {len(dataset)} sequences a query point is visible in a second frame; "
+        f"check the scenes with gasp-fast scenes {dataset.library}, raise --grid or lower --max-gap"
+    )
 
-    def read(batch: list[int]) -> list[Sample]:
-        return [dataset.sample(index) for index in batch]
+
+def _prefetched(dataset: EvaluationSet, indices: list[int], size: int) -> Iterator[dict[int, Sample | str]]:
+    """Batches of samples by index, or why they cannot be read.
+
+    A thread decodes the next batch while the caller uses this one.
+    """
+
+    def read(batch: list[int]) -> dict[int, Sample | str]:
+        samples: dict[int, Sample | str] = {}
+        for index in batch:
+            try:
+                samples[index] = dataset.sample(index)
+            except (OSError, ValueError) as error:
+                samples[index] = one_line(error)
+        return samples
 
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(read, indices[:size])
         for start in range(0, len(indices), size):
             samples = pending.result()
             pending = pool.submit(read, indices[start + size : start + 2 * size])
-            yield indices[start : start + size], samples
+            yield samples
 
 
 def _settings(
@@ -110,6 +155,7 @@ def _settings(
         "model": evaluated.name,
         "weights": evaluated.fingerprint,
         "heads": evaluated.heads_origin,
+        **({"base": evaluated.base} if evaluated.base else {}),
         "dtype": str(next(evaluated.model.parameters()).dtype),
         "scenes": {entry.name: entry.digest for entry in dataset.scenes},
     }
@@ -121,14 +167,10 @@ def _report(
     config: EvaluationConfig,
     layers: dict[Kind, list[int]],
     predictions: list[Predictions],
+    unreadable: dict[int, str],  # sequence -> reason
 ) -> dict[str, Any]:
     """Content of `report.json`: the metrics of the first kind of features on top, of all under `by_features`."""
     tracked = [one for one in predictions if len(one)]
-    if not tracked:
-        raise ValueError(
-            f"{dataset.library}: in none of {len(predictions)} sequences a query point is visible in a second frame; "
-            f"check the scenes with gasp-fast scenes {dataset.library}, raise --grid or lower --max-gap"
-        )
     by_kind = {
         kind: summary([one.outcomes(kind) for one in tracked], [n + 1 for n in numbers], config.data.max_gap)
         for kind, numbers in layers.items()
@@ -142,7 +184,14 @@ def _report(
         "features": first,
         **by_kind[first],
         "questions": sum(map(len, tracked)),  # correspondences: pairs of a query point and a later frame
-        "sequences_without_tracks": len(predictions) - len(tracked),
+        "sequences_without_tracks": len(predictions) - len(unreadable) - len(tracked),
+        "unreadable": {
+            "scenes": dict(dataset.unreadable),  # name -> reason
+            "sequences": [
+                {"sequence": index, "scene": dataset.scene_entry(index).name, "reason": unreadable[index]}
+                for index in sorted(unreadable)
+            ],
+        },
         "scenes": [entry.name for entry in dataset.scenes],
         "heads": evaluated.heads_origin,
         "settings": {

@@ -6,7 +6,6 @@ training run (its last checkpoint).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -14,11 +13,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from gasp_fast.backbones import Backbone, load_backbone
-from gasp_fast.run_folder import EXPORT, HEADS, weights_folder
+from gasp_fast.backbones import Backbone, Conversation, load_backbone
+from gasp_fast.backbones.adapters import load_adapters
+from gasp_fast.backbones.base import loading, local_folder
+from gasp_fast.backbones.base_model import usable_device
+from gasp_fast.run_folder import EXPORT, HEADS, base_of, check_intact, weights_folder
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
 
@@ -33,6 +36,7 @@ class EvaluatedModel:
     heads: CorrespondenceHeads | None
     heads_origin: str | None  # "trained", "initial" (made from W_Q at loading), or None
     fingerprint: str  # changes with the weight files
+    base: str | None = None  # of adapters, if it is not the one that their files name
 
     @property
     def device(self) -> torch.device:
@@ -46,19 +50,27 @@ def load_evaluated_model(
     dtype: torch.dtype | None = None,
     frame_pixels: int | None = None,
     initial_heads: bool = False,
+    base: str | None = None,
 ) -> EvaluatedModel:
-    """Loads a model; `initial_heads` gives one without heads those that training would start from."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Loads a model; `initial_heads` gives one without heads those that training would start from.
+
+    `base` overrides the base model that a run or an adapter names. A base model that only they name is not downloaded.
+    """
+    device = usable_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     folder = _weights_folder(Path(source))
     if folder is not None and (folder / "adapter_config.json").is_file():
-        backbone, model = _load_adapted(folder, dtype, frame_pixels)
+        backbone, model = _load_adapted(folder, dtype, frame_pixels, base)
     else:
         backbone = load_backbone(source if folder is None else folder, frame_pixels)
         model = backbone.load_model(dtype=dtype)
-    backbone.replace_slow_modules(model)
-    model = model.eval().requires_grad_(False).to(device)
-    heads = read_heads(folder / HEADS) if folder is not None and (folder / HEADS).is_file() else None
+    with loading(source):
+        backbone.replace_slow_modules(model)
+        model = model.eval().requires_grad_(False).to(device)
+        _try_out(backbone, model)
+    heads = None
+    if folder is not None and (folder / HEADS).is_file():
+        heads = read_heads(folder / HEADS)
     origin = None if heads is None else "trained"
     if heads is None and initial_heads:
         projections = {layer: backbone.query_projection(model, layer) for layer in range(backbone.layer_count)}
@@ -66,7 +78,8 @@ def load_evaluated_model(
     if heads is not None:
         _check_heads_fit(heads, backbone, str(source))
         heads = heads.eval().requires_grad_(False).to(device)
-    return EvaluatedModel(_name_of(str(source)), backbone, model, heads, origin, _fingerprint(folder or Path(source)))
+    name, fingerprint = _name_of(str(source)), _fingerprint(folder or Path(source))
+    return EvaluatedModel(name, backbone, model, heads, origin, fingerprint, base)
 
 
 def _weights_folder(source: Path) -> Path | None:
@@ -74,6 +87,7 @@ def _weights_folder(source: Path) -> Path | None:
     if not source.is_dir():
         return None
     if (source / "config.json").is_file():  # a plain model; loading it says what is wrong with it
+        check_intact(source)
         return source
     for folder in (source, source / EXPORT):
         if (weights := weights_folder(folder)) is not None:
@@ -81,16 +95,24 @@ def _weights_folder(source: Path) -> Path | None:
     raise OSError(f"model = {str(source)!r} holds no model, adapter or run; pass a saved model's folder, or a hub name")
 
 
-def _load_adapted(folder: Path, dtype: torch.dtype, frame_pixels: int | None) -> tuple[Backbone, nn.Module]:
-    """The base model that an adapter names, with the adapter merged into it."""
-    from peft import PeftModel
+def _load_adapted(
+    folder: Path, dtype: torch.dtype, frame_pixels: int | None, base: str | None
+) -> tuple[Backbone, nn.Module]:
+    """The base model of an adapter, with the adapter merged into it."""
+    named = base or base_of(folder)
+    if named is None:
+        raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base MODEL")
+    backbone = load_backbone(named if base else local_folder(named), frame_pixels)
+    return backbone, load_adapters(backbone.load_model(dtype=dtype), folder).merge_and_unload()
 
-    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder}/adapter_config.json names no base_model_name_or_path; merge it: gasp-fast export")
-    backbone = load_backbone(base, frame_pixels)
-    adapted: Any = PeftModel.from_pretrained(backbone.load_model(dtype=dtype), str(folder))
-    return backbone, adapted.merge_and_unload()
+
+@torch.inference_mode()
+def _try_out(backbone: Backbone, model: nn.Module) -> None:
+    """Encode a frame and run the model on it: damage in the processor's files shows here, before the evaluation."""
+    frame = np.zeros((224, 224, 3), np.uint8)
+    inputs = backbone.encode([Conversation([frame], [{"role": "user", "content": "?"}])]).inputs
+    device = next(model.parameters()).device
+    model(**{name: value.to(device) for name, value in inputs.items() if name != "labels"}, use_cache=False)
 
 
 def _check_heads_fit(heads: CorrespondenceHeads, backbone: Backbone, source: str) -> None:

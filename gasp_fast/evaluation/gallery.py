@@ -21,7 +21,7 @@ from .figures import KIND_NAMES
 from .pictures import DrawnSequence, draw_heat_map, draw_predictions
 from .predict import heat_maps
 from .predictions import Predictions, PredictionStore
-from .report import Picture, read_report
+from .report import Picture, left_out, read_report
 
 
 def draw_gallery(
@@ -59,18 +59,25 @@ def draw_comparison(
     `outs` are output folders of `gasp-fast evaluate` by the model's name; the last one determines the sequences.
     `backbone` is that of any of the models.
     """
-    reports = {name: read_report(out) for name, out in outs.items()}
+    reports = {name: read_report(out, whole=True) for name, out in outs.items()}
     last = next(reversed(reports))
     kind = reports[last]["features"]
     dataset = EvaluationSet(scenes, _dataset_config(reports[last]))
-    predictions = {name: PredictionStore(out, [kind]).load_all(len(dataset)) for name, out in outs.items()}
+    skipped = {index for report in reports.values() for index in left_out(report)}
+    if any(report["scenes"] != [entry.name for entry in dataset.scenes] for report in reports.values()):
+        raise ValueError(f"--scenes {scenes}: not the scenes of all reports; give those that were evaluated")
+    predictions = {name: PredictionStore(out, [kind]).load_all(len(dataset), skipped) for name, out in outs.items()}
     rows = {
         name: report["by_features"][kind]["layers"].index(report["by_features"][kind]["pck"]["peak_layer"])
         for name, report in reports.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for index in representative_sequences(dataset, predictions[last], kind, rows[last], count):
+    drawn = [  # of sequences that all of them have
+        one if all(len(predictions[name][index]) for name in reports) else Predictions.empty({kind: rows[last] + 1})
+        for index, one in enumerate(predictions[last])
+    ]
+    for index in representative_sequences(dataset, drawn, kind, rows[last], count) if any(map(len, drawn)) else []:
         sequences = {
             name: _drawn_sequence(backbone, dataset, index, predictions[name][index], kind, rows[name])
             for name in reports
@@ -84,7 +91,7 @@ def draw_comparison(
 def _dataset_config(report: Mapping[str, Any]) -> EvaluationSetConfig:
     """The evaluation set that a report was made on."""
     return EvaluationSetConfig(
-        sequences=report["sequences"] + report["sequences_without_tracks"],
+        sequences=report["sequences"] + report["sequences_without_tracks"] + len(left_out(report)),
         frames=report["frames"],
         grid=report["grid"],
         **{name: report["settings"][name] for name in ("max_gap", "keep", "held_out", "seed")},

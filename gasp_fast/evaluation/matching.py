@@ -30,13 +30,16 @@ class Matcher:
     def __call__(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys `[N, D]` -> predicted token of the batch, int64 `[M]`, and its probability, `[M]`.
 
-        The probability is a softmax over the tokens of the target's frame.
+        The probability is a softmax over the tokens of the target's frame. Features that are not all finite have no
+        most similar token: every prediction is -1, with probability NaN.
         """
         match = frame_match(
             queries, self._anchors, self._offsets, sequence_offsets=self._starts, temperature=self._temperature,
             keys=None if queries is keys else keys,
         )  # fmt: skip
-        return match.best[0][self._row, self._frame], match.confidence[0][self._row, self._frame]
+        finite = queries.isfinite().all() & keys.isfinite().all()  # stays on the device
+        best = torch.where(finite, match.best[0][self._row, self._frame], -1)
+        return best, torch.where(finite, match.confidence[0][self._row, self._frame], torch.nan)
 
 
 def similarities(queries: Tensor, keys: Tensor, token: int, temperature: float) -> Tensor:

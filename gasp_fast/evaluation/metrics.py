@@ -13,12 +13,14 @@ position with a confidence.
 - **Temporal**: PCK of the correspondences at each gap, and the same divided by the PCK at gap 1.
 
 A metric that is undefined (all correct, constant confidence, no correspondence at that gap) is `None`, in JSON `null`.
+So are all metrics of a layer with a prediction whose confidence is NaN: its features are not finite. Means over layers
+leave it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +37,12 @@ class Outcomes:
     """Scored predictions of one sequence: `L` layers, `M` correspondences."""
 
     correct: NDArray[np.bool_]  # [L, M]
-    confidence: NDArray[np.float32]  # [L, M]
+    confidence: NDArray[np.float32]  # [L, M]; NaN: no prediction
     gap: NDArray[np.integer]  # [M], frames between the two
     moved: NDArray[np.bool_]  # [M]
+
+    def of_layers(self, chosen: NDArray[np.bool_]) -> Outcomes:
+        return replace(self, correct=self.correct[chosen], confidence=self.confidence[chosen])
 
 
 def within(xy: NDArray[Any], truth: NDArray[Any], radius: float) -> NDArray[np.bool_]:
@@ -49,8 +54,17 @@ def within(xy: NDArray[Any], truth: NDArray[Any], radius: float) -> NDArray[np.b
 def summary(sequences: Sequence[Outcomes], layers: Sequence[int], max_gap: int) -> dict[str, Any]:
     """All metrics of one kind of features; `layers` are the layer numbers of the report, from 1.
 
-    Every sequence has at least one correspondence.
+    Every sequence has at least one correspondence, and at least one layer has no NaN.
     """
+    everything = np.concatenate([one.confidence for one in sequences], axis=1)  # [layers, all correspondences]
+    defined = np.array([not np.isnan(row).any() for row in everything])  # [layers]
+    sequences = [one.of_layers(defined) for one in sequences]
+    defined_layers = np.array(layers)[defined]  # [L]
+
+    def per_layer_of(values: Sequence[Metric]) -> list[Metric]:
+        remaining = iter(values)
+        return [next(remaining) if one else None for one in defined]
+
     pck = np.stack([one.correct.mean(1) for one in sequences])  # [B, L]
     per_layer = pck.mean(0)
     best = int(per_layer.argmax())
@@ -61,24 +75,24 @@ def summary(sequences: Sequence[Outcomes], layers: Sequence[int], max_gap: int) 
     return {
         "layers": list(layers),
         "pck": {
-            "per_layer": per_layer.tolist(),
-            "per_layer_std": pck.std(0).tolist(),
+            "per_layer": per_layer_of(per_layer.tolist()),
+            "per_layer_std": per_layer_of(pck.std(0).tolist()),
             "mean": float(per_layer.mean()),
             "peak": float(per_layer[best]),
-            "peak_layer": int(layers[best]),
+            "peak_layer": int(defined_layers[best]),
         },
         "pck_moved": {
-            "per_layer": np.mean(moved, 0).tolist() if moved else [None] * len(layers),
-            "per_layer_std": np.std(moved, 0).tolist() if moved else [None] * len(layers),
+            "per_layer": per_layer_of(np.mean(moved, 0).tolist()) if moved else [None] * len(layers),
+            "per_layer_std": per_layer_of(np.std(moved, 0).tolist()) if moved else [None] * len(layers),
             "share": float(np.concatenate([one.moved for one in sequences]).mean()),
         },
         "identity": float(np.mean([1 - one.moved.mean() for one in sequences])),
         "rho": {
-            "per_layer": list(map(correlation, confidence, correct)),
-            "per_layer_std": [_deviation(values) for values in zip(*rho_per_sequence, strict=True)],
+            "per_layer": per_layer_of(list(map(correlation, confidence, correct))),
+            "per_layer_std": per_layer_of([_deviation(values) for values in zip(*rho_per_sequence, strict=True)]),
         },
-        "calibration_gap": {"per_layer": list(map(calibration_gap, confidence, correct))},
-        "temporal": {"layer": int(layers[best]), **temporal(sequences, best, max_gap)},
+        "calibration_gap": {"per_layer": per_layer_of(list(map(calibration_gap, confidence, correct)))},
+        "temporal": {"layer": int(defined_layers[best]), **temporal(sequences, best, max_gap)},
     }
 
 

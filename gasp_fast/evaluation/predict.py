@@ -81,8 +81,8 @@ class Predictor:
             target=target - first,
             gap=gap,
             moved=~within(xy[anchor], xy[target], PCK_RADIUS),
-            best={kind: (tokens - first).astype(np.int32) for kind, tokens in best.items()},
-            correct={kind: within(xy[tokens], xy[target], PCK_RADIUS) for kind, tokens in best.items()},
+            best={kind: np.where(tokens < 0, -1, tokens - first).astype(np.int32) for kind, tokens in best.items()},
+            correct={kind: within(xy[tokens], xy[target], PCK_RADIUS) & (tokens >= 0) for kind, tokens in best.items()},
             confidence={kind: confidence[:, chosen].numpy() for kind, (_, confidence) in best_tokens.items()},
         )
 

@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gasp_fast.files import replacing, write_atomically
+from gasp_fast.files import one_line, read_json, replacing, write_atomically
 
 from .figures import KIND_NAMES, draw_figure
+from .report_check import check_report
 from .tables import COLUMNS, Report, html_table
 
 Picture = tuple[str, Path]  # caption, PNG
 # Two reports that differ in one of these were not evaluated alike.
-COMPARABLE = ("frames", "grid", "scenes", "settings")
+COMPARABLE = ("frames", "grid", "scenes", "settings", "unreadable sequences")
+MOST_WARNINGS = 20  # of scenes and sequences that cannot be read
 
 
 def write_report(report: Report, folder: Path, pictures: Sequence[Picture] = ()) -> Path:
@@ -34,18 +36,28 @@ def write_report(report: Report, folder: Path, pictures: Sequence[Picture] = ())
     return _write_page(folder, f"Correspondence evaluation: {name}", parts)
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """Reads a `report.json`, from the file, its folder, or a run (`report/`)."""
+def read_report(path: Path, whole: bool = False) -> dict[str, Any]:
+    """Reads a `report.json`, from the file, its folder, or a run (`report/`).
+
+    `whole` checks all that a comparison reads of it.
+    """
     candidates = [path, path / "report.json", path / "report" / "report.json"]
     file = next((one for one in candidates if one.is_file()), None)
     if file is None:
         raise OSError(f"{path}: no report.json here; make one with gasp-fast evaluate")
+    report: dict[str, Any] = read_json(file)
     try:
-        report = json.loads(file.read_text())
         _ = report["model"], report["by_features"][report["features"]]["pck"]["per_layer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not a report of gasp-fast evaluate ({error})") from error
+        if whole:
+            check_report(report)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a report of gasp-fast evaluate ({one_line(error)})") from error
     return report
+
+
+def left_out(report: Report) -> list[int]:
+    """The sequences that could not be read. Reports of earlier versions have none."""
+    return [one["sequence"] for one in report.get("unreadable", {}).get("sequences", [])]
 
 
 def write_comparison(
@@ -81,7 +93,8 @@ def _differences(reports: Mapping[str, Report]) -> list[str]:
         f"{name} and {first_name} were evaluated with different {field}: their numbers are not strictly comparable"
         for name, report in reports.items()
         for field in COMPARABLE
-        if report.get(field) != first.get(field)
+        if {**report, "unreadable sequences": left_out(report)}.get(field)
+        != {**first, "unreadable sequences": left_out(first)}.get(field)
     ]
 
 
@@ -132,7 +145,29 @@ def _overview(report: Report) -> str:
         f"{report['grid']} × {report['grid']} query points, {report['questions']:,} correspondences. "
         f"Correspondence heads: {heads}."
     )
-    return f"<p>{html.escape(text)}</p>"
+    warnings = [f"<p class=warn>{html.escape(warning)}</p>" for warning in warnings_of(report)]
+    return "\n".join([f"<p>{html.escape(text)}</p>", *warnings])
+
+
+def warnings_of(report: Report) -> list[str]:
+    """What an evaluation left out, in words."""
+    unreadable = report["unreadable"]
+    warnings = [f"scene {name} cannot be read and is left out: {why}" for name, why in unreadable["scenes"].items()]
+    warnings += [
+        f"sequence {one['sequence']} of scene {one['scene']} cannot be read and is left out: {one['reason']}"
+        for one in unreadable["sequences"]
+    ]
+    if len(warnings) > MOST_WARNINGS:
+        warnings[MOST_WARNINGS:] = [f"{len(warnings) - MOST_WARNINGS} more are named in report.json"]
+    if warnings:
+        counts = [len(unreadable[what]) for what in ("scenes", "sequences")]
+        warnings.insert(0, "unreadable scenes: {}, unreadable sequences: {}".format(*counts))
+    for kind, metrics in report["by_features"].items():
+        layers = [n for n, pck in zip(metrics["layers"], metrics["pck"]["per_layer"], strict=True) if pck is None]
+        if layers:
+            names = ", ".join(map(str, layers))
+            warnings.append(f"{kind}: the features of layers {names} are NaN or infinite; their metrics are undefined")
+    return warnings
 
 
 def _image(picture: Picture) -> str:

@@ -7,12 +7,14 @@ was shorter than the host's estimate.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from gasp_fast.files import read_json
 
 from .assumptions import Assumptions
 from .gpus import GPU
@@ -57,18 +59,23 @@ def read_measured(path: str | os.PathLike[str], shape: ModelShape) -> tuple[Assu
     """Assumptions with the factors of the file's first calibrated step of a model of this shape, and its name."""
     path = Path(path)
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = read_json(path)
         cases = [case for case in result["cases"] if case.get("factors")]
         fitting = [case for case in cases if case["shape"] == asdict(shape)]
+        names = ", ".join(str(case["name"]) for case in cases) or "none"
+        for case in fitting[:1]:
+            origin = f"{case['name']} on {result['machine']}, {result['date']}"
+            factors = {str(part): float(factor) for part, factor in case["factors"].items()}
+            if not all(0 < factor < math.inf for factor in factors.values()):
+                raise ValueError("a factor is not a positive number")
     except OSError as error:
-        raise OSError(f"--measured {path} cannot be read ({error.strerror}); benchmarks/step.sh writes one") from None
-    except (ValueError, KeyError, TypeError):
+        reason = error.strerror or error
+        raise OSError(f"--measured {path} cannot be read ({reason}); benchmarks/step.sh writes one") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"--measured {path} is no result of benchmarks/step.py") from None
     if not fitting:
-        names = ", ".join(case["name"] for case in cases) or "none"
         raise ValueError(
             f"--measured {path} has no calibrated step of a model of this shape ({names}); measure one with "
             "benchmarks/step.sh, or plan without it"
         )
-    case = fitting[0]
-    return replace(Assumptions(), factors=case["factors"]), f"{case['name']} on {result['machine']}, {result['date']}"
+    return replace(Assumptions(), factors=factors), origin

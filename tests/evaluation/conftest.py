@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.connections import *  # noqa: F403 (fixtures)
 from support.recorded import recorded_scene
 
 from gasp_fast.backbones import tiny

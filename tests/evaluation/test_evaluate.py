@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -190,6 +193,86 @@ def test_evaluating_28_layers_costs_at_most_a_third_of_a_forward_pass_more(tmp_p
         min(column) for column in zip(*((cost(ours), cost(bare)) for _ in range(3)), strict=True)
     )
     assert with_matching <= 1.3 * bare_pass, f"{with_matching:.2f} s against {bare_pass:.2f} s"
+
+
+# ---- what cannot be evaluated ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(library, tmp_path):
+    return shutil.copytree(library, tmp_path / "scenes")
+
+
+def truncate_depth(scene: Path) -> None:
+    for path in (scene / "depth").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+
+
+def test_sequences_that_cannot_be_read_are_left_out_and_named(models, copied, dataset, config, tmp_path):
+    damaged = EvaluationSet(copied, dataset.config)
+    name = damaged.scene_entry(1).name
+    truncate_depth(copied / name)
+    report = evaluate(models["qwen-gqa"], damaged, config, tmp_path / "out").report
+    left_out = report["unreadable"]["sequences"]
+    assert [(one["sequence"], one["scene"]) for one in left_out] == [(1, name), (4, name)]
+    assert all("depth" in one["reason"] and "\n" not in one["reason"] for one in left_out)
+    assert report["sequences"] == 3 and report["sequences_without_tracks"] == 0
+    # Mended, they are evaluated the next time.
+    shutil.rmtree(copied / name)
+    shutil.copytree(dataset.library / name, copied / name)
+    mended = evaluate(models["qwen-gqa"], EvaluationSet(copied, dataset.config), config, tmp_path / "out").report
+    assert mended == evaluate(models["qwen-gqa"], dataset, config, tmp_path / "whole").report
+
+
+def test_scenes_that_cannot_be_opened_are_left_out_and_named(models, copied, dataset, config, tmp_path):
+    (copied / dataset.scene_entry(0).name / "meta.json").write_text("{")
+    report = evaluate(models["qwen-gqa"], EvaluationSet(copied, dataset.config), config, tmp_path / "out").report
+    assert list(report["unreadable"]["scenes"]) == [dataset.scene_entry(0).name] and len(report["scenes"]) == 2
+    assert report["sequences"] == 5 and not report["unreadable"]["sequences"]
+
+
+def test_a_refused_evaluation_leaves_nothing_that_refuses_the_next(models, copied, dataset, config, tmp_path):
+    damaged = EvaluationSet(copied, dataset.config)
+    for entry in damaged.scenes:
+        truncate_depth(copied / entry.name)
+    with pytest.raises(ValueError, match=r"5 of 5 sequences cannot be read.*depth"):
+        evaluate(models["qwen-gqa"], damaged, config, tmp_path / "out")
+    assert not list(tmp_path.glob("out/**/plan.json"))
+    too_hot = EvaluationConfig(data=dataset.config, temperature=-1.0)
+    with pytest.raises(ValueError, match="temperature"):
+        evaluate(models["qwen-gqa"], dataset, too_hot, tmp_path / "out")
+    assert not list(tmp_path.glob("out/**/plan.json"))
+    evaluate(models["qwen-gqa"], dataset, config, tmp_path / "out")
+
+
+def with_nan_head(model, layer: int):
+    """The model with NaN in the head of one layer."""
+    heads = copy.deepcopy(model.heads)
+    with torch.no_grad():
+        heads.by_layer[str(layer)].first.weight[0, 0] = torch.nan
+    return replace(model, heads=heads)
+
+
+def test_a_layer_with_nan_has_no_metrics_and_the_others_keep_theirs(models, dataset, config, tmp_path):
+    sound = evaluate(models["qwen-gqa"], dataset, config, tmp_path / "a").report["by_features"]
+    damaged = evaluate(with_nan_head(models["qwen-gqa"], 1), dataset, config, tmp_path / "b").report["by_features"]
+    assert damaged["qk"] == sound["qk"] and damaged["hidden"] == sound["hidden"]
+    for metric in ("pck", "pck_moved", "rho", "calibration_gap"):
+        expected = list(sound["head"][metric]["per_layer"])
+        expected[1] = None
+        assert damaged["head"][metric]["per_layer"] == expected
+    others = [pck for n, pck in enumerate(sound["head"]["pck"]["per_layer"]) if n != 1]
+    assert damaged["head"]["pck"]["mean"] == pytest.approx(np.mean(others))
+    assert damaged["head"]["pck"]["peak"] == max(others) and damaged["head"]["pck"]["peak_layer"] != 2
+
+
+def test_a_model_that_gives_only_nan_is_refused(models, dataset, config, tmp_path):
+    model = models["qwen-gqa"]
+    for layer in range(4):
+        model = with_nan_head(model, layer)
+    with pytest.raises(ValueError, match=r"qwen-gqa: the features 'head' of every layer are NaN or infinite"):
+        evaluate(model, dataset, config, tmp_path)
+    assert not list(tmp_path.glob("**/plan.json"))
 
 
 def test_recorded_scenes_can_be_evaluated(models, recorded, tmp_path):

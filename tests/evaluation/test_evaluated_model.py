@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from gasp_fast.backbones import tiny
+from gasp_fast.backbones import chat, tiny
 from gasp_fast.evaluation.evaluated_model import load_evaluated_model
 from gasp_fast.supervision.head_files import write_heads
 
@@ -46,17 +48,80 @@ def test_heads_of_another_model_are_refused(models, tmp_path):
         load_evaluated_model(folder)
 
 
-def test_an_adapter_is_part_of_the_evaluated_model(model_folders, tmp_path):
+def save_adapter(base, folder):
     from peft import LoraConfig, get_peft_model
 
-    base = load_evaluated_model(model_folders["qwen-gqa"])
     adapted = get_peft_model(
         base.backbone.load_model(dtype=torch.float32),
         LoraConfig(r=4, target_modules=base.backbone.lora_targets, init_lora_weights=False),
     )
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def test_an_adapter_is_part_of_the_evaluated_model(model_folders, tmp_path):
+    base = load_evaluated_model(model_folders["qwen-gqa"])
+    adapted = save_adapter(base, tmp_path / "adapter")
     model = load_evaluated_model(tmp_path / "adapter")
     before, after = (base.backbone.query_projection(one.model, 1)[0] for one in (base, model))
     low_rank = adapted.get_base_model().model.language_model.layers[1].self_attn.q_proj
     assert torch.allclose(after - before, low_rank.get_delta_weight("default"), atol=1e-6)
     assert (after - before).abs().max() > 1e-3
+
+
+def test_the_base_model_is_the_one_that_the_configuration_of_the_run_names(model_folders, tmp_path):
+    """As `gasp-fast export` chooses it."""
+    save_adapter(load_evaluated_model(model_folders["qwen-gqa"]), tmp_path / "checkpoint-1")
+    other = shutil.copytree(model_folders["qwen-gqa"], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] = 2 * weights["lm_head.weight"]
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.yaml").write_text(f"model: {{source: {other}}}")
+    by_run = load_evaluated_model(tmp_path).model
+    assert torch.equal(by_run.lm_head.weight, weights["lm_head.weight"])
+    given = load_evaluated_model(tmp_path, base=str(model_folders["qwen-gqa"]))
+    assert torch.equal(given.model.lm_head.weight, weights["lm_head.weight"] / 2)
+    assert given.base == str(model_folders["qwen-gqa"])
+
+
+def test_a_hub_model_that_only_the_run_names_is_not_looked_up(model_folders, tmp_path, connections):
+    save_adapter(load_evaluated_model(model_folders["qwen-gqa"]), tmp_path / "checkpoint-1")
+    for name in ("someone/else", "./moved/away", "/no/such/folder"):
+        (tmp_path / "config.yaml").write_text(f"model: {{source: {name}}}")
+        with pytest.raises(OSError, match=f"'{name}' of the run is neither a folder here nor .*--base"):
+            load_evaluated_model(tmp_path)
+    adapter = json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())
+    adapter["base_model_name_or_path"] = "someone/else"
+    (tmp_path / "checkpoint-1" / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(OSError, match="'someone/else' of the run is neither"):
+        load_evaluated_model(tmp_path)
+    assert not connections
+    with pytest.raises(OSError, match="someone/else"):
+        load_evaluated_model(tmp_path, base="someone/else")
+    assert connections  # the name was given here
+
+
+def test_a_folder_whose_files_name_a_hub_model_is_not_looked_up(model_folders, tmp_path, connections):
+    base = shutil.copytree(model_folders["qwen-gqa"], tmp_path / "base")
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else", "peft_type": "LORA"}')
+    save_adapter(load_evaluated_model(model_folders["qwen-gqa"]), tmp_path / "adapter")
+    with pytest.raises(OSError, match="cannot be loaded"):
+        load_evaluated_model(tmp_path / "adapter", base=str(base))
+    assert not connections
+
+
+@pytest.mark.parametrize("device", ["bogus", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(model_folders, device):
+    with pytest.raises(ValueError, match=f"device = '{device}' cannot be used here") as caught:
+        load_evaluated_model(model_folders["qwen-gqa"], device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_template_that_does_not_end_is_refused(model_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.3)
+    folder = shutil.copytree(model_folders["qwen-gqa"], tmp_path / "model")
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(loop)
+    with pytest.raises(OSError, match=r"model = .* cannot be loaded: the chat template does not end"):
+        load_evaluated_model(folder)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gasp_fast.cli import compare as compare_command
 from gasp_fast.cli import evaluate as evaluate_command
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.evaluation.report import read_report, write_comparison
+from gasp_fast.supervision.head_files import write_heads
 
 KEYS = {"model", "sequences", "frames", "grid", "features", "pck", "pck_moved", "identity", "rho", "temporal"}
 
@@ -145,6 +147,29 @@ def test_a_folder_or_file_without_a_report_is_refused(tmp_path):
         read_report(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["[" * 50_000, "1" * 5000, "[]", '{"model": 3}', "\x00"])
+def test_a_damaged_report_is_one_line_that_names_the_file(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ValueError, match=str(tmp_path / "report.json")) as caught:
+        run(compare_command, str(tmp_path), str(tmp_path), "--out", str(tmp_path / "out"))
+    assert one_line(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_report_without_the_numbers_of_a_figure_is_not_compared(reports, tmp_path):
+    report = read_report(reports[0])
+    report["by_features"]["qk"]["rho"]["per_layer"][1] = "x"
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"not a report of gasp-fast evaluate \(rho.per_layer is damaged\)"):
+        run(compare_command, str(reports[1]), str(tmp_path), "--out", str(tmp_path / "out"))
+
+
+def test_pictures_of_a_comparison_need_the_scenes_of_the_reports(reports, model_folders, tmp_path):
+    list(render_scenes(tmp_path / "others", 1, config=SyntheticConfig(frames=8, width=112, height=112), workers=1))
+    words = ["--out", str(tmp_path / "out"), "--model", str(model_folders["qwen-gqa"]), "--scenes"]
+    with pytest.raises(ValueError, match="not the scenes of all reports"):
+        run(compare_command, *map(str, reports), *words, str(tmp_path / "others"))
+
+
 def one_line(error: BaseException) -> bool:
     return "\n" not in str(error)
 
@@ -180,6 +205,34 @@ def test_scenes_without_a_valid_track_are_a_one_line_error(model_folders, tmp_pa
     ) as error:
         run(evaluate_command, "--model", str(model_folders["qwen-gqa"]), *words)
     assert one_line(error.value)
+
+
+def test_what_cannot_be_read_is_named_in_the_output_and_on_the_page(model_folders, library, tmp_path, capsys):
+    scenes = shutil.copytree(library, tmp_path / "scenes")
+    first, second, _ = sorted(path for path in scenes.iterdir() if path.is_dir())
+    (first / "meta.json").write_text("{")
+    for path in (second / "depth").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    out = evaluated(model_folders["qwen-gqa"], scenes, tmp_path / "out", "--pictures", "3")
+    printed, page = capsys.readouterr().out, (out / "index.html").read_text()
+    for text in (printed, page):
+        assert "unreadable scenes: 1, unreadable sequences: 2" in text
+        assert f"scene {first.name} cannot be read" in text and f"of scene {second.name} cannot be read" in text
+    assert list((out / "pictures").glob("heat-*.png"))
+    again = evaluated(model_folders["qwen-gqa"], library, tmp_path / "sound", "--pictures", "0")
+    _, warnings = write_comparison({"a": read_report(again), "b": read_report(out)}, tmp_path / "compared")
+    assert any("different unreadable sequences" in warning for warning in warnings)
+
+
+def test_a_page_with_a_layer_of_nan_has_its_curves_and_pictures(model_folders, models, library, tmp_path, capsys):
+    folder = shutil.copytree(model_folders["qwen-gqa"], tmp_path / "model")
+    tensors = {name: value.clone() for name, value in models["qwen-gqa"].heads.state_dict().items()}
+    tensors["by_layer.3.first.weight"][:] = torch.nan
+    write_heads(folder / "heads.safetensors", tensors, "fp32")
+    out = evaluated(folder, library, tmp_path / "out", "--pictures", "2")
+    assert "head: the features of layers 4 are NaN or infinite" in capsys.readouterr().out
+    assert len(list((out / "pictures").glob("*.png"))) == 4
+    assert read_report(out)["pck"]["per_layer"][3] is None
 
 
 def test_unknown_features_are_refused(model_folders, library, tmp_path):

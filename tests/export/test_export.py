@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,44 @@ def test_a_base_model_that_moved_is_a_clear_error(qwen_run: Path, tmp_path: Path
     (tmp_path / "config.yaml").write_text("model: {source: ./moved/away}")
     with pytest.raises(OSError, match="moved/away"):
         export(tmp_path, tmp_path / "plain")
+
+
+def test_a_hub_model_that_only_the_run_names_is_not_looked_up(
+    qwen_run: Path, tmp_path: Path, connections: list[str]
+) -> None:
+    shutil.copytree(qwen_run / "checkpoint-10", tmp_path / "checkpoint-10")
+    (tmp_path / "config.yaml").write_text("model: {source: someone/else}")
+    with pytest.raises(OSError, match=r"'someone/else' of the run is neither a folder here nor .*--base"):
+        export(tmp_path, tmp_path / "plain")
+    assert not connections
+    with pytest.raises(OSError, match="someone/else"):
+        export(tmp_path, tmp_path / "plain", base="someone/else")
+    assert connections  # the name was given here
+
+
+def test_an_export_into_a_linked_folder_arrives_there(qwen_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    for link, folder in (("link", "elsewhere"), ("dangling", "new")):
+        export(qwen_run, tmp_path / link)
+        assert (tmp_path / link).is_symlink() and (tmp_path / folder / "model.safetensors").is_file()
+
+
+def test_exported_files_have_the_usual_permissions(qwen_run: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export(qwen_run, tmp_path / "plain")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "plain").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("device", ["bogus", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(qwen_run: Path, tmp_path: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device = '{device}' cannot be used here") as caught:
+        export(qwen_run, tmp_path / "plain", device=device)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_command_reports_both_differences(qwen_run: Path, tmp_path: Path, capsys: Any) -> None:

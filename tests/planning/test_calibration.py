@@ -96,3 +96,9 @@ def test_a_file_that_measures_nothing_useful_is_a_clear_error(tmp_path: Path) ->
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="no result of"):
         read_measured(tmp_path / "other.json", QWEN2_5_VL_7B)
+    for factors in ([1.0], {"host": "x"}, {"host": -1.0}, {"host": float("nan")}):
+        result = json.loads(measured_file(tmp_path).read_text())
+        result["cases"][1]["factors"] = factors
+        (tmp_path / "other.json").write_text(json.dumps(result))
+        with pytest.raises(ValueError, match="no result of"):
+            read_measured(tmp_path / "other.json", QWEN2_5_VL_7B)
