@@ -180,8 +180,13 @@ def _check_plain(name: str, tensor: object) -> None:
         raise TypeError(f"{name} has layout {tensor.layout}; pass {name}.to_dense()")
 
 
+def traced() -> bool:
+    """Whether a compiler or a dispatch mode (fake tensors, operation counters) watches the operations of PyTorch."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _check_size(name: str, tensor: Tensor) -> None:
     if tensor.shape[-1] == 0 or (tensor.dim() == 3 and tensor.shape[0] == 0):
         raise ValueError(f"{name} has shape {list(tensor.shape)}; at least one layer and a width of 1 are needed")
-    if tensor.device.type == "meta":
+    if tensor.device.type == "meta" and not traced():
         raise ValueError(f"{name} lies on meta, where tensors have no values; move the model to a CPU or GPU first")

@@ -22,6 +22,7 @@ from gasp_fast.kernels.index import MatchIndex, RowIndex
 from gasp_fast.kernels.scaling import scale_in_place
 
 from . import operators
+from .arguments import traced
 from .config import LossConfig
 
 
@@ -69,7 +70,7 @@ class FusedLoss(torch.autograd.Function):
             temperature, layer_weights, _needs(ctx, 5), config.corr_weight, config.depth_weight, ctx.reduction,
             config.negatives, config.other_targets, config.eps, config.backend, config.workspace,
         )  # fmt: skip
-        if operators.traced():
+        if traced():
             return operators.fused_loss(embeddings, keys, ctx.index.tensors(), *others)
         return operators.loss_and_gradients(embeddings, keys, ctx.index, *others)
 
@@ -122,7 +123,7 @@ class UnreducedTerms(torch.autograd.Function):
             temperature, *weights, needs, config.negatives, config.other_targets, config.eps, config.backend,
             config.workspace,
         )  # fmt: skip
-        if operators.traced():
+        if traced():
             return operators.unreduced_terms(embeddings, keys, ctx.index.tensors(), *others)
         return operators.terms_and_gradients(embeddings, keys, ctx.index, *others)
 

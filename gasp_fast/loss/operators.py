@@ -43,11 +43,6 @@ from .arguments import layer_count
 from .reduction import term_weights
 
 
-def traced() -> bool:
-    """Whether a compiler or a dispatch mode (fake tensors, operation counters) watches the operations of PyTorch."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
 @torch.library.custom_op("gasp_fast::fused_loss", mutates_args=())
 def fused_loss(
     embeddings: Sequence[Tensor],

@@ -156,7 +156,7 @@ def recipe_of(arguments: list[str], block: Block) -> TrainConfig:
     """The configuration that the command line reads from `arguments`, without training."""
     read: list[TrainConfig] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train", lambda config, try_one_step: read.append(config))
+        patch.setattr(training, "train", lambda config, **_: read.append(config))
         code = quiet_exit(lambda: training.main(arguments))
     assert code == 0 and read, f"{block.where}: gasp_fast.train does not take {shlex.join(arguments)}"
     return read[0]
