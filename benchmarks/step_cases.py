@@ -29,7 +29,7 @@ from gasp_fast.training.stream import DataConfig, SampleStream, Share, make_load
 from gasp_fast.training.workload import BatchFlops
 
 WARM_UP, ROUNDS = 2, 6
-STEPS = 1000  # of the schedule; nobody takes them all
+STEPS = 1000  # of the schedule; a case ends long before
 QUESTION = {"role": "user", "content": "Which way did the camera turn, and how many boxes are in the room?"}
 ANSWER = {"role": "assistant", "content": "The camera turned to the left. There are 3 boxes: red, green, blue. " * 6}
 

@@ -1,4 +1,4 @@
-"""Our training step, taken when asked, on a base model that several cases share."""
+"""Our training step, one at a time, on a base model that several cases share."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Base:
         self.bytes = allocated() - before
 
     def copy(self) -> Any:
-        """A model of its own that shares the weights, which nobody trains."""
+        """Another model with the same weights in the same memory; they are frozen."""
         return copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
 
 
 class OurSteps:
-    """Takes steps of the training loop when asked, as `PlainTrainer` does."""
+    """Takes single steps of the training loop, with the same interface as `PlainTrainer`."""
 
     def __init__(self, config: TrainConfig, base: Base, batches: list[dict[str, Any]], processes: Processes) -> None:
         self.base, self.batches, self.taken = base, batches, 0

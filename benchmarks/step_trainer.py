@@ -143,7 +143,7 @@ class _SameBatches(Trainer):
 
 
 class _Turns(TrainerCallback):
-    """Waits before each step until one is asked for, and measures from then to the step's end."""
+    """Waits before each step for a request, and measures from the request to the end of the step."""
 
     def __init__(self, pipe: Any, model: SupervisedModel) -> None:
         self.pipe, self.model = pipe, model

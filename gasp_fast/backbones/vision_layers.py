@@ -1,6 +1,6 @@
 """Layers of Qwen's vision tower without slow kernels and fp32 copies: norms, rotary embedding, gated MLP.
 
-On a GPU, a frozen tower runs rotary embedding and SwiGLU in place, in one pass each (`kernels.vision_kernels`).
+On a GPU, a frozen tower runs rotary embedding and SwiGLU in place, in one pass each (`kernels.inplace_kernels`).
 
 Each module replaces transformers' own and holds the same parameters under the same names. So checkpoints, exports,
 adapters and ZeRO-3, which gathers the weights of a module when it runs, see the original model.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gasp_fast.kernels.vision_kernels import rotate_in_place, swiglu_in_place, usable
+from gasp_fast.kernels.inplace_kernels import rotate_in_place, swiglu_in_place, usable
 
 MULTIPLE = 64  # of the width of the MLP: whole tiles of cuBLAS's kernels, and more than their alignment
 

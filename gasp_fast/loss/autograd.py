@@ -65,14 +65,18 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def _compute(ctx: Any, layer_weights: Tensor, temperature: Tensor, *tensors: Tensor) -> list[Tensor]:
-        config, embeddings, keys = ctx.config, *_split(tensors, ctx.with_keys)
-        others = (
-            temperature, layer_weights, _needs(ctx, 5), config.corr_weight, config.depth_weight, ctx.reduction,
-            config.negatives, config.other_targets, config.eps, config.backend, config.workspace,
+        config, needs = ctx.config, _needs(ctx, 5)
+        embeddings, keys = _split(tensors, ctx.with_keys)
+        if not traced():
+            stacks = operators.Stacks(embeddings, keys)
+            return operators.loss_and_gradients(
+                stacks, ctx.index, temperature, layer_weights, needs, ctx.reduction, config
+            )
+        return operators.fused_loss(
+            embeddings, keys, ctx.index.tensors(), temperature, layer_weights, needs, config.corr_weight,
+            config.depth_weight, ctx.reduction, config.negatives, config.other_targets, config.eps, config.backend,
+            config.workspace,
         )  # fmt: skip
-        if traced():
-            return operators.fused_loss(embeddings, keys, ctx.index.tensors(), *others)
-        return operators.loss_and_gradients(embeddings, keys, ctx.index, *others)
 
 
 class UnreducedTerms(torch.autograd.Function):
@@ -118,14 +122,15 @@ class UnreducedTerms(torch.autograd.Function):
         temperature: Tensor,
         tensors: Sequence[Tensor],
     ) -> list[Tensor]:
-        config, embeddings, keys = ctx.config, *_split(tensors, ctx.with_keys)
-        others = (
-            temperature, *weights, needs, config.negatives, config.other_targets, config.eps, config.backend,
-            config.workspace,
+        config = ctx.config
+        embeddings, keys = _split(tensors, ctx.with_keys)
+        if not traced():
+            stacks = operators.Stacks(embeddings, keys)
+            return operators.terms_and_gradients(stacks, ctx.index, temperature, *weights, needs, config)
+        return operators.unreduced_terms(
+            embeddings, keys, ctx.index.tensors(), temperature, *weights, needs, config.negatives,
+            config.other_targets, config.eps, config.backend, config.workspace,
         )  # fmt: skip
-        if traced():
-            return operators.unreduced_terms(embeddings, keys, ctx.index.tensors(), *others)
-        return operators.terms_and_gradients(embeddings, keys, ctx.index, *others)
 
 
 class FrameMatching(torch.autograd.Function):

@@ -40,6 +40,7 @@ from gasp_fast.kernels.engines import ENGINES
 from gasp_fast.kernels.index import MatchIndex, RowIndex
 
 from .arguments import layer_count
+from .config import LossConfig
 from .reduction import term_weights
 
 
@@ -65,36 +66,29 @@ def fused_loss(
     The gradient of the temperature is empty where it is not needed.
     Gradients of layer l are multiplied by `scale[l]`, which float16 needs; `scale` is empty for other types.
     """
+    config: Any = {"negatives": negatives, "other_targets": other_targets, "backend": backend}
     return loss_and_gradients(
-        embeddings, keys, MatchIndex.from_tensors(list(index)), temperature, layer_weights, needs, corr_weight,
-        depth_weight, reduction, negatives, other_targets, eps, backend, workspace,
+        Stacks(list(embeddings), list(keys)), MatchIndex.from_tensors(list(index)), temperature, layer_weights, needs,
+        reduction,
+        LossConfig(corr_weight=corr_weight, depth_weight=depth_weight, eps=eps, workspace=workspace, **config),
     )  # fmt: skip
 
 
 def loss_and_gradients(
-    embeddings: Sequence[Tensor],
-    keys: Sequence[Tensor],
+    stacks: Stacks,
     index: MatchIndex,
     temperature: Tensor,
     layer_weights: Tensor,
     needs: Sequence[bool],
-    corr_weight: float,
-    depth_weight: float,
     reduction: str,
-    negatives: str,
-    other_targets: str,
-    eps: float,
-    backend: str,
-    workspace: int | None,
+    config: LossConfig,
 ) -> list[Tensor]:
     """What `fused_loss` returns."""
-    weights = term_weights(index, layer_weights, corr_weight, depth_weight, reduction)  # [L, M]
-    stacks = Stacks(list(embeddings), list(keys))
+    weights = term_weights(index, layer_weights, config.corr_weight, config.depth_weight, reduction)  # [L, M]
+    scale = _new_scale(layer_weights, stacks.embeddings)
     terms, gradients = _terms_and_gradients(
-        stacks, index, temperature, weights if any(needs) else None,
-        TermDefinition(negatives, other_targets, eps), needs, backend, workspace,
-        scale := _new_scale(layer_weights, embeddings),
-    )  # fmt: skip
+        stacks, index, temperature, weights if any(needs) else None, needs, config, scale
+    )
     loss = (weights.corr * terms.corr + weights.depth * terms.depth).sum()
     return [loss, *terms, scale, *gradients]
 
@@ -125,32 +119,25 @@ def unreduced_terms(
     workspace: int | None,
 ) -> list[Tensor]:
     """[corr, depth, best, confidence, dtemperature, *dembeddings, *dkeys]; gradients as far as needed."""
+    config: Any = {"negatives": negatives, "other_targets": other_targets, "backend": backend}
     return terms_and_gradients(
-        embeddings, keys, MatchIndex.from_tensors(list(index)), temperature, corr_weights, depth_weights, needs,
-        negatives, other_targets, eps, backend, workspace,
+        Stacks(list(embeddings), list(keys)), MatchIndex.from_tensors(list(index)), temperature, corr_weights,
+        depth_weights, needs, LossConfig(eps=eps, workspace=workspace, **config),
     )  # fmt: skip
 
 
 def terms_and_gradients(
-    embeddings: Sequence[Tensor],
-    keys: Sequence[Tensor],
+    stacks: Stacks,
     index: MatchIndex,
     temperature: Tensor,
     corr_weights: Tensor | None,
     depth_weights: Tensor | None,
     needs: Sequence[bool],
-    negatives: str,
-    other_targets: str,
-    eps: float,
-    backend: str,
-    workspace: int | None,
+    config: LossConfig,
 ) -> list[Tensor]:
     """What `unreduced_terms` returns."""
     weights = None if corr_weights is None or depth_weights is None else TermWeights(corr_weights, depth_weights)
-    terms, gradients = _terms_and_gradients(
-        Stacks(list(embeddings), list(keys)), index, temperature, weights,
-        TermDefinition(negatives, other_targets, eps), needs, backend, workspace,
-    )  # fmt: skip
+    terms, gradients = _terms_and_gradients(stacks, index, temperature, weights, needs, config)
     return [*terms, *gradients]
 
 
@@ -247,20 +234,20 @@ def _terms_and_gradients(
     index: MatchIndex,
     temperature: Tensor,
     weights: TermWeights | None,
-    definition: TermDefinition,
     needs: Sequence[bool],
-    backend: str,
-    workspace: int | None,
+    config: LossConfig,
     scale: Tensor | None = None,  # float32 [L], written for float16: see `Gradients`
 ) -> tuple[MatchTerms, list[Tensor]]:
     """Terms [L, M], and [dtemperature, *dembeddings, *dkeys]."""
     embeddings = stacks.embeddings
     terms = MatchTerms.empty(layer_count(embeddings), index.order.shape[0], embeddings[0].device)
     memory, tau = GradientMemory(stacks, needs, scale), _kernel_temperature(temperature, embeddings)
+    definition = TermDefinition(config.negatives, config.other_targets, config.eps)
     with _without_autocast(embeddings):
         for number, (layers, stack, keys) in enumerate(stacks):
             problem = Problem(stack, keys, index.rows, tau, index.values, index.known, exclude_own=True)
-            memory.temperature = _sum(memory.temperature, ENGINES[backend](stack, workspace).terms_and_gradients(
+            engine = ENGINES[config.backend](stack, config.workspace)
+            memory.temperature = _sum(memory.temperature, engine.terms_and_gradients(
                 problem, index, None if weights is None else weights.of_layers(layers), terms.of_layers(layers),
                 definition, memory.of_stack(number, layers, stack),
             ))  # fmt: skip

@@ -173,7 +173,7 @@ def test_ligers_rotary_embedding_runs_on_a_gpu_under_gradients_only(shipped, mon
     """It overwrites queries, which the evaluation reads without gradients."""
     liger_stand_in.install(monkeypatch)
     model = shipped.backbone.load_model(torch.float32)
-    for _ in range(2):  # once is enough, however often it is asked for
+    for _ in range(2):  # a second call changes nothing
         use_liger(shipped.backbone, model)
     rotary = sys.modules[type(shipped.backbone.attention(model, 0)).__module__].apply_rotary_pos_emb
 

@@ -217,11 +217,11 @@ def test_sequences_that_cannot_be_read_are_left_out_and_named(models, copied, da
     assert [(one["sequence"], one["scene"]) for one in left_out] == [(1, name), (4, name)]
     assert all("depth" in one["reason"] and "\n" not in one["reason"] for one in left_out)
     assert report["sequences"] == 3 and report["sequences_without_tracks"] == 0
-    # Mended, they are evaluated the next time.
+    # Once the file is restored, the next run evaluates them.
     shutil.rmtree(copied / name)
     shutil.copytree(dataset.library / name, copied / name)
-    mended = evaluate(models["qwen-gqa"], EvaluationSet(copied, dataset.config), config, tmp_path / "out").report
-    assert mended == evaluate(models["qwen-gqa"], dataset, config, tmp_path / "whole").report
+    restored = evaluate(models["qwen-gqa"], EvaluationSet(copied, dataset.config), config, tmp_path / "out").report
+    assert restored == evaluate(models["qwen-gqa"], dataset, config, tmp_path / "whole").report
 
 
 def test_scenes_that_cannot_be_opened_are_left_out_and_named(models, copied, dataset, config, tmp_path):

@@ -106,7 +106,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Sees where tensors are created, copied, and asked for their device."""
+    """Sees where tensors are created and copied, and where their device is read."""
 
     def __init__(self, device: PretendedDevice) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from gasp_fast.train import train
 from gasp_fast.training.start_up import StartUp
 
 
-def test_the_age_of_a_process_includes_what_ran_before_it_was_asked():
+def test_the_age_of_a_process_includes_what_ran_before_the_import():
     code = "import time; time.sleep(1); from gasp_fast.processes import process_age; print(process_age())"
     age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 1.0 <= age < 60 and process_age() > age / 60

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gasp_fast.kernels.vision_kernels import rotate_in_place, swiglu_in_place, usable
+from gasp_fast.kernels.inplace_kernels import rotate_in_place, swiglu_in_place, usable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

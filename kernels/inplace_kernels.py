@@ -1,8 +1,8 @@
 # mypy: disallow-untyped-defs=False
-"""Rotary embedding and SwiGLU of a vision tower in Triton: each reads and writes its numbers once, in place.
+"""Rotary embedding and SwiGLU in Triton, in place: each reads and writes its numbers once.
 
-Both compute in float32 and round once. They serve frozen towers, which need no gradient: PyTorch's own operations
-take several passes, with fp32 copies for rotary embedding, and remain what a trained tower uses.
+Both compute in float32 and round once. They have no gradient, because they overwrite what it would need. PyTorch's own
+operations take several passes instead, with fp32 copies for rotary embedding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from .triton_launch import INTERPRETED, Tile, cdiv, kernel, launch, power_of_two, tl
 from .vector_kernels import in_rows, load_rows
 
-# Of rotary embedding: a row is one head of one patch, 40 + 40 numbers for Qwen. 16 numbers of each half a thread.
+# Of rotary embedding: a row is one head of one token. At 40 numbers a half, padded to 64, a thread has 16 of each.
 HEADS_A_PROGRAM = 32
 # Of SwiGLU: 2048 numbers of two bytes are two 16-byte loads of each factor for each of 128 threads.
 GATE_TILE = Tile(rows=1, columns=2048, warps=4)
@@ -20,18 +20,18 @@ GATE_TILE = Tile(rows=1, columns=2048, warps=4)
 
 @kernel("heads", direct=True)
 def rotate_heads(
-    heads, patch_stride: tl.int64, cos, cos_stride: tl.int64, sin, sin_stride: tl.int64, rows,
+    heads, token_stride: tl.int64, cos, cos_stride: tl.int64, sin, sin_stride: tl.int64, rows,
     HEADS: tl.constexpr, HALF: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_ROWS` of the `rows` pairs of a patch and one of its `HEADS` heads, which lie together."""
+    """One program: `BLOCK_ROWS` of the `rows` pairs of a token and one of its `HEADS` heads, which lie together."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    patch, head = row // HEADS, row % HEADS
+    token, head = row // HEADS, row % HEADS
     column = tl.arange(0, BLOCK_COLUMNS)
     mask = (row < rows)[:, None] & (column < HALF)[None, :]
-    line = (patch * patch_stride + head * (2 * HALF))[:, None]
-    c = load_rows(cos, (patch * cos_stride)[:, None], column, 1, mask, True, ALIGN)
-    s = load_rows(sin, (patch * sin_stride)[:, None], column, 1, mask, True, ALIGN)
+    line = (token * token_stride + head * (2 * HALF))[:, None]
+    c = load_rows(cos, (token * cos_stride)[:, None], column, 1, mask, True, ALIGN)
+    s = load_rows(sin, (token * sin_stride)[:, None], column, 1, mask, True, ALIGN)
     first = load_rows(heads, line, column, 1, mask, True, ALIGN)
     second = load_rows(heads, line + HALF, column, 1, mask, True, ALIGN)
     out = heads.dtype.element_ty
@@ -60,8 +60,8 @@ def usable(*tensors: Tensor) -> bool:
 
 def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate queries and keys of contiguous `qkv [S, 3, H, d]` by `cos` and `sin [S, d]`, which repeat their half."""
-    patches, _, heads, width = qkv.shape
-    rows, half = patches * 2 * heads, width // 2
+    tokens, _, heads, width = qkv.shape
+    rows, half = tokens * 2 * heads, width // 2
     tile = Tile(rows=HEADS_A_PROGRAM, columns=power_of_two(half), warps=4)
     launch(
         rotate_heads, (cdiv(rows, tile.rows),), tile,
