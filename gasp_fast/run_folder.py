@@ -36,6 +36,11 @@ def check_intact(folder: Path) -> None:
         raise ValueError(
             f"{folder} is damaged: {what}; use another checkpoint, or delete {MANIFEST} there if the change was meant"
         )
+    note_unverified(folder)
+
+
+def note_unverified(folder: Path) -> None:
+    """Print that a checkpoint has no manifest, as those of earlier versions."""
     if (folder / ABOUT).is_file() and not (folder / MANIFEST).is_file():
         print(f"{folder} has no {MANIFEST}, as those of earlier versions: its files are not verified", file=sys.stderr)
 

@@ -32,12 +32,18 @@ from gasp_fast.training.start_up import StartUp
 from gasp_fast.training.stream import SampleStream, Share
 
 
-def train(config: TrainConfig, *, try_one_step: bool = False, signals: StopSignals | None = None) -> None:
+def train(
+    config: TrainConfig,
+    *,
+    try_one_step: bool = False,
+    signals: StopSignals | None = None,
+    start_up: StartUp | None = None,
+) -> None:
     """Train, from the beginning or from a checkpoint. With `try_one_step`, take and report only the first step.
 
     Raises `Interrupted` where one of `signals` ended the run early.
     """
-    start_up = StartUp()
+    start_up = StartUp() if start_up is None else start_up
     start_up.add("imports and model")
     guards.check_trackers(config.run)
     out = Path(config.run.out)
@@ -85,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with StopSignals(distributed.launched()) as signals:
             config = load_config(TrainConfig, options.config, options.overrides)
-            train(config, try_one_step=options.dry_run, signals=signals)
+            start_up = StartUp(since_process=arguments is None)
+            train(config, try_one_step=options.dry_run, signals=signals, start_up=start_up)
     except Interrupted as interruption:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"gasp_fast.train: {interruption}", file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ from accelerate.utils import load
 
 from gasp_fast.files import read_json, write_atomically
 from gasp_fast.manifest import damage, write_manifest
-from gasp_fast.run_folder import ABOUT, check_intact, checkpoint_folders
+from gasp_fast.run_folder import ABOUT, check_intact, checkpoint_folders, note_unverified
 
 from .distributed import Processes
 
@@ -94,7 +94,7 @@ def _newest_intact(out: Path) -> Path | None:
     folders = checkpoint_folders(out)
     for folder in reversed(folders):
         if (what := damage(folder)) is None:
-            check_intact(folder)
+            note_unverified(folder)
             return folder
         print(f"gasp_fast.train: {folder} is damaged: {what}; looking for an older one", file=sys.stderr, flush=True)
     if folders:

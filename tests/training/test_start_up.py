@@ -19,7 +19,7 @@ def test_the_age_of_a_process_includes_what_ran_before_the_import():
 
 
 def test_the_parts_are_the_whole_and_what_heads_take_is_theirs():
-    start_up, before = StartUp(), process_age()
+    start_up, before = StartUp(since_process=True), process_age()
     start_up.add("imports and model")
     start_up.add("data")
     first = start_up.seconds["imports and model"]
@@ -28,6 +28,12 @@ def test_the_parts_are_the_whole_and_what_heads_take_is_theirs():
     assert list(start_up.seconds) == ["imports and model", "data", "heads"]
     assert start_up.seconds["heads"] == 0.15 and start_up.seconds["imports and model"] >= first + 0.04
     assert before <= sum(start_up.seconds.values()) <= process_age()
+
+
+def test_a_run_within_an_older_process_counts_from_its_own_beginning():
+    start_up = StartUp()
+    start_up.add("imports and model")
+    assert sum(start_up.seconds.values()) < process_age() / 2
 
 
 @pytest.mark.parametrize("progress", [True, False])
