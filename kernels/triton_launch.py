@@ -136,7 +136,7 @@ def launch(
     values = [*arguments, *compiled.constants]
     for at in compiled.tensors:
         values[at] = arguments[at].data_ptr()
-    x, y, z = grid if len(grid) == 3 else (*grid, 1)
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
     if (enter and enter.calls) or (leave and leave.calls):  # a profiler watches launches
         compiled.of_triton[x, y, z](*values)
