@@ -277,11 +277,12 @@ def _patched(trace: Trace, fused: bool) -> Iterator[None]:
         patch(operators, "_without_autocast", lambda embeddings: contextlib.nullcontext())
         patch(engines, "interpreted", lambda: True)  # the Triton backend takes tensors of any device
         patch(scaling, "INTERPRETED", True)
+        # No layer repeats a recording: each launch is traced, and the host's time is an upper bound.
+        changes: dict[str, Any] = {"replays": False} if fused else {"replays": False, "forward": None}
         if fused:
             patch(ChunkedEngine, "streams", lambda *_: True)
-        else:
-            patch(engines, "triton_engine", lambda *args: replace(engine(*args), forward=None))
-            stack.enter_context(mock.patch.dict(engines.ENGINES, triton=engines.triton_engine))
+        patch(engines, "triton_engine", lambda *args: replace(engine(*args), **changes))
+        stack.enter_context(mock.patch.dict(engines.ENGINES, triton=engines.triton_engine))
         patch(Products, "of", staticmethod(_products_of_a_gpu))
         patch(Products, "similarity", lambda self, anchors, tokens, out: self.product(anchors, tokens.mT, out, False))
         yield

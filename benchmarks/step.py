@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,7 @@ def failure_recorded(record: Record, key: str = "failed") -> Iterator[None]:
     except torch.OutOfMemoryError:
         record[key] = "out of memory"
     except Exception as error:
+        traceback.print_exc()
         record[key] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420, help="no group begins later than this (default: 420)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed steps of each case (default: {ROUNDS})")
     parser.add_argument("--essential", action="store_true", help="only the first group of each family")
+    parser.add_argument("--without-trainer", action="store_true", help="leave out the Trainer's steps")
     arguments = parser.parse_args()
     if arguments.shape == "7b" and not torch.cuda.is_available():
         sys.exit("step.py: the 7B shapes need a GPU; --shape tiny runs every path without one")
@@ -267,6 +270,7 @@ def main() -> None:
         for group in groups(arguments.shape):
             if arguments.essential and not group[0].essential:
                 continue
+            group = tuple(case for case in group if not (case.trainer and arguments.without_trainer))
             if time.perf_counter() - began > arguments.seconds:
                 result["out_of_time"] += [case.name for case in group]
                 continue

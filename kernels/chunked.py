@@ -41,6 +41,7 @@ address. Nothing is atomic and nothing depends on timing: two runs give the same
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +62,7 @@ from .chunk import (
 )
 from .index import MatchIndex
 from .products import Products
+from .replay import Recording
 from .row_block import Buffers, Gradients, LayerGroup, Norms, Part, fp16_scale, piece, slices
 
 
@@ -172,6 +174,7 @@ class ChunkedEngine:
     operations: RowOperations
     workspace_bytes: int
     forward: Forward | None = None
+    replays: bool = False  # whether the operations are launched, so that they can be recorded
 
     def terms_and_gradients(
         self,
@@ -237,6 +240,7 @@ class ChunkedEngine:
         norms = Norms.of(problem, self.operations)
         if gradients.scale is not None:
             gradients.scale.copy_(fp16_scale(upstream, problem.temperature, norms.tokens))
+        layered = self._layered(problem, row_pass, norms, gradients)
         for sequence in problem.rows.sequences:
             if sequence.row_count == 0:
                 if gradients.keys is not None:
@@ -245,19 +249,42 @@ class ChunkedEngine:
             sizes = products.sizes(layers, sequence, problem.embeddings.shape[-1], gradients.any)
             blocks = blocks_for(sizes, self.workspace_bytes)
             buffers = Buffers.allocate(blocks, sizes, products, problem.embeddings)
+            recording: Recording | None = None
             for group_layers in slices(0, layers, blocks.layers):
-                group = LayerGroup.of(
-                    problem, group_layers, sequence, products, self.operations, norms, upstream, gradients,
-                    accumulated=blocks.panel == 0,
-                )  # fmt: skip
-                for rows in slices(*sequence.rows, blocks.rows):
-                    self._visit_block(group, rows, row_pass, blocks, buffers, radial)
-                group.finish()
+                if recording is not None and group_layers.stop - group_layers.start == blocks.layers:
+                    recording.repeat(group_layers.start)
+                    continue
+                several = group_layers.start + 2 * blocks.layers <= layers
+                recording = Recording(layered) if several and layered is not None else None
+                with recording or nullcontext():
+                    group = LayerGroup.of(
+                        problem, group_layers, sequence, products, self.operations, norms, upstream, gradients,
+                        accumulated=blocks.panel == 0,
+                    )  # fmt: skip
+                    for rows in slices(*sequence.rows, blocks.rows):
+                        self._visit_block(group, rows, row_pass, blocks, buffers, radial)
+                    group.finish()
                 del group  # its accumulator, before the next one is allocated
         if not gradients.temperature:
             return None
         zero = torch.zeros((), device=problem.embeddings.device)
         return -torch.stack(radial).sum() / problem.temperature if radial else zero
+
+    def _layered(self, problem: Problem, row_pass: RowPass, norms: Norms, gradients: Gradients) -> list[Tensor] | None:
+        """All tensors with a part for each layer; None where one group of layers does not repeat what another did.
+
+        Besides launches and products, that is where torch computes: fp16 is normalised and scaled, the gradient of the
+        temperature is summed, anchors that are no candidates have a gradient of their own, strides are unusual.
+        """
+        own_gradient = gradients.embeddings is not None and problem.keys is not problem.embeddings
+        unusual = problem.embeddings.stride(2) != 1 or problem.embeddings.dtype == torch.float16
+        if not self.replays or not isinstance(row_pass, LossPass) or own_gradient or unusual or gradients.temperature:
+            return None
+        tensors = [problem.embeddings, norms.tokens, *row_pass.terms, *(row_pass.weights or ())]
+        if problem.keys is not problem.embeddings:
+            tensors.append(problem.keys)
+        tensors += [tensor for tensor in (norms.rows, gradients.keys) if tensor is not None]
+        return tensors
 
     def _visit_block(
         self, group: LayerGroup, rows: slice, row_pass: RowPass, blocks: Blocks, buffers: Buffers, radial: list[Tensor]

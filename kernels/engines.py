@@ -98,7 +98,7 @@ def triton_engine(embeddings: Tensor, workspace: int | None = None) -> ChunkedEn
     from . import product_statistics, rows_triton
 
     bytes_ = workspace_bytes(workspace, embeddings.device) * 31 // 32  # the rest is for the statistics of a part
-    return ChunkedEngine(operations=rows_triton, workspace_bytes=bytes_, forward=product_statistics)
+    return ChunkedEngine(operations=rows_triton, workspace_bytes=bytes_, forward=product_statistics, replays=True)
 
 
 # Backend -> its engine for some embeddings [L, N, D] and a workspace in MiB. Another engine can be registered here.

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .blocks import Sizes
 from .index import SequenceSpan
+from .replay import recorded
 
 CONVERTED_BYTES = 4 << 20  # workspace for a block of tokens that is converted to float32
 
@@ -59,6 +60,7 @@ class Products:
             return Products(dtype, converts=False, wide_result=False)
         return Products(torch.float32, converts=True, wide_result=False)
 
+    @recorded
     def similarity(self, anchors: Tensor, tokens: Tensor, out: Tensor) -> None:
         """`out = anchors tokens^T`: [G, R, D], [G, n, D] -> float32 [G, R, n]."""
         if self.converts:
@@ -69,6 +71,7 @@ class Products:
         else:
             self.product(anchors, tokens.mT, out, accumulate=False)
 
+    @recorded
     def row_gradient(self, x: Tensor, tokens: Tensor, out: Tensor, accumulate: bool) -> None:
         """`out (+)= x tokens`: [G, R, n], [G, n, D] -> float32 [G, R, D]."""
         if self.converts:
@@ -78,6 +81,7 @@ class Products:
         else:
             self.product(x, tokens, out, accumulate)
 
+    @recorded
     def token_gradient(self, x: Tensor, anchors: Tensor, out: Tensor, accumulate: bool) -> None:
         """`out (+)= x^T anchors`: [G, R, n], [G, R, D] -> float32 [G, n, D]."""
         self.product(x.mT, anchors, out, accumulate)

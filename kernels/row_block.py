@@ -245,7 +245,7 @@ class RowBlock:
             similarity = shaped(self.buffers.similarity, tokens.shape[0], part.anchors.shape[1], tokens.shape[1])
             chunk = part.chunks[columns.start] = self._new_chunk(part, columns, similarity, row_scale, token_scale)
         chunk.row_scale, chunk.token_scale = row_scale, token_scale
-        group.products.similarity(part.anchors, tokens, out=chunk.similarity)
+        group.products.similarity(part.anchors, tokens, chunk.similarity)
         return chunk
 
     def _new_chunk(
@@ -286,10 +286,10 @@ class RowBlock:
         """The product of `X` and the candidates: the gradient of the rows. Adds that of the columns to `total`."""
         group, tokens = self.group, piece(self.group.tokens, 1, columns)
         assert self.row_gradient is not None
-        group.products.row_gradient(x, tokens, out=self.row_gradient, accumulate=columns.start > 0)
+        group.products.row_gradient(x, tokens, self.row_gradient, columns.start > 0)
         if group.total is not None:
             later = self.rows.start > group.sequence.rows[0]
-            group.products.token_gradient(x, self.anchors, out=piece(group.total, 1, columns), accumulate=later)
+            group.products.token_gradient(x, self.anchors, piece(group.total, 1, columns), later)
 
     def finish(self, radial: list[Tensor]) -> None:
         """Use the gradient of the rows: for the temperature, for anchors that are no candidates, for `total`."""
@@ -327,7 +327,7 @@ class RowBlock:
             out = panel = piece(result, 1, columns)
             if self.buffers.panel is not None:
                 panel = shaped(self.buffers.panel, *out.shape)
-            group.products.token_gradient(piece(x, 2, columns), self.anchors, out=panel, accumulate=False)
+            group.products.token_gradient(piece(x, 2, columns), self.anchors, panel, False)
             added = group.added
             if added is not None:
                 added = AddedRows(added.rows, piece(added.of_token, 0, columns))

@@ -19,11 +19,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
+
+from . import replay
 
 try:
     import triton
@@ -67,8 +69,18 @@ class Compiled:
     function: Any
     metadata: Any
     current_stream: Any  # of a device
+    device: int
     tensors: tuple[int, ...]  # their positions among the arguments
     constants: tuple[Any, ...]  # in the order of the signature
+
+    def start(self, x: int, y: int, z: int, values: list[Any]) -> None:
+        """Start it with the values of all its arguments; those of tensors are addresses."""
+        enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+        if (enter and enter.calls) or (leave and leave.calls):  # a profiler watches launches
+            self.of_triton[x, y, z](*values)
+            return
+        # As Triton starts a kernel, but for what it prepares for profilers.
+        self.run(x, y, z, self.current_stream(self.device), self.function, self.metadata, None, None, None, *values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +139,11 @@ def launch(
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tile, *arguments, form=form, **constants)
+    recording = replay.current()
     if not kernel.direct or INTERPRETED or AUTOTUNED:
-        return _launch_by_triton(kernel, grid, tile, arguments, constants)
+        if recording is not None:
+            recording.add_call(_launch_by_triton, kernel, grid, tile, constants, *arguments)
+        return _launch_by_triton(kernel, grid, tile, constants, *arguments)
     key = (device, tile, form or form_of(arguments), *constants.values())
     compiled = kernel.compiled.get(key)
     if compiled is None:
@@ -137,13 +152,10 @@ def launch(
     for at in compiled.tensors:
         values[at] = arguments[at].data_ptr()
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
-    if (enter and enter.calls) or (leave and leave.calls):  # a profiler watches launches
-        compiled.of_triton[x, y, z](*values)
-        return
-    # As Triton starts a kernel, but for what it prepares for profilers.
-    stream = compiled.current_stream(device)
-    compiled.run(x, y, z, stream, compiled.function, compiled.metadata, None, None, None, *values)
+    if recording is not None:
+        tensors = {at: arguments[at] for at in compiled.tensors}
+        recording.add_start(partial(compiled.start, x, y, z), values, tensors)
+    compiled.start(x, y, z, values)
 
 
 def form_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -152,7 +164,7 @@ def form_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _launch_by_triton(
-    kernel: Kernel, grid: tuple[int, ...], tile: Tile, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Kernel, grid: tuple[int, ...], tile: Tile, constants: dict[str, Any], *arguments: Any
 ) -> None:
     constants = constants | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
     if AUTOTUNED:
@@ -171,8 +183,8 @@ def _compile(
     tensors = tuple(at for at, value in enumerate(arguments) if isinstance(value, torch.Tensor))
     last = tuple(constants[name] for name in kernel.function.arg_names[len(arguments) :])
     run = compiled.run  # loads the kernel
-    stream = triton.runtime.driver.active.get_current_stream
-    return Compiled(compiled, run, compiled.function, compiled.packed_metadata, stream, tensors, last)
+    stream, device = triton.runtime.driver.active.get_current_stream, arguments[0].get_device()
+    return Compiled(compiled, run, compiled.function, compiled.packed_metadata, stream, device, tensors, last)
 
 
 @cache

@@ -168,3 +168,17 @@ def scale(
         mask = (column < count // ALIGN * ALIGN)[None, :]
         at = in_rows(values, group * count, column, ALIGN)
         tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) * by).to(values.dtype.element_ty), mask=mask)
+
+
+@kernel("out", direct=True)
+def place_rows(
+    rows, rows_n: tl.int64, factor, index, out, out_n: tl.int64, count, width,
+    ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_COLUMNS` numbers of `BLOCK_ROWS` rows, times `factor`, into the rows `index` of `out`."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    to = tl.load(index + row, mask=row < count, other=0)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < count)[:, None] & (column < width // ALIGN * ALIGN)[None, :]
+    x = load_rows(rows, row.to(tl.int64)[:, None] * rows_n, column, 1, mask, True, ALIGN) * tl.load(factor)
+    tl.store(in_rows(out, to[:, None] * out_n, column, ALIGN), x.to(out.dtype.element_ty), mask=mask)

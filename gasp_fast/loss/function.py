@@ -178,7 +178,7 @@ def _metrics(matches: Matches, best: Tensor, confidence: Tensor) -> LayerMetrics
     share = MatchShares.of(matches.index, "mean", torch.float32).corr  # [M], or [1]
     hit = best == matches.target  # [L, M]
     pck = None
-    if matches.token_xy is not None:
-        offset = matches.token_xy[best.clamp(min=0)] - matches.token_xy[matches.target]  # [L, M, 2]
+    if matches.token_xy is not None and matches.target_xy is not None:
+        offset = matches.token_xy[best.clamp(min=0)] - matches.target_xy  # [L, M, 2]
         pck = ((offset.long().square().sum(-1) <= PCK_RADIUS**2) * share).sum(1)
     return LayerMetrics((hit * share).sum(1), pck, (confidence.float() * share).sum(1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -61,6 +61,11 @@ class Matches:
             weight=self.weight,
         )
         object.__setattr__(self, "index", index)
+
+    @cached_property
+    def target_xy(self) -> Tensor | None:
+        """`token_xy` of each match's target, int [M, 2]; looked up once, not for every layer."""
+        return None if self.token_xy is None else self.token_xy[self.target]
 
     @property
     def tokens(self) -> int:

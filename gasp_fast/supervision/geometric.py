@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gasp_fast.kernels.scaling import place_scaled
 from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
@@ -35,9 +36,9 @@ from .heads import CorrespondenceHead, CorrespondenceHeads
 from .layer_capture import LayerCapture
 
 # Hidden rows and embeddings of the layers that share a call of the loss; heads and loss need two to three times as much
-# beside them. 7 layers of 16 frames of 144 tokens (2,304 x 4,096 in bf16: 38 MB), 1 layer of 24 frames of 576 tokens.
-# The loss's own memory on a large GPU holds 8 of the former at once, so that more would not make its products larger.
-GROUP_BYTES = 256 << 20
+# beside them. 10 layers of 16 frames of 144 tokens (2,304 x 4,096 in bf16: 38 MB), 2 of four such sequences at once,
+# 1 layer of 24 frames of 576 tokens. A call costs the host of an H200 about a millisecond beside its products.
+GROUP_BYTES = 360 << 20
 
 
 class GeometricSupervision(nn.Module):
@@ -214,17 +215,19 @@ class _GroupLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         positions, *gradients = ctx.saved_tensors
-        saved = iter(gradients)
-        scaled = (next(saved) * upstream if needed else None for needed in ctx.needs_input_grad[5:])
-        of_temperature = next(scaled)
-        of_states = [_scattered(next(scaled), positions, *state) for state in ctx.states]
-        return *[None] * 5, of_temperature, *of_states, *scaled
+        saved, states = iter(gradients), len(ctx.states)
+        found = [next(saved) if needed else None for needed in ctx.needs_input_grad[5:]]
+        of_temperature = None if found[0] is None else found[0] * upstream
+        of_states = [
+            None if rows is None else _scattered(rows, upstream, positions, *state)
+            for rows, state in zip(found[1 : 1 + states], ctx.states, strict=True)
+        ]
+        of_weights = [None if weight is None else weight * upstream for weight in found[1 + states :]]
+        return *[None] * 5, of_temperature, *of_states, *of_weights
 
 
-def _scattered(rows: Tensor | None, positions: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    """Rows [N, hidden] at their positions in a tensor [B, S, hidden] of zeros."""
-    if rows is None:
-        return None
+def _scattered(rows: Tensor, upstream: Tensor, positions: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Rows [N, hidden], times the upstream gradient, at their positions in a tensor [B, S, hidden] of zeros."""
     state = rows.new_zeros(shape, dtype=dtype)
-    state.flatten(0, 1).index_copy_(0, positions, rows.to(dtype))
+    place_scaled(rows, upstream.float(), positions, state.flatten(0, 1))
     return state

@@ -10,6 +10,7 @@ allocations depends on neither size here.
 | ---------- | --------------------------------------------------------------------------------------------- |
 | `layer_us` | a call with one layer of 16 frames, whose rows are one block in one part                      |
 | `part_us`  | each part of a call with 28 layers of bf16, whose rows are one block in four parts            |
+| `later_us` | the same, where later layers repeat the recording of the first                                |
 | `call_us`  | `gasp_loss` with one layer, forward and backward                                              |
 
 `ratio` and `part_ratio` are the first two, divided by the time of one product of 1 x 1 matrices. Prints a JSON object;
@@ -36,6 +37,7 @@ from gasp_fast.kernels.blocks import Blocks, Sizes, blocks_for
 from gasp_fast.kernels.chunk import MatchTerms, Problem, TermDefinition, TermWeights
 from gasp_fast.kernels.chunked import ChunkedEngine, Gradients
 from gasp_fast.kernels.products import Products
+from gasp_fast.kernels.replay import recorded
 
 ROWS, FRAMES, PER_FRAME, WIDTH, MATCHES = 144, 16, 16, 16, 1250
 LAYERS, PARTS = 28, 4  # of the second figure
@@ -94,14 +96,14 @@ def some_matches() -> gasp_fast.Matches:
     )
 
 
-def engine_call(matches: gasp_fast.Matches, embeddings: Tensor) -> Callable[[], object]:
+def engine_call(matches: gasp_fast.Matches, embeddings: Tensor, replays: bool = False) -> Callable[[], object]:
     """Both terms and the gradients of all layers."""
     index, layers = matches.index, len(embeddings)
     problem = Problem(embeddings, embeddings, index.rows, torch.tensor(0.07), index.values, index.known, True)
     weights = TermWeights(*(torch.full((layers, 1), 1e-4).expand(layers, MATCHES) for _ in range(2)))
     terms = MatchTerms.empty(layers, MATCHES, embeddings.device)
     gradient = torch.empty_like(embeddings)
-    engine = ChunkedEngine(operations=rows_triton, workspace_bytes=1 << 30)
+    engine = ChunkedEngine(operations=rows_triton, workspace_bytes=1 << 30, replays=replays)
     definition, gradients = TermDefinition("sequence", "negatives", 1e-6), Gradients(gradient, gradient, False)
     return lambda: engine.terms_and_gradients(problem, index, weights, terms, definition, gradients)
 
@@ -134,15 +136,17 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     driver.set_active(NoDriver())  # type: ignore[arg-type]
     compiler.CompiledKernel._init_handles = load_nothing
-    Products.product = Products.similarity = Products.row_gradient = Products.token_gradient = small_product  # type: ignore
+    Products.product = small_product  # type: ignore
+    Products.similarity = Products.row_gradient = Products.token_gradient = recorded(small_product)  # type: ignore
     Products.of = staticmethod(products_of_a_gpu)  # type: ignore[method-assign]
     chunked.blocks_for = blocks_in_parts
     engines.interpreted, scaling.INTERPRETED = lambda: True, True  # tensors of the CPU count as those of a GPU
     matches, embeddings = some_matches(), torch.randn(LAYERS, FRAMES * PER_FRAME, WIDTH)
     one_layer = engine_call(matches, embeddings[:1].clone())
     layers = engine_call(matches, embeddings.bfloat16())
+    repeated = engine_call(matches, embeddings.bfloat16(), replays=True)
     loss = whole_call(matches, embeddings[0])
-    for call in (one_layer, layers, loss):
+    for call in (one_layer, layers, repeated, loss):
         call()
     started = 0
     one_layer()
@@ -150,9 +154,11 @@ if __name__ == "__main__":
     product = least_us(lambda: torch.mm(SMALL, SMALL), 1000)
     layer = least_us(one_layer, 20)
     part = least_us(layers, 1) / (LAYERS * PARTS)
+    later = (least_us(repeated, 1) - least_us(layers, 1) / LAYERS) / ((LAYERS - 1) * PARTS)
     report = {
-        "layer_us": layer, "part_us": part, "call_us": least_us(loss, 10), "product_us": product,
-        "ratio": layer / product, "part_ratio": part / product, "launches": launches,
+        "layer_us": layer, "part_us": part, "later_us": later, "call_us": least_us(loss, 10), "product_us": product,
+        "ratio": layer / product, "part_ratio": part / product,
+        "later_ratio": later / product, "launches": launches,
     }  # fmt: skip
     print(json.dumps({name: round(value, 2) for name, value in report.items()}))
     if len(sys.argv) > 1:

@@ -121,7 +121,7 @@ def test_as_many_layers_share_a_call_of_the_loss_as_fit_the_budget(calls, group_
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "layers", "sizes"), [(16 * 144, 4096, 9, [5, 4]), (24 * 576, 3584, 2, [1, 1])]
+    ("tokens", "width", "layers", "sizes"), [(16 * 144, 4096, 19, [10, 9]), (24 * 576, 3584, 2, [1, 1])]
 )
 def test_short_sequences_share_calls_by_default_and_long_ones_do_not(calls, tokens, width, layers, sizes):
     _, _, positions, matches = synthetic_problem(1, tokens=tokens, hidden=1)

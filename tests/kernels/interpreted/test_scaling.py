@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gasp_fast.kernels.scaling import scale_in_place
+from gasp_fast.kernels.scaling import place_scaled, scale_in_place
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -28,3 +28,19 @@ def test_values_are_left_alone_where_the_factor_is_one(device):
     before = values.clone()
     scale_in_place(values, torch.ones(1, device=device))
     assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "width"), [(1, 1), (5, 24), (7, 1030), (0, 8)])
+def test_rows_are_scaled_on_their_way(device, dtype, count, width):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, 2 * width, generator=generator).to(device, dtype)[:, :width]
+    index = torch.randperm(12, generator=generator)[:count].to(device)
+    factor = torch.tensor(-1.7, device=device)
+    out, expected = (torch.full((12, width), 3.0, dtype=dtype, device=device) for _ in range(2))
+    expected[index] = (rows.float() * factor).to(dtype)
+    place_scaled(rows, factor, index, out)
+    if dtype == torch.bfloat16 and device == "cpu":  # as above
+        assert torch.allclose(out.float(), expected.float(), rtol=2**-7)
+    else:
+        assert torch.equal(out, expected)

@@ -1,0 +1,152 @@
+"""Layers that repeat the recording of the first ones give the bits that they give by themselves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.problems import random_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gasp_fast
+from gasp_fast.kernels import chunked, rows_triton
+from gasp_fast.kernels.blocks import Blocks, blocks_for
+from gasp_fast.kernels.chunked import ChunkedEngine
+from gasp_fast.kernels.engines import ENGINES
+from gasp_fast.kernels.products import Products
+from gasp_fast.kernels.replay import Recording, current
+
+SEQUENCES = [[5, 1, 3], [4, 3]]
+LAYERS = 3
+# Bytes: columns are cut; rows are cut, and gradients accumulate; one block with panels.
+WORKSPACES = [300, 700, 1 << 20]
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first layer of each repetition."""
+    seen: list[int] = []
+    repeat = Recording.repeat
+
+    def spy(self: Recording, first: int) -> None:
+        seen.append(first)
+        repeat(self, first)
+
+    monkeypatch.setattr(Recording, "repeat", spy)
+    return seen
+
+
+def use_engine(patch: pytest.MonkeyPatch, workspace: int, replays: bool, layers: int = 1) -> None:
+    def blocks_of_layers(sizes, workspace_bytes: int) -> Blocks:
+        return replace(blocks_for(sizes, workspace_bytes), layers=layers)
+
+    patch.setattr(chunked, "blocks_for", blocks_of_layers)
+    engine = ChunkedEngine(operations=rows_triton, workspace_bytes=workspace, replays=replays)
+    patch.setitem(ENGINES, "triton", lambda embeddings, mib: engine)
+
+
+def results(problem, dtype, device, backward=True, temperature=False, **options):
+    embeddings = problem.embeddings.to(device, dtype).requires_grad_(backward)
+    keys = None if problem.keys is None else problem.keys.to(device, dtype).requires_grad_(backward)
+    tau = torch.tensor(problem.temperature, device=device, requires_grad=temperature)
+    with torch.set_grad_enabled(backward):
+        out = gasp_fast.gasp_loss(
+            embeddings, problem.matches.to(device), keys=keys, temperature=tau, backend="triton",
+            negatives=problem.negatives, other_targets=problem.other_targets, **options,
+        )  # fmt: skip
+    if backward:
+        out.loss.backward(torch.ones_like(out.loss))
+    grads = [t.grad for t in (embeddings, keys, tau) if t is not None and t.grad is not None]
+    return [out.loss.detach(), out.corr_per_layer, out.depth_per_layer, *grads]
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+@pytest.mark.parametrize(
+    ("dtype", "problem_options", "loss_options"),
+    [
+        (torch.float32, {}, {"layer_weights": torch.arange(1.0, LAYERS + 1), "reduction": "sum"}),
+        (torch.bfloat16, {"other_targets": "ignored", "negatives": "frame", "weighted": True}, {}),
+    ],
+)
+def test_repeated_layers_have_the_same_bits(
+    monkeypatch, repeated, poisoned_memory, device, workspace, dtype, problem_options, loss_options
+):
+    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=LAYERS, **problem_options)
+    found = []
+    for replays in (False, True):
+        use_engine(monkeypatch, workspace, replays)
+        found.append(results(problem, dtype, device, **loss_options))
+    assert repeated == [1, 2] * len(SEQUENCES)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_groups_of_layers_and_a_rest(monkeypatch, repeated, device):
+    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=5)
+    found = []
+    for replays in (False, True):
+        use_engine(monkeypatch, 1 << 20, replays, layers=2)
+        found.append(results(problem, torch.float32, device))
+    assert repeated == [2] * len(SEQUENCES)  # layers 0 and 1 are recorded, 2 and 3 repeat them, 4 is alone
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_a_forward_pass_repeats_too(monkeypatch, repeated, device, workspace):
+    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=LAYERS, keys=True)
+    found = []
+    for replays in (False, True):
+        use_engine(monkeypatch, workspace, replays)
+        found.append(results(problem, torch.float32, device, backward=False))
+    assert len(repeated) == (LAYERS - 1) * len(SEQUENCES)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "temperature"),
+    [(torch.float16, False, False), (torch.float32, True, False), (torch.float32, False, True)],
+)
+def test_layers_that_compute_otherwise_are_not_repeated(monkeypatch, repeated, device, dtype, keys, temperature):
+    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=LAYERS, keys=keys)
+    found = []
+    for replays in (False, True):
+        use_engine(monkeypatch, 1500, replays)
+        found.append(results(problem, dtype, device, temperature=temperature))
+    assert repeated == []
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("keys", [True, False])
+def test_a_recorded_group_computes_nothing_else(monkeypatch, device, workspace, backward, keys):
+    """Launches and products do nothing here, so every operation of torch but a view would be missed by a recording."""
+    computed: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if current() is not None and not function.is_view:
+                computed.add(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=LAYERS, keys=keys)
+    use_engine(monkeypatch, workspace, replays=True)
+    monkeypatch.setattr(rows_triton, "launch", lambda *arguments, **options: None)
+    for name in ("similarity", "row_gradient", "token_gradient"):
+        monkeypatch.setattr(Products, name, lambda *arguments: None)
+    with Watch():
+        results(problem, torch.bfloat16, device, backward=backward)
+    allowed = {"empty.memory_format", "empty_like.default", "new_empty.default"}  # memory
+    allowed |= {"clamp.default", "sub.Tensor"}  # offsets of columns and rows, equal for all layers
+    assert computed <= allowed
+
+
+def test_layers_in_each_others_memory_are_refused():
+    memory = torch.zeros(100)
+    recording = Recording([memory.as_strided((3, 10), (30, 1)), memory.as_strided((3, 10), (20, 1))])
+    with pytest.raises(ValueError, match="copy one of them"):
+        recording.bytes_a_layer(memory[5:])
+
+
+def test_a_failed_group_ends_the_recording():
+    with pytest.raises(RuntimeError), Recording([torch.zeros(2, 3)]):
+        raise RuntimeError
+    assert current() is None
