@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420, help="no group begins later than this (default: 420)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed steps of each case (default: {ROUNDS})")
     parser.add_argument("--essential", action="store_true", help="only the first group of each family")
+    parser.add_argument("--family", choices=list(SHAPES["7b"].models), help="only the cases of this model")
     parser.add_argument("--without-trainer", action="store_true", help="leave out the Trainer's steps")
     arguments = parser.parse_args()
     if arguments.shape == "7b" and not torch.cuda.is_available():
@@ -268,7 +269,7 @@ def main() -> None:
         data = CaseData(SHAPES[arguments.shape], Path(folder))
         print(f"{result['machine']}: scenes and models after {time.perf_counter() - began:.0f} s", flush=True)
         for group in groups(arguments.shape):
-            if arguments.essential and not group[0].essential:
+            if (arguments.essential and not group[0].essential) or arguments.family not in (None, group[0].family):
                 continue
             group = tuple(case for case in group if not (case.trainer and arguments.without_trainer))
             if time.perf_counter() - began > arguments.seconds:

@@ -39,6 +39,7 @@ ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "flash_att
 STOCK = ("torch", "transformers", "peft", "")  # packages of the usual modules
 OPTIMISER = ("Optimizer.step", "aten::_foreach_")  # the second: clipping
 NODE = "autograd::engine::evaluate_function"
+OVERHEAD = {"Command Buffer Full", "Activity Buffer Request"}  # the profiler lists kernels of operations there again
 NodeKey = tuple[int | None, int]  # thread, and autograd's number there
 
 
@@ -141,7 +142,8 @@ def seconds_by_part(measured: profile) -> tuple[dict[str, float], list[str]]:
 
 def events_by_part(measured: profile) -> Iterator[tuple[str, Any]]:
     """Each operation with its part."""
-    events = [event for event in measured.events() or [] if event.device_type == DeviceType.CPU]
+    every = [event for event in measured.events() or [] if event.device_type == DeviceType.CPU]
+    events = [event for event in every if event.name not in OVERHEAD]
     forward = _forward_operations(events)
     for event in events:
         part = _part_of(event, forward)
