@@ -48,7 +48,8 @@ BYTES_PER_UNIT = 300
 # Time without work of the device before the kernels of a part (one product, four row kernels), of a block (anchors and
 # the gradient of the rows) and of a panel (the gradient of the tokens, added or projected).
 PART_UNITS, BLOCK_UNITS, PANEL_UNITS = 1500, 900, 600
-# Time of the host to start them: about 220, 150 and 90 microseconds on the machine of an H100.
+# Time of the host to start them: about 220, 150 and 90 microseconds on the machine of an H100. That of an H200 took two
+# thirds of it, and a third of that for layers that repeat a recording; slower hosts than both are common.
 HOST_PART_UNITS, HOST_BLOCK_UNITS, HOST_PANEL_UNITS = 20000, 14000, 8000
 # How long both row kernels of a part wait for memory at a time; so many warps of a multiprocessor wait together.
 WAIT_UNITS, WARPS_AT_ONCE = 100, 24

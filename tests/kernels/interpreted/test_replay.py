@@ -48,6 +48,7 @@ def results(problem, dtype, device, backward=True, temperature=False, **options)
     embeddings = problem.embeddings.to(device, dtype).requires_grad_(backward)
     keys = None if problem.keys is None else problem.keys.to(device, dtype).requires_grad_(backward)
     tau = torch.tensor(problem.temperature, device=device, requires_grad=temperature)
+    options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
     with torch.set_grad_enabled(backward):
         out = gasp_fast.gasp_loss(
             embeddings, problem.matches.to(device), keys=keys, temperature=tau, backend="triton",
