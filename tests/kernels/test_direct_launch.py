@@ -20,7 +20,7 @@ def test_a_grid_of_any_rank_and_addresses_in_the_place_of_tensors(
     grid: tuple[int, ...], started: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[Any, ...]] = []
-    ready = Compiled(None, lambda *values: calls.append(values), FUNCTION, METADATA, lambda _: STREAM, (0, 2), (16, 32))
+    ready = Compiled(None, lambda *v: calls.append(v), FUNCTION, METADATA, lambda _: STREAM, 0, (0, 2), (16, 32))
     monkeypatch.setattr(triton_launch, "_compile", lambda *_: ready)
     first, last = torch.zeros(3), torch.zeros(2)
     kernel = Kernel(None, (), direct=True)
