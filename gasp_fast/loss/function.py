@@ -24,12 +24,13 @@ from .arguments import (
     checked_layer_weights,
     checked_temperature,
     layer_stack,
+    traced,
 )
 from .autograd import FusedLoss, UnreducedTerms, refuse_transforms
 from .config import LossConfig
 from .dense import dense_terms
 from .matches import Matches
-from .reduction import MatchShares, layer_losses
+from .reduction import MatchShares, MeansOfMatches, layer_losses
 
 PCK_RADIUS = 2  # patches, on the token grid (paper, Sec. 5)
 
@@ -122,14 +123,18 @@ def gasp_loss(
                 config, (corr, depth), matches.index, bool(key_layers), tau, *tensors
             )
 
-    metrics = _metrics(matches, best, confidence) if return_metrics else None
-    shares = MatchShares.of(matches.index, reduction, corr.dtype)
+    metrics: LayerMetrics | None
+    if config.backend == "triton" and reduction != "sum" and not traced():
+        corr_layers, depth_layers, metrics = _means_in_one_pass(matches, corr, depth, best, confidence)
+    else:
+        metrics = _metrics(matches, best, confidence) if return_metrics else None
+        shares = MatchShares.of(matches.index, reduction, corr.dtype)
+        corr_layers, depth_layers = layer_losses(corr, depth, shares)  # [L]
+    metrics = metrics if return_metrics else None
     layer_weights = layer_weights.to(corr.dtype)
     if reduction == "none":
         loss = layer_weights[:, None] * (config.corr_weight * corr + config.depth_weight * depth)
-        per_layer = layer_losses(corr.detach(), depth.detach(), shares)
-        return GaspOutput(loss, corr, depth, *per_layer, metrics, config.backend)
-    corr_layers, depth_layers = layer_losses(corr, depth, shares)  # [L]
+        return GaspOutput(loss, corr, depth, corr_layers.detach(), depth_layers.detach(), metrics, config.backend)
     if loss is None or layer_weights.requires_grad:
         layer_loss = config.corr_weight * corr_layers + config.depth_weight * depth_layers
         if loss is None:
@@ -172,6 +177,21 @@ def _check_arguments(
 
 def _detached(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
+
+
+def _means_in_one_pass(
+    matches: Matches, corr: Tensor, depth: Tensor, best: Tensor, confidence: Tensor
+) -> tuple[Tensor, Tensor, LayerMetrics]:
+    """The mean terms [L] of each layer, and its metrics."""
+    places = None
+    if matches.token_xy is not None and matches.target_xy is not None:
+        places = matches.token_xy.contiguous(), matches.target_xy
+    means = MeansOfMatches.apply(
+        corr, depth, best, confidence, matches.index, matches.target, places, PCK_RADIUS
+    )  # [L, 5]
+    corr_layers, depth_layers, accuracy, pck, confidences = means.unbind(1)
+    metrics = LayerMetrics(accuracy.detach(), None if places is None else pck.detach(), confidences.detach())
+    return corr_layers, depth_layers, metrics
 
 
 def _metrics(matches: Matches, best: Tensor, confidence: Tensor) -> LayerMetrics:

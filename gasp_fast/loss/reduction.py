@@ -9,13 +9,14 @@ term) or sum (its `weight`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gasp_fast.kernels.chunk import TermWeights
+from gasp_fast.kernels.chunk import MatchTerms, TermWeights
 from gasp_fast.kernels.index import MatchIndex
+from gasp_fast.kernels.match_means import match_means
 
 
 class MatchShares(NamedTuple):
@@ -50,3 +51,30 @@ def term_weights(
 def layer_losses(corr: Tensor, depth: Tensor, shares: MatchShares) -> tuple[Tensor, Tensor]:
     """The mean or sum of each term [L, M] over matches: [L] each."""
     return (corr * shares.corr).sum(1), (depth * shares.depth).sum(1)
+
+
+class MeansOfMatches(torch.autograd.Function):
+    """`match_means` of the four tensors of `MatchTerms`; the means of corr and depth are differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        corr: Tensor,
+        depth: Tensor,
+        best: Tensor,
+        confidence: Tensor,
+        index: MatchIndex,
+        target: Tensor,
+        places: tuple[Tensor, Tensor] | None,  # of tokens, and of the matches' targets
+        radius: int,
+    ) -> Tensor:
+        ctx.index, ctx.shape = index, corr.shape
+        terms = MatchTerms(*(term.contiguous() for term in (corr, depth, best, confidence)))
+        xy, target_xy = (None, None) if places is None else places
+        return match_means(terms, target, (index.corr_share, index.depth_share), xy, target_xy, radius)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        shares = MatchShares.of(ctx.index, "mean", upstream.dtype)
+        of_terms = ((upstream[:, n, None] * share).expand(ctx.shape) for n, share in enumerate(shares))
+        return *of_terms, *[None] * 6

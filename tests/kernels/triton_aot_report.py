@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gasp_fast.benchmarking.ahead_of_time import WARP, HopperCode, compile_for_hopper
-from gasp_fast.kernels import rows_triton
+from gasp_fast.kernels import match_means, rows_triton, scaling
 from gasp_fast.kernels.chunk import AddedRows, ChunkMatches, MatchTerms, RowChunk, TermDefinition, TermWeights
 from gasp_fast.kernels.index import MatchIndex
 from gasp_fast.kernels.triton_launch import Kernel, Tile
@@ -22,7 +22,7 @@ from gasp_fast.kernels.triton_launch import Kernel, Tile
 
 def compile_instead(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
     assert kernel.direct  # no address or number is compiled in
-    constants.pop("form")
+    constants.pop("form", None)
     compiled = compile_for_hopper(kernel, tile, arguments, constants)
     report = {
         "kernel": kernel.function.__name__, "align": constants.get("ALIGN"), "registers": compiled.registers,
@@ -34,7 +34,7 @@ def compile_instead(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *argument
 
 def bounded_loop(compiled: HopperCode, elements: int) -> float | None:
     """Instructions for each element of the loop that takes exactly one exponential for it, if there is one."""
-    for end, text in compiled.code:
+    for end, text in compiled.code if elements else []:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target is None or int(target[1], 16) > end:
             continue
@@ -91,9 +91,15 @@ def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
     added = AddedRows(torch.zeros(1, rows, width), index.rows.token_row)
     for factor, sums in ((None, None), (None, added), (torch.ones(1), added)):
         rows_triton.project_gradient(gradient, embeddings, scale, torch.empty_like(embeddings), False, factor, sums)
+    shares, places = (index.corr_share, index.depth_share), torch.zeros(tokens, 2, dtype=torch.int64)
+    for xy in (None, places):
+        match_means.match_means(terms, index.target, shares, xy, xy, 2)
+    scaling.place_scaled(embeddings[0, :rows], torch.tensor(2.0), own, torch.zeros_like(embeddings[0]))
 
 
 if __name__ == "__main__":
-    rows_triton.launch = compile_instead  # type: ignore[assignment]
+    for module in (rows_triton, match_means, scaling):
+        module.launch = compile_instead  # type: ignore[attr-defined]
+    scaling.INTERPRETED = True  # tensors of the CPU count as those of a GPU
     name, width, per_frame = sys.argv[1].split(",")
     every_launch(getattr(torch, name), int(width), int(per_frame))
