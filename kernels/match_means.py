@@ -16,7 +16,7 @@ from .chunk import MatchTerms
 from .triton_launch import Tile, cdiv, kernel, launch, power_of_two, tl
 
 MEANS = 5  # corr, depth, accuracy, PCK, confidence
-PIECE = Tile(rows=1, columns=2048, warps=4)
+PIECE = Tile(rows=1, columns=1024, warps=4)
 
 
 @kernel("partial", direct=True)

@@ -34,7 +34,7 @@ def compile_instead(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *argument
 
 def bounded_loop(compiled: HopperCode, elements: int) -> float | None:
     """Instructions for each element of the loop that takes exactly one exponential for it, if there is one."""
-    for end, text in compiled.code if elements else []:
+    for end, text in compiled.code if elements else ():
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target is None or int(target[1], 16) > end:
             continue
