@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,27 @@ def parse_json(text: str | bytes, name: str) -> Any:
         raise ValueError(f"{name}: not JSON: {error}") from error
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none if there is no file. A killed process leaves half a line: left out."""
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise OSError(f"{path}: not a regular file")
+    objects = []
+    for line in path.read_bytes().splitlines():
+        try:
+            value = parse_json(line, str(path))
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            objects.append(value)
+    return objects
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`. It replaces `path` after the block; if the block raises, it is deleted."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         yield partial
         with open(partial, "rb+") as file:
@@ -59,6 +76,29 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write `content`; afterwards `path` holds either what it held before or all of `content`."""
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+def create_atomically(path: Path, content: bytes) -> None:
+    """Write `content`, unless `path` exists. Of several processes that call this at the same time, one writes."""
+    partial = _partial(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A temporary name beside `path`. The process number is not enough: containers number their processes alike."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
 
 
 @contextmanager
@@ -80,3 +120,12 @@ def sweep_partials(path: Path) -> None:
     """Delete the temporary files that killed processes left of `path`. Call it before writing `path`."""
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         partial.unlink(missing_ok=True)
+
+
+def share_as(like: Path) -> None:
+    """Give all files beside `like` and below its permissions. safetensors makes its own unreadable for others."""
+    mode = stat.S_IMODE(like.stat().st_mode)
+    for path in like.parent.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):  # some file systems have no permissions
+                path.chmod(mode)

@@ -1,34 +1,45 @@
 """Compute depth for scenes that have none.
 
 Reads scenes with COLMAP's stereo maps, or with sparse points to which the depth of a monocular model is fitted. Writes
-computed_depth/ into each scene. Scenes with depth of their own stay unchanged. Exit code 0 if every scene has at least
-one usable frame, otherwise 1.
+computed_depth/ into each scene. Scenes with depth of their own stay unchanged, and so do those whose depth was computed
+for the frames and poses that they have now: a stopped run continues with the scene in hand. With --shard the scenes are
+divided over the jobs of an array. Exit code 0 if every scene has at least one usable frame, otherwise 1.
 
 examples:
   gasp-fast depth scenes                                    # from COLMAP's stereo maps
   gasp-fast depth scenes --model DepthAnythingV2 --device cuda
+  gasp-fast depth scenes --model DepthAnythingV2 --device cuda --shard 0/8
+  gasp-fast depth scenes --check                            # whether every scene has depth, of one model
   gasp-fast depth scenes/one --source mvs --force
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
+from rich.filesize import decimal
 from rich.text import Text
 
+from gasp_fast.data.annotations.parts import in_part, parse_part
 from gasp_fast.data.depth.compute import Predictor, depth_from_mvs, depth_from_predictor, has_mvs
+from gasp_fast.data.depth.survey import DepthState, depth_state
 from gasp_fast.data.inspection.consistency import check_scene
-from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, DepthIndex, read_index
-from gasp_fast.data.scenes.library import find_scenes
+from gasp_fast.data.scenes.computed_depth import DepthIndex
+from gasp_fast.data.scenes.library import FEWEST_FOR_PROCESSES, find_scenes
 from gasp_fast.data.scenes.open import open_scene
-from gasp_fast.data.scenes.scene import Scene, without_depth
+from gasp_fast.data.scenes.scene import without_depth
+from gasp_fast.processes import in_processes, usable_cores
 
-HELP = "compute depth for scenes that have none"
+from .tracks import Steps, duration, progress
+
+HELP = "compute depth for scenes that have none; resumable, in array jobs"
+SHOWN_MISSING = 10  # scenes without depth that --check names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,94 +52,197 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="local folder of a transformers depth model")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="device of the model: cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="the scenes of job I of N, counted from 0; $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT in an array (0/1)",
+    )
     parser.add_argument("--force", action="store_true", help="compute it again where it exists")
+    parser.add_argument(
+        "--check", action="store_true", help="compute nothing; say which scenes have no depth, and whose depth it is"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console = Console()
-    roots = [arguments.dir / name for name in find_scenes(arguments.dir)]
-    model: Predictor | None = None
-    complete = True
-    for root in roots:
+    part = parse_part(arguments.shard)
+    names = in_part(find_scenes(arguments.dir), part)
+    if not names:
+        print(f"{arguments.dir}: fewer scenes than jobs, none for --shard {arguments.shard}")
+        return 0
+    work = DepthRun(arguments, names)
+    return work.check() if arguments.check else work.compute()
+
+
+class DepthRun:
+    """The scenes that this command works on, what is known of each, and what failed."""
+
+    def __init__(self, arguments: argparse.Namespace, names: list[str]) -> None:
+        self.arguments = arguments
+        self.console = Console()
+        self.roots = [arguments.dir / name for name in names]
+        self.failed: set[Path] = set()
+        self.model: Predictor | None = None
+        workers = usable_cores() if len(self.roots) >= FEWEST_FOR_PROCESSES else 1
+        found = dict(progress(in_processes(_look, self.roots, workers), len(self.roots), "reading scenes"))
+        self.states: dict[Path, DepthState] = {}
+        for root in self.roots:
+            state = found[root]
+            if isinstance(state, DepthState):
+                self.states[root] = state
+            else:
+                self._fail(root, state)
+
+    def check(self) -> int:
+        """Prints which scenes have depth, and returns the exit code."""
+        missing = [root for root, state in self.states.items() if not state.done]
+        for root in missing[:SHOWN_MISSING]:
+            self._line(f"{root}: {self.states[root]}")
+        empty = [root for root, state in self.states.items() if state.done and not _has_depth(state)]
+        for root in empty[:SHOWN_MISSING]:
+            self._line(f"{root}: no usable frame")
+        self._summary()
+        return 1 if missing or empty or self.failed or len(self._models()) > 1 else 0
+
+    def compute(self) -> int:
+        """Computes what is missing, and returns the exit code."""
+        todo = [root for root, state in self.states.items() if self._is_todo(state)]
+        for root, state in self.states.items():
+            if state.why or not self._is_todo(state):
+                self._line(f"{root}: {state}")
+        frames = sum(self.states[root].frames for root in todo)
+        if len(todo) > 1:
+            self._print_size(todo, frames)
+        with Steps("computing depth", frames, self.console) as steps:
+            done, measured = 0, False
+            for number, root in enumerate(todo, 1):
+                began = time.monotonic()
+                self._compute(root, steps)
+                done += self.states[root].frames
+                steps.to(done)  # a scene that failed has not counted its frames
+                if not measured and root not in self.failed and number < len(todo):
+                    seconds = (time.monotonic() - began) / self.states[root].frames * (frames - done)
+                    self._line(f"about {duration(seconds)} for the other {len(todo) - number:,} scenes (measured)")
+                    measured = True
+        if len(self.roots) > 1:
+            self._summary()
+        return 0 if not self.failed and all(map(_has_depth, self.states.values())) else 1
+
+    def _is_todo(self, state: DepthState) -> bool:
+        if state.source == "own":
+            return False
+        other = not state.usable and state.source not in ("", self._wanted(state))  # nothing to lose: try the other way
+        return not state.done or self.arguments.force or other
+
+    def _wanted(self, state: DepthState) -> str:
+        """What would make the depth now; under `auto`, what has made it."""
+        if self.arguments.source == "mvs" or (self.arguments.source == "auto" and state.source == "mvs"):
+            return "mvs"
+        return f"model {self.arguments.model}" if self.arguments.model else state.source
+
+    def _compute(self, root: Path, steps: Steps) -> None:
+        def frames_of(frames: Iterable[int]) -> Iterator[int]:
+            for frame in frames:
+                yield frame
+                steps.advance()
+
         try:
-            scene = open_scene(root)
-            if scene.has_depth and not (arguments.force and (root / FOLDER / INDEX).is_file()):
-                console.print(f"{root}: {_why_skipped(scene)}", soft_wrap=True, highlight=False, markup=False)
-                continue
-            scene = without_depth(scene)
-            mvs = arguments.source == "mvs" or (arguments.source == "auto" and has_mvs(scene))
+            scene = without_depth(open_scene(root))
+            mvs = self.arguments.source == "mvs" or (self.arguments.source == "auto" and has_mvs(scene))
         except (OSError, ValueError) as error:
-            _fail(console, root, error, alone=len(roots) == 1)
-            complete = False
-            continue
-        if not mvs and model is None:
-            model = _load_model(arguments, root)
+            self._fail(root, error)
+            return
+        if not mvs and self.arguments.model is None:
+            cure = "give --model DIR, a transformers depth model"
+            self._fail(root, ValueError(f"{root}: no COLMAP stereo maps; {cure}"))
+            return
+        if not mvs and self.model is None:
+            self.model = _load_model(self.arguments)
         try:
-            index = _compute(console, scene, None if mvs else model, arguments.model)
-            complete &= _print(console, root, index)
+            if mvs:
+                index = depth_from_mvs(scene, frames_of)
+            else:
+                assert self.model is not None
+                index = depth_from_predictor(scene, self.model, str(self.arguments.model), frames_of)
+            before = self.states[root]
+            self.states[root] = DepthState(before.frames, before.bytes, index.made_by, len(index.usable))
+            self._print(root, index)
         except (OSError, ValueError) as error:
-            _fail(console, root, error, alone=len(roots) == 1)
-            complete = False
-    return 0 if complete else 1
+            self._fail(root, error)
+
+    def _fail(self, root: Path, error: Exception) -> None:
+        """Names a scene that has no depth now, unless it is the only one: then its error is the command's."""
+        if len(self.roots) == 1:
+            raise error
+        self.failed.add(root)
+        reason = str(error) if str(root) in str(error) else f"{root}: {error}"
+        self.console.print(Text(f"failed: {reason}", style="red"), soft_wrap=True)
+
+    def _print_size(self, todo: list[Path], frames: int) -> None:
+        """From the sizes of the photographs: what is unknown of a map takes as many bytes as what is known."""
+        size = sum(self.states[root].bytes for root in todo)
+        self._line(
+            f"{len(todo):,} of {len(self.roots):,} scenes to compute, {frames:,} frames, at most about {decimal(size)} "
+            "(from the sizes of their photographs)"
+        )
+        free = shutil.disk_usage(self.arguments.dir).free
+        if free < size:
+            self._line(f"only {decimal(free)} are free in {self.arguments.dir}")
+
+    def _print(self, root: Path, index: DepthIndex) -> None:
+        errors = sorted(fit.error for fit in index.frames.values() if fit.file is not None and fit.error is not None)
+        fit = f"median error {errors[len(errors) // 2]:.3f}, worst {errors[-1]:.3f}" if errors else "not compared"
+        self._line(
+            f"{root}: {len(index.usable)} of {len(index.frames)} frames usable, from {index.source}; "
+            f"against sparse points: {fit}"
+        )
+        for name, frame in index.frames.items():
+            if frame.file is None:
+                self.console.print(Text(f"  unusable {name}: {frame.reason}", style="yellow"), soft_wrap=True)
+        if not index.usable:
+            return
+        report = check_scene(open_scene(root))
+        shares = ", ".join(f"gap {gap.gap}: {gap.share:.3f}" for gap in report.gaps if gap.share is not None)
+        self._line(f"  frames agree with each other: {shares or 'not compared'}")
+        for finding in report.findings:
+            self.console.print(Text(f"  {finding}", style="red"), soft_wrap=True)
+
+    def _summary(self) -> None:
+        """One line: how many scenes have depth, and whose."""
+        sources = Counter(state.source for state in self.states.values() if state.done and _has_depth(state))
+        names = {"own": "their own"}
+        whose = ", ".join(f"{count:,} {names.get(source, source)}" for source, count in sorted(sources.items()))
+        missing = len(self.roots) - sum(sources.values())
+        job = "" if self.arguments.shard == "0/1" else f"job {self.arguments.shard}: "
+        line = (
+            f"{job}{sum(sources.values()):,} of {len(self.roots):,} scenes have depth{f' ({whose})' if whose else ''}"
+        )
+        self._line(f"{line}; {missing:,} have none" if missing else line)
+        if len(self._models()) > 1:
+            self._line("their depth is of different models; --force computes it again")
+
+    def _models(self) -> set[str]:
+        return {state.source for state in self.states.values() if state.source.startswith("model")}
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def _fail(console: Console, root: Path, error: Exception, alone: bool) -> None:
-    """Names a scene that has no depth now, unless it is the only one: then its error is the command's."""
-    if alone:
-        raise error
-    reason = str(error) if str(root) in str(error) else f"{root}: {error}"
-    console.print(Text(f"failed: {reason}", style="red"), soft_wrap=True)
+def _has_depth(state: DepthState) -> bool:
+    return state.source == "own" or state.usable > 0
 
 
-def _load_model(arguments: argparse.Namespace, root: Path) -> Predictor:
-    if arguments.model is None:
-        raise ValueError(f"{root}: no COLMAP stereo maps; give --model DIR, a transformers depth model")
+def _look(root: Path) -> DepthState | Exception:
+    try:
+        return depth_state(root)
+    except (OSError, ValueError) as error:
+        return error
+
+
+def _load_model(arguments: argparse.Namespace) -> Predictor:
     from gasp_fast.backbones.torchvision_shim import install
 
     install()
     from gasp_fast.data.depth.monocular import DepthModel
 
     return DepthModel(arguments.model, arguments.device)
-
-
-def _compute(console: Console, scene: Scene, model: Predictor | None, folder: Path | None) -> DepthIndex:
-    """With `model`, loaded from `folder`, or from MVS maps if it is None."""
-
-    def progress(frames: Iterable[int]) -> Iterable[int]:
-        return track(list(frames), escape(scene.root.name), console=console, transient=True)
-
-    if model is None:
-        return depth_from_mvs(scene, progress)
-    return depth_from_predictor(scene, model, str(folder), progress)
-
-
-def _why_skipped(scene: Scene) -> str:
-    path = scene.root / FOLDER / INDEX
-    if not path.is_file():
-        return f"comes with depth ({scene.format}); nothing to do"
-    index = read_index(path)
-    return f"has computed depth already ({index.source}, {len(index.usable)} usable frames); --force computes it again"
-
-
-def _print(console: Console, root: Path, index: DepthIndex) -> bool:
-    """Prints the result; returns whether any frame is usable."""
-    errors = sorted(fit.error for fit in index.frames.values() if fit.file is not None and fit.error is not None)
-    fit = f"median error {errors[len(errors) // 2]:.3f}, worst {errors[-1]:.3f}" if errors else "not compared"
-    console.print(
-        f"{root}: {len(index.usable)} of {len(index.frames)} frames usable, from {index.source}; "
-        f"against sparse points: {fit}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    for name, frame in index.frames.items():
-        if frame.file is None:
-            console.print(Text(f"  unusable {name}: {frame.reason}", style="yellow"), soft_wrap=True)
-    if not index.usable:
-        return False
-    report = check_scene(open_scene(root))
-    shares = ", ".join(f"gap {gap.gap}: {gap.share:.3f}" for gap in report.gaps if gap.share is not None)
-    console.print(f"  frames agree with each other: {shares or 'not compared'}", highlight=False)
-    for finding in report.findings:
-        console.print(Text(f"  {finding}", style="red"), soft_wrap=True)
-    return True

@@ -6,7 +6,7 @@ gives a question, otherwise 0.
 
 examples:
   gasp-fast make-vqa scenes --tracks tracks --out vqa
-  gasp-fast make-vqa scenes --tracks tracks --out vqa --part 0/4     # the first of four machines
+  gasp-fast make-vqa scenes --tracks tracks --out vqa --shard 0/4    # the first of four jobs
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=usable_cores(), metavar="N", help="processes (default: all cores)"
     )
     parser.add_argument(
-        "--part", default="0/1", metavar="I/N", help="make the I-th of N parts, one per machine, counted from 0"
+        "--shard", "--part", default="0/1", metavar="I/N", help="the work of job I of N, counted from 0 (0/1)"
     )
 
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.data.questions.from_tracks import VQAConfig, make_vqa, omitted_path
 
     config = VQAConfig(turns=arguments.turns, longest_side=arguments.longest_side, seed=arguments.seed)
-    part = parse_part(arguments.part)
+    part = parse_part(arguments.shard)
     settings = AnnotationReader(arguments.tracks).settings
     numbers = shards_in_part(settings.shards, part)
     shards = make_vqa(arguments.scenes, arguments.tracks, arguments.out, config, arguments.workers, part)

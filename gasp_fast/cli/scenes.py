@@ -1,12 +1,14 @@
 """List the scenes of a folder with their formats, and check whether their geometry agrees with itself.
 
 Reads a scene, or a folder of scenes, in any of the formats dl3dv, colmap, vggt, rgbd. Writes only the files given by
---picture and --json. A scene without depth cannot be checked. Exit code 1 if a scene is wrong or unreadable, else 0.
+--picture and --json, and with --pack-poses a file poses.txt into each rgbd scene. A scene without depth cannot be
+checked. Exit code 1 if a scene is wrong or unreadable, else 0.
 
 examples:
   gasp-fast scenes scenes
   gasp-fast scenes scenes/scene-000003 --picture tracks.png
   gasp-fast scenes /data/DL3DV/1K --jobs 8 --json findings.json
+  gasp-fast scenes /data/ScanNet --pack-poses
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gasp_fast.data.inspection.consistency import GAPS, SceneReport, check_scene
+from gasp_fast.data.scenes.formats import find_format, rgbd
 from gasp_fast.data.scenes.library import find_scenes
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
@@ -63,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="scenes checked in parallel (default: all cores)",
     )
+    parser.add_argument(
+        "--pack-poses",
+        action="store_true",
+        help="write the poses of an rgbd scene into one poses.txt, which is then read in place of pose/*.txt",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
 
 
@@ -100,6 +108,8 @@ def _check_all(console: Console, roots: list[Path], arguments: argparse.Namespac
 def _check(root: Path, arguments: argparse.Namespace, many: bool) -> Checked:
     """A scene that cannot be read is a failure of that scene; a wrong option stops the command."""
     try:
+        if arguments.pack_poses and find_format(root) is rgbd:
+            rgbd.pack_poses(root)
         scene = open_scene(root)
         report = check_scene(scene)
         if arguments.picture is None or not scene.has_depth:

@@ -2,29 +2,31 @@
 
 A shard is opened when one of its sequences is read, and memory-mapped. When a process opens it for the first time, it
 compares the checksum; after that it reads only the bytes of the sequence. Memory does not grow with the number of
-annotations.
+annotations: at most `OPEN_SHARDS` are open, and a mapped file takes no memory that the system could not have back.
 """
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
-from gasp_fast.data.errors import one_line
 from gasp_fast.data.tracks.build import Tracks
 
-from .settings import read_settings
-from .shard import ARRAYS, checksum, read_header, shard_path
+from .inventory import Inventory, take_inventory
+from .settings import read_settings, read_skipped
+from .shard import is_intact, open_shard, shard_path
 
 OPEN_SHARDS = 16
+_THREADS = 16  # that open shards for a fingerprint: a file system of a cluster takes long for each
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,12 @@ class AnnotationReader:
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
-        shard, header = self._opened(number)
+        path = shard_path(self.folder, number)
+        if not path.is_file():
+            raise OSError(f"{path}: shard {number} of {self.settings.shards} is missing; finish with gasp-fast tracks")
+        shard, header = open_shard(path, self.settings.digest)
         if number not in self._intact:
-            arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
-            if arrays.keys() != ARRAYS or header["checksum"] != checksum(arrays):
-                path = shard_path(self.folder, number)
+            if not is_intact(shard, header):
                 raise OSError(f"{path}: damaged (wrong checksum); delete it and run gasp-fast tracks again")
             self._intact.add(number)
         self._shards[number] = shard
@@ -91,36 +94,33 @@ class AnnotationReader:
             self._shards.popitem(last=False)
         return shard
 
-    def check_complete(self) -> None:
-        """Raises if a shard is missing. Opens none."""
-        for number in range(self.settings.shards):
-            self._path(number)
+    def check_complete(self, numbers: Sequence[int] | None = None) -> Inventory:
+        """Raises, in one line, unless all shards (or those of `numbers`) are there, whole, and of these settings."""
+        found = take_inventory(self.folder, self.settings, numbers)
+        if found.fault:
+            raise OSError(f"{self.folder}: {found.fault}")
+        return found
 
-    def _path(self, number: int) -> Path:
-        path = shard_path(self.folder, number)
-        if not path.is_file():
-            raise OSError(f"{path}: shard {number} of {self.settings.shards} is missing; finish with gasp-fast tracks")
-        return path
+    def skipped(self) -> dict[str, str]:
+        """The scenes of the library that were left out, and why; empty for folders written before this was stored."""
+        return read_skipped(self.folder)
 
-    def _opened(self, number: int) -> tuple[Any, dict[str, Any]]:
-        """The shard and its header. Reads nothing else."""
-        path = self._path(number)
-        try:
-            shard = safe_open(path, "numpy")
-            header = read_header(shard)
-        except Exception as error:
-            raise OSError(f"{path}: damaged ({one_line(error)}); delete it and run gasp-fast tracks again") from error
-        if header["plan"] != self.settings.digest:
-            raise ValueError(f"{path}: was made with other settings; delete it and run gasp-fast tracks again")
-        return shard, header
+    def fingerprint(self) -> str:
+        """A hash of the settings and of the checksums in the shards' headers. Reads nothing else."""
+
+        def checksum_of(number: int) -> str:
+            try:
+                return str(open_shard(shard_path(self.folder, number), self.settings.digest)[1]["checksum"])
+            except (OSError, ValueError):
+                return "damaged"
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            checksums = [*pool.map(checksum_of, range(self.settings.shards))]
+        return blake2b(" ".join([self.settings.digest, *checksums]).encode(), digest_size=16).hexdigest()
 
     def failed(self) -> dict[int, str]:
         """The sequences without tracks, because their scene could not be read, and the reasons."""
-        reasons: dict[int, str] = {}
-        for number in range(self.settings.shards):
-            _, header = self._opened(number)
-            reasons |= {int(index): reason for index, reason in header["failed"].items()}
-        return reasons
+        return self.check_complete().failed
 
     def verify(self) -> Iterator[tuple[int, bool]]:
         """Yields each shard's number and whether its arrays match the checksum."""

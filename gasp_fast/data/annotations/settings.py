@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -13,12 +14,14 @@ from gasp_fast.data.errors import difference, one_line, shown
 from gasp_fast.data.scenes.library import SceneEntry
 from gasp_fast.data.tracks.build import LARGEST_GRID
 from gasp_fast.data.tracks.sequences import MOST, SequenceConfig, SequenceSampler
-from gasp_fast.files import read_json, write_atomically
+from gasp_fast.files import create_atomically, read_json, write_atomically
 
 VERSION = 1  # of the settings file and of shards
 MOST_SHARDS = 100_000  # their names have five digits
+LARGEST_SHARD = 4e9  # bytes; a shard is held in memory while it is computed
 _KINDS: dict[str, Any] = {"int": int, "float": int | float, "str": str, "tuple[SceneEntry, ...]": list}
 SETTINGS_FILE = "plan.json"  # the name in folders written before
+SKIPPED_FILE = "skipped.json"  # scenes of the library that were left out: {name: reason}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +59,26 @@ class AnnotationSettings:
         return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self)))
 
     @property
-    def expected_bytes(self) -> int:
-        """An upper estimate of the size on disk: every query is tracked, sequences have the mean number of frames."""
+    def bytes_of_sequence(self) -> float:
+        """An upper estimate: every query is tracked, and the sequence has the mean number of frames."""
         frames = (self.sequences.min_frames + self.sequences.max_frames) / 2
         tracks = self.grid**2 * self.keep
-        return int(len(self) * (tracks * frames * 13 + tracks * 8 + frames * 4 + 28))
+        return tracks * frames * 13 + tracks * 8 + frames * 4 + 28
+
+    @property
+    def expected_bytes(self) -> int:
+        """An upper estimate of the size on disk."""
+        return int(len(self) * self.bytes_of_sequence)
+
+    def check_shard_size(self) -> None:
+        """Raises if a shard does not fit the memory of a process. Needs no scenes."""
+        if (size := self.bytes_of_sequence * self.shard_size) > LARGEST_SHARD:
+            fitting = int(LARGEST_SHARD / self.bytes_of_sequence)
+            cure = f"give at most {fitting}" if fitting else f"lower grid = {self.grid}"
+            raise ValueError(
+                f"shard_size = {self.shard_size}: a shard would have up to {size / 1e9:,.1f} GB, more than "
+                f"{LARGEST_SHARD / 1e9:g}; {cure}"
+            )
 
     def to_json(self) -> str:
         return json.dumps({"format": "gasp-fast tracks", "version": VERSION, **asdict(self)}, indent=1) + "\n"
@@ -95,18 +113,36 @@ def read_settings(folder: Path) -> AnnotationSettings:
         raise ValueError(f"{path}: cannot read the settings: {one_line(error)}") from error
 
 
-def store_settings(folder: Path, settings: AnnotationSettings) -> None:
-    """Writes the settings into `folder`. If it holds other settings, an error names the first difference."""
+def store_settings(folder: Path, settings: AnnotationSettings, skipped: Mapping[str, str] | None = None) -> None:
+    """Writes the settings, and the scenes that were left out, into `folder`.
+
+    If it holds other settings, an error names the first difference. Jobs that start at the same time may call this at
+    the same time: the settings of the first one stay.
+    """
+    settings.check_shard_size()
     if settings.shards > MOST_SHARDS:
         raise ValueError(
             f"{len(settings):,} sequences in {settings.shards:,} shards: at most {MOST_SHARDS:,}; raise shard_size"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / SETTINGS_FILE).exists():
-        if change := difference(asdict(read_settings(folder)), asdict(settings)):
-            raise ValueError(f"{folder} holds annotations made with other settings ({change}); give another --out")
-        return
-    write_atomically(folder / SETTINGS_FILE, settings.to_json().encode())
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        if skipped:
+            write_atomically(folder / SKIPPED_FILE, (json.dumps(dict(skipped), indent=1) + "\n").encode())
+        create_atomically(path, settings.to_json().encode())
+    if change := difference(asdict(read_settings(folder)), asdict(settings)):
+        raise ValueError(f"{folder} holds annotations made with other settings ({change}); give another --out")
+
+
+def read_skipped(folder: Path) -> dict[str, str]:
+    """The scenes that were left out, and why."""
+    path = folder / SKIPPED_FILE
+    if not path.exists():
+        return {}
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not all(isinstance(reason, str) for reason in stored.values()):
+        raise ValueError(f"{path}: not a list of scenes with reasons; delete it")
+    return stored
 
 
 def _from_fields(kind: type[Any], stored: Any) -> Any:

@@ -8,15 +8,17 @@ that failed, with the reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import save
 
+from gasp_fast.data.errors import one_line
 from gasp_fast.data.tracks.build import Tracks
 from gasp_fast.files import parse_json
 
@@ -26,7 +28,12 @@ ARRAYS = frozenset(
     ("scene", "frame_offsets", "track_offsets", "cell_offsets", "frames", "query", "uv", "depth", "visible")
 )
 Arrays = dict[str, NDArray[Any]]
+BLOCK = 4 << 20  # bytes of an array that are read at once for the checksum
 _KEY = "gasp_fast"  # of the header in the safetensors metadata
+
+
+class ForeignShardError(ValueError):
+    """A shard was made with other settings."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -59,11 +66,25 @@ def shard_bytes(arrays: Arrays, settings_digest: str, failed: dict[str, str]) ->
     return save(arrays, {_KEY: json.dumps(header)})
 
 
-def read_header(shard: Any) -> dict[str, Any]:
-    """The header of an open shard; a `ValueError` if it has none."""
+def open_shard(path: Path, settings_digest: str) -> tuple[Any, dict[str, Any]]:
+    """The open shard and its header. Reads nothing else, but a file that is too short or too long is an error."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing, or not a regular file; finish with gasp-fast tracks")
+    try:
+        shard = safe_open(path, "numpy")
+        header = _header(shard)
+    except Exception as error:  # safetensors raises its own exception types on damaged files
+        raise OSError(f"{path}: damaged ({one_line(error)}); delete it and run gasp-fast tracks again") from error
+    if header["plan"] != settings_digest:
+        raise ForeignShardError(f"{path}: was made with other settings; delete it and run gasp-fast tracks again")
+    return shard, header
+
+
+def _header(shard: Any) -> dict[str, Any]:
     header = parse_json((shard.metadata() or {}).get(_KEY, "{}"), "header")
-    if not (
-        isinstance(header, dict) and {"plan", "checksum"} <= header.keys() and isinstance(header.get("failed"), dict)
+    failed = header.get("failed") if isinstance(header, dict) and {"plan", "checksum"} <= header.keys() else None
+    if not isinstance(failed, dict) or not all(
+        index.isdecimal() and isinstance(why, str) for index, why in failed.items()
     ):
         raise ValueError("no header of gasp-fast tracks")
     return header
@@ -77,3 +98,36 @@ def checksum(arrays: Arrays) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def is_intact(shard: Any, header: dict[str, Any]) -> bool:
+    """Whether an open shard has the arrays that were written. Holds `BLOCK` bytes of them at a time."""
+    if set(shard.keys()) != ARRAYS:
+        return False
+    try:
+        return header["checksum"] == _checksum_of(shard)
+    except Exception:  # safetensors raises its own exception types
+        return False
+
+
+def _checksum_of(shard: Any) -> str:
+    digest = blake2b(digest_size=16)
+    for name in sorted(shard.keys()):
+        table = shard.get_slice(name)
+        shape = tuple(table.get_shape())
+        for number, block in enumerate(_blocks(shard, name, shape)):
+            if number == 0:
+                digest.update(f"{name} {block.dtype.str} {shape}".encode())
+            digest.update(np.ascontiguousarray(block).data)
+    return digest.hexdigest()
+
+
+def _blocks(shard: Any, name: str, shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+    """The rows of an array, some at a time; one empty block if there are none."""
+    if 0 in shape or not shape:
+        yield shard.get_tensor(name)
+        return
+    table = shard.get_slice(name)
+    step = max(1, BLOCK // table[0:1].nbytes)
+    for start in range(0, shape[0], step):
+        yield table[start : min(start + step, shape[0])]

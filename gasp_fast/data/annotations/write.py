@@ -9,80 +9,120 @@ A shard is a pure function of the settings and the scenes. Hence:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
 from gasp_fast.data.scenes.library import SceneChangedError, SceneEntry, check_unchanged
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
-from gasp_fast.files import sweep_partials, write_atomically
+from gasp_fast.files import write_atomically
 from gasp_fast.processes import in_processes
 
-from .parts import shards_in_part
+from .inventory import take_inventory
+from .parts import WHOLE, shards_in_part
 from .settings import SETTINGS_FILE, AnnotationSettings, store_settings
-from .shard import read_header, shard_arrays, shard_bytes, shard_path
+from .shard import shard_arrays, shard_bytes, shard_path
 
 
 def annotate(
-    library: Path, folder: Path, settings: AnnotationSettings, workers: int = 1, part: tuple[int, int] = (0, 1)
+    library: Path, folder: Path, settings: AnnotationSettings, workers: int = 1, part: tuple[int, int] = WHOLE
 ) -> Iterator[int]:
     """Computes the missing shards of `folder`, and yields the number of each shard once it exists.
 
     `part = (i, n)` computes only every n-th shard, so that n machines with a common disk share the work.
     """
+    missing = prepare(folder, settings, part)
+    yield from sorted(set(shards_in_part(settings.shards, part)) - set(missing))
+    yield from write_shards(library, folder, settings, missing, workers)
+
+
+def prepare(
+    folder: Path,
+    settings: AnnotationSettings,
+    part: tuple[int, int],
+    skipped: Mapping[str, str] | None = None,
+    retry: bool = False,
+) -> list[int]:
+    """Stores the settings, deletes what killed processes left, and returns the shards of the part that are missing.
+
+    A shard that is there has the right length and settings; its checksum is compared when it is read. With `retry`,
+    shards that have sequences without tracks count as missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     numbers = shards_in_part(settings.shards, part)
-    if part == (0, 1):
-        sweep_partials(folder / SETTINGS_FILE)  # with several parts, another machine may be writing it now
-    store_settings(folder, settings)
-    missing = []
-    for number in numbers:
-        if _is_valid(folder, number, settings):
-            yield number
-        else:
-            missing.append(number)
-            sweep_partials(shard_path(folder, number))
-    for number, _ in in_processes(partial(write_shard, library, folder, settings), missing, workers):
+    written = {shard_path(folder, number).name for number in numbers}
+    if part == WHOLE:  # otherwise another machine may be writing the settings now
+        written.add(SETTINGS_FILE)
+    with os.scandir(folder) as entries:
+        leftovers = [e.path for e in entries if e.name.endswith(".partial") and e.name[1:].rsplit(".", 2)[0] in written]
+    for leftover in leftovers:
+        Path(leftover).unlink(missing_ok=True)
+    store_settings(folder, settings, skipped)
+    found = take_inventory(folder, settings, numbers)
+    failed = {index // settings.shard_size for index in found.failed} if retry else set()
+    return sorted({*found.bad, *failed})
+
+
+def write_shards(
+    library: Path, folder: Path, settings: AnnotationSettings, numbers: Sequence[int], workers: int = 1
+) -> Iterator[int]:
+    """Computes shards and yields the number of each once it exists."""
+    for number, _ in in_processes(partial(write_shard, library, folder, settings), numbers, workers):
         yield number
 
 
 def write_shard(library: Path, folder: Path, settings: AnnotationSettings, number: int) -> None:
     """Computes and writes one shard. A sequence whose scene cannot be read has no tracks; the header says why."""
+    sequences = SequenceTracks(library, settings)
     scenes: list[int] = []
     tracks: list[Tracks] = []
     failed: dict[str, str] = {}
-    open_scene_of = lru_cache(maxsize=1)(partial(_open_unchanged, library))
     for index in settings.sequences_in_shard(number):
-        drawn = settings.sampler.draw(*divmod(index, len(settings.sampler)))
-        entry = settings.scenes[drawn.scene]
-        scene = open_scene_of(entry)
-        scenes.append(drawn.scene)
-        try:
-            if isinstance(scene, str):
-                raise OSError(scene)
-            tracks.append(build_tracks(scene, drawn.frames, grid=settings.grid, keep=settings.keep))
-        except (OSError, ValueError) as error:
-            reason = str(error).replace(f"{library}{os.sep}", "")  # the bytes must not depend on the library's path
-            failed[str(index)] = reason if entry.name in reason else f"{entry.name}: {reason}"
-            tracks.append(_no_tracks(drawn.frames))
+        scene, found, failure = sequences.compute(index)
+        scenes.append(scene)
+        tracks.append(found)
+        if failure:
+            failed[str(index)] = failure
     content = shard_bytes(shard_arrays(scenes, tracks), settings.digest, failed)
     write_atomically(shard_path(folder, number), content)
 
 
-def _open_unchanged(library: Path, entry: SceneEntry) -> Scene | str:
-    """The scene, or the reason why it cannot be read. A scene that changed since the settings were made is an error."""
-    try:
-        scene = open_scene(library / entry.name)
-        check_unchanged(scene, entry)
-        return scene
-    except SceneChangedError:
-        raise
-    except (OSError, ValueError) as error:
-        return str(error)
+class SequenceTracks:
+    """Computes the tracks of sequences by number. The last scene stays open, because sequences run scene by scene."""
+
+    def __init__(self, library: Path, settings: AnnotationSettings) -> None:
+        self.library, self.settings = library, settings
+        self._open = lru_cache(maxsize=1)(self._open_unchanged)
+
+    def compute(self, index: int) -> tuple[int, Tracks, str]:
+        """The number of its scene, its tracks, and why it has none if its scene cannot be read."""
+        drawn = self.settings.sampler.draw(*divmod(index, len(self.settings.sampler)))
+        entry = self.settings.scenes[drawn.scene]
+        try:
+            scene = self._open(entry)
+            if isinstance(scene, str):
+                raise OSError(scene)
+            return drawn.scene, build_tracks(scene, drawn.frames, grid=self.settings.grid, keep=self.settings.keep), ""
+        except SceneChangedError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = str(error).replace(f"{self.library}{os.sep}", "")  # bytes must not depend on the library's path
+            return drawn.scene, _no_tracks(drawn.frames), reason if entry.name in reason else f"{entry.name}: {reason}"
+
+    def _open_unchanged(self, entry: SceneEntry) -> Scene | str:
+        """The scene, or why it cannot be read. A scene that changed since the settings were made is an error."""
+        try:
+            scene = open_scene(self.library / entry.name)
+            check_unchanged(scene, entry)
+            return scene
+        except SceneChangedError:
+            raise
+        except (OSError, ValueError) as error:
+            return str(error)
 
 
 def _no_tracks(frames: Sequence[int]) -> Tracks:
@@ -94,13 +134,3 @@ def _no_tracks(frames: Sequence[int]) -> Tracks:
         visible=np.empty((0, count), bool),
         depth=np.empty((0, count)),
     )
-
-
-def _is_valid(folder: Path, number: int, settings: AnnotationSettings) -> bool:
-    """Whether the shard exists, is complete and belongs to these settings. Does not compute its checksum."""
-    try:
-        with safe_open(shard_path(folder, number), "numpy") as shard:
-            header = read_header(shard)
-    except Exception:  # safetensors raises its own exception types on damaged files
-        return False
-    return header.get("plan") == settings.digest

@@ -18,8 +18,9 @@ from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, DepthIndex, Fram
 from gasp_fast.data.scenes.depth_maps import read_depth
 from gasp_fast.data.scenes.formats.colmap import DEPTH_FOLDER, find_model
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage, read_model
+from gasp_fast.data.scenes.library import scene_digest
 from gasp_fast.data.scenes.scene import Scene, camera_centre, size_fault
-from gasp_fast.files import replacing, sweep_partials
+from gasp_fast.files import replacing
 
 from .alignment import FEWEST_POINTS, LARGEST_ERROR, SPACES, Alignment, Space, align
 
@@ -197,6 +198,9 @@ def _write(
     """Deletes the old index, writes the maps, then the index: a killed run leaves no index of incomplete maps."""
     folder = scene.root / FOLDER
     (folder / INDEX).unlink(missing_ok=True)
+    for leftover in folder.glob("**/.*.partial"):  # of a killed run
+        leftover.unlink(missing_ok=True)
+    index.scene = scene_digest(scene)
     for i in progress(range(len(scene))):
         name = scene.frame_names[i]
         try:
@@ -215,6 +219,5 @@ def _save(depth: np.ndarray, path: Path) -> None:
     known = depth[depth > 0]
     half = known.size and known.min() >= FLOAT16_RANGE[0] and known.max() <= FLOAT16_RANGE[1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_partials(path)
     with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, depth.astype(np.float16) if half else depth)

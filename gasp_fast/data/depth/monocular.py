@@ -29,8 +29,9 @@ class DepthModel:
         except Exception as error:  # on damaged folders the libraries raise anything
             raise OSError(f"{folder}: cannot load the depth model: {one_line(error)}") from error
         try:
-            self.model = model.to(torch.device(device)).eval()
-        except (RuntimeError, AssertionError) as error:
+            torch.zeros(1, device=device).cpu()
+            self.model = model.to(device).eval()
+        except Exception as error:  # of many types, by device
             raise ValueError(f"device = {device!r} cannot be used here: {one_line(error)}") from error
         self.device = device
 

@@ -229,10 +229,12 @@ def make_vqa(
     Shards, parts and resuming are those of the annotations.
     """
     config = config or VQAConfig()
-    settings = AnnotationReader(annotations).settings
+    reader = AnnotationReader(annotations)
+    settings = reader.settings
+    reader.check_complete(shards_in_part(settings.shards, part))
     about = json.dumps({"annotations": settings.digest, **asdict(config)}, indent=1) + "\n"
     (out / "videos").mkdir(parents=True, exist_ok=True)
-    if (out / ABOUT_FILE).exists() and (out / ABOUT_FILE).read_text() != about:
+    if (out / ABOUT_FILE).exists() and (out / ABOUT_FILE).read_bytes() != about.encode():
         raise ValueError(f"{out} was made from other annotations or with other settings; give another --out")
     write_atomically(out / ABOUT_FILE, about.encode())
     missing = []

@@ -5,8 +5,7 @@ A root holds JSON lists of `{id, conversations: [{from, value}], data_source, vi
 million records, so they are stored as one block of bytes and one array of offsets: small, quick to pickle, and shared
 between forked workers. (Reference counts would make every worker copy a list of dictionaries.)
 
-Collections of this size contain damaged files. An invalid record is skipped at loading; a record whose video cannot be
-read is replaced by the next one when it is drawn. Both are counted and named.
+Collections of this size contain damaged files. An invalid record is skipped at loading, and named.
 
 A text with a control token of a language model (`<|im_start|>`, `<|image_pad|>`) is invalid: tokenized, it would end
 the turn that contains it, or stand for a frame that is not there.
@@ -20,6 +19,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,7 +31,7 @@ from gasp_fast.data.errors import reading, shown
 from gasp_fast.data.video.read import read_video
 from gasp_fast.files import parse_json, read_json
 
-MOST_BROKEN = 64  # records tried; if none has a readable video, the folder is wrong, not the videos
+LONGEST_TEXT = 1 << 20  # characters of a turn: more than any model takes, and a second of work for a tokenizer
 CONTROL_TOKEN = re.compile(r"<\|\w{1,40}\|>")
 SPEAKERS = ("human", "gpt")  # by turns, the human first
 
@@ -68,6 +69,8 @@ class QARecord:
             speaker = SPEAKERS[place % 2]
             if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
                 raise ValueError(f"turn {place} of the conversation is not from {speaker}")
+            if len(turn["value"]) > LONGEST_TEXT:
+                raise ValueError(f"turn {place} of the conversation has over {LONGEST_TEXT:,} characters")
             if token := CONTROL_TOKEN.search(turn["value"]):
                 raise ValueError(f"turn {place} of the conversation contains the control token {token[0]}")
             turns.append(Turn(speaker, turn["value"]))
@@ -92,9 +95,8 @@ def record_json(identity: str, texts: Sequence[str], data_source: str, video: st
 
 @dataclass(frozen=True)
 class QASample:
-    """A record with frames of its video. `index` is not the requested one if unreadable videos were skipped."""
+    """A record with frames of its video."""
 
-    index: int
     record: QARecord
     frames: NDArray[np.uint8]  # [F, H, W, 3]
 
@@ -105,7 +107,7 @@ class VideoQA:
 
     root: Path
     configs: Sequence[str] = ()
-    skipped: list[str] = field(default_factory=list)  # records skipped at loading, with the reason
+    skipped: dict[str, str] = field(default_factory=dict)  # names of records skipped at loading, with the reason
     broken: dict[str, str] = field(default_factory=dict)  # paths of videos that could not be read, with the reason
 
     def __post_init__(self) -> None:
@@ -118,8 +120,8 @@ class VideoQA:
                 parts.append(record)
                 places.append((file, number))
         if not parts:
-            reason = f"; the first: {self.skipped[0]}" if self.skipped else ""
-            raise ValueError(f"{self.root}: none of {len(self.skipped)} records can be used{reason}")
+            first = "".join(f"; the first: {name}: {reason}" for name, reason in islice(self.skipped.items(), 1))
+            raise ValueError(f"{self.root}: none of {len(self.skipped)} records can be used{first}")
         self._text: NDArray[np.uint8] = np.frombuffer(b"".join(parts), np.uint8)
         self._offsets: NDArray[np.int64] = np.cumsum([0, *map(len, parts)])
         self._places: NDArray[np.int32] = np.array(places, np.int32)  # [records, 2]: file, number in it
@@ -143,24 +145,21 @@ class VideoQA:
         file, number = self._places[index]
         return f"{self._files[file].relative_to(self.root)}[{number}]"
 
+    def digest(self) -> str:
+        """A hash of all records. Opens no video."""
+        return blake2b(self._text.data, digest_size=16).hexdigest()
+
     def sample(self, index: int, frames: int = 16, timeout: float = 30.0, longest_side: int | None = None) -> QASample:
-        """Record `index` with evenly spread frames, or the next record whose video can be read."""
-        for attempt in range(min(MOST_BROKEN, len(self))):
-            place = (index + attempt) % len(self)
-            path = self.video_path(place)
-            if str(path) in self.broken:
-                continue
-            try:
-                images = read_video(path, frames, timeout=timeout, longest_side=longest_side)
-            except OSError as error:
-                self.broken[str(path)] = f"{self.name(place)}: {error}"
-                continue
-            return QASample(place, self.record(place), images)
-        first = next(iter(self.broken.items()))
-        raise OSError(
-            f"{self.root}: no readable video in {min(MOST_BROKEN, len(self))} records from {index} on ({first[1]}); "
-            "are the archives unpacked beside their JSON lists?"
-        )
+        """Record `index` with evenly spread frames. An unreadable video is an `OSError`, and not tried again."""
+        path = self.video_path(index)
+        if reason := self.broken.get(str(path)):
+            raise OSError(reason)
+        try:
+            images = read_video(path, frames, timeout=timeout, longest_side=longest_side)
+        except OSError as error:
+            self.broken[str(path)] = str(error)
+            raise
+        return QASample(self.record(index), images)
 
     def _lists(self) -> list[Path]:
         if not self.root.is_dir():
@@ -191,4 +190,4 @@ class VideoQA:
             try:
                 yield number, QARecord.from_json(parse_json(fields, "line") if lines else fields).to_json()
             except ValueError as error:
-                self.skipped.append(f"{path.relative_to(self.root)}[{number}]: {error}")
+                self.skipped[f"{path.relative_to(self.root)}[{number}]"] = str(error)

@@ -15,7 +15,8 @@ from gasp_fast.data.errors import one_line, shown
 from gasp_fast.files import read_json, write_atomically
 
 from .depth_maps import DepthFile
-from .scene import Scene, inside
+from .folder import SceneFolder
+from .scene import Scene
 
 FOLDER = "computed_depth"
 INDEX = "index.json"
@@ -39,8 +40,14 @@ class DepthIndex:
     source: str  # "mvs" | "model"
     model: str = ""
     space: str = ""  # of the fit: "depth" | "inverse depth"
+    scene: str = ""  # digest of the frames and poses for which it was made; empty in indices written before
     version: int = VERSION
     frames: dict[str, FrameFit] = field(default_factory=dict)
+
+    @property
+    def made_by(self) -> str:
+        """The source, and the model if there is one."""
+        return f"{self.source} {self.model}".rstrip()
 
     @property
     def usable(self) -> list[str]:
@@ -62,6 +69,9 @@ def read_index(path: Path) -> DepthIndex:
         version = stored["version"]
         frames = {str(name): _frame_fit(fit) for name, fit in stored.pop("frames").items()}
         index = DepthIndex(**stored, frames=frames)
+        for value in (index.source, index.model, index.space, index.scene):
+            if not isinstance(value, str):
+                raise TypeError(f"{shown(value)} is no text")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: damaged; delete it and run gasp-fast depth again ({one_line(error)})") from error
     if version != VERSION:
@@ -83,13 +93,14 @@ def attach_computed_depth(scene: Scene) -> Scene:
     """`scene` with the maps of its `computed_depth/`; unchanged if it has no such folder."""
     folder = scene.root / FOLDER
     path = folder / INDEX
-    if not path.is_file():
+    files = SceneFolder(scene.root)
+    if not files.is_file(files.inside(path)):
         return scene
-    index = read_index(inside(scene.root, path))
+    index = read_index(path)
     frames = []
     for frame in scene.frames:
         fit = index.frames.get(frame.name)
         if fit is not None and fit.file is not None:
-            frame = replace(frame, depth=DepthFile(inside(scene.root, folder / fit.file)))
+            frame = replace(frame, depth=DepthFile(files.inside(folder / fit.file)))
         frames.append(frame)
     return replace(scene, frames=tuple(frames))

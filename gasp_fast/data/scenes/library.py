@@ -5,18 +5,24 @@ A scene's name is its path under the folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
+from gasp_fast.processes import in_processes
+
+from .computed_depth import FOLDER
 from .formats import is_scene, known_files
 from .open import open_scene
 from .scene import Scene
 
 DEEPEST = 4  # folders between the library and a scene; DL3DV has 1K/<hash>
+FEWEST_FOR_PROCESSES = 200  # scenes; fewer are opened before other processes have started
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,17 @@ def _scenes_under(folder: Path, depth: int) -> Iterator[Path]:
     if is_scene(folder):
         yield folder
     elif depth:
-        for child in folder.iterdir():
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _scenes_under(child, depth - 1)
+        with os.scandir(folder) as entries:  # its entries say which are folders, without a call for each
+            children = [entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
+        for child in children:
+            yield from _scenes_under(folder / child, depth - 1)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def scene_digest(scene: Scene) -> str:
@@ -78,13 +92,33 @@ class SceneChangedError(ValueError):
     """A scene is not what it was when its annotations were begun."""
 
 
-def survey(library: Path, names: Iterable[str]) -> Iterator[SceneEntry | tuple[str, str]]:
-    """Yields an entry for each scene, or its name and the reason why it cannot be used."""
-    for name in names:
-        try:
-            scene = open_scene(library / name)
-            if not scene.has_depth:
-                raise ValueError(f"no depth; make it with gasp-fast depth {library / name}")
-            yield SceneEntry(name, len(scene), scene_digest(scene))
-        except (OSError, ValueError) as error:
-            yield name, str(error)
+def survey(library: Path, names: Sequence[str], workers: int = 1) -> Iterator[SceneEntry | tuple[str, str]]:
+    """Yields an entry for each scene, in order, or its name and the reason why it cannot be used.
+
+    A scene is opened, but no frame of it. With `workers`, that many processes open them.
+    """
+    enter = partial(_enter, library)
+    if workers == 1 or len(names) < FEWEST_FOR_PROCESSES:
+        yield from map(enter, names)
+        return
+    waiting = iter(names)
+    done: dict[str, SceneEntry | tuple[str, str]] = {}
+    name = next(waiting)
+    for finished, entry in in_processes(enter, names, workers):
+        done[finished] = entry
+        while name in done:
+            yield done.pop(name)
+            name = next(waiting, "")
+
+
+def _enter(library: Path, name: str) -> SceneEntry | tuple[str, str]:
+    root = library / name
+    try:
+        scene = open_scene(root)
+        if scene.has_depth:
+            return SceneEntry(name, len(scene), scene_digest(scene))
+        stopped = (root / FOLDER).is_dir()
+        cure = "gasp-fast depth was stopped here; run it again:" if stopped else "make it with"
+        return name, f"no depth; {cure} gasp-fast depth {root}"
+    except (OSError, ValueError) as error:
+        return name, str(error)

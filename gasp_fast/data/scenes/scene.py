@@ -11,27 +11,25 @@ intrinsics (`lens.py`).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gasp_fast.data.errors import one_line, reading, shown
+from gasp_fast.data.errors import reading, shown
 from gasp_fast.data.images import open_image
 
 from .depth_maps import DepthFile, read_depth
+from .folder import SceneFolder
 from .frame_cache import DECODED
 from .lens import NO_DISTORTION, Distortion, undistort
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_FRAMES = 1 << 15  # of a scene: 18 minutes of video at 30 frames a second
 LARGEST_SIDE = 1 << 16  # pixels of a side of the image for which intrinsics hold; JPEG ends there
-LONGEST_NAME = 255  # bytes of a file or folder name on ordinary file systems
 # Largest difference of R R^T from the identity: poses stored as text with six digits stay below 1e-4.
 ROTATION_TOLERANCE = 1e-3
 _LAST_ROW, _IDENTITY = np.array([0.0, 0.0, 0.0, 1.0]), np.eye(3)
@@ -179,47 +177,26 @@ def check_frame_count(path: Path, count: int) -> None:
         raise ValueError(f"{path}: {count:,} frames; a scene has at most {MOST_FRAMES:,}; divide it into several")
 
 
-def inside(root: Path, path: Path) -> Path:
-    """`path` if it lies under `root` with every `..` and link resolved; otherwise an error that names it."""
-    try:
-        _check_length(path.name)
-        real = os.path.join(_real_folder(path.parent), path.name)
-    except ValueError as error:  # also for a null byte or half of a surrogate pair, from JSON
-        raise ValueError(f"{root}: {shown(str(path))} is not a path: {one_line(error)}") from error
-    if path.name == ".." or os.path.islink(real):
-        real = os.path.realpath(path)
-    real_root = _real_folder(root)
-    if real != real_root and not real.startswith(os.path.join(real_root, "")):
-        raise ValueError(f"{path}: leads out of the scene folder {root}; put the file itself inside")
-    return path
-
-
-@lru_cache(maxsize=256)  # a scene has hundreds of files in a handful of folders
-def _real_folder(path: Path) -> str:
-    for name in path.parts:
-        _check_length(name)
-    return os.path.realpath(path)
-
-
-def _check_length(name: str) -> None:
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        raise ValueError("name too long")
-
-
 def build_scene(
-    root: Path, format: str, frames: Sequence[Frame], skipped: Sequence[Skipped] = (), sparse_model: Path | None = None
+    root: Path,
+    format: str,
+    frames: Sequence[Frame],
+    skipped: Sequence[Skipped] = (),
+    sparse_model: Path | None = None,
+    files: SceneFolder | None = None,
 ) -> Scene:
     """The last step of every reader: refuses paths outside the root, skips and counts frames with an invalid camera.
 
     Camera trackers write NaN poses for frames they lost, so one invalid pose must not cost the scene. No usable frame
-    at all is an error.
+    at all is an error. `files` are the listings that the reader has made already.
     """
+    files = files or SceneFolder(root)
     usable: list[Frame] = []
     lost = list(skipped)
     for frame in frames:
-        inside(root, frame.image)
+        files.inside(frame.image)
         if frame.depth is not None:
-            inside(root, frame.depth.path)
+            files.inside(frame.depth.path)
         fault = pose_fault(frame.pose) or intrinsics_fault(frame.intrinsics) or size_fault(frame.camera_size)
         if fault:
             lost.append(Skipped(frame.name, fault))

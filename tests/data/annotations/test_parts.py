@@ -1,4 +1,4 @@
-"""`--part I/N` splits the shards completely and without overlap."""
+"""`--shard I/N` splits the shards completely and without overlap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_parts_together_are_all_shards_once(step: int) -> None:
 
 @pytest.mark.parametrize("part", ["1", "2/2", "a/b", "-1/3"])
 def test_a_bad_part_is_named(part: str) -> None:
-    with pytest.raises(ValueError, match=f"--part {part}"):
+    with pytest.raises(ValueError, match=f"--shard {part}"):
         parse_part(part)
 
 

@@ -223,5 +223,5 @@ def test_held_out_scenes_are_never_annotated(library: Path, tmp_path: Path) -> N
 
 
 def test_a_bad_part_stops_the_command(library: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--part 2/2"):
-        run(command, str(library), "--out", str(tmp_path), "--part=2/2", "--min-frames", "4", "--max-frames", "6")
+    with pytest.raises(ValueError, match="--shard 2/2"):
+        run(command, str(library), "--out", str(tmp_path), "--shard=2/2", "--min-frames", "4", "--max-frames", "6")

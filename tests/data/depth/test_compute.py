@@ -246,9 +246,10 @@ def test_a_damaged_stereo_map_costs_its_frame_only(scene_world, scene_boxes, tmp
 
 
 def test_a_device_that_is_not_here_and_a_damaged_model_are_one_line(depthless, tiny_depth_model, tmp_path):
-    with pytest.raises(ValueError, match="device = 'bogus' cannot be used here") as caught:
-        run(command, depthless.root, "--model", tiny_depth_model, "--device", "bogus")
-    assert "\n" not in str(caught.value)
+    for device in ("bogus", "meta"):
+        with pytest.raises(ValueError, match=f"device = '{device}' cannot be used here") as caught:
+            run(command, depthless.root, "--model", tiny_depth_model, "--device", device)
+        assert "\n" not in str(caught.value)
     broken = shutil.copytree(tiny_depth_model, tmp_path / "broken")
     (broken / "config.json").write_text("[" * 100_000)
     with pytest.raises(OSError, match="broken: cannot load the depth model") as caught:

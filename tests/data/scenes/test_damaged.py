@@ -248,6 +248,24 @@ def test_unreadable_text_is_named(copies, file, text, message):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0000 1 2 3\n", "poses.txt: line 1 is not a key and 16 numbers"),
+        ("0000" + " 1" * 15 + " x\n", "poses.txt: line 1 is not a key and 16 numbers"),
+        (("0000" + " 1" * 16 + "\n") * 2, "poses.txt: line 2 is the second pose of '0000'"),
+        ("\0" * 50, "poses.txt: line 1 is not a key and 16 numbers"),
+        ("", "no usable frame among 8"),
+    ],
+)
+def test_unreadable_packed_poses_are_named(copies, text, message):
+    root = copies("rgbd")
+    (root / "poses.txt").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        open_scene(root)
+    assert message in one_line(caught)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"frames": []}, "has no list of frames"),

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.commands import run
 from support.downloads import write_dl3dv_download
 from support.scene_formats import FORMAT_NAMES, LENS, write_depth, write_model, write_scene_as
 
+from gasp_fast.cli import scenes as command
+from gasp_fast.data.scenes.formats import rgbd
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage
+from gasp_fast.data.scenes.library import find_scenes, scene_digest
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.tracks.build import build_tracks
 
@@ -179,3 +183,32 @@ def test_depth_scale_comes_from_meta(scene_boxes_folder, tmp_path):
     root = shutil.copytree(scene_boxes_folder, tmp_path / "s")
     (root / "meta.json").write_text(json.dumps({"depth_scale": 5000}))
     np.testing.assert_allclose(open_scene(root).depth(0), open_scene(scene_boxes_folder).depth(0) / 5, rtol=1e-6)
+
+
+def test_packed_poses_give_the_same_scene_and_one_file_to_open(scene_boxes_folder, tmp_path):
+    root = shutil.copytree(scene_boxes_folder, tmp_path / "s")
+    before = open_scene(root)
+    rgbd.pack_poses(root)
+    shutil.rmtree(root / "pose")
+    after = open_scene(root)
+    assert scene_digest(after) == scene_digest(before) and after.frame_names == before.frame_names
+    assert find_scenes(tmp_path) == ["s"]
+    rgbd.pack_poses(root)  # nothing to pack: what there is stays
+    assert scene_digest(open_scene(root)) == scene_digest(before)
+
+
+def test_the_command_packs_poses_of_rgbd_scenes_only(scene_boxes_folder, scene_boxes, tmp_path, capsys):
+    shutil.copytree(scene_boxes_folder, tmp_path / "rgbd")
+    (tmp_path / "vggt").mkdir()
+    write_scene_as("vggt", scene_boxes, tmp_path / "vggt")
+    assert run(command, tmp_path, "--pack-poses", "--jobs", 1) == 0
+    assert [path.parent.name for path in tmp_path.rglob("poses.txt")] == ["rgbd"]
+
+
+def test_a_frame_without_a_packed_pose_is_skipped_and_named(scene_boxes_folder, tmp_path):
+    root = shutil.copytree(scene_boxes_folder, tmp_path / "s")
+    rgbd.pack_poses(root)
+    lines = (root / "poses.txt").read_text().splitlines()
+    (root / "poses.txt").write_text("\n".join([*lines[:3], *lines[4:]]))
+    scene = open_scene(root)
+    assert [skip.name for skip in scene.skipped] == ["0003"] and "poses.txt has no pose" in scene.skipped[0].reason

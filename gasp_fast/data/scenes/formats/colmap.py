@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gasp_fast.data.scenes.depth_maps import DepthFile
-from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, check_frame_count, inside
+from gasp_fast.data.scenes.folder import SceneFolder
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, check_frame_count
 
 from .colmap_model import has_model, read_model
 
@@ -26,51 +27,53 @@ def detect(root: Path) -> bool:
     return find_model(root) is not None
 
 
-def find_model(root: Path) -> tuple[Path, Path] | None:
+def find_model(root: Path, files: SceneFolder | None = None) -> tuple[Path, Path] | None:
     """(workspace, model folder) below `root`; a workspace with stereo depth comes first."""
+    files = files or SceneFolder(root)
     models = [
         (root / workspace, root / workspace / model)
         for workspace in WORKSPACES
         for model in MODELS
-        if has_model(root / workspace / model)
+        if has_model(files, root / workspace / model)
     ]
-    with_depth = [pair for pair in models if (pair[0] / DEPTH_FOLDER).is_dir()]
+    with_depth = [pair for pair in models if files.is_dir(pair[0] / DEPTH_FOLDER)]
     return next(iter(with_depth + models), None)
 
 
 def read(root: Path) -> Scene:
-    located = find_model(root)
+    files = SceneFolder(root)
+    located = find_model(root, files)
     if located is None:
         raise ValueError(f"{root}: no COLMAP model; looked for {FILES}")
     workspace, model = located
     for file in sorted(model.iterdir()):
-        inside(root, file)
+        files.inside(file)
         if file.exists() and not (file.is_file() or file.is_dir()):  # pycolmap would open a pipe and wait
             raise OSError(f"{file}: not a regular file")
     images = read_model(model)
     check_frame_count(model, len(images))
-    folder = _image_folder(root, workspace)
+    folder = _image_folder(files, workspace)
     stems = [_without_suffix(image.name) for image in images]
     keys = stems if len(set(stems)) == len(stems) else [image.name for image in images]
     frames: list[Frame] = []
     skipped: list[Skipped] = []
     for key, image in zip(keys, images, strict=True):
-        path = inside(root, folder / image.name)
-        if not path.is_file():
+        path = files.inside(folder / image.name)
+        if not files.is_file(path):
             skipped.append(Skipped(key, f"{path} is missing"))
             continue
-        depth = inside(root, workspace / DEPTH_FOLDER / f"{image.name}.geometric.bin")
-        depth_file = DepthFile(depth) if depth.is_file() else None
+        depth = files.inside(workspace / DEPTH_FOLDER / f"{image.name}.geometric.bin")
+        depth_file = DepthFile(depth) if files.is_file(depth) else None
         frames.append(Frame(key, path, image.intrinsics, image.pose, image.size, depth_file, image.distortion))
-    return build_scene(root, NAME, frames, skipped, sparse_model=model)
+    return build_scene(root, NAME, frames, skipped, model, files)
 
 
-def _image_folder(root: Path, workspace: Path) -> Path:
-    for base in (workspace, root):
+def _image_folder(files: SceneFolder, workspace: Path) -> Path:
+    for base in (workspace, files.root):
         for name in IMAGE_FOLDERS:
-            if (base / name).is_dir():
+            if files.is_dir(base / name):
                 return base / name
-    raise ValueError(f"{root}: a COLMAP model but no photographs; looked for {', '.join(IMAGE_FOLDERS)}")
+    raise ValueError(f"{files.root}: a COLMAP model but no photographs; looked for {', '.join(IMAGE_FOLDERS)}")
 
 
 def _without_suffix(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gasp_fast.data.errors import one_line
+from gasp_fast.data.scenes.folder import SceneFolder
 from gasp_fast.data.scenes.lens import NO_DISTORTION, Distortion
 from gasp_fast.data.scenes.scene import pinhole
 
@@ -41,8 +42,8 @@ class ModelImage:
     points: np.ndarray | None = None  # float64 [n, 3], world positions of the points it observes; only on request
 
 
-def has_model(folder: Path) -> bool:
-    return any(all((folder / f"{part}{suffix}").is_file() for part in _REQUIRED) for suffix in (".bin", ".txt"))
+def has_model(files: SceneFolder, folder: Path) -> bool:
+    return any(all(files.is_file(folder / f"{part}{suffix}") for part in _REQUIRED) for suffix in (".bin", ".txt"))
 
 
 def read_model(folder: Path, with_points: bool = False) -> list[ModelImage]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from gasp_fast.data.errors import shown
 from gasp_fast.data.scenes.depth_maps import DepthFile
+from gasp_fast.data.scenes.folder import SceneFolder
 from gasp_fast.data.scenes.scene import (
     IMAGE_SUFFIXES,
     Frame,
@@ -22,7 +23,6 @@ from gasp_fast.data.scenes.scene import (
     Skipped,
     build_scene,
     check_frame_count,
-    inside,
     number_of,
     pinhole,
     world_to_camera,
@@ -55,9 +55,10 @@ def read(root: Path) -> Scene:
     path = find_json(root)
     if path is None:
         raise ValueError(f"{root}: no {JSON_NAME}")
-    meta = _load(inside(root, path))
+    files = SceneFolder(root)
+    meta = _load(files.inside(path))
     _refuse_other_lenses(path, meta)
-    listings: dict[Path, dict[str, Path]] = {}
+    photographs = _Photographs(files, path.parent)
     frames: list[Frame] = []
     skipped: list[Skipped] = []
     for k, entry in enumerate(meta["frames"]):
@@ -65,9 +66,9 @@ def read(root: Path) -> Scene:
             raise ValueError(f"{path}: frames[{k}] has no file_path")
         _refuse_other_lenses(path, entry)
         stated = Path(entry["file_path"])
-        inside(root, path.parent / stated)  # a path that leaves the scene is refused, not skipped
+        files.inside(path.parent / stated)  # a path that leaves the scene is refused, not skipped
         key = str(_below_image_folder(stated).with_suffix(""))
-        image = _find_image(root, path.parent, stated, listings)
+        image = photographs.find(stated)
         if image is None:
             skipped.append(Skipped(key, f"{stated} is missing"))
             continue
@@ -83,12 +84,12 @@ def read(root: Path) -> Scene:
                 pinhole(fx, fy, cx, cy),
                 world_to_camera(_matrix(entry.get("transform_matrix")), BLENDER_FROM_OPENCV),
                 (int(width), int(height)),
-                _depth_file(root, path, values),
+                _depth_file(files, path, values),
                 (k1, k2, p1, p2),
             )
         )
-    sparse = colmap.find_model(root) or colmap.find_model(path.parent)
-    return build_scene(root, NAME, frames, skipped, sparse_model=sparse and sparse[1])
+    sparse = colmap.find_model(root, files) or colmap.find_model(path.parent, files)
+    return build_scene(root, NAME, frames, skipped, sparse and sparse[1], files)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -107,35 +108,42 @@ def _refuse_other_lenses(path: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{path}: {what} is not read (only k1, k2, p1, p2 are); undistort the photographs first")
 
 
-def _find_image(root: Path, base: Path, stated: Path, listings: dict[Path, dict[str, Path]]) -> Path | None:
-    """The photograph for the path `stated` in the JSON, in the first resolution found; its suffix may differ.
+class _Photographs:
+    """Finds the photograph for a path in the JSON, in the first resolution that is there; its suffix may differ.
 
     DL3DV's JSON has images/x.png. On disk is images_4/x.png, beside the JSON, under colmap/, or under the scene's root.
     """
-    tail = _below_image_folder(stated)
-    for folder in dict.fromkeys((base, base / "colmap", root, root / "colmap")):
-        for name in IMAGE_FOLDERS:
-            place = (folder / name / tail).parent
-            if place not in listings:
-                files = sorted(place.iterdir()) if place.is_dir() else []
-                listings[place] = {file.stem: file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-            if stated.stem in listings[place]:
-                return inside(root, listings[place][stated.stem])
-    direct = base / stated
-    return inside(root, direct) if direct.is_file() else None
+
+    def __init__(self, files: SceneFolder, base: Path) -> None:
+        self.files, self.base = files, base
+        bases = dict.fromkeys((base, base / "colmap", files.root, files.root / "colmap"))
+        self.folders = [folder / name for folder in bases for name in IMAGE_FOLDERS]
+        self.by_stem: dict[Path, dict[str, Path]] = {}  # of each folder that was listed
+
+    def find(self, stated: Path) -> Path | None:
+        below, stem = _below_image_folder(stated).parent, stated.stem
+        for folder in self.folders:
+            place = folder / below
+            if place not in self.by_stem:
+                paths = (place / name for name in self.files.names(place))
+                self.by_stem[place] = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
+            if stem in self.by_stem[place]:
+                return self.files.inside(self.by_stem[place][stem])
+        direct = self.base / stated
+        return self.files.inside(direct) if self.files.is_file(direct) else None
 
 
 def _below_image_folder(stated: Path) -> Path:
     return stated.relative_to(stated.parts[0]) if len(stated.parts) > 1 else stated
 
 
-def _depth_file(root: Path, path: Path, values: dict[str, Any]) -> DepthFile | None:
+def _depth_file(files: SceneFolder, path: Path, values: dict[str, Any]) -> DepthFile | None:
     stated = values.get("depth_file_path")
     if not isinstance(stated, str) or not stated:
         return None
-    depth = inside(root, path.parent / stated)
+    depth = files.inside(path.parent / stated)
     scale = number_of(path, values, "depth_unit_scale_factor", 1e-3) if depth.suffix.lower() == ".png" else 1.0
-    return DepthFile(depth, scale, distorted=True) if depth.is_file() else None
+    return DepthFile(depth, scale, distorted=True) if files.is_file(depth) else None
 
 
 def _matrix(transform: object) -> np.ndarray:

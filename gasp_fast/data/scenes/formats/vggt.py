@@ -12,7 +12,8 @@ import numpy as np
 
 from gasp_fast.data.errors import reading
 from gasp_fast.data.scenes.depth_maps import DepthFile
-from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, check_frame_count, inside
+from gasp_fast.data.scenes.folder import SceneFolder
+from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, check_frame_count
 from gasp_fast.files import read_json
 
 NAME = "vggt"
@@ -25,24 +26,25 @@ def detect(root: Path) -> bool:
 
 
 def read(root: Path) -> Scene:
-    names = _names(inside(root, root / "image_names.json"))
-    poses = _array(inside(root, root / "cam_from_worlds.npy"), len(names), ((3, 4), (4, 4)))
-    intrinsics = _array(inside(root, root / "intrinsics.npy"), len(names), ((3, 3),))
+    files = SceneFolder(root)
+    names = _names(files.inside(root / "image_names.json"))
+    poses = _array(files.inside(root / "cam_from_worlds.npy"), len(names), ((3, 4), (4, 4)))
+    intrinsics = _array(files.inside(root / "intrinsics.npy"), len(names), ((3, 3),))
     if poses.shape[1] == 3:
         last = np.broadcast_to(np.array([0.0, 0.0, 0.0, 1.0]), (len(names), 1, 4))
         poses = np.concatenate([poses, last], axis=1)
     frames: list[Frame] = []
     skipped: list[Skipped] = []
     for k, name in enumerate(names):
-        image = inside(root, root / "images" / name)
+        image = files.inside(root / "images" / name)
         key = str(Path(name).with_suffix(""))
-        if not image.is_file():
+        if not files.is_file(image):
             skipped.append(Skipped(key, f"{image} is missing"))
             continue
-        candidates = [inside(root, root / "depths" / f"{key}{suffix}") for suffix in DEPTH_SUFFIXES]
-        depth = next((DepthFile(path) for path in candidates if path.is_file()), None)
+        candidates = [files.inside(root / "depths" / f"{key}{suffix}") for suffix in DEPTH_SUFFIXES]
+        depth = next((DepthFile(path) for path in candidates if files.is_file(path)), None)
         frames.append(Frame(key, image, intrinsics[k], poses[k], depth=depth))
-    return build_scene(root, NAME, frames, skipped)
+    return build_scene(root, NAME, frames, skipped, files=files)
 
 
 def _names(path: Path) -> list[str]:
