@@ -8,6 +8,7 @@ predict          runs a batch of sequences and collects the predictions of each 
 predictions      the predictions of a sequence, and their files
 metrics          PCK, confidence-accuracy correlation, PCK by temporal gap
 evaluate         the whole evaluation, resumable
+held_out         a few sequences, for a model that is being trained
 report, tables, figures    report.json, index.html, tables and curves, for one report or several
 report_check     checks a report.json that is not trusted
 gallery, pictures          example sequences drawn on their frames

@@ -20,8 +20,8 @@ from gasp_fast.collator import Sample
 from gasp_fast.data.scenes.library import SceneEntry, find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
-from gasp_fast.data.tracks.build import build_tracks
-from gasp_fast.data.tracks.sequences import is_held_out
+from gasp_fast.data.tracks.build import LARGEST_GRID, build_tracks
+from gasp_fast.data.tracks.sequences import MOST, is_held_out
 
 OPEN_SCENES = 16  # scenes kept open at a time
 
@@ -39,8 +39,9 @@ class EvaluationSetConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sequences < 1:
-            raise ValueError(f"sequences = {self.sequences}: at least 1 is needed")
+        for name, most in (("sequences", MOST), ("grid", LARGEST_GRID)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} = {getattr(self, name)}: must lie in 1..{most}")
         if self.frames < 2:
             raise ValueError(f"frames = {self.frames}: a match needs 2 frames")
         if self.max_gap < self.frames - 1:
@@ -114,6 +115,6 @@ def _usable_scenes(library: Path, config: EvaluationSetConfig) -> tuple[list[Sce
         longest = max(entry.frames for entry in short)
         raise ValueError(
             f"{library}: the longest scene has {longest} frames, but frames = {config.frames}; "
-            f"lower --frames to {longest}, or give longer scenes"
+            f"lower frames to {longest}, or give longer scenes"
         )
     raise ValueError(f"{library}: no scene can be used; the first, {unreadable[0][0]}: {unreadable[0][1]}")

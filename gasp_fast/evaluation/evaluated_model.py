@@ -21,6 +21,7 @@ from gasp_fast.backbones import Backbone, Conversation, load_backbone
 from gasp_fast.backbones.adapters import load_adapters
 from gasp_fast.backbones.base import loading, local_folder
 from gasp_fast.backbones.base_model import usable_device
+from gasp_fast.backbones.fingerprint import check_base
 from gasp_fast.run_folder import EXPORT, HEADS, base_of, check_intact, weights_folder
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
@@ -37,10 +38,11 @@ class EvaluatedModel:
     heads_origin: str | None  # "trained", "initial" (made from W_Q at loading), or None
     fingerprint: str  # changes with the weight files
     base: str | None = None  # of adapters, if it is not the one that their files name
+    computes_on: torch.device | None = None  # None: where its weights are
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.model.parameters()).device if self.computes_on is None else self.computes_on
 
 
 def load_evaluated_model(
@@ -102,6 +104,8 @@ def _load_adapted(
     named = base or base_of(folder)
     if named is None:
         raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base MODEL")
+    if base is None:
+        check_base(folder, named)
     backbone = load_backbone(named if base else local_folder(named), frame_pixels)
     return backbone, load_adapters(backbone.load_model(dtype=dtype), folder).merge_and_unload()
 

@@ -16,7 +16,7 @@ returns, so 28 layers need the memory of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -59,7 +59,8 @@ def run_with_features(
     }
     positions = batch["visual_positions"].to(evaluated.device)  # int64 [N], flat indices into B * S
     evaluated.backbone.check_inputs(evaluated.model, inputs)
-    with torch.inference_mode(), ExitStack() as hooks:
+    # Where a trainer has switched gradients off, ZeRO-3 must not gather weights into tensors of inference_mode.
+    with torch.inference_mode() if torch.is_grad_enabled() else nullcontext(), ExitStack() as hooks:
         if {"hidden", "head"} & set(kinds):
             hooks.enter_context(_hidden_capture(evaluated, positions, consumer, kinds))
         if "qk" in kinds and rope == "before":

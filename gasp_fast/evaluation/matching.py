@@ -33,10 +33,11 @@ class Matcher:
         The probability is a softmax over the tokens of the target's frame. Features that are not all finite have no
         most similar token: every prediction is -1, with probability NaN.
         """
-        match = frame_match(
-            queries, self._anchors, self._offsets, sequence_offsets=self._starts, temperature=self._temperature,
-            keys=None if queries is keys else keys,
-        )  # fmt: skip
+        with torch.autocast(queries.device.type, enabled=False):  # in which a model that is being trained runs
+            match = frame_match(
+                queries, self._anchors, self._offsets, sequence_offsets=self._starts, temperature=self._temperature,
+                keys=None if queries is keys else keys,
+            )  # fmt: skip
         finite = queries.isfinite().all() & keys.isfinite().all()  # stays on the device
         best = torch.where(finite, match.best[0][self._row, self._frame], -1)
         return best, torch.where(finite, match.confidence[0][self._row, self._frame], torch.nan)

@@ -187,7 +187,7 @@ def test_a_folder_without_a_supported_model_is_a_one_line_error(library, tmp_pat
 
 def test_too_short_scenes_are_a_one_line_error(model_folders, library, tmp_path):
     words = ["--model", str(model_folders["qwen-gqa"]), "--out", str(tmp_path), "--scenes", str(library)]
-    with pytest.raises(ValueError, match="longest scene has 16 frames, but frames = 20; lower --frames to 16") as error:
+    with pytest.raises(ValueError, match="longest scene has 16 frames, but frames = 20; lower frames to 16") as error:
         run(evaluate_command, *words, "--frames", "20")
     assert one_line(error.value)
     with pytest.raises(ValueError, match="max_gap = 5: 8 frames need gaps up to 7") as error:
