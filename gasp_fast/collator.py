@@ -7,7 +7,7 @@ it maps the tracks from pixels of the frames to tokens. Points that a crop cuts 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
 
@@ -87,9 +87,6 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         for index, sample in enumerate(samples):
             _check(sample, index)
-        if self.backbone.one_frame_count:
-            fewest = min((len(sample.frames) for sample in samples if sample.frames), default=0)
-            samples = [subsample_frames(sample, fewest) for sample in samples]
         prompt: list[Message] = [{"role": "user", "content": self.config.prompt}]
         encoded = self.backbone.encode([Conversation(s.frames, s.messages or prompt) for s in samples])
         tracked = [index for index, sample in enumerate(samples) if sample.tracks]
@@ -132,28 +129,6 @@ class Collator:
             chosen = np.sort(rng.choice(len(from_frame), self.config.pairs, replace=False))
             from_frame, to_frame = from_frame[chosen], to_frame[chosen]
         return from_frame, to_frame
-
-
-def subsample_frames(sample: Sample, count: int) -> Sample:
-    """Keep `count` frames of a sample: the first one and others at even steps. A sample without frames is unchanged."""
-    if len(sample.frames) in (0, count):
-        return sample
-    chosen = np.linspace(0, len(sample.frames) - 1, count).round().astype(int)
-    return replace(
-        sample,
-        frames=[sample.frames[f] for f in chosen],
-        tracks=[
-            replace(
-                tracks,
-                frames=tracks.frames[chosen],
-                uv=tracks.uv[:, chosen],
-                visible=tracks.visible[:, chosen],
-                depth=tracks.depth[:, chosen],
-            )
-            for tracks in sample.tracks
-        ],
-        depth=None if sample.depth is None else [sample.depth[f] for f in chosen],
-    )
 
 
 def _track_tokens(tracks: Tracks, grids: Sequence[TokenGrid], frame_offsets: NDArray[np.integer]) -> NDArray[np.int64]:

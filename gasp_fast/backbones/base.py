@@ -76,7 +76,6 @@ class Backbone(ABC):
     # tower can have layers of the same names.
     lora_targets: ClassVar[str] = r".*language_model.*\.(q|k|v|o)_proj"
     llama_layers: ClassVar[bool] = False  # whether norms, rotary embedding and MLPs of the decoder are as in Llama
-    one_frame_count: ClassVar[bool] = False  # whether all sequences of a batch must have equally many frames (or none)
     host_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the vision tower whose numbers the host reads
 
     def __init__(self, source: str, config: Any, processor: Any) -> None:
@@ -179,15 +178,8 @@ class Backbone(ABC):
             visual = self.visual_content(len(conversation.frames)) if conversation.frames else []
             rendered.append(self.chat.render(conversation.messages, visual, add_generation_prompt))
         frames = [conversation.frames for conversation in batch if conversation.frames]
-        inputs = dict(
-            self.processor(
-                text=[prompt.text for prompt in rendered],
-                padding=True,
-                padding_side="right",
-                return_tensors="pt",
-                **(self.visual_arguments(frames) if frames else {}),
-            )
-        )
+        visual_arguments = self.visual_arguments(frames) if frames else {}
+        inputs = self.run_processor([prompt.text for prompt in rendered], visual_arguments)
         self._check_length(inputs["input_ids"])
         grids = [[self.frame_grid(f.shape[1], f.shape[0]) for f in conversation.frames] for conversation in batch]
         positions = self._positions(inputs["input_ids"], grids)
@@ -195,6 +187,10 @@ class Backbone(ABC):
             rendered, inputs["input_ids"], inputs["attention_mask"], self.visual_token_id
         )
         return Encoded(inputs, grids, positions)
+
+    def run_processor(self, texts: list[str], visual: dict[str, Any]) -> dict[str, Tensor]:
+        """The processor's tensors for several sequences, padded on the right. `visual` are the arguments of frames."""
+        return dict(self.processor(text=texts, padding=True, padding_side="right", return_tensors="pt", **visual))
 
     # ---- a training step ---------------------------------------------------------------------------------------------
 

@@ -62,6 +62,8 @@ class ChatFormat:
                 f"{type(self.tokenizer).__name__} gives no character offsets, which label masking needs; "
                 "load the fast tokenizer of this model"
             )
+        added = (str(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        self.special = sorted({*added, *self.tokenizer.all_special_tokens})
         # Some templates (Vicuna's) do not mark the end of an answer. A model trained on them would never stop, so the
         # eos token is added to answers where the template adds none.
         probe = self._template([_content("user", "?"), _content("assistant", "!")])
@@ -103,11 +105,14 @@ class ChatFormat:
         return turns
 
     def _clean(self, text: str) -> str:
-        """Remove the placeholders of a data set (frames always come first); refuse those of the processor."""
+        """Remove the placeholders of a data set (frames always come first); refuse what the model reads as a signal."""
         text = _PLACEHOLDERS.sub("", text)
         for token in self.reserved:
             if token in text:
                 raise ValueError(f"a message contains {token!r}, which this processor replaces by a frame; remove it")
+        for token in self.special:
+            if token in text:
+                raise ValueError(f"a message contains {token!r}, a special token of this model; remove it")
         return text
 
     def _template(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:

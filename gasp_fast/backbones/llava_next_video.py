@@ -1,8 +1,8 @@
 """LLaVA-NeXT-Video: its pixel -> token map and the processor's arguments.
 
 Frames are passed as a video: each frame becomes one pooled grid of tokens, row by row, with nothing between the frames,
-so frame `f` of `n` tokens is tokens `[n f, n (f + 1))`. All videos of a batch have the same number of frames, because
-the model takes them as one tensor.
+so frame `f` of `n` tokens is tokens `[n f, n (f + 1))`. The model takes the videos of a batch as one tensor, and each
+frame is computed by itself. So the frames of all sequences are passed as one video: sequences may differ in length.
 
 Pixel -> token: the short edge is resized to a fixed size (the long edge follows, rounded down, so that the two axes
 are scaled slightly differently), the centre is cropped, the crop is cut into patches, and patches are pooled two by
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .base import Backbone, RGBImage, register
 from .token_grid import TokenGrid
@@ -24,7 +26,6 @@ from .token_grid import TokenGrid
 class LlavaNextVideo(Backbone):
     model_type = "llava_next_video"
     llama_layers = True
-    one_frame_count = True
 
     @property
     def visual_token_id(self) -> int:
@@ -52,12 +53,6 @@ class LlavaNextVideo(Backbone):
         return [{"type": "video"}]
 
     def visual_arguments(self, batch: Sequence[Sequence[RGBImage]]) -> dict[str, Any]:
-        counts = {len(frames) for frames in batch}
-        if len(counts) > 1:
-            raise ValueError(
-                f"the sequences of this batch have {', '.join(map(str, sorted(counts)))} frames; LLaVA-NeXT-Video "
-                "takes videos of one length per batch, so draw one number of frames for all sequences"
-            )
         for index, frames in enumerate(batch):
             sizes = {f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames}
             if len(sizes) > 1:
@@ -66,6 +61,13 @@ class LlavaNextVideo(Backbone):
                     "have one size, so resize them first"
                 )
         return {"videos": [np.stack(list(frames)) for frames in batch], "do_sample_frames": False}
+
+    def run_processor(self, texts: list[str], visual: dict[str, Any]) -> dict[str, Tensor]:
+        """`pixel_values_videos` is `[1, F, 3, H, W]`, with the `F` frames of all sequences."""
+        lists = dict(self.processor(text=texts, padding=True, padding_side="right", return_tensors=None, **visual))
+        videos = lists.pop("pixel_values_videos", [])  # of each sequence with frames, [f, 3, H, W]
+        inputs = {name: torch.tensor(rows) for name, rows in lists.items()}
+        return {**inputs, "pixel_values_videos": torch.cat(list(videos))[None]} if len(videos) else inputs
 
 
 def _resized(width: int, height: int, size: Any) -> tuple[int, int]:

@@ -7,7 +7,7 @@ wait for a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, reduce
 
 import torch
@@ -127,6 +127,22 @@ class Matches:
             weight=_join_optional([(part.weight, len(part)) for part in parts], 1.0),
             token_xy=None if parts[0].token_xy is None else torch.cat([_not_none(part.token_xy) for part in parts]),
         )
+
+    def with_shares(self, corr: Tensor, depth: Tensor) -> Matches:
+        """The same matches in another mean: `reduction="mean"` adds the terms of match m times `corr[m]`, `depth[m]`.
+
+        Both are [M], or [1] where all matches count alike. Metrics are averaged as the correspondence term is.
+        """
+        shared = object.__new__(Matches)
+        for name in (f.name for f in fields(self)):
+            object.__setattr__(shared, name, getattr(self, name))
+        object.__setattr__(shared, "index", replace(self.index, corr_share=corr, depth_share=depth))
+        return shared
+
+    def sequence_of_matches(self) -> Tensor:
+        """int64 [M], the number of the sequence of each match."""
+        ends = self.frame_offsets[self._sequence_offsets()[1:]]  # [B], tokens
+        return torch.searchsorted(ends, self.anchor, right=True)
 
     def countable_depth(self) -> Tensor:
         """Bool [M]: the matches that count in the depth term by their own data (a depth from 0 to `MOST_DEPTH`)."""

@@ -9,7 +9,7 @@ import torch
 from support.recorded import recorded_scene
 
 import gasp_fast
-from gasp_fast.collator import Collator, CollatorConfig, Sample, geometry_sample, subsample_frames
+from gasp_fast.collator import Collator, CollatorConfig, Sample, geometry_sample
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_scene
 from gasp_fast.data.tracks.build import Tracks
 from gasp_fast.supervision.heads import CorrespondenceHeads
@@ -176,19 +176,25 @@ def test_a_batch_without_tracks_has_no_tokens_and_no_matches(shipped):
     assert float(loss) == 0.0 and embeddings.grad.shape == embeddings.shape
 
 
-def test_sequences_of_unequal_length_lose_frames_for_llava(llava_video, qwen):
+def test_sequences_of_unequal_length_give_in_a_batch_what_they_give_alone(family):
     samples = [random_sample(frames=4), random_sample(frames=7, seed=1)]
-    batch = Collator(llava_video.backbone)(samples)
-    assert batch["pixel_values_videos"].shape[:2] == (2, 4)
-    assert batch["matches"].sequence_offsets.tolist() == [0, 4, 8]
-    shorter = subsample_frames(samples[1], 4)
-    assert [int(f) for f in shorter.tracks[0].frames] == [0, 2, 4, 6]
-    assert all(a is samples[1].frames[f] for a, f in zip(shorter.frames, (0, 2, 4, 6), strict=True))
-    for name in ("uv", "visible", "depth"):
-        whole = getattr(samples[1].tracks[0], name)
-        assert np.array_equal(getattr(shorter.tracks[0], name), whole[:, [0, 2, 4, 6]])
-    assert all(a is samples[1].depth[f] for a, f in zip(shorter.depth, (0, 2, 4, 6), strict=True))
-    assert Collator(qwen.backbone)(samples)["matches"].sequence_offsets.tolist() == [0, 4, 11]
+    together = Collator(family.backbone)(samples)
+    assert together["matches"].sequence_offsets.tolist() == [0, 4, 11]
+
+    def logits(batch):
+        inputs = {name: value for name, value in batch.items() if name not in ("matches", "visual_positions", "labels")}
+        with torch.no_grad():
+            return family.model(**inputs).logits
+
+    rows, offset = logits(together), 0
+    for row, sample in zip(rows, samples, strict=True):
+        alone = Collator(family.backbone)([sample])
+        length = alone["input_ids"].shape[1]
+        torch.testing.assert_close(row[:length], logits(alone)[0], rtol=1e-4, atol=1e-5)
+        pairs = [(a + offset, t + offset) for a, t in pairs_of(alone["matches"])]
+        assert set(pairs) <= set(pairs_of(together["matches"]))
+        offset += alone["matches"].tokens
+    assert sum(len(Collator(family.backbone)([s])["matches"]) for s in samples) == len(together["matches"])
 
 
 def test_a_pickled_collator_gives_the_same_batch(shipped):
@@ -277,7 +283,7 @@ def test_gradients_flow_from_the_loss_through_the_heads_into_the_first_layer(shi
     [
         (lambda s: Sample(frames=s.frames[:3], tracks=s.tracks), "sample 0 has 3 frames and tracks through 4"),
         (lambda s: Sample(frames=s.frames, tracks=s.tracks, depth=s.depth[:2]), "4 frames and 2 depth maps"),
-        (lambda s: subsample_frames(s, 1), "a match needs two"),
+        (lambda s: Sample(frames=s.frames[:1], tracks=[tracks_at(s.tracks[0].uv[:, :1])]), "a match needs two"),
     ],
 )
 def test_inconsistent_samples_raise_an_error_with_their_index(qwen, make, message):

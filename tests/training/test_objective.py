@@ -1,0 +1,175 @@
+"""What a step optimises does not depend on how it is divided into micro-batches and among processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_training import backward_of_step
+
+from gasp_fast.collator import Collator
+from gasp_fast.config.loader import to_yaml
+from gasp_fast.data.tracks.sequences import SequenceConfig
+from gasp_fast.loss.function import gasp_loss
+from gasp_fast.loss.matches import Matches
+from gasp_fast.training.model import build_model
+from gasp_fast.training.objective import averaged, mean_of_sequences
+from gasp_fast.training.stream import SampleStream, SteadyCollator
+
+REPOSITORY = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+SEQUENCES = SequenceConfig(min_frames=2, max_frames=5, window=4, per_scene=4)
+
+
+@pytest.fixture
+def step_of_16(config):
+    """The configuration of a run with 16 scenes and questions of different lengths in a step."""
+
+    def make(family="qwen2_5_vl", average="sequence", **train):
+        # So large a bound clips nothing.
+        train = {"steps": 2, "batch_size": 16, "clip": 1e9, "warmup": 0.0, **train}
+        return config(family, mixed=True, scenes={"sequences": SEQUENCES}, train=train, loss={"average": average})
+
+    return make
+
+
+def plain_gradient(settings, per_match=False):
+    """Loss and gradient of the first step, a sequence at a time, by code that the training loop does not use."""
+    model = build_model(settings, CPU).train()
+    stream, collate = SampleStream(settings.data), Collator(model.backbone)
+    sequences = [collate([stream[position]]) for position in range(16)]
+    assert len({batch["input_ids"].shape[1] for batch in sequences}) > 5
+    assert 4 <= sum(len(batch["matches"]) > 0 for batch in sequences) <= 12
+    loss = backward_of_step(model, sequences, per_match)
+    zero = torch.zeros(())
+    named = {name: p.grad if p.grad is not None else zero for name, p in model.named_parameters() if p.requires_grad}
+    return loss, named
+
+
+def gradient_of_first_step(settings):
+    """The same of the training loop, on this process."""
+    from gasp_fast.training.distributed import Processes
+    from gasp_fast.training.loop import TrainingLoop
+    from gasp_fast.training.stream import Share
+
+    model = build_model(settings, CPU)
+    share = Share(0, 1, settings.train.batch_size, settings.train.micro_batch_size)
+    loop = TrainingLoop(settings, model, SampleStream(settings.data), share, 2, Processes(0, 1, CPU))
+    record = loop.try_step()
+    state = loop.state.optimizer.state
+    return record, {name: state[p]["exp_avg"] / 0.1 for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_gradient(found, expected, what):
+    assert found.keys() == expected.keys()
+    size = sum(float(gradient.norm()) ** 2 for gradient in expected.values()) ** 0.5
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) < 1e-5 * size, (what, name)
+    difference = sum(float((found[name] - gradient).norm()) ** 2 for name, gradient in expected.items()) ** 0.5
+    assert difference < 1e-5 * size, what
+
+
+@pytest.mark.parametrize("average", ["sequence", "match"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 16])
+def test_the_size_of_micro_batches_does_not_change_the_gradient(step_of_16, family, average, micro_batch_size):
+    settings = step_of_16(family, average, micro_batch_size=micro_batch_size)
+    loss, expected = plain_gradient(settings, average == "match")
+    record, found = gradient_of_first_step(settings)
+    assert_same_gradient(found, expected, micro_batch_size)
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["loss"] == pytest.approx(record["lm"] + 0.3 * record["corr"] + record["depth"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_division_of_a_step_does_not_change_its_gradient(step_of_16, tmp_path):
+    """16, 8 or 4 micro-batches, on one process and on two, under DDP and under each stage of ZeRO."""
+    loss, expected = plain_gradient(step_of_16())
+    arguments, folders = [], []
+    for processes, kind, micro in product((1, 2), ("ddp", "zero1", "zero2", "zero3"), (1, 2, 4)):
+        base = step_of_16(micro_batch_size=micro)
+        folder = tmp_path / f"{processes}-{kind}-{micro}"
+        preset = None if kind == "ddp" else str(REPOSITORY / f"configs/deepspeed/{kind}.json")
+        path = folder.with_suffix(".yaml")
+        path.write_text(to_yaml(replace(base, deepspeed=preset, run=replace(base.run, out=str(folder)))))
+        arguments += [str(processes), str(path)]
+        folders.append(folder)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    script = Path(__file__).with_name("gradients_of_a_step.py")
+    done = subprocess.run(
+        [sys.executable, script, *arguments], env=environment, capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for folder in folders:
+        assert_same_gradient(torch.load(folder / "gradient.pt", weights_only=True), expected, folder.name)
+        record = json.loads((folder / "loss.json").read_text())
+        assert record["loss"] == pytest.approx(loss, rel=1e-5), folder.name
+
+
+def matches_of(*counts, tokens=4, depth=True):
+    """A `Matches` of sequences with two frames of `tokens` tokens and so many matches each."""
+    parts = [
+        Matches(
+            frame_offsets=torch.tensor([0, tokens, 2 * tokens]),
+            anchor=torch.arange(count) % tokens,
+            target=tokens + torch.arange(count) % 3,
+            target_depth=torch.linspace(1, 3, count) if depth else None,
+            depth_valid=torch.arange(count) % 3 > 0 if depth else None,
+            patch_depth=torch.linspace(1, 4, 2 * tokens) if depth else None,
+        )
+        for count in counts
+    ]
+    return Matches.pack(parts), parts
+
+
+@pytest.mark.parametrize("counts", [(5,), (1, 7), (3, 0, 6, 0), (0, 2), (0, 0)])
+@pytest.mark.parametrize("depth", [True, False])
+def test_the_mean_of_sequences_is_that_of_the_means_of_each(counts, depth):
+    matches, parts = matches_of(*counts, depth=depth)
+    torch.manual_seed(0)
+    embeddings = torch.randn(3, matches.tokens, 8)
+    together, units = mean_of_sequences(matches)
+    out = gasp_loss(embeddings, together, return_metrics=True)
+    alone = [gasp_loss(rows, part) for rows, part in zip(embeddings.split(8, 1), parts, strict=True) if len(part)]
+    assert units == len(alone)
+    for name in ("loss", "corr", "depth"):
+        expected = sum(float(getattr(one, name)) for one in alone) / max(1, units)
+        assert float(getattr(out, name)) == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+
+
+def test_a_match_without_weight_counts_neither_in_its_sequence_nor_makes_one():
+    matches, _ = matches_of(2, 3)
+    weighted = replace(matches, weight=torch.tensor([0.0, 0.0, 1.0, 3.0, 0.0]))
+    mean, units = mean_of_sequences(weighted)
+    assert units == 1
+    assert mean.index.corr_share.tolist() == [0, 0, 0.25, 0.75, 0]
+
+
+def test_a_batch_counts_what_its_terms_are_averaged_over(config, family):
+    settings = config(family, mixed=True)
+    model = build_model(settings, CPU)
+    stream = SampleStream(settings.data)
+    samples = [stream[position] for position in range(8)]
+    for average in ("sequence", "match"):
+        batch = SteadyCollator(Collator(model.backbone), average)(samples)
+        matches = batch["matches"]
+        answers, units, with_depth = batch["counts"].tolist()
+        assert answers == (batch["labels"][:, 1:] != -100).sum() > 0
+        sequences = sum(bool(sample.tracks) for sample in samples)
+        if average == "sequence":
+            assert units == with_depth == sequences > 1
+        else:
+            assert units == len(matches) and with_depth == int(matches.index.has_depth.sum()) <= units
+        assert batch["matches"].index.corr_share.expand(len(matches)).sum() == pytest.approx(1)
+
+
+def test_a_batch_without_answers_and_matches_counts_nothing(config):
+    model = build_model(config(), CPU)
+    empty = SteadyCollator(Collator(model.backbone))([])
+    assert empty["counts"].tolist() == [0, 0, 0]
+    assert averaged(empty, "match")["counts"].tolist() == [0, 0, 0]
+    assert model(**empty)["loss"] == 0
