@@ -9,8 +9,9 @@ from typing import Any
 
 from step_profile import PARTS
 
-from gasp_fast.benchmarking.report import device_and_date, versions
+from gasp_fast.benchmarking.report import device_and_date
 from gasp_fast.files import write_atomically
+from gasp_fast.processes import versions
 
 PACKAGES = ("gasp-fast", "torch", "triton", "transformers", "peft", "accelerate", "liger-kernel", "flash-attn")
 GEOMETRY_TIME, GEOMETRY_MEMORY = 0.10, 0.05  # shares of a step, at most

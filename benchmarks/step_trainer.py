@@ -44,10 +44,11 @@ class PlainRun:
 
 
 def save_batches(batches: list[dict[str, Any]], path: Path) -> None:
-    """Write what the model itself takes of each micro-batch: tensors, but for the one that the geometric loss reads."""
+    """Write what the model itself takes of each micro-batch: tensors, but for those that our loss reads."""
 
     def inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {name: v for name, v in batch.items() if torch.is_tensor(v) and name != "visual_positions"}
+        not_inputs = ("visual_positions", "counts")
+        return {name: v for name, v in batch.items() if torch.is_tensor(v) and name not in not_inputs}
 
     torch.save([inputs(batch) for batch in batches], path)
 

@@ -38,7 +38,8 @@ from .backbones import Backbone, Conversation, load_backbone
 from .backbones.adapters import load_adapters
 from .backbones.base import load_complete, loading, local_folder
 from .backbones.base_model import DTYPES, usable_device
-from .files import complete_folder, write_atomically
+from .backbones.fingerprint import check_base
+from .files import complete_folder, share_as, write_atomically
 from .run_folder import base_of, weights_folder
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
@@ -94,6 +95,8 @@ def export(
         raise FileExistsError(f"--out {str(out)!r} exists already; remove it, or name another folder")
     device = usable_device(device)
     checkpoint = find_checkpoint(source, base)
+    if base is None and checkpoint.mode == "lora":
+        check_base(checkpoint.folder, checkpoint.base)
     backbone = load_backbone(checkpoint.processor if base else local_folder(checkpoint.processor))
     stored = _stored_dtype(dtype, backbone)
     with loading(checkpoint.processor):
@@ -132,8 +135,7 @@ def export(
             trained_difference=None if base_logits is None else _difference(trained_logits, base_logits),
         )
         write_atomically(partial / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
-        for file in partial.iterdir():  # safetensors makes its files unreadable for others, whatever the umask
-            file.chmod((partial / REPORT).stat().st_mode)
+        share_as(partial / REPORT)
     return report
 
 

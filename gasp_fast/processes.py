@@ -1,16 +1,18 @@
-"""Processor and cores of this machine; work in worker processes, which end with their parent."""
+"""Processor, cores and packages of this machine; work in worker processes, which end with their parent."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from importlib.metadata import Distribution
 from itertools import islice
 from typing import TypeVar
 
@@ -36,6 +38,19 @@ def proc_line(file: str, key: str) -> str | None:
             return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
     except OSError:
         return None
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package; None where it is not installed."""
+    installed = {name: next(iter(Distribution.discover(name=name)), None) for name in packages}
+    return {name: distribution.version if distribution else None for name, distribution in installed.items()}
+
+
+def print_anything() -> None:
+    """Escape characters that a terminal does not have, instead of raising: printing must not make a result an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def process_age() -> float:

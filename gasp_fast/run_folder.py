@@ -1,7 +1,10 @@
 """Names of the files in a training run's folder.
 
-RUN/config.yaml, log.jsonl, training.png     resolved configuration, log, curves
-RUN/checkpoint-N/                            weights and heads.safetensors; complete or absent
+RUN/config.yaml, log.jsonl, training.png     resolved configuration at the beginning, log, curves
+RUN/config-2.yaml, …                         the configurations with which it was resumed, where they differ
+RUN/run.json, skipped.jsonl                  what ran, each time it was started; samples that could not be used
+RUN/checkpoint-N/                            weights, heads.safetensors, config.yaml; complete or absent
+RUN/best                                     a link to the best checkpoint
 RUN/export/                                  the plain model written by `gasp-fast export RUN`
 RUN/report/                                  the report written by `gasp-fast evaluate --model RUN`
 """
@@ -12,6 +15,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,9 +23,10 @@ from .files import one_line, read_json
 from .manifest import MANIFEST, damage
 
 CONFIG, LOG, FIGURE = "config.yaml", "log.jsonl", "training.png"
+STARTS, SKIPPED = "run.json", "skipped.jsonl"
 HEADS, ABOUT = "heads.safetensors", "about.json"  # in a checkpoint
-EXPORT, REPORT = "export", "report"
-_NUMBERED = re.compile(r"checkpoint-(\d+)")
+EXPORT, REPORT, BEST = "export", "report", "best"
+_NUMBERED, _RESUMED = re.compile(r"checkpoint-(\d+)"), re.compile(r"config-([2-9]|[1-9]\d+)\.yaml")
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -48,8 +53,10 @@ def note_unverified(folder: Path) -> None:
 def weights_folder(source: Path) -> Path | None:
     """`source` if it holds weights, else the newest checkpoint of the run `source`; None if it has no checkpoint.
 
-    A folder that differs from its manifest is an error.
+    `RUN/best` is the checkpoint that it links to. A folder that differs from its manifest is an error.
     """
+    if source.is_symlink() and _NUMBERED.fullmatch(str(linked := source.readlink())):
+        source = source.parent / linked
     if _holds_weights(source) or (source / MANIFEST).is_file():
         check_intact(source)
         return source
@@ -69,22 +76,38 @@ def _holds_weights(folder: Path) -> bool:
     return adapters or ((folder / "config.json").is_file() and any(folder.glob("model*.safetensors")))
 
 
-def base_of(checkpoint: Path) -> str | None:
-    """The base model of a checkpoint: the run's configuration names it, or else the adapter's."""
-    for parent in (checkpoint.parent, checkpoint):
-        if (parent / CONFIG).is_file():
+def configuration_of(checkpoint: Path) -> dict[str, Any]:
+    """The configuration with which a checkpoint was written; empty if it is unknown.
+
+    In checkpoints of earlier versions it is the run's.
+    """
+    for path in (checkpoint / CONFIG, checkpoint.parent / CONFIG):
+        if path.is_file():
             try:
-                config = yaml.safe_load((parent / CONFIG).read_text(encoding="utf-8"))
+                config = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, ValueError, RecursionError) as error:
-                raise ValueError(f"{parent / CONFIG}: not YAML: {one_line(error)}") from error
-            model = config.get("model") if isinstance(config, dict) else None
-            name = model.get("source") if isinstance(model, dict) else None
-            if isinstance(name, str):
-                return name
+                raise ValueError(f"{path}: not YAML: {one_line(error)}") from error
+            return config if isinstance(config, dict) else {}
+    return {}
+
+
+def base_of(checkpoint: Path) -> str | None:
+    """The base model of a checkpoint: its configuration names it, or else its adapters do."""
+    model = configuration_of(checkpoint).get("model")
+    name = model.get("source") if isinstance(model, dict) else None
+    if isinstance(name, str):
+        return name
     adapter = checkpoint / "adapter_config.json"
     facts = read_json(adapter) if adapter.exists() else {}
     name = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
     return name if isinstance(name, str) and name else None
+
+
+def config_files(run: Path) -> list[Path]:
+    """The configurations of a run, oldest first: config.yaml, config-2.yaml, …"""
+    numbered = [(int(match[1]), path) for path in run.glob("config-*.yaml") if (match := _RESUMED.fullmatch(path.name))]
+    first = [run / CONFIG] if (run / CONFIG).is_file() else []
+    return first + [path for _, path in sorted(numbered)]
 
 
 def result_folder(source: str | os.PathLike[str], name: str) -> Path:

@@ -1,7 +1,8 @@
 """Train a vision-language model with geometric supervision, alone, under torchrun or under deepspeed.
 
 Reads a recipe (those in configs/ are the paper's); every key can be overridden. Writes into run.out: config.yaml with
-all values, log.jsonl, checkpoint-N/, and at the end training.png. The same command resumes a run that was stopped.
+all values, run.json (what ran), log.jsonl, skipped.jsonl (samples that could not be used), checkpoint-N/, and at the
+end training.png. The same command resumes a run that was stopped.
 
 examples:
   python -m gasp_fast.train configs/tiny_cpu.yaml train.steps=100
@@ -17,18 +18,23 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-from gasp_fast.config.loader import load_config, to_yaml
-from gasp_fast.files import write_atomically
+from gasp_fast.config.loader import load_config
+from gasp_fast.evaluation.dataset import EvaluationSetConfig
+from gasp_fast.evaluation.held_out import SequencesInMemory
+from gasp_fast.files import one_line
 from gasp_fast.planning.training_setup import Sharding
-from gasp_fast.run_folder import CONFIG
-from gasp_fast.training import checkpoints, distributed, dry_run, guards
+from gasp_fast.processes import print_anything
+from gasp_fast.training import checkpoints, distributed, dry_run, guards, same_run
 from gasp_fast.training.config import TrainConfig
+from gasp_fast.training.held_out import kind_of_features, share_held_out
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.model import build_model
 from gasp_fast.training.signals import INTERRUPTED, Interrupted, StopSignals
 from gasp_fast.training.start_up import StartUp
+from gasp_fast.training.starts import record_start
 from gasp_fast.training.stream import SampleStream, Share
 
 
@@ -52,25 +58,52 @@ def train(
     with guards.alone_in(out) if processes.first and not try_one_step else nullcontext():
         resume = None if try_one_step else checkpoints.to_resume(out, config.run.resume, processes)
         guards.check_disk(config.run)  # after what a killed run left has been removed
-        if resume is not None:
-            guards.check_resume(config, processes.world_size, Sharding.of(deepspeed).stage, resume)
         stream = SampleStream(config.data)
+        for line in guards.check_left_out(config.run, stream):
+            if processes.first:
+                print(line, file=sys.stderr)
+        sequences = held_out_sequences(config) if config.evaluate.scenes else None
         start_up.add("data")
         share = Share(processes.rank, processes.world_size, config.train.batch_size, config.train.micro_batch_size)
         steps = config.train.steps_of(stream.epoch)
+        if resume is not None:
+            guards.check_resume(Sharding.of(deepspeed).stage, processes.world_size, resume)
+            processes.decided_by_first(
+                partial(same_run.check_same_run, config, stream, steps, processes.world_size, resume)
+            )
         model = build_model(config, processes.device)
         if config.train.mode == "lora":
             guards.check_adapters(model)
         if processes.first and (try_one_step or config.run.progress):
             print(dry_run.describe(config, model, share, processes), file=sys.stdout if try_one_step else sys.stderr)
-        loop = TrainingLoop(config, model, stream, share, steps, processes, deepspeed, signals)
+        loop = TrainingLoop(config, model, stream, share, steps, processes, deepspeed, signals, sequences)
         start_up.add("imports and model", heads=model.head_seconds)
         if try_one_step:
             dry_run.try_step(loop)
             return
+        record_start(config, stream, processes, Sharding.of(deepspeed).stage, resume)
         if processes.first:
-            write_atomically(out / CONFIG, to_yaml(config).encode())
+            same_run.write_configuration(config, out, resume)
         loop.run(resume, start_up)
+
+
+def held_out_sequences(config: TrainConfig) -> SequencesInMemory:
+    """The sequences of `evaluate.scenes`, divided evenly among its folders."""
+    evaluate = config.evaluate
+    folders = [Path(scenes) for scenes in evaluate.scenes]
+    if evaluate.sequences < len(folders):
+        raise ValueError(f"evaluate.sequences = {evaluate.sequences} is less than one for each of evaluate.scenes")
+    sizes = {"frames": evaluate.frames, "grid": evaluate.grid, "max_gap": evaluate.max_gap}
+    number, more = divmod(evaluate.sequences, len(folders))
+    sets = [
+        EvaluationSetConfig(sequences=number + (at < more), held_out=share_held_out(config, folder), **sizes)
+        for at, folder in enumerate(folders)
+    ]
+    sequences = SequencesInMemory(list(zip(folders, sets, strict=True)), kind_of_features(config))
+    if int(os.environ.get("RANK", 0)) == 0:
+        for name, reason in sequences.unreadable:
+            print(f"evaluate.scenes: {name}: left out: {reason}", file=sys.stderr)
+    return sequences
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # older launchers pass it
     options = parser.parse_intermixed_args(arguments)
     distributed.quiet_libraries()
+    print_anything()
     try:
         with StopSignals(distributed.launched()) as signals:
             config = load_config(TrainConfig, options.config, options.overrides)
@@ -100,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        print(f"gasp_fast.train: {error}", file=sys.stderr, flush=True)
+        print(f"gasp_fast.train: {one_line(error)}", file=sys.stderr, flush=True)  # libraries write several lines
         return 1
     except RuntimeError as error:
         if options.traceback or not distributed.lost_process(error):

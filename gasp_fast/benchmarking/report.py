@@ -6,7 +6,6 @@ import datetime
 import json
 import re
 import statistics
-from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gasp_fast.processes import processor_name
+from gasp_fast.processes import processor_name, versions
 
 from .measure import Result, Row
 
@@ -64,12 +63,6 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {torch.get_num_threads()} threads"
-
-
-def versions(*packages: str) -> dict[str, str | None]:
-    """The installed version of each package; None where it is not installed."""
-    installed = {name: next(iter(Distribution.discover(name=name)), None) for name in packages}
-    return {name: distribution.version if distribution else None for name, distribution in installed.items()}
 
 
 def device_and_date(machine: str) -> str:

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gasp_fast.processes import print_anything
+
 GROUPS = {  # in the order of use; a command's module has its name, with _ for -
     "installation": ("doctor",),
     "scenes": ("render", "scenes", "depth", "tracks", "make-vqa"),
@@ -43,9 +45,7 @@ class CommandHelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without Unicode must not make a sound result an error
-            stream.reconfigure(errors="backslashreplace")
+    print_anything()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(overview())

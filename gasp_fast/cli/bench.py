@@ -43,13 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from gasp_fast.backbones.base_model import usable_device
     from gasp_fast.benchmarking import report
     from gasp_fast.benchmarking.measure import run_workload
     from gasp_fast.benchmarking.workloads import CPU_SET, GPU_SET, WORKLOADS
 
     if arguments.rounds < 1:
         raise ValueError(f"--rounds = {arguments.rounds}; at least 1 is needed")
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(usable_device(arguments.device))
     names = arguments.workload or (GPU_SET if device.type == "cuda" else CPU_SET)
     console = Console()
     console = console if console.width >= 100 else Console(width=100)

@@ -76,6 +76,11 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
+def keys_of(cls: Any) -> list[str]:
+    """Every key of a configuration, and every group of keys, as in train.learning_rate and train."""
+    return [_dotted(keys) for keys, _ in _declared(cls)]
+
+
 # ---- files and overrides --------------------------------------------------------------------------------------------
 
 

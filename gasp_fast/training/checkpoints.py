@@ -6,7 +6,10 @@
     optimizer.pt or global_stepN/                     optimiser; the latter is DeepSpeed's
     scheduler.pt                                      learning rate schedule
     rng_state*.pth                                    random number generators of each process
-    about.json                                        step, score, how the run was divided, sums not yet logged
+    about.json                                        step, score, how the run was divided, sums not yet logged,
+                                                      number of steps and of samples, fingerprint of the base model,
+                                                      counters of evaluations on held-out scenes
+    config.yaml                                       configuration of the run (`same_run.py`)
     manifest.json                                     size and SHA-256 of each file
 
 All processes write into `.checkpoint-N.partial`; the first one adds the manifest and renames the folder when it is
@@ -29,10 +32,12 @@ import numpy as np
 import torch
 from accelerate.utils import load
 
-from gasp_fast.files import read_json, write_atomically
-from gasp_fast.manifest import damage, write_manifest
-from gasp_fast.run_folder import ABOUT, check_intact, checkpoint_folders, note_unverified
+from gasp_fast.config.loader import to_yaml
+from gasp_fast.files import one_line, read_json, share_as, write_atomically
+from gasp_fast.manifest import MANIFEST, damage, write_manifest
+from gasp_fast.run_folder import ABOUT, BEST, CONFIG, FIGURE, check_intact, checkpoint_folders, note_unverified
 
+from .config import TrainConfig
 from .distributed import Processes
 
 _KINDS: dict[str, Any] = {  # of the values in about.json
@@ -44,6 +49,12 @@ _KINDS: dict[str, Any] = {  # of the values in about.json
     "score": (int, float, type(None)),
     "bad_steps": int,
     "unlogged": list,
+}
+_LATER_KINDS: dict[str, Any] = {  # of those that checkpoints of earlier versions lack
+    "steps": int,
+    "samples": dict,
+    "base": (dict, type(None)),
+    "held_out": (dict, type(None)),
 }
 
 
@@ -59,6 +70,7 @@ def complete_or_absent(folder: Path, processes: Processes) -> Iterator[Path]:
     processes.barrier()
     if processes.first:
         write_manifest(partial)
+        share_as(partial / MANIFEST)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
@@ -71,7 +83,15 @@ def to_resume(out: Path, resume: str, processes: Processes) -> Path | None:
 
     def choose() -> Path | None:
         sweep(out)
-        return _newest_intact(out) if resume == "auto" else _named(out, resume)
+        if (out / BEST).is_symlink():  # a run that was killed after a checkpoint may not have renewed it
+            link_best(out, best_of(checkpoint_folders(out)))
+        chosen = _newest_intact(out) if resume == "auto" else _named(out, resume)
+        if chosen is None and (out / FIGURE).exists():
+            raise ValueError(
+                f"run.out = {str(out)!r} holds a finished run without its checkpoints; give another run.out, or delete "
+                f"it ({FIGURE}) to begin anew there"
+            )
+        return chosen
 
     return processes.decided_by_first(choose)
 
@@ -105,7 +125,9 @@ def _newest_intact(out: Path) -> Path | None:
     return None
 
 
-def write_about(folder: Path, **facts: Any) -> None:
+def write_about(folder: Path, config: TrainConfig, **facts: Any) -> None:
+    """Write what a checkpoint is of: about.json, and the configuration."""
+    write_atomically(folder / CONFIG, to_yaml(config).encode())
     write_atomically(folder / ABOUT, (json.dumps(facts, indent=1) + "\n").encode())
 
 
@@ -114,8 +136,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise OSError(f"run.resume = {str(folder)!r} is no checkpoint of a training run ({ABOUT} is missing)")
     facts = read_json(path)
-    for name, kind in _KINDS.items():
-        if not isinstance(facts, dict) or not isinstance(facts.get(name, ...), kind):
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} holds no facts about a checkpoint; use another")
+    later = {name: kind for name, kind in _LATER_KINDS.items() if name in facts}
+    for name, kind in {**_KINDS, **later}.items():
+        if not isinstance(facts.get(name, ...), kind):
             raise ValueError(f"{path}: {name} is missing or of another kind; use another checkpoint")
     return facts
 
@@ -141,6 +166,7 @@ def rotate(out: Path, keep: int, keep_best: bool) -> None:
     """Remove all but the newest `keep` checkpoints and the best one. Each is renamed before it is deleted."""
     folders = checkpoint_folders(out)
     best = best_of(folders) if keep_best else None
+    link_best(out, best)
     for folder in folders[:-keep]:
         if folder != best:
             removed = folder.with_name(f".{folder.name}.removed")
@@ -149,9 +175,38 @@ def rotate(out: Path, keep: int, keep_best: bool) -> None:
 
 
 def best_of(folders: list[Path]) -> Path | None:
-    """The checkpoint with the highest score, the oldest if several share it; None if none has a score."""
+    """The checkpoint that evaluation on held-out scenes found best; without, the one with the highest score.
+
+    The oldest if several share the score; None if none has one.
+    """
+    if (best := _best_held_out(folders)) is not None:
+        return best
     scores = {folder: score for folder in folders if (score := _score_of(folder)) is not None}
     return max(scores, key=lambda folder: scores[folder], default=None)
+
+
+def _best_held_out(folders: list[Path]) -> Path | None:
+    """The one that the newest checkpoint names, if it is there."""
+    try:
+        held_out = read_about(folders[-1]).get("held_out") if folders else None
+    except (ValueError, OSError):
+        return None
+    step = held_out.get("best_step") if isinstance(held_out, dict) else None
+    return next((folder for folder in folders if folder.name == f"checkpoint-{step}"), None)
+
+
+def link_best(out: Path, best: Path | None) -> None:
+    """Let the link `out/best` name `best`. It always names a checkpoint that is there, or is absent."""
+    link, partial = out / BEST, out / f".{BEST}.partial"
+    try:
+        partial.unlink(missing_ok=True)
+        if best is not None:
+            partial.symlink_to(best.name)
+            partial.replace(link)
+        elif link.is_symlink():
+            link.unlink()
+    except OSError as error:  # some file systems have no links
+        print(f"gasp_fast.train: {link} cannot be made: {one_line(error)}; the best is {best}", file=sys.stderr)
 
 
 def _score_of(folder: Path) -> float | None:

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gasp_fast.backbones.adapters import AdapterConfig
 from gasp_fast.backbones.base_model import ModelConfig
+from gasp_fast.config.loader import keys_of
 from gasp_fast.loss.config import LossConfig
 from gasp_fast.supervision.heads import HeadsConfig
 
+from .objective import Average
 from .optim import OptimisationConfig
 from .stream import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(LossConfig):
-    """`lm_weight * lm + corr_weight * corr + depth_weight * depth`. Without the last two weights there are no heads."""
+    """`lm_weight * lm + corr_weight * corr + depth_weight * depth`. Without the last two weights there are no heads.
+
+    Each term is a mean over the whole optimiser step, over all processes (`objective.py`).
+    """
 
     lm_weight: float = 1.0
+    average: Average = "sequence"  # what corr and depth are averaged over: a step's geometric sequences, or its matches
     learnable_temperature: bool = False  # train the temperature, beginning at `temperature`
 
     def __post_init__(self) -> None:
@@ -40,14 +47,17 @@ class ObjectiveConfig(LossConfig):
 class RunConfig:
     """Where the run writes, how often, and when it stops early."""
 
-    out: str  # folder of the run: config.yaml, log.jsonl, training.png, checkpoint-N/
+    out: str  # folder of the run: config.yaml, run.json, log.jsonl, training.png, checkpoint-N/
     resume: str = "auto"  # auto: from the last checkpoint in `out`, if there is one; never; or a checkpoint folder
+    allow_changes: tuple[str, ...] = ()  # keys, or groups of keys, that may differ from the checkpoint's when resuming
     log_every: int = 1  # steps; the last step is always logged
     save_every: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints to keep
-    keep_best: bool = True  # also keep the best one: PCK (without heads: LM loss) since the previous checkpoint
+    keep_best: bool = True  # also keep the best one, which the link `best` names: by evaluate.best; without
+    # evaluation by the PCK of training batches (without heads: LM loss) since the previous checkpoint
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio
     bad_steps: int = 3  # how many steps with a gradient that is not finite are skipped before the run stops
+    max_skipped: float = 0.1  # share of the samples that may be skipped because they cannot be used; more end the run
     min_free_gb: float = 5.0  # the run stops if the disk of `out` has less free space
     timeout: float = 600.0  # seconds that a process waits for the others, as for a checkpoint, before the run ends
     progress: bool = True  # a progress bar (lines, where the output is no terminal), and a table at the end
@@ -61,8 +71,42 @@ class RunConfig:
         for name in ("bad_steps", "min_free_gb"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"run.{name} = {getattr(self, name)} must be 0 or more")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"run.max_skipped = {self.max_skipped} is a share of the samples; give 0 to 1")
         if not 1 <= self.timeout < math.inf:
             raise ValueError(f"run.timeout = {self.timeout} must be 1 second or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation on held-out scenes while training, and what it decides: `held_out.py`. Without scenes there is none.
+
+    The sequences, predictions and metrics are those of `gasp-fast evaluate`.
+    """
+
+    scenes: tuple[str, ...] = ()  # scenes or folders of scenes; of data.scenes.root, those that held_out leaves out
+    every: int = 500  # steps; the last step is always evaluated
+    sequences: int = 16  # in all; the processes share them and keep their frames in memory
+    frames: int = 8  # of a sequence
+    grid: int = 8  # query points along each axis of the first frame
+    max_gap: int = 24  # largest number of frames between the first and a later frame of a sequence
+    features: Literal["auto", "head", "qk", "hidden"] = "auto"  # auto: head; without heads, hidden
+    best: Literal["pck", "peak", "moved", "rho"] = "pck"  # pck: mean of all layers; the others: of the best layer
+    patience: int | None = None  # evaluations without a better one after which the run ends; null: it does not
+
+    def __post_init__(self) -> None:
+        for name in ("every", "sequences", "grid", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"evaluate.{name} = {value} must be at least 1")
+        if self.patience is not None and not self.scenes:
+            raise ValueError(f"evaluate.patience = {self.patience} needs evaluate.scenes to evaluate on; name some")
+        if self.frames < 2:
+            raise ValueError(f"evaluate.frames = {self.frames} must be at least 2: a match needs two frames")
+        if self.max_gap < self.frames - 1:
+            raise ValueError(
+                f"evaluate.max_gap = {self.max_gap} is too small for {self.frames} frames; raise it to "
+                f"{self.frames - 1}, or lower evaluate.frames"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,4 +120,12 @@ class TrainConfig:
     loss: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig
     run: RunConfig
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     deepspeed: str | None = None  # a DeepSpeed file such as configs/deepspeed/zero2.json; None: plain PyTorch or DDP
+
+    def __post_init__(self) -> None:
+        for name in self.run.allow_changes:
+            if name not in (keys := keys_of(TrainConfig)):
+                raise ValueError(
+                    f"run.allow_changes names {name!r}, which is no key; keys are {', '.join(keys[:3])}, …"
+                )

@@ -6,7 +6,7 @@ environment variables. Without a GPU, processes communicate through gloo.
 
 from __future__ import annotations
 
-import json
+import gc
 import multiprocessing
 import os
 import warnings
@@ -22,6 +22,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor
 
+from gasp_fast.files import read_json
 from gasp_fast.processes import end_with_parent
 
 from .config import TrainConfig
@@ -54,6 +55,19 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """`tensor`, on the device, summed over all processes in place. The host does not wait. All must call."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_all(self, value: Result) -> list[Result]:
+        """The `value` of every process. All must call."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def decided_by_first(self, decide: Callable[[], Result]) -> Result:
         """What `decide` returns on the first process, on all of them. A ValueError or OSError is raised on all."""
@@ -130,8 +144,13 @@ def lost_process(error: RuntimeError) -> bool:
 
 
 def stop_processes() -> None:
+    """Leave the process group. Call it when nothing refers to the model: its wrappers hold the group.
+
+    A group that is still held runs its threads while the interpreter is torn down, which can abort the process.
+    """
     for worker in multiprocessing.active_children():  # of the loader; they do not receive SIGTERM
         worker.kill()
+    gc.collect()  # training loop and wrappers refer to each other
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -154,15 +173,12 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        tree = json.loads(Path(path).read_text())
+        tree = read_json(Path(path))
     except OSError as error:
-        raise OSError(f"deepspeed = {path!r} cannot be read ({error.strerror}); configs/deepspeed has some") from None
+        reason = error.strerror or error
+        raise OSError(f"deepspeed = {path!r} cannot be read ({reason}); configs/deepspeed has some") from None
     except ValueError as error:
-        raise ValueError(f"deepspeed = {path!r} is not JSON: {error}") from None
-    except RecursionError:
-        raise ValueError(
-            f"deepspeed = {path!r} is nested too deeply; configs/deepspeed has some to begin with"
-        ) from None
+        raise ValueError(f"deepspeed = {error}; configs/deepspeed has some to begin with") from None
     sections = ("bf16", "fp16", "zero_optimization")
     if not isinstance(tree, dict) or not all(isinstance(tree.get(name, {}), dict) for name in sections):
         raise ValueError(
@@ -176,6 +192,9 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
                 "model.dtype says what the model computes in"
             )
     zero = tree.get("zero_optimization", {})
+    for part in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(part, {}), dict):
+            raise ValueError(f"deepspeed = {path!r} has {part} = {zero[part]!r}; it must be a JSON object")
     if not zero.get("stage"):  # without ZeRO, DeepSpeed would step with a gradient that is not finite
         raise ValueError(f"deepspeed = {path!r} has no zero_optimization.stage of 1, 2 or 3; use deepspeed=null")
     if type(zero["stage"]) is not int or zero["stage"] not in (1, 2, 3):

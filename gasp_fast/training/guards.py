@@ -3,7 +3,8 @@
 Before the first step: no other run writes into the folder, adapters are on the expected modules, and the model places
 the tokens of the first batch correctly. Before the run and before each checkpoint: the disk has free space. After a few
 steps: every weight that a loss depends on has moved. At every step: a gradient that is not finite is reported and its
-step skipped; after too many of them the run stops and saves the batch.
+step skipped; after too many of them the run stops and saves the batch. Samples that cannot be used are replaced; if
+they are too large a share of all, the run stops.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from accelerate.tracking import get_available_trackers
 
 from gasp_fast.backbones import unwrap
 from gasp_fast.loss.matches import Matches
+from gasp_fast.run_folder import SKIPPED
 
 from .checkpoints import read_about
 from .config import RunConfig, TrainConfig
 from .model import SupervisedModel
+from .stream import SampleStream
 from .weights import gathered
 
+FEW_SAMPLES = 200  # the share that was skipped is one of at least so many: a few bad ones at the start say little
 LEARNING_STEPS = 5  # after these, even during warm-up, every head and adapter must have moved
 
 
@@ -156,11 +160,38 @@ def check_bad_steps(
         )
 
 
-def check_resume(config: TrainConfig, world_size: int, stage: int, folder: Path) -> None:
+def check_left_out(config: RunConfig, stream: SampleStream) -> list[str]:
+    """Check that most of the data can be used at all. Returns a line for each source of which a part is left out."""
+    lines = []
+    for name, source in stream.sources.items():
+        count = len(source.left_out)
+        if not count:
+            continue
+        line = f"data.{name}: {count:,} of {source.found:,} cannot be used; the first, {source.left_out[0]}"
+        if _too_many(config, count, source.found):
+            raise GuardError(f"{line}; run.max_skipped = {config.max_skipped:g}: mend the data or raise it")
+        lines.append(line)
+    return lines
+
+
+def check_skipped(config: TrainConfig, count: int, step: int) -> None:
+    """Stop the run if more than the allowed share of all samples so far was skipped (`count`)."""
+    drawn = step * config.train.batch_size
+    if _too_many(config.run, count, drawn):
+        raise GuardError(
+            f"step {step}: {count:,} of {drawn:,} samples could not be used, run.max_skipped = "
+            f"{config.run.max_skipped:g}; {Path(config.run.out) / SKIPPED} names them: mend the data or raise it"
+        )
+
+
+def _too_many(config: RunConfig, count: int, of: int) -> bool:
+    return count > config.max_skipped * max(of, FEW_SAMPLES)
+
+
+def check_resume(stage: int, world_size: int, folder: Path) -> None:
     """Check that the run is divided as the checkpoint was: ZeRO splits the optimiser states among the processes."""
     about = read_about(folder)
-    now = {"ranks": world_size, "zero_stage": stage, "mode": config.train.mode, "batch_size": config.train.batch_size}
-    for name, value in now.items():
+    for name, value in {"ranks": world_size, "zero_stage": stage}.items():
         # Without ZeRO nothing is split, and any number of processes can resume.
         if about[name] != value and not (name == "ranks" and stage == about["zero_stage"] == 0):
             raise GuardError(

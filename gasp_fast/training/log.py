@@ -2,13 +2,24 @@
 
 One JSON object per logged step:
 
-    step, loss, lm, corr, depth    means over the micro-batches of all processes since the last line; a term that no
-                                   batch had, or that is not finite, is null
+    step, loss, lm, corr, depth    means over the steps since the last line, of the step's loss and its terms as
+                                   `objective.py` defines them; a term that no step had, or that is not finite, is null
     corr_per_layer, depth_per_layer, pck_per_layer    [L], the same means
     lr                             of the adapters (or the model); heads have their own
     grad_norm                      of all trained weights, before clipping
     tokens_per_s, mfu              over all processes
     peak_memory                    bytes, the largest of all processes: of GPU memory, or without a GPU of the process
+    data_wait                      share of the time waiting for the loader, of the process that waits longest
+    device_wait                    share of the time in which the host waits for its GPU, of the process that waits
+                                   least: near 0, a host is too slow; null without a GPU
+    skipped                        samples since the last line that could not be used and were replaced, by kind
+                                   (`skipped.py`)
+
+and one for each evaluation while training:
+
+    step, held_out                 `features`, `sequences`, `layers` (counted from 1); `pck`, the mean of all layers;
+                                   `peak`, `moved` and `rho` of the best layer, `peak_layer`; `identity`; all three of
+                                   each layer; `best`: better than all before; `seconds`, which no step's speed counts
 
 The sums stay on the device until a line is due. Then they are copied behind the step that they belong to, and read when
 the next step has been launched: the host never waits for a GPU that has nothing else to do.
@@ -20,6 +31,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,12 +47,18 @@ from gasp_fast.files import write_atomically
 from gasp_fast.planning.gpus import peak_flops
 from gasp_fast.run_folder import LOG
 
+from . import held_out
 from .config import TrainConfig
+from .skipped import KINDS, Skipped, SkippedFile, in_numbers, join
+from .stream import LoadedBatches
 from .summary import read_log, summarise
 
-# The order is that of `unlogged` in checkpoints. `answered` and `matched` count batches with answers and with matches.
-SUMS = ("loss", "batches", "lm", "answered", "matched", "tokens", "flops")
+# The order is that of `unlogged` in checkpoints. The first process counts `steps`, and those of them that have labelled
+# tokens (`answered`) and matches (`matched`), on whichever process.
+SUMS = ("loss", "steps", "lm", "answered", "matched", "tokens", "flops")
 LAYER_SUMS = ("corr", "depth", "pck")  # a sum for each layer
+HOST_SUMS = ("data_wait", "device_wait", *KINDS)  # seconds, and skipped samples; older checkpoints have none
+MUCH_WAITING = 0.05  # share of the time waiting for data from which on the progress bar says so
 SECONDS_BETWEEN_LINES = 30.0  # where the output is not a terminal, such as a batch system's log file
 
 
@@ -54,6 +72,10 @@ class HostCopy:
             self._done = torch.cuda.Event()
             self._done.record()
 
+    @property
+    def from_device(self) -> bool:
+        return self._done is not None
+
     def read(self) -> Tensor:
         if self._done is not None:
             self._done.synchronize()
@@ -61,31 +83,46 @@ class HostCopy:
 
 
 class Meter:
-    """Sums over the micro-batches of this process since the last log line."""
+    """Sums over the micro-batches of this process since the last log line. Losses are parts of the means of a step."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self.device = device
-        self.widths = [1] * len(SUMS) + [layers] * len(LAYER_SUMS)
-        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 3 L]
+        self.widths = [1] * len(SUMS) + [layers] * len(LAYER_SUMS) + [1] * len(HOST_SUMS)
+        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 3 L + 6]
         self.sums = self._columns(self.packed)  # views of `packed`
         self.start = time.perf_counter()
 
     def _columns(self, packed: Tensor) -> dict[str, Tensor]:
         """The columns of `packed` by name: [1] each, or [L] for those of the layers."""
-        return dict(zip((*SUMS, *LAYER_SUMS), packed.split(self.widths), strict=True))
+        return dict(zip((*SUMS, *LAYER_SUMS, *HOST_SUMS), packed.split(self.widths), strict=True))
+
+    def begin_step(self, totals: Tensor, counted: bool) -> None:
+        """`totals` [3] are what the step's losses are averaged over. One process counts the steps."""
+        if counted:
+            self.sums["steps"] += 1
+            self.sums["answered"] += totals[0] > 0
+            self.sums["matched"] += totals[1] > 0
 
     def add(self, outputs: dict[str, Any], matches: int, tokens: int, flops: float) -> None:
-        answered, sums = outputs["answers"] > 0, self.sums
+        sums = self.sums
         sums["loss"] += outputs["loss"].detach()
-        sums["batches"] += 1
-        sums["lm"] += outputs["lm"] * answered
-        sums["answered"] += answered
-        sums["matched"] += matches > 0
+        sums["lm"] += outputs["lm"]
         sums["tokens"] += tokens
         sums["flops"] += flops
         for name in LAYER_SUMS:
             if matches and name in outputs:
                 sums[name] += outputs[name]
+
+    def add_loading(self, batches: LoadedBatches) -> list[Skipped]:
+        """Add the time spent waiting for the loader, and the skipped samples, which are returned."""
+        seconds, skipped = batches.take()
+        self.sums["data_wait"] += seconds
+        for one in {one.position: one for one in reversed(skipped)}.values():  # the first of each position
+            self.sums[one.kind] += 1
+        return skipped
+
+    def add_device_wait(self, seconds: float) -> None:
+        self.sums["device_wait"] += seconds
 
     def state(self) -> list[list[float]]:
         """The sums of every process, and the seconds since the last line, `[processes][sums + 1]`. All must call."""
@@ -99,8 +136,10 @@ class Meter:
         """Go on from `state`. If it was written by another number of processes, the first one takes all sums."""
         try:
             sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums + 1]
+            if sums.shape[1] == len(self.packed) + 1 - len(HOST_SUMS):
+                sums = torch.cat([sums[:, :-1], sums.new_zeros(len(sums), len(HOST_SUMS)), sums[:, -1:]], dim=1)
             sums = sums.view(max(1, len(state)), len(self.packed) + 1)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise ValueError(f"the checkpoint's unlogged sums do not fit this run ({error})") from error
         own = sums[rank] if len(sums) == world_size else sums.sum(0) * (rank == 0)
         self.packed.copy_(own[:-1])
@@ -116,11 +155,11 @@ class Meter:
         """The means of sums that were taken. Speeds count the time since the last call."""
         gathered, now = taken.read(), time.perf_counter()
         seconds, self.start = now - self.start, now
-        columns = self._columns(gathered[:, :-1].sum(0))
+        columns, waits = self._columns(gathered[:, :-1].sum(0)), self._columns(gathered[:, :-1].T)
         sums = {name: columns[name].item() for name in SUMS}
         layers = {name: [_ratio(total, sums["matched"]) for total in columns[name].tolist()] for name in LAYER_SUMS}
         return {
-            "loss": _ratio(sums["loss"], sums["batches"]),
+            "loss": _ratio(sums["loss"], sums["steps"]),
             "lm": _ratio(sums["lm"], sums["answered"]),
             "corr": _mean(layers["corr"]),
             "depth": _mean(layers["depth"]),
@@ -128,6 +167,9 @@ class Meter:
             "tokens_per_s": sums["tokens"] / seconds,
             "mfu": sums["flops"] / seconds / (len(gathered) * peak_flops(self.device)),
             "peak_memory": int(gathered[:, -1].max()),
+            "data_wait": min(1.0, waits["data_wait"].max().item() / seconds),
+            "device_wait": min(1.0, waits["device_wait"].min().item() / seconds) if taken.from_device else None,
+            "skipped": {kind: int(columns[kind]) for kind in KINDS if columns[kind]},
         }
 
 
@@ -157,12 +199,23 @@ class RunLog:
     """
 
     def __init__(
-        self, config: TrainConfig, steps: int, done: int, resume: Path | None, accelerator: Accelerator
+        self,
+        config: TrainConfig,
+        steps: int,
+        done: int,
+        resume: Path | None,
+        accelerator: Accelerator,
+        left_out: Sequence[Skipped] = (),  # of the data, before the first step
     ) -> None:
         self.run, self.accelerator, self.first = config.run, accelerator, accelerator.is_main_process
         self.interrupted = False  # set by the loop
         accelerator.init_trackers("gasp_fast", flat(asdict(config)), {"wandb": {"name": config.run.out}})
         if self.first:
+            join(Path(config.run.out), done)
+        accelerator.wait_for_everyone()
+        self.skipped = SkippedFile(Path(config.run.out), accelerator.process_index, config.train.batch_size)
+        if self.first:
+            self.skipped.add(left_out)
             self.file = LogFile(Path(config.run.out), done)
             self.console = Console(stderr=True)
             begin = "from the beginning" if resume is None else f"resuming from {resume}"
@@ -184,6 +237,13 @@ class RunLog:
             self.bar.update(record["step"], record)
         self.accelerator.log(scalars(record), record["step"])
 
+    def write_held_out(self, step: int, metrics: dict[str, Any]) -> None:
+        """Report an evaluation, in a line of its own."""
+        if self.first:
+            self.file.write({"step": step, "held_out": metrics})
+        self.note(f"step {step}: {held_out.in_words(metrics)}")
+        self.accelerator.log(held_out.scalars(metrics), step)
+
     def __enter__(self) -> RunLog:
         return self
 
@@ -193,6 +253,8 @@ class RunLog:
         if error is None:
             for tracker in self.accelerator.trackers:  # end_training() would end the process group, too
                 tracker.finish()
+            if self.first:
+                join(Path(self.run.out))  # all have saved, so that no process writes
             if self.first and not self.interrupted:
                 summarise(Path(self.run.out), self.console, self.run.progress)
 
@@ -246,6 +308,8 @@ def in_words(record: dict[str, Any]) -> str:
     pck = [value for value in record["pck_per_layer"] if value is not None]
     parts = [f"{name} {record[name]:.3f}" for name in ("lm", "corr", "depth") if record[name] is not None]
     parts += [f"pck {max(pck):.2f}"] if pck else []
+    parts += [f"waits for data {record['data_wait']:.0%}"] if record["data_wait"] >= MUCH_WAITING else []
+    parts += [f"skipped {in_numbers(record['skipped'])}"] if record["skipped"] else []
     return " · ".join([*parts, f"{record['tokens_per_s']:,.0f} tok/s", f"mfu {record['mfu']:.0%}"])
 
 
@@ -264,6 +328,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, list):
             kind = name.removesuffix("_per_layer")
             numbers |= {f"train/{kind}/layer_{n}": v for n, v in enumerate(value, 1) if v is not None}
+        elif isinstance(value, dict):
+            numbers |= {f"train/{name}/{kind}": v for kind, v in value.items()}
         elif value is not None:
             numbers[f"train/{name}"] = value
     return numbers

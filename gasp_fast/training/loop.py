@@ -1,4 +1,4 @@
-"""The training loop: next batches, forward, backward, clip, step, schedule, check, log, save.
+"""The training loop: next batches, forward, backward, clip, step, schedule, check, log, evaluate, save.
 
 The same loop runs on one process, under DDP and under DeepSpeed, through accelerate. A run resumes exactly: a step's
 samples are a function of its number (`stream.py`), and a checkpoint holds everything else that a step depends on.
@@ -12,26 +12,29 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from gasp_fast.backbones.adapters import cast_once
 from gasp_fast.planning.training_setup import Sharding
 
-from . import checkpoints, guards
+from . import checkpoints, guards, same_run
 from .config import TrainConfig
 from .distributed import Processes
+from .held_out import HeldOut, HeldOutSequences
 from .log import HostCopy, Meter, RunLog, finite, score_of
 from .model import SupervisedModel
 from .signals import Interrupted, StopSignals, kept_from_children
 from .start_up import StartUp
 from .state import TrainState
-from .stream import SampleStream, Share, make_loader
+from .stream import LoadedBatches, SampleStream, Share, make_loader
 from .workload import BatchFlops
 
 Batch = dict[str, Any]
@@ -62,6 +65,7 @@ class TrainingLoop:
         processes: Processes,
         deepspeed: dict[str, Any] | None = None,
         signals: StopSignals | None = None,
+        sequences: HeldOutSequences | None = None,  # to evaluate on while training
     ) -> None:
         set_seed(config.train.seed)
         self.config = config
@@ -76,10 +80,13 @@ class TrainingLoop:
         self.batch_flops = BatchFlops(config, model)  # before the model is sharded
         self.state = TrainState(config, model, share, steps, processes, deepspeed)
         self.meter = Meter(0 if model.supervision is None else len(model.supervision.layers), processes.device)
+        self.held_out = HeldOut(config.evaluate, sequences, model, processes)
         self.launched: list[Launched] = []  # at most two steps, the last ones
         self.bad_steps = 0  # steps so far whose gradient was not finite
+        self.skipped = 0  # samples of all processes so far that could not be used and were replaced
         self.learning: guards.LearningGuard | None = None  # only in the first steps of a new run
         self.scores: list[float] = []  # of each log line since the last checkpoint
+        self.facts = same_run.run_facts(config, stream, steps) if processes.first else {}
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -91,56 +98,77 @@ class TrainingLoop:
         start_up = StartUp() if start_up is None else start_up
         run = self.config.run
         done, batches = self.begin(resume)
-        received = 0
+        received, step = 0, done
         self.signals.step_in_hand = True
-        with RunLog(self.config, self.steps, done, resume, self.state.accelerator) as log:
-            for step in range(done + 1, self.steps + 1):
+        with RunLog(self.config, self.steps, done, resume, self.state.accelerator, self.stream.left_out) as log:
+            last = done if self.held_out.out_of_patience else self.steps
+            for step in range(done + 1, last + 1):
                 micro_batches = [next(batches) for _ in range(self.share.accumulation)]
+                log.skipped.add(self.meter.add_loading(batches))
                 first, saved = step == done + 1, step % run.save_every == 0 or step == self.steps
+                evaluated = self.held_out.due(step, self.steps)
                 if first:
                     guards.check_positions(self.model, micro_batches[0])
                     start_up.add("data")
                 self.launched.append(self.train_step(step, micro_batches))
                 log.progress(step)
                 alone_and_stopped = self.processes.world_size == 1 and self.signals.received
-                received = self.finish(log, waiting=0 if first or saved or alone_and_stopped else 1)
+                received = self.finish(log, waiting=0 if first or saved or evaluated or alone_and_stopped else 1)
                 if first:
                     start_up.add("first step")
                     log.note(str(start_up))
                 self.check_learning(step)
                 if received:
                     self.finish(log, waiting=0)
+                if evaluated:
+                    saved |= self.evaluate(step, log)
                 if saved or received:
                     self.save(step)
-                if received and step < self.steps:
+                ended = step == self.steps or self.held_out.out_of_patience
+                if received and not ended:
                     log.interrupted = True
+                if received or ended:
                     break
-        if received and step < self.steps:
+        if log.interrupted:
             self.processes.barrier()  # a launcher ends the other ranks as soon as one has ended
             saved_as, name = self.out / f"checkpoint-{step}", signal.Signals(received).name
             raise Interrupted(f"step {step}: {name}; saved {saved_as}; continue with the same command")
+        if step < self.steps and self.processes.first:
+            print(f"gasp_fast.train: {self.held_out.last_words(step, self.out)}", file=sys.stderr, flush=True)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> Launched:
         """Launch one optimiser step, and the copies of its numbers to the host."""
+        shares = self.shares_of_step(micro_batches)
         with cast_once(self.model, self.model.dtype):
-            for batch in micro_batches:
-                self.forward_backward(batch)
+            for batch, share in zip(micro_batches, shares, strict=True):
+                self.forward_backward(batch, share)
         learning_rate, grad_norm = self.update()
         logged = step == 1 or step % self.config.run.log_every == 0 or step == self.steps
         sums = self.meter.take() if logged else None
         received = HostCopy(self.processes.largest(self.signals.received))
         return Launched(step, micro_batches, learning_rate, grad_norm, sums, received)
 
-    def forward_backward(self, batch: Batch) -> None:
+    def shares_of_step(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """The shares of this process's micro-batches in what the losses are averaged over, [micro-batches, 3]."""
+        counts = torch.stack([batch["counts"] for batch in micro_batches])
+        counts = counts.to(self.processes.device, non_blocking=True)
+        totals = self.processes.total(counts.sum(0))  # [3], of all processes
+        self.meter.begin_step(totals, counted=self.processes.first)
+        return torch.where(totals > 0, counts / totals, 0).float()
+
+    def forward_backward(self, batch: Batch, shares: Tensor) -> None:
         """Add the gradient of a micro-batch. Below ZeRO-2, gradients are exchanged after the last one of a step."""
         state, flops = self.state, self.batch_flops(batch)
         batch = {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
         with state.accelerator.accumulate(state.engine):
-            outputs = state.engine(**batch)
+            outputs = state.engine(**batch, shares=shares)
             self.meter.add(outputs, len(batch["matches"]), batch["input_ids"].numel(), flops)
             if self.learning is not None:
                 self.learning.add(outputs, batch["matches"])
-            state.accelerator.backward(outputs["loss"])  # after the last micro-batch, DeepSpeed also clips and steps
+            # The losses add up to the step's. But accelerate or DeepSpeed divides each by the number of micro-batches,
+            # and DDP or DeepSpeed takes the mean of the processes' gradients.
+            divided = state.accelerator.gradient_accumulation_steps * self.processes.world_size
+            state.accelerator.backward(outputs["loss"] * divided)  # DeepSpeed also clips and steps, after the last one
 
     def update(self) -> tuple[float, HostCopy | None]:
         """Clip the gradient, step the optimiser and the schedule. A gradient that is not finite changes no weight.
@@ -162,20 +190,23 @@ class TrainingLoop:
 
     # ---- start, log, save -------------------------------------------------------------------------------------------
 
-    def begin(self, resume: Path | None = None) -> tuple[int, Iterator[Batch]]:
+    def begin(self, resume: Path | None = None) -> tuple[int, LoadedBatches]:
         """Load the checkpoint, if any. Returns the number of completed steps, and the micro-batches of those left."""
-        done = 0
+        done, held_out = 0, None
         if resume is None:
             self.learning = guards.LearningGuard(self.model)
         else:
             self.state.load(resume)
             about = checkpoints.read_about(resume)
-            done, self.bad_steps = about["step"], about["bad_steps"]
+            done, self.bad_steps, self.skipped = about["step"], about["bad_steps"], about.get("skipped", 0)
+            held_out = about.get("held_out")
             self.meter.restore(about["unlogged"], self.processes.rank, self.processes.world_size)
+        self.held_out.begin(held_out)
         pin = self.processes.device.type == "cuda"
-        loader = make_loader(self.config.data, self.stream, self.model.backbone, self.share, self.steps, pin, done)
+        data, average = self.config.data, self.config.loss.average
+        loader = make_loader(data, self.stream, self.model.backbone, self.share, self.steps, pin, done, average)
         with kept_from_children():
-            batches = iter(loader)
+            batches = LoadedBatches(iter(loader))
         if resume is not None:  # not earlier: the loader draws a random number when it starts
             checkpoints.read_random_state(resume, self.processes)
         return done, batches
@@ -195,12 +226,16 @@ class TrainingLoop:
         received = 0
         while len(self.launched) > waiting:
             launched = self.launched.pop(0)
+            start = time.perf_counter()
             record = self.record_of(launched)
             received = int(launched.signal.read())
+            self.meter.add_device_wait(time.perf_counter() - start)
             if launched.sums is not None:
                 if (score := score_of(record)) is not None:
                     self.scores.append(score)
                 log.write(record)
+                self.skipped += sum(record["skipped"].values())
+                guards.check_skipped(self.config, self.skipped, launched.step)
         return received
 
     def record_of(self, launched: Launched) -> dict[str, Any]:
@@ -215,6 +250,13 @@ class TrainingLoop:
         if self.learning is not None and step == self.learning.steps:
             self.learning.check()
             self.learning = None
+
+    def evaluate(self, step: int, log: RunLog) -> bool:
+        """Evaluate on held-out sequences; whether to save: the best model so far, and the last one."""
+        metrics = self.held_out.evaluate(step)
+        self.meter.start += metrics["seconds"]  # these are no time of a step
+        log.write_held_out(step, metrics)
+        return (metrics["best"] and self.config.run.keep_best) or self.held_out.out_of_patience
 
     def report_bad_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Name the samples of a step without a finite gradient; stop the run after too many such steps."""
@@ -240,6 +282,7 @@ class TrainingLoop:
             if processes.first:
                 checkpoints.write_about(
                     folder,
+                    self.config,
                     step=step,
                     ranks=processes.world_size,
                     zero_stage=self.zero_stage,
@@ -247,7 +290,10 @@ class TrainingLoop:
                     batch_size=self.config.train.batch_size,
                     score=sum(self.scores) / len(self.scores) if self.scores else None,
                     bad_steps=self.bad_steps,
+                    skipped=self.skipped,
+                    held_out=self.held_out.state(),
                     unlogged=unlogged,
+                    **self.facts,
                 )
         self.scores = []
         if processes.first:

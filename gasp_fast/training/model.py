@@ -67,11 +67,14 @@ class SupervisedModel(nn.Module):
         matches: Matches,
         labels: Tensor,
         token_index: TokenIndex | None = None,  # None: computed here, for which the host waits for a GPU
+        counts: Tensor | None = None,  # [3], what the means of the batch are over; not used here
+        shares: Tensor | None = None,  # float32 [3], of the batch in the step's labelled tokens, corr and depth terms
         **inputs: Tensor,
     ) -> dict[str, Any]:
         """The `loss` and, without gradient, its terms: `lm`; with heads also `corr`, `depth` and `pck`, [L] each.
 
-        `answers` is the number of labelled tokens.
+        With `shares`, these are the batch's parts of the means of an optimiser step, which add up to them
+        (`objective.py`); otherwise the means of the batch. `answers` is the number of labelled tokens.
         """
         if token_index is None:
             token_index = self.backbone.index_tokens({**inputs, "labels": labels})
@@ -81,6 +84,11 @@ class SupervisedModel(nn.Module):
             with LayerCapture(layers, self.backbone.final_norm(self.model), supervised) as capture:
                 states = self.backbone.last_states(self.model, inputs, token_index)  # [B, S, D]
             lm = language_loss(self.model, states, token_index)
+            if shares is not None:
+                lm = lm * shares[0]
+                matches = matches.with_shares(
+                    corr=matches.index.corr_share * shares[1], depth=matches.index.depth_share * shares[2]
+                )
             terms = {"loss": self.lm_weight * lm, "lm": lm.detach(), "answers": len(token_index.answers)}
             if self.supervision is None:
                 return terms

@@ -108,13 +108,9 @@ def make_optimizer(groups: Iterable[Group], config: OptimisationConfig) -> torch
     return torch.optim.AdamW(settings, lr=config.learning_rate, fused=True)
 
 
-def rate_change(resumed: LambdaLR) -> str | None:
-    """One line if a schedule that was read from a checkpoint goes on at another learning rate than it stopped at."""
-    stopped = resumed.get_last_lr()[0]
-    goes_on = resumed.base_lrs[0] * resumed.lr_lambdas[0](resumed.last_epoch)
-    if math.isclose(stopped, goes_on, rel_tol=1e-6, abs_tol=1e-12 * resumed.base_lrs[0]):
+def rate_change(schedule: LambdaLR, stopped: float) -> str | None:
+    """One line if a schedule that resumes goes on at another learning rate than `stopped`."""
+    goes_on, peak = schedule.get_last_lr()[0], schedule.base_lrs[0]
+    if math.isclose(stopped, goes_on, rel_tol=1e-6, abs_tol=1e-12 * peak):
         return None
-    return (
-        f"step {resumed.last_epoch:,}: the learning rate goes from {stopped:.3g} to {goes_on:.3g}, because this run "
-        "has another number of steps or another warm-up than the checkpoint's (train.steps, train.epochs, train.warmup)"
-    )
+    return f"step {schedule.last_epoch:,}: the learning rate goes from {stopped:.3g} to {goes_on:.3g}"

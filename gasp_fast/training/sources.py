@@ -3,36 +3,92 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
 from gasp_fast.data.annotations.read import AnnotationReader
+from gasp_fast.data.errors import one_line
 from gasp_fast.data.permutation import permuted
 from gasp_fast.data.questions.video_qa import VideoQA
-from gasp_fast.data.scenes.library import SceneEntry, check_unchanged, find_scenes, folder_name, survey
-from gasp_fast.data.scenes.open import open_scene
-from gasp_fast.data.scenes.scene import Scene
+from gasp_fast.data.scenes.library import find_scenes, folder_name, survey
+from gasp_fast.data.scenes.open_scenes import OpenScenes
 from gasp_fast.data.tracks.build import LARGEST_GRID, Tracks, build_tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
 
-TRIES = 64  # sequences tried in place of an unreadable one; if none of them can be read, the run stops
-OPEN_FRAMES = 16384  # of all scenes that stay open: tens of megabytes of poses and paths
+from .skipped import Skipped
+
+TRIES = 64  # samples tried in place of an unreadable one; if none of them can be read, the run stops
+ENCODED_TRIES = 8  # the same of samples that can be read but not encoded, which takes longer to find out
 
 
-class Samples(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class TrainingSample(Sample):
+    """A sample of a source, and the samples that were skipped before it."""
+
+    index: int  # in the source
+    skipped: tuple[Skipped, ...] = ()
+
+
+class Samples(ABC):
     """A source of samples: `len` of them in an epoch, each made on request."""
 
+    kinds: ClassVar[tuple[str, str]]  # what is at fault where a sample cannot be read, and where it cannot be encoded
+    advice: ClassVar[str]  # where nothing can be read
+    root: str
+    found: int  # scenes or records
+    left_out: list[Skipped]  # those of them that cannot be used
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def sample(self, epoch: int, index: int, position: int) -> Sample: ...
+    @abstractmethod
+    def load(self, epoch: int, index: int, position: int) -> Sample:
+        """Sample `index`. Raises if it cannot be read."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """The file and place of a sample, for messages."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What the source reads, in few words. Other data has another fingerprint."""
+
+    def sample(self, epoch: int, index: int, position: int, skipped: Sequence[Skipped] = ()) -> TrainingSample:
+        """Sample `index`; if it cannot be read, or was `skipped`, another one in its place.
+
+        The others follow in an order shuffled by `index`: its neighbours are of the same scene, shard or archive.
+        """
+        shuffled = (permuted(n, len(self), f"instead of {index}") for n in range(min(TRIES, len(self))))
+        candidates = chain([index], (other for other in shuffled if other != index))
+        skipped = list(skipped)
+        for candidate in islice(candidates, len(skipped), None):
+            try:
+                sample = self.load(epoch, candidate, position)
+            except Exception as error:  # whatever it is, it must not end the run
+                skipped.append(self.fault(self.kinds[0], candidate, position, error))
+            else:
+                return TrainingSample(**vars(sample), index=candidate, skipped=tuple(skipped))
+        raise self.unusable(skipped)
+
+    def instead_of(self, sample: TrainingSample, epoch: int, index: int, error: Exception) -> TrainingSample:
+        """Another sample for one that cannot be encoded. `index` was drawn; the sample may already be in its place."""
+        skipped = [*sample.skipped, self.fault(self.kinds[1], sample.index, sample.position, error)]
+        if sum(one.kind == self.kinds[1] for one in skipped) > ENCODED_TRIES:
+            raise self.unusable(skipped)
+        return self.sample(epoch, index, sample.position, skipped)
+
+    def fault(self, kind: str, index: int, position: int, error: Exception) -> Skipped:
+        return Skipped(kind, f"{self.root}/{self.name(index)}", one_line(error), position)
+
+    def unusable(self, skipped: Sequence[Skipped]) -> OSError:
+        return OSError(f"{self.root}: none of {len(skipped)} samples can be used; the last, {skipped[-1]}{self.advice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +115,20 @@ class ScenesConfig:
             raise ValueError(f"data.scenes.held_out = {self.held_out} is a share of the scenes; give 0 to 1")
 
 
-class TrackedScenes:
+class TrackedScenes(Samples):
     """Sequences of scenes with their tracks, which are read from annotations or computed on the fly."""
+
+    kinds = ("scene", "sequence")
+    advice = ""
 
     def __init__(self, config: ScenesConfig) -> None:
         self.config = config
-        self.root = Path(config.root)
-        self.broken: dict[str, str] = {}  # scene -> why it could not be read
+        self.root, self.left_out = config.root, []
+        library = Path(config.root)
         if config.annotations:
             self.caches = [AnnotationReader(folder) for folder in config.annotations]
             for cache in self.caches:
-                cache.check_complete()
+                check_annotations(cache)
             settings = self.caches[0].settings
             for cache in self.caches[1:]:
                 if (cache.settings.scenes, cache.settings.sequences) != (settings.scenes, settings.sequences):
@@ -81,25 +140,23 @@ class TrackedScenes:
         else:
             self.caches, self.epochs = [], 0
             entries = []
-            for entry in survey(self.root, find_scenes(self.root)):
+            for entry in survey(library, find_scenes(library)):
                 if isinstance(entry, tuple):
                     name, reason = entry
-                    self.broken[name] = reason
+                    self.left_out.append(Skipped("scene", f"{self.root}/{name}", reason))
                 else:
                     entries.append(entry)
             if not entries:
-                name, reason = next(iter(self.broken.items()))
-                raise ValueError(f"data.scenes.root = {config.root!r} has no usable scene; {name}: {reason}")
-            if self.broken:
-                count = f"{len(self.broken):,} of {len(self.broken) + len(entries):,} scenes"
-                name, reason = next(iter(self.broken.items()))
-                print(f"{config.root}: skipped {count}; the first, {name}: {reason}", file=sys.stderr)
+                raise ValueError(
+                    f"data.scenes.root = {config.root!r} has no usable scene; the first, {self.left_out[0]}"
+                )
             names = [entry.name for entry in entries]
             self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, names)
+        self.found = len(entries) + len(self.left_out)
         self.names = [entry.name for entry in entries]
-        self.open = OpenScenes(self.root, entries={entry.name: entry for entry in entries})
+        self.open = OpenScenes(library, entries={entry.name: entry for entry in entries})
         # By the folder's own name, as in `gasp-fast tracks` and `evaluate`: it is the same wherever the library is.
-        folder_names = [folder_name(self.root, name) for name in self.names]
+        folder_names = [folder_name(library, name) for name in self.names]
         self._trained = [n for n, name in enumerate(folder_names) if not is_held_out(name, config.held_out)]
         if not self._trained:
             raise ValueError(
@@ -110,27 +167,22 @@ class TrackedScenes:
     def __len__(self) -> int:
         return len(self._trained) * self.sampler.config.per_scene
 
-    def sample(self, epoch: int, index: int, position: int) -> Sample:
-        """The sequence `index`; if its scene or its tracks cannot be read, another one in its place.
-
-        The others follow in an order shuffled by `index`: its neighbours are of the same scene and shard.
-        """
-        others = (permuted(n, len(self), f"instead of {index}") for n in range(min(TRIES, len(self))))
-        for sequence in map(self._sequence, chain([index], others)):
-            name = self.names[sequence // self.sampler.config.per_scene]
-            try:
-                return geometry_sample(self.open[name], self._tracks(epoch, sequence), position)
-            except (OSError, ValueError) as error:
-                if name not in self.broken:
-                    print(f"data.scenes: {name}: {error}", file=sys.stderr)
-                self.broken[name] = str(error)
-        raise OSError(
-            f"data.scenes.root = {self.config.root!r}: no readable sequence in {TRIES}; {name}: {self.broken[name]}"
-        )
+    def load(self, epoch: int, index: int, position: int) -> Sample:
+        sequence = self._sequence(index)
+        name = self.names[sequence // self.sampler.config.per_scene]
+        return geometry_sample(self.open[name], self._tracks(epoch, sequence), position)
 
     def name(self, index: int) -> str:
         scene, place = divmod(self._sequence(index), self.sampler.config.per_scene)
         return f"{self.names[scene]}, sequence {place}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        scenes = repr([(name, entry.digest) for name, entry in self.open.entries.items()])
+        return {
+            "scenes": len(self.names),
+            "digest": blake2b(scenes.encode(), digest_size=16).hexdigest(),  # of the names, frames and poses
+            "annotations": {str(cache.folder): cache.fingerprint() for cache in self.caches},
+        }
 
     def _sequence(self, index: int) -> int:
         """The number of a training sequence among those of all scenes, held out ones included."""
@@ -146,31 +198,16 @@ class TrackedScenes:
         return [build_tracks(scene, drawn.frames, grid, self.config.keep) for grid in self.config.grids]
 
 
-class OpenScenes:
-    """Scenes of a library by name. They stay open, with at most `frames` frames in all; the oldest closes first."""
-
-    def __init__(
-        self, root: Path, frames: float = OPEN_FRAMES, entries: Mapping[str, SceneEntry] | None = None
-    ) -> None:
-        """A scene with an entry in `entries` must be the scene that the entry describes."""
-        self.root, self.frames, self.entries = root, frames, dict(entries or {})
-        self.scenes: dict[str, Scene] = {}
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, name: str) -> Scene:
-        if name not in self.scenes:
-            scene = open_scene(self.root / name)
-            if name in self.entries:
-                check_unchanged(scene, self.entries[name])
-            while self.scenes and sum(map(len, self.scenes.values())) + len(scene) > self.frames:
-                self.scenes.pop(next(iter(self.scenes)))
-            self.scenes[name] = scene
-        return self.scenes[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "scenes": {}}  # loader processes open their own
+def check_annotations(cache: AnnotationReader) -> None:
+    """Raises if shards are missing, damaged, or of other settings. Prints what the annotations leave out."""
+    failed, skipped = cache.check_complete().failed, cache.skipped()
+    if skipped:
+        count = f"{len(skipped):,} of {len(skipped) + len(cache.settings.scenes):,} scenes"
+        name, reason = next(iter(skipped.items()))
+        print(f"{cache.folder}: without {count}; the first, {name}: {reason}", file=sys.stderr)
+    if failed:
+        count = f"{len(failed):,} of {len(cache):,} sequences"
+        print(f"{cache.folder}: no tracks for {count}; the first, {next(iter(failed.values()))}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,26 +230,30 @@ class QAConfig:
             raise ValueError(f"longest_side = {self.longest_side} must be at least 1 (pixels), or null")
 
 
-class VideoQuestions:
+class VideoQuestions(Samples):
     """Questions about videos, as samples without tracks."""
 
+    kinds = ("video", "question")
+    advice = "; are the archives unpacked beside their JSON lists?"
+
     def __init__(self, config: QAConfig) -> None:
-        self.config = config
+        self.config, self.root = config, config.root
         self.records = VideoQA(Path(config.root), config.configs)
-        if skipped := self.records.skipped:
-            count = f"{len(skipped):,} of {len(skipped) + len(self.records):,} records"
-            print(f"{config.root}: skipped {count}; the first, {skipped[0]}", file=sys.stderr)
+        faults = self.records.skipped.items()
+        self.left_out = [Skipped("question", f"{self.root}/{name}", reason) for name, reason in faults]
+        self.found = len(self.records) + len(faults)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def sample(self, epoch: int, index: int, position: int) -> Sample:
-        config, known = self.config, len(self.records.broken)
+    def load(self, epoch: int, index: int, position: int) -> Sample:
+        config = self.config
         question = self.records.sample(index, config.frames, timeout=config.timeout, longest_side=config.longest_side)
-        for reason in list(self.records.broken.values())[known:]:
-            print(f"{config.root}: skipped {reason}", file=sys.stderr)
         turns = [{"from": turn.speaker, "value": turn.text} for turn in question.record.turns]
         return Sample(frames=list(question.frames), messages=messages_from_record(turns), position=position)
 
     def name(self, index: int) -> str:
         return self.records.name(index)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"records": len(self.records), "digest": self.records.digest()}

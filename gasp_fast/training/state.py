@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from . import checkpoints
@@ -49,8 +50,14 @@ class TrainState:
         self.engine, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.engine.train()
         # The schedule is not prepared: accelerate would step it once for each process.
-        warmup = math.ceil(config.train.warmup * steps)
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, steps)
+        self.steps = steps
+        self.schedule = self._schedule()
+
+    def _schedule(self, done: int = 0) -> LambdaLR:
+        """The learning rates of the configuration, after so many steps."""
+        warmup = math.ceil(self.config.train.warmup * self.steps)
+        # The first schedule takes the optimiser's rates for the peak and notes them there, for a later one.
+        return get_cosine_schedule_with_warmup(self.optimizer, warmup, self.steps, last_epoch=done - 1)
 
     def skip_unless_finite(self, norm: Tensor) -> None:
         """Let the next step of AdamW change nothing if the gradient's norm is not finite. DeepSpeed does so by itself.
@@ -76,6 +83,8 @@ class TrainState:
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, except for the random number generators: the loader draws from them first."""
         processes, lora = self.processes, self.config.train.mode == "lora"
+        # Rates and weight decay are those of the configuration, which may have changed them.
+        settings = [{**group, "params": None} for group in self.optimizer.param_groups]
         if self.deepspeed is not None:
             with checkpoints.readable(path := folder / "latest"):
                 tag = path.read_text().strip()  # the name of DeepSpeed's folder
@@ -90,12 +99,14 @@ class TrainState:
             with checkpoints.readable(path := folder / "optimizer.pt"):
                 self.optimizer.load_state_dict(torch.load(path, place, weights_only=True))
                 self._check_moments(all_parameters=lora)
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update({name: value for name, value in setting.items() if name != "params"})
         with checkpoints.readable(path := folder / "scheduler.pt"):
             state = torch.load(path, weights_only=True)
             if differing := state.keys() ^ self.schedule.state_dict().keys():
                 raise ValueError(f"{min(differing)} is missing or unknown")
-            self.schedule.load_state_dict(state)
-        if processes.first and (line := rate_change(self.schedule)):
+            self.schedule = self._schedule(state["last_epoch"])
+        if processes.first and (line := rate_change(self.schedule, state["_last_lr"][0])):
             print(line, file=sys.stderr)
 
     def _check_moments(self, all_parameters: bool) -> None:

@@ -9,6 +9,7 @@ So an exact resume needs only the number of steps, and a step has the same sampl
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +19,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gasp_fast.backbones import Backbone
 from gasp_fast.collator import Collator, CollatorConfig, Sample
+from gasp_fast.data.errors import one_line
 from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.planning.training_setup import micro_batches
 
+from .objective import Average, averaged
 from .signals import end_with_trainer
-from .sources import QAConfig, Samples, ScenesConfig, TrackedScenes, VideoQuestions
+from .skipped import Skipped
+from .sources import QAConfig, Samples, ScenesConfig, TrackedScenes, TrainingSample, VideoQuestions
 
 BLANK = 56  # pixels along each side of the blank frame: small, but large enough for every processor
 
@@ -70,9 +74,20 @@ class SampleStream(Dataset[Sample]):
         lengths = {name: Source(len(self.sources[name]), source.weight) for name, source in config.used.items()}
         self.mixture = Mixture(lengths, config.seed)
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, position: int) -> TrainingSample:
+        """The sample at a position. If it cannot be read, another one of its source is in its place."""
         draw = self.mixture.draw(position)
         return self.sources[draw.source].sample(draw.epoch, draw.index, position)
+
+    def instead_of(self, sample: TrainingSample, error: Exception) -> TrainingSample:
+        """Another sample of the source for one that raised `error` when it was encoded."""
+        draw = self.mixture.draw(sample.position)
+        return self.sources[draw.source].instead_of(sample, draw.epoch, draw.index, error)
+
+    @property
+    def left_out(self) -> list[Skipped]:
+        """What the sources cannot use, found before the first step."""
+        return [one for source in self.sources.values() for one in source.left_out]
 
     def describe(self, position: int) -> str:
         """Name the sample at a position, for messages."""
@@ -125,19 +140,99 @@ class StreamBatches(Sampler[list[int]]):
 
 
 class SteadyCollator:
-    """A `Collator` for training: its batches always have at least one frame, and a `TokenIndex`, `token_index`.
+    """A `Collator` for training: its batches always have at least one frame, a `token_index`, and `counts`.
 
-    Loader workers get it pickled.
+    `token_index` is a `TokenIndex`; `counts` is what the terms of the loss are averaged over (`objective.py`). Loader
+    workers get it pickled.
     """
 
-    def __init__(self, collate: Collator) -> None:
-        self.collate = collate
+    def __init__(self, collate: Collator, average: Average = "sequence") -> None:
+        self.collate, self.average = collate, average
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if not any(len(sample.frames) for sample in samples):
             samples = [*samples, Sample(frames=[np.full((BLANK, BLANK, 3), 127, np.uint8)])]
         batch = self.collate(samples)
-        return {**batch, "token_index": self.collate.backbone.index_tokens(batch)}
+        return averaged({**batch, "token_index": self.collate.backbone.index_tokens(batch)}, self.average)
+
+
+class ReplacingCollator:
+    """A collator whose batch fails for no sample: one that cannot be encoded is replaced by another of its source.
+
+    The batch has one more entry, `skipped`, if samples were skipped.
+    """
+
+    def __init__(self, collate: SteadyCollator, stream: SampleStream) -> None:
+        self.collate, self.stream = collate, stream
+
+    def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
+        try:
+            batch = self.collate(samples)
+        except Exception:  # whatever it is, it must not end the run
+            samples = self._replaced(samples, [])  # a sample's own fault does not depend on the others of its batch
+            if self._fault(samples) is not None:
+                samples = [*samples[:1], *self._replaced(samples[1:], samples[:1])]
+            batch = self.collate(samples)
+        skipped = [one for sample in samples for one in sample.skipped]
+        return {**batch, "skipped": skipped} if skipped else batch
+
+    def _replaced(
+        self, samples: Sequence[TrainingSample], others: Sequence[TrainingSample]
+    ) -> Sequence[TrainingSample]:
+        """The samples, those that cannot be collated with `others` replaced."""
+        usable = []
+        for sample in samples:
+            while (error := self._fault([*others, sample])) is not None:
+                sample = self.stream.instead_of(sample, error)
+            usable.append(sample)
+        return usable
+
+    def _fault(self, samples: Sequence[TrainingSample]) -> Exception | None:
+        try:
+            self.collate(samples)
+        except Exception as error:
+            return error
+        return None
+
+
+class LoadedBatches:
+    """Iterates over a loader. Measures how long it waits, and takes the skipped samples out of the batches."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
+        self.batches = batches
+        self.seconds = 0.0  # waited since the last `take`
+        self.skipped: list[Skipped] = []  # since the last `take`
+
+    def __iter__(self) -> LoadedBatches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        try:
+            batch = next(self.batches)
+        except Exception as error:
+            if (line := _of_worker(error)) is None:
+                raise
+            raise OSError(line) from error
+        self.seconds += time.perf_counter() - start
+        self.skipped += batch.pop("skipped", ())
+        return batch
+
+    def take(self) -> tuple[float, list[Skipped]]:
+        """The seconds and the skipped samples since the last call."""
+        taken = self.seconds, self.skipped
+        self.seconds, self.skipped = 0.0, []
+        return taken
+
+
+def _of_worker(error: Exception) -> str | None:
+    """What happened in a loader worker, in one line: torch adds the worker's traceback. None: not in a worker."""
+    text = str(error)
+    if "Original Traceback" in text:
+        return text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    if text.startswith("DataLoader worker") or isinstance(error, ConnectionError | EOFError):
+        return f"a loader worker was killed ({one_line(error)}); if it was for memory, lower data.workers"
+    return None
 
 
 def make_loader(
@@ -148,12 +243,13 @@ def make_loader(
     steps: int,
     pin_memory: bool,
     done: int = 0,
+    average: Average = "sequence",
 ) -> DataLoader[Any]:
     """Loads the micro-batches of this process, from the step after `done` on."""
     return DataLoader(
         stream,
         batch_sampler=StreamBatches(share, steps, done),
-        collate_fn=SteadyCollator(Collator(backbone, config.collator)),
+        collate_fn=ReplacingCollator(SteadyCollator(Collator(backbone, config.collator), average), stream),
         num_workers=config.workers,
         pin_memory=pin_memory,
         # A fork would copy the threads and the GPU context of this process, which do not survive that.

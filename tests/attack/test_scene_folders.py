@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +14,13 @@ from support import damaged_scenes
 from support.box_world import CAMERA, BoxWorld
 from support.scene_formats import FORMAT_NAMES, write_colmap, write_scene_as
 
+from gasp_fast.data.scenes.formats import rgbd
 from gasp_fast.data.scenes.open import open_scene
 
 TRIES = 100  # of each format
 
 
-@pytest.mark.parametrize("name", FORMAT_NAMES)
+@pytest.mark.parametrize("name", [*FORMAT_NAMES, "rgbd with packed poses"])
 def test_damaged_files_never_crash_or_hang_and_errors_name_the_file(tmp_path, capsys, name):
     small = BoxWorld(frames=3, camera=CAMERA / 8 + np.diag([0, 0, 7 / 8]), size=(45, 27))
     root = tmp_path / name
@@ -28,7 +30,10 @@ def test_damaged_files_never_crash_or_hang_and_errors_name_the_file(tmp_path, ca
         points = dict.fromkeys(source.frame_names, np.random.default_rng(0).uniform(1.0, 2.0, (20, 3)))
         write_colmap(source, root, points)
     else:
-        write_scene_as(name, source, root)
+        write_scene_as(name.partition(" ")[0], source, root)
+    if name not in FORMAT_NAMES:
+        rgbd.pack_poses(root)
+        shutil.rmtree(root / "pose")
     done = subprocess.run(
         [sys.executable, damaged_scenes.__file__, str(root), str(tmp_path / "work"), str(TRIES)],
         capture_output=True,

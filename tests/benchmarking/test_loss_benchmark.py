@@ -9,6 +9,7 @@ from gasp_fast.benchmarking.measure import TOLERANCE, checked, run_workload
 from gasp_fast.benchmarking.report import save
 from gasp_fast.benchmarking.variants import VARIANTS, Variant, dense_infonce, ours
 from gasp_fast.benchmarking.workloads import WORKLOADS
+from gasp_fast.cli import main as gasp_fast
 
 CPU = torch.device("cpu")
 TINY = WORKLOADS["tiny"]
@@ -47,3 +48,10 @@ def test_the_report_holds_medians_and_ratios_to_the_bare_products(tmp_path):
     assert variant["both_ratio"] == variant["both_ms"]["p50"] / workload["three_products_ms"]["p50"]
     assert variant["forward_ratio"] == variant["forward_ms"]["p50"] / workload["one_product_ms"]["p50"]
     assert plot.stat().st_size > 0
+
+
+@pytest.mark.parametrize("device", ["bogus", "meta", "cuda:99", "cpu:-1", "xla"])
+def test_a_device_that_is_not_here_is_one_line(device, capsys):
+    assert gasp_fast(["bench", "--workload", "tiny", "--rounds", "1", "--device", device]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gasp-fast bench: device = '{device}' cannot be used here: ")

@@ -221,3 +221,39 @@ def test_the_slurm_script_gives_every_node_the_same_rendezvous_endpoint(tmp_path
     assert done.stdout.rstrip().endswith("-m gasp_fast.train configs/qwen2_5_vl_7b.yaml run.out=my runs")
     without = subprocess.run(["bash", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert without.returncode == 2 and "usage" in without.stderr
+
+
+def data_job(tmp_path: Path, *words: str, **job: str) -> subprocess.CompletedProcess[str]:
+    """Runs the script of a data job with what Slurm gives job 7 of an array of 100."""
+    given = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "100", "SLURM_ARRAY_TASK_MIN": "0"}
+    given |= {"SLURM_ARRAY_TASK_MAX": "99", "SLURM_CPUS_PER_TASK": "16", "GASP_FAST": "gasp-fast", "GASP_DRY": "1"}
+    script = str(ROOT / "examples" / "cluster" / "data.slurm")
+    environment = {**given, **job, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    return subprocess.run(["bash", script, *words], env=environment, capture_output=True, text=True)
+
+
+def test_each_job_of_a_data_array_takes_its_own_shard(tmp_path: Path) -> None:
+    from gasp_fast import cli
+    from gasp_fast.data.annotations.parts import parse_part
+
+    for words, workers in ((("depth", "my scenes"), ""), (("tracks", "scenes", "--out", "out"), " --workers 16")):
+        done = data_job(tmp_path, *words)
+        assert done.stdout == f"gasp-fast {' '.join(words)} --shard 7/100{workers}\n" and done.returncode == 0
+        options = ["--shard", "7/100", *workers.split()]
+        arguments = cli.parser_of(words[0], cli.load(words[0])).parse_args([*words[1:], *options])
+        assert parse_part(arguments.shard) == (7, 100)
+
+
+def test_a_data_array_with_gaps_must_say_how_many_jobs_there_are(tmp_path: Path) -> None:
+    """Otherwise the two jobs that are submitted again would compute a half each, of another division."""
+    array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_MAX": "17"}
+    refused = data_job(tmp_path, "depth", "scenes", **array)
+    assert refused.returncode == 2 and "not numbered from 0 to 1" in refused.stderr and not refused.stdout
+    assert data_job(tmp_path, "depth", "scenes", GASP_JOBS="100", **array).stdout.endswith("--shard 7/100\n")
+    assert data_job(tmp_path, "depth").returncode == 2
+
+
+def test_the_script_of_a_data_array_ends_with_the_code_of_its_command(tmp_path: Path) -> None:
+    (tmp_path / "gasp-fast").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "gasp-fast").chmod(0o755)
+    assert data_job(tmp_path, "depth", "scenes", GASP_DRY="").returncode == 3

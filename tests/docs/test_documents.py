@@ -22,6 +22,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,12 @@ def try_command(words: list[str], block: Block) -> None:
     for word in words:
         if re.match(r"(configs|examples|benchmarks|docs|tests)/", word):
             assert (ROOT / word).exists(), f"{block.where}: {word} does not exist"
+    if words[0] == "sbatch":
+        words = ["sbatch", *dropwhile(lambda word: word.startswith("--"), words[1:])]
     arguments = training_arguments(words)
-    if arguments is not None:
+    if words[:2] == ["sbatch", "examples/cluster/data.slurm"]:
+        parse(words[2:], block)
+    elif arguments is not None:
         recipe_of(arguments, block)
         if run and words[:3] == ["python", "-m", "gasp_fast.train"]:
             code = training.main([*arguments, *SHORT_TRAINING])
@@ -222,6 +227,8 @@ WRONG = {
     "an unknown key": "<!-- not run: time -->\n```bash\npython -m gasp_fast.train configs/tiny_cpu.yaml a.b=1\n```",
     "a missing configuration": "<!-- not run: GPUs -->\n```bash\npython -m gasp_fast.train configs/none.yaml\n```",
     "a missing script": "<!-- not run: Slurm -->\n```bash\nsbatch examples/none.slurm configs/tiny_cpu.yaml\n```",
+    "an unknown option of a data job": "<!-- not run: Slurm -->\n```bash\nsbatch --array=0-9 "
+    "examples/cluster/data.slurm depth DIR --speed\n```",
     "a missing target": "```bash\nmake coffee\n```",
     "a command that fails": "```bash\ngasp-fast scenes NOTHING\n```",
     "another's command without a mark": "```bash\npip install lmms-eval\n```",

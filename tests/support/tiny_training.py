@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from gasp_fast.backbones.adapters import AdapterConfig
 from gasp_fast.backbones.base_model import ModelConfig
@@ -119,6 +120,33 @@ def plain_step(model, batch, weights=(0.3, 1.0)):
         torch.stack(embeddings), matches, corr_weight=weights[0], depth_weight=weights[1], return_metrics=True,
         backend="torch",
     )  # fmt: skip
+
+
+def backward_of_step(model, sequences, per_match=False):
+    """The loss of an optimiser step over `sequences`, each the batch of one; adds its gradient.
+
+    The mean over the labelled tokens of all, and the mean over the sequences with matches, or over the matches of all.
+    """
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in sequences)
+    matches = sum(len(batch["matches"]) for batch in sequences)
+    with_depth = sum(int(batch["matches"].index.has_depth.sum()) for batch in sequences)
+    geometric = sum(len(batch["matches"]) > 0 for batch in sequences)
+    total = 0.0
+    for batch in sequences:
+        own = batch["matches"]
+        corr, depth = 0.3 / max(1, geometric), 1 / max(1, geometric)
+        if per_match:
+            corr, depth = 0.3 * len(own) / matches, int(own.index.has_depth.sum()) / with_depth
+        loss = plain_step(model, batch, (corr, depth)).loss
+        labels = batch["labels"]
+        if (labels != -100).any():
+            inputs = {name: v for name, v in batch.items() if name not in ("matches", "visual_positions", "labels")}
+            logits = model.model(**inputs, use_cache=False).logits
+            summed = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            loss = loss + summed / tokens
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 @pytest.fixture(name="plain_step")

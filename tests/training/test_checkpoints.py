@@ -24,7 +24,7 @@ LAYER = "layers.2.self_attn.v_proj"
 
 
 def log_of(out):
-    clock = ("tokens_per_s", "mfu", "peak_memory")
+    clock = ("tokens_per_s", "mfu", "peak_memory", "data_wait", "device_wait")
     lines = (json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
@@ -39,7 +39,7 @@ def resume(config, tmp_path, capsys):
     capsys.readouterr()
 
     def again(*overrides):
-        status = main([str(path), "train.steps=4", *overrides])
+        status = main([str(path), "train.steps=4", "run.allow_changes=[train.steps]", *overrides])
         return status, capsys.readouterr().err.strip()
 
     return Path(settings.run.out), again
@@ -66,6 +66,17 @@ def test_every_file_is_in_the_manifest_with_its_size(resume):
     assert listed.keys() == {path.name for path in folder.iterdir()} - {MANIFEST} and "optimizer.pt" in listed
     assert all(listed[name]["bytes"] == (folder / name).stat().st_size for name in listed)
     assert damage(folder) is None
+
+
+def test_files_of_a_checkpoint_have_the_usual_permissions(config):
+    settings = config(train={"steps": 1})
+    before = os.umask(0o027)
+    try:
+        train(settings)
+    finally:
+        os.umask(before)
+    files = (Path(settings.run.out) / "checkpoint-1").iterdir()
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
 
 
 def test_files_in_subfolders_are_in_the_manifest(tmp_path):
@@ -292,9 +303,9 @@ def test_several_processes_agree_on_the_checkpoint_and_run_no_code_of_deepspeeds
     assert log_of(out) == whole
     (out / "checkpoint-3" / MANIFEST).unlink()
     torch.save(Payload(), states[1])
-    status, printed = run("train.steps=4")
+    status, printed = run("train.steps=4", "run.allow_changes=[train.steps]")
     assert status != 0 and f"{out}/checkpoint-3/global_step3 does not fit this run or is damaged" in printed
     assert not (tmp_path / "executed").exists()
     (out / "checkpoint-3" / "latest").unlink()
-    status, printed = run("train.steps=4")
+    status, printed = run("train.steps=4", "run.allow_changes=[train.steps]")
     assert status != 0 and f"{out}/checkpoint-3/latest is missing" in printed

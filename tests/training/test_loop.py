@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from support.tiny_training import backward_of_step
 
 from gasp_fast.backbones.base import load_backbone
 from gasp_fast.collator import Collator
@@ -27,7 +28,7 @@ from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream
 
 REPOSITORY = Path(__file__).parents[2]
-CLOCK = ("tokens_per_s", "mfu", "peak_memory")
+CLOCK = ("tokens_per_s", "mfu", "peak_memory", "data_wait", "device_wait")
 
 
 def log_of(out):
@@ -38,7 +39,7 @@ def without_clock(records):
     return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
 
 
-def plain_loop(config, plain_step):
+def plain_loop(config):
     """Loss and gradient norm of each step, by a plain loop that shares no code with the training loop."""
     model = build_model(config, torch.device("cpu")).train()
     heads = [p for name, p in model.named_parameters() if name.startswith("supervision.")]
@@ -52,24 +53,15 @@ def plain_loop(config, plain_step):
         ramp = step / max(1, warm) if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
         for group, scale in zip(optimizer.param_groups, (1.0, config.train.head_lr_scale), strict=True):
             group["lr"] = rate * scale * ramp
-        losses = []
-        for place in range(config.train.batch_size):
-            batch = collate([stream[step * config.train.batch_size + place]])
-            loss = plain_step(model, batch).loss
-            labels = batch["labels"]
-            if (labels != -100).any():
-                inputs = {k: v for k, v in batch.items() if k not in ("matches", "visual_positions", "labels")}
-                logits = model.model(**inputs, use_cache=False).logits
-                loss = loss + cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-            (loss / config.train.batch_size).backward()
-            losses.append(loss.item())
+        start = step * config.train.batch_size
+        loss = backward_of_step(model, [collate([stream[start + n]]) for n in range(config.train.batch_size)])
         for parameter in (*others, *heads):
             # A step in which a weight took no part here still updates its moments: it mostly took part on another rank.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
         optimizer.step()
         optimizer.zero_grad()
-        expected.append((sum(losses) / len(losses), norm.item()))
+        expected.append((loss, norm.item()))
     return expected
 
 
@@ -98,9 +90,9 @@ def write_config(config, path):
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_one_process_takes_the_steps_of_a_plain_loop(config, family, plain_step, mode):
+def test_one_process_takes_the_steps_of_a_plain_loop(config, family, mode):
     settings = config(family, mixed=True, train={"mode": mode, "steps": 4})
-    expected = plain_loop(settings, plain_step)
+    expected = plain_loop(settings)
     train(settings)
     assert_same_steps(settings.run.out, expected)
     records = log_of(settings.run.out)
@@ -128,12 +120,10 @@ def test_what_is_trained_is_fp32_whatever_the_model_computes_in(config):
 @pytest.mark.parametrize(
     ("family", "checkpointing"), [("qwen2_5_vl", "non_reentrant"), ("llava_next_video", "off")], indirect=["family"]
 )
-def test_two_processes_take_the_steps_of_a_plain_loop_under_every_zero_stage(
-    config, family, plain_step, tmp_path, checkpointing
-):
+def test_two_processes_take_the_steps_of_a_plain_loop_under_every_zero_stage(config, family, tmp_path, checkpointing):
     """The stream alternates: at most steps one process has scenes and the other questions."""
     base = config(family, mixed=True, train={"steps": 4, "checkpointing": checkpointing})
-    expected = plain_loop(replace(base, train=replace(base.train, checkpointing="off")), plain_step)
+    expected = plain_loop(replace(base, train=replace(base.train, checkpointing="off")))
     paths = []
     for name in ("ddp", "zero1", "zero2", "zero3"):
         preset = None if name == "ddp" else str(REPOSITORY / f"configs/deepspeed/{name}.json")
@@ -373,3 +363,19 @@ def test_the_death_of_a_rank_ends_the_run_within_a_minute(config, tmp_path):
     start = time.monotonic()
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["run.max_skipped=0"]], ids=["to its end", "until an error"])
+def test_the_threads_of_the_process_group_end_before_the_interpreter_does(config, assets, tmp_path, overrides):
+    """Otherwise they run while it is torn down, which can abort the process."""
+    questions = tmp_path / "questions"
+    shutil.copytree(assets.questions, questions)
+    for video in sorted(questions.rglob("*.mp4"))[1:]:
+        video.write_bytes(b"")
+    settings = config(mixed=True, qa={"root": str(questions)}, run={"max_skipped": 1.0})
+    path = write_config(settings, tmp_path / "c.yaml")
+    process = launch(2, Path(__file__).with_name("threads_after_a_run.py"), path, *overrides)
+    output, _ = process.communicate(timeout=200)
+    assert (process.returncode == 0) == (not overrides), output[-3000:]
+    assert [line for line in output.splitlines() if line.startswith("left:")] == ["left:", "left:"]

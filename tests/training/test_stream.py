@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from gasp_fast.data.annotations.settings import AnnotationSettings, store_settings
-from gasp_fast.data.annotations.shard import shard_path
+from gasp_fast.data.annotations.shard import shard_arrays, shard_bytes, shard_path
 from gasp_fast.data.annotations.write import annotate
+from gasp_fast.data.scenes import open_scenes
 from gasp_fast.data.scenes.library import SceneEntry, find_scenes, survey
 from gasp_fast.data.scenes.open import open_scene
+from gasp_fast.data.scenes.open_scenes import FRAME_BYTES, OpenScenes
+from gasp_fast.data.tracks.build import Tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, is_held_out
-from gasp_fast.training import sources
-from gasp_fast.training.sources import OpenScenes, TrackedScenes
+from gasp_fast.training.guards import check_left_out
+from gasp_fast.training.sources import TrackedScenes
 from gasp_fast.training.stream import SampleStream, Share, StreamBatches
 
 SEQUENCES = SequenceConfig(min_frames=3, max_frames=3, window=4, per_scene=4)
@@ -69,7 +72,7 @@ def test_annotations_of_different_sequences_cannot_be_combined(config, assets, t
 def recorded_scenes(monkeypatch):
     """The names of the scenes that are opened from now on."""
     opened = []
-    monkeypatch.setattr(sources, "open_scene", lambda path: opened.append(path.name) or open_scene(path))
+    monkeypatch.setattr(open_scenes, "open_scene", lambda path: opened.append(path.name) or open_scene(path))
     return opened
 
 
@@ -85,17 +88,27 @@ def test_held_out_scenes_are_never_drawn(config, assets, monkeypatch):
         TrackedScenes(config(scenes={"held_out": 1.0}).data.scenes)
 
 
-def test_a_broken_scene_is_skipped_and_named(config, assets, tmp_path, capsys):
+def reasons(samples):
+    """What was skipped for these samples, by record."""
+    return {one.record: one.reason for sample in samples for one in sample.skipped}
+
+
+def test_a_broken_scene_is_replaced_and_named(config, assets, tmp_path):
     library = tmp_path / "library"
     shutil.copytree(assets.scenes, library)
     scenes = TrackedScenes(config(scenes={"root": str(library)}).data.scenes)
     for image in (library / "scene-1" / "color").iterdir():
         image.write_bytes(b"")
-    assert scenes.sample(0, 4, 0).tracks  # sequences 4..7 are of scene-1
-    assert list(scenes.broken) == ["scene-1"] and "scene-1" in capsys.readouterr().err
+    sample = scenes.sample(0, 4, 17)  # sequences 4..7 are of scene-1
+    assert sample.tracks and sample.index not in range(4, 8)
+    first = sample.skipped[0]
+    assert (first.kind, first.record, first.position) == ("scene", f"{library}/scene-1, sequence 0", 17)
+    assert f"{library}/scene-1/color/" in first.reason
+    again = pickle.loads(pickle.dumps(scenes)).sample(0, 4, 17)
+    assert same(sample, again) and sample.skipped == again.skipped
 
 
-def test_skipped_scenes_records_and_videos_are_named_with_their_file(config, assets, tmp_path, capsys):
+def test_scenes_and_records_that_cannot_be_used_are_named_with_their_file(config, assets, tmp_path):
     library, questions = tmp_path / "library", tmp_path / "questions"
     shutil.copytree(assets.scenes, library)
     shutil.copytree(assets.questions, questions)
@@ -106,14 +119,30 @@ def test_skipped_scenes_records_and_videos_are_named_with_their_file(config, ass
     (questions / records[0]["video"]).write_bytes(b"")
     settings = config(mixed=True, scenes={"root": str(library)}, qa={"root": str(questions)})
     stream = SampleStream(settings.data)
-    scenes, records_read = capsys.readouterr().err.splitlines()
-    assert scenes.startswith(f"{library}: skipped 1 of 4 scenes; the first, scene-2: ")
-    assert records_read.startswith(f"{questions}: skipped 1 of {len(records)} records; the first, qa.json[1]: ")
-    assert "<|image_pad|>" in records_read
-    stream.sources["qa"].sample(0, 0, 0)
-    assert f"{questions}: skipped qa.json[0]: {questions / records[0]['video']}: " in capsys.readouterr().err
+    assert [(one.kind, one.record, one.position) for one in stream.left_out] == [
+        ("scene", f"{library}/scene-2", None), ("question", f"{questions}/qa.json[1]", None)
+    ]  # fmt: skip
+    assert "<|image_pad|>" in stream.left_out[1].reason
+    lines = check_left_out(settings.run, stream)
+    assert lines[0].startswith(f"data.scenes: 1 of 4 cannot be used; the first, scene {library}/scene-2: ")
+    assert lines[1].startswith(f"data.qa: 1 of {len(records)} cannot be used; the first, question {questions}/qa.json")
+    (video,) = stream.sources["qa"].sample(0, 0, 5).skipped
+    assert (video.kind, video.record) == ("video", f"{questions}/qa.json[0]")
+    assert str(questions / records[0]["video"]) in video.reason
     named = {stream.describe(position).partition(", ")[2] for position in range(40)}
     assert {"qa.json[0]", "qa.json[2]", "scene-0, sequence 0"} <= named and "qa.json[1]" not in named
+
+
+def test_questions_without_any_readable_video_are_an_error(config, assets, tmp_path):
+    questions = tmp_path / "questions"
+    shutil.copytree(assets.questions, questions)
+    source = SampleStream(config(mixed=True, qa={"root": str(questions)}).data).sources["qa"]
+    for video in questions.rglob("*.mp4"):
+        video.unlink()
+    with pytest.raises(
+        OSError, match=r"none of \d+ samples can be used; the last, video .*no such file; are the archives"
+    ):
+        source.sample(0, 0, 0)
 
 
 def annotated_copy(config, assets, tmp_path, per_scene=4):
@@ -149,7 +178,7 @@ def break_the_meta(library):
 )
 @pytest.mark.parametrize("ready", [True, False], ids=["annotated", "tracked on the fly"])
 def test_a_scene_that_changed_after_its_annotation_is_replaced_and_named(
-    config, assets, tmp_path, capsys, damage, reason, ready
+    config, assets, tmp_path, damage, reason, ready
 ):
     library, scenes = annotated_copy(config, assets, tmp_path)
     if not ready:
@@ -158,9 +187,8 @@ def test_a_scene_that_changed_after_its_annotation_is_replaced_and_named(
     scenes = scenes() if ready else scenes
     drawn = [scenes.sample(0, index, 0) for index in range(len(scenes))]
     assert all(sample.tracks for sample in drawn)
-    assert list(scenes.broken) == ["scene-1"] and reason in scenes.broken["scene-1"]
-    printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == 1 and printed[0].startswith("data.scenes: scene-1: ") and reason in printed[0]
+    assert reasons(drawn).keys() == {f"{library}/scene-1, sequence {place}" for place in range(4)}
+    assert all(reason in text for text in reasons(drawn).values())
 
 
 def test_one_broken_scene_of_many_sequences_does_not_end_the_run(config, assets, tmp_path):
@@ -169,8 +197,9 @@ def test_one_broken_scene_of_many_sequences_does_not_end_the_run(config, assets,
     scenes = scenes()
     again = pickle.loads(pickle.dumps(scenes))
     for index in (200, 399):
-        assert same(scenes.sample(0, index, 0), again.sample(0, index, 0))  # the sample in its place is always the same
-    assert list(scenes.broken) == ["scene-1"]
+        one, other = scenes.sample(0, index, 0), again.sample(0, index, 0)
+        assert same(one, other)  # the sample in its place is always the same
+        assert one.skipped and all("/scene-1, sequence" in record for record in reasons([one]))
 
 
 def test_a_damaged_shard_is_never_trained_on(config, assets, tmp_path):
@@ -180,22 +209,39 @@ def test_a_damaged_shard_is_never_trained_on(config, assets, tmp_path):
     content[-200] ^= 4
     path.write_bytes(content)
     scenes = scenes()
-    for index in range(len(scenes)):
-        assert scenes.sample(0, index, 0).tracks
-    assert scenes.broken and all("tracks-00001.safetensors: damaged" in reason for reason in scenes.broken.values())
+    drawn = [scenes.sample(0, index, 0) for index in range(len(scenes))]
+    assert all(sample.tracks for sample in drawn)
+    assert len(reasons(drawn)) == 5 and all(f"{path}: damaged" in reason for reason in reasons(drawn).values())
     path.unlink()
     with pytest.raises(OSError, match="shard 1 of 4 is missing; finish with gasp-fast tracks"):
         TrackedScenes(scenes.config)
+
+
+def test_what_annotations_leave_out_is_said_at_the_start(config, assets, tmp_path, capsys):
+    library, folder = tmp_path / "library", tmp_path / "tracks"
+    shutil.copytree(assets.scenes, library)
+    entries = tuple(survey(library, find_scenes(library)))
+    settings = AnnotationSettings(scenes=entries[:2], sequences=SEQUENCES, grid=8, shard_size=5)
+    for image in (library / "scene-1" / "depth").iterdir():
+        image.write_bytes(b"")
+    left_out = {entry.name: "no depth" for entry in entries[2:]}
+    store_settings(folder, settings, left_out)
+    list(annotate(library, folder, settings))
+    TrackedScenes(config(scenes={"root": str(library), "annotations": (str(folder),)}).data.scenes)
+    scenes, sequences = capsys.readouterr().err.splitlines()
+    assert scenes == f"{folder}: without 2 of 4 scenes; the first, scene-2: no depth"
+    assert sequences.startswith(f"{folder}: no tracks for 4 of 8 sequences; the first, scene-1/depth/")
 
 
 def test_ten_thousand_annotated_scenes_are_not_touched_at_the_start(config, tmp_path, monkeypatch):
     entries = tuple(SceneEntry(f"1K/{n:05d}", 300, f"{n:016x}") for n in range(10_000))
     settings = AnnotationSettings(scenes=entries, sequences=replace(SEQUENCES, per_scene=1), shard_size=5_000)
     store_settings(tmp_path, settings)
+    none = shard_arrays(range(5_000), [Tracks(*np.zeros((5, 0, 2)))] * 5_000)
     for number in range(settings.shards):
-        shard_path(tmp_path, number).touch()
+        shard_path(tmp_path, number).write_bytes(shard_bytes(none, settings.digest, {}))
     calls = []
-    for name in ("stat", "lstat", "scandir", "listdir"):
+    for name in ("stat", "lstat", "scandir", "listdir", "open"):
         call = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, _call=call, **k: (calls.append(a), _call(*a, **k))[1])
     source = {"root": str(tmp_path / "library"), "annotations": (str(tmp_path),)}
@@ -204,10 +250,10 @@ def test_ten_thousand_annotated_scenes_are_not_touched_at_the_start(config, tmp_
 
 
 @pytest.mark.parametrize(("bound", "open_at_once"), [(10_000, 4), (2.5, 2), (0.5, 1)])  # in lengths of a scene
-def test_scenes_stay_open_up_to_a_number_of_frames(assets, monkeypatch, bound, open_at_once):
+def test_scenes_stay_open_up_to_a_number_of_bytes(assets, monkeypatch, bound, open_at_once):
     opened = recorded_scenes(monkeypatch)
     names = find_scenes(assets.scenes)
-    scenes = OpenScenes(assets.scenes, frames=bound * len(open_scene(assets.scenes / names[0])))
+    scenes = OpenScenes(assets.scenes, limit_bytes=bound * len(open_scene(assets.scenes / names[0])) * FRAME_BYTES)
     for name in names * 2:
         assert scenes[name].root.name == name and len(scenes) <= open_at_once
     assert len(scenes) == open_at_once
@@ -220,7 +266,7 @@ def test_a_library_without_a_readable_scene_is_an_error(config, assets, tmp_path
     scenes = TrackedScenes(config(scenes={"root": str(library)}).data.scenes)
     for image in library.rglob("color/*"):
         image.write_bytes(b"")
-    with pytest.raises(OSError, match="no readable sequence"):
+    with pytest.raises(OSError, match=r"none of 16 samples can be used; the last, scene .*/color/"):
         scenes.sample(0, 0, 0)
 
 

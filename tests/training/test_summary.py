@@ -21,7 +21,7 @@ def record(step, lm=None, corr=None, depth=None, pck=()):
     return {
         "step": step, "loss": 1.0, "lm": lm, "corr": corr, "depth": depth, "corr_per_layer": [corr] * layers,
         "depth_per_layer": [depth] * layers, "pck_per_layer": list(pck), "lr": 1e-3, "grad_norm": 1.5,
-        "tokens_per_s": 1000.0, "mfu": 0.1, "peak_memory": 1,
+        "tokens_per_s": 1000.0, "mfu": 0.1, "peak_memory": 1, "data_wait": 0.25, "device_wait": None, "skipped": {},
     }  # fmt: skip
 
 
@@ -43,11 +43,12 @@ def test_the_table_compares_the_first_tenth_with_the_last():
     assert rows["language loss"] == [f"{5 / 3:.3f}", f"{5 / 30:.3f}"]  # steps without an answer are left out
     assert rows["PCK@2, head 2 of 2"] == ["0.150", "0.825"]
     assert rows["PCK@2, mean of layers"] == ["0.100", "0.775"]
+    assert rows["waiting for data"] == ["25.0%", "25.0%"] and "host waiting for the GPU" not in rows
 
 
 def test_a_run_without_geometry_has_neither_its_rows_nor_its_panel(tmp_path):
     plain = [record(n, lm=5 / n) for n in range(1, 5)]
-    assert [row[0] for row in words(as_table(plain))] == ["over", "language", "tokens"]
+    assert [row[0] for row in words(as_table(plain))] == ["over", "language", "tokens", "waiting"]
     with (
         Image.open(draw(plain, tmp_path / "plain.png")) as two,
         Image.open(draw(GEOMETRIC, tmp_path / "g.png")) as three,
@@ -113,12 +114,14 @@ def test_results_of_a_run_are_written_into_its_folder(tmp_path, capsys):
     assert "no run of gasp_fast.train that could hold the report; give --out DIR" in capsys.readouterr().err
 
 
-def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes():
-    saved = [[float(n) for n in range(11)], [10.0 * n for n in range(11)]]  # two processes, one layer; seconds last
+@pytest.mark.parametrize("host_sums", [0, 6], ids=["of an earlier version", "with sums of the host"])
+def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes(host_sums):
+    count = 10 + host_sums  # of one layer
+    saved = [[float(n) for n in range(count + 1)], [10.0 * n for n in range(count + 1)]]  # two processes; seconds last
     found = []
     for rank, world_size in ((0, 2), (1, 2), (0, 1), (0, 3), (1, 3)):
         meter = Meter(1, torch.device("cpu"))
         meter.restore(saved, rank, world_size)
         found.append(meter.state()[0][:-1])
-    both = [11.0 * n for n in range(10)]
-    assert found == [saved[0][:-1], saved[1][:-1], both, both, [0.0] * 10]
+    both, zeros = [11.0 * n for n in range(count)], [0.0] * (6 - host_sums)
+    assert found == [[*sums, *zeros] for sums in (saved[0][:-1], saved[1][:-1], both, both, [0.0] * count)]

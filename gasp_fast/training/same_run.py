@@ -1,0 +1,183 @@
+"""What may change between a run and its continuation.
+
+A checkpoint holds the configuration it was written with (config.yaml) and what that led to (in about.json): the number
+of steps, the number of samples of each source, the fingerprint of the base model. A run that resumes from it is
+compared with these, key by key:
+
+    free       no result depends on it: where, when and how often to write, loader workers, limits of time
+    rounding   the same mathematics by other kernels or on other processes; a line says so
+    fixed      a change would have no effect any more, or the saved state would not fit it; refused
+    all other  makes another run; refused unless run.allow_changes names it, and then in effect from that step on
+
+A key that this table does not name is of the last kind, also one of a later version.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from gasp_fast.backbones.fingerprint import fingerprint
+from gasp_fast.config.loader import to_yaml
+from gasp_fast.files import write_atomically
+from gasp_fast.run_folder import CONFIG, config_files, configuration_of
+
+from .checkpoints import read_about
+from .config import TrainConfig
+from .stream import SampleStream
+
+FREE = ("run", "evaluate", "data.workers", "data.qa.timeout", "data.vqa.timeout")
+ROUNDING = (
+    "deepspeed", "train.checkpointing", "model.attention", "model.liger", "loss.backend", "loss.workspace",
+)  # fmt: skip
+AT_BEGINNING = "it acts at the beginning of a run only"
+SHAPES = "the saved weights have other shapes"
+FIXED = {
+    "train.mode": "other weights are trained",
+    "train.batch_size": "positions in the data are counted in it",
+    "train.seed": AT_BEGINNING,
+    "lora.rank": SHAPES,
+    "heads.layers": SHAPES,
+    "heads.mid_size": SHAPES,
+    "heads.out_size": SHAPES,
+    "heads.init": AT_BEGINNING,
+    "loss.learnable_temperature": "other weights are trained",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value is another one than in the checkpoint."""
+
+    key: str
+    before: str
+    now: str
+    fixed: str | None = None  # why it cannot change
+
+    def __str__(self) -> str:
+        reason = "" if self.fixed is None else f" ({self.fixed})"
+        return f"{self.key} = {self.before}, now {self.now}{reason}"
+
+
+def run_facts(config: TrainConfig, stream: SampleStream, steps: int) -> dict[str, Any]:
+    """What the configuration led to, for about.json."""
+    samples = {name: len(source) for name, source in stream.sources.items()}
+    return {"steps": steps, "samples": samples, "base": fingerprint(config.model.source)}
+
+
+def check_same_run(config: TrainConfig, stream: SampleStream, steps: int, world_size: int, checkpoint: Path) -> None:
+    """Raise if `checkpoint` was written by another run than this one. Prints what changes from now on."""
+    about = read_about(checkpoint)
+    changes = list(_changes(config, run_facts(config, stream, steps), about, checkpoint))
+    allowed = config.run.allow_changes
+    refused = [change for change in changes if change.fixed is not None or not _covered(change.key, allowed)]
+    refused = [change for change in refused if not _covered(change.key, ROUNDING)]
+    if refused:
+        cures = "restore what it was, or give another run.out to begin anew"
+        if allowable := ", ".join(change.key for change in refused if change.fixed is None):
+            cures += f"; run.allow_changes=[{allowable}] lets that change from step {about['step']} on"
+        raise ValueError(f"{checkpoint} was written by another run: {'; '.join(map(str, refused))}: {cures}")
+    rounding = [str(change) for change in changes if _covered(change.key, ROUNDING)]
+    if about["ranks"] != world_size:
+        rounding.append(f"processes = {about['ranks']}, now {world_size}")
+    meant = [str(change) for change in changes if not _covered(change.key, ROUNDING)]
+    if meant:
+        _print(f"from step {about['step']} on: {'; '.join(meant)}")
+    if rounding:
+        _print(f"{'; '.join(rounding)}: the same sums in another order, so that results agree to rounding")
+
+
+def write_configuration(config: TrainConfig, out: Path, resume: Path | None) -> None:
+    """Write config.yaml at the beginning of a run; when it resumes with another one, the next config-N.yaml."""
+    content, files = to_yaml(config).encode(), config_files(out)
+    if resume is None:
+        for leftover in files:  # of a run that ended before its first checkpoint
+            leftover.unlink()
+        files = []
+    if not files:
+        write_atomically(out / CONFIG, content)
+    elif files[-1].read_bytes() != content:
+        number = 1 if files[-1].name == CONFIG else int(files[-1].stem.rpartition("-")[2])
+        write_atomically(out / f"config-{number + 1}.yaml", content)
+
+
+# ---- comparing ------------------------------------------------------------------------------------------------------
+
+
+def _changes(config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], checkpoint: Path) -> Iterator[Change]:
+    """What differs, but for the free keys."""
+    # Both have been through YAML, which has no tuples. A key that the checkpoint's version had not has its default.
+    now = dict(_leaves(yaml.safe_load(to_yaml(config))))
+    written = dict(_leaves(configuration_of(checkpoint)))
+    before = {"train.mode": about["mode"], "train.batch_size": about["batch_size"], **written}
+    if written:
+        before = {**dict(_defaults(TrainConfig)), **before}
+    by_result = dict(_changed_results(config, facts, about))  # compared by what they lead to, where that is known
+    for key in sorted(now.keys() & before.keys()):
+        if key not in by_result and not _covered(key, FREE) and before[key] != now[key]:
+            yield Change(key, _short(before[key]), _short(now[key]), _why_fixed(key, config))
+    yield from (change for change in by_result.values() if change is not None)
+    for name, count in facts["samples"].items():
+        counted = about.get("samples", {}).get(name, count)
+        same_keys = all(before.get(key) == now[key] for key in now if _covered(key, (f"data.{name}",)))
+        if counted != count and same_keys:
+            yield Change(f"data.{name}", f"{counted} samples", f"{count} samples")
+
+
+def _changed_results(
+    config: TrainConfig, facts: dict[str, Any], about: dict[str, Any]
+) -> Iterator[tuple[str, Change | None]]:
+    """The keys that are compared by what they led to, each with the change, if there is one."""
+    if "steps" in about:  # the schedule is a function of it
+        changed = about["steps"] != facts["steps"]
+        yield "train.steps", Change("train.steps", str(about["steps"]), str(facts["steps"])) if changed else None
+        yield "train.epochs", None
+    if isinstance(before := about.get("base"), dict) and (now := facts["base"]) is not None:
+        parts = [part for part in now if before.get(part) != now[part]]
+        fixed = None if parts == ["processor"] else "the weights were trained on the base model that it was"
+        change = Change("model.source", f"a model of other {' and '.join(parts)}", repr(config.model.source), fixed)
+        yield "model.source", change if parts else None
+
+
+def _why_fixed(key: str, config: TrainConfig) -> str | None:
+    if key == "loss.temperature" and config.loss.learnable_temperature:
+        return AT_BEGINNING
+    return FIXED.get(key)
+
+
+def _covered(key: str, names: tuple[str, ...]) -> bool:
+    """Whether `names` has the key, or a group that it is in."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _defaults(cls: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a configuration that have a default, with it, as YAML gives it."""
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        if is_dataclass(kind := hints[field.name]):
+            yield from _defaults(kind, f"{above}{field.name}.")
+        elif field.default is not MISSING:
+            default = field.default
+            yield f"{above}{field.name}", list(default) if isinstance(default, tuple) else default
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _print(line: str) -> None:
+    print(f"gasp_fast.train: {line}", file=sys.stderr, flush=True)
