@@ -299,7 +299,7 @@ def load_backbone(source: str | os.PathLike[str], frame_pixels: int | None = Non
             raise OSError("it has no readable config.json; pass a folder with a saved model, or a hub name") from error
     if model_type not in supported:
         raise ValueError(
-            f"model = {source!r} is of type {model_type!r}; supported types are {', '.join(supported)} "
+            f"model = {source!r} is of type {repr(model_type)[:100]}; supported types are {', '.join(supported)} "
             "(a new type is one file in gasp_fast/backbones)"
         )
     with loading(source):

@@ -69,7 +69,7 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(config: Any, famil
     batch = next(iter(make_loader(recipe.data, stream, model.backbone, Share(0, 1, 2, 2), 1, pin_memory=False)))
     sizes = batch_flops.sizes(batch)
     assert sum(s.visual for s in sizes) == int((batch["input_ids"] == model.backbone.visual_token_id).sum())
-    assert [s.frames for s in sizes] == ([2, 3] if family == "qwen2_5_vl" else [2, 2])  # LLaVA: as many in each
+    assert [s.frames for s in sizes] == [2, 3]
     assert sum(s.anchors > 0 for s in sizes) == sum(s.labelled > 0 for s in sizes) == 1
     assert sum(s.tracked for s in sizes) == len(batch["visual_positions"])
     assert sum(s.anchors for s in sizes) == len(batch["matches"].anchor.unique())
