@@ -161,15 +161,16 @@ def check_bad_steps(
 
 
 def check_left_out(config: RunConfig, stream: SampleStream) -> list[str]:
-    """Check that most of the data can be used at all. Returns a line for each source of which a part is left out."""
+    """Check that most of the data can be used at all. Returns lines about what is left out of each source."""
     lines = []
     for name, source in stream.sources.items():
+        lines += source.remarks
         count = len(source.left_out)
         if not count:
             continue
         line = f"data.{name}: {count:,} of {source.found:,} cannot be used; the first, {source.left_out[0]}"
         if _too_many(config, count, source.found):
-            raise GuardError(f"{line}; run.max_skipped = {config.max_skipped:g}: mend the data or raise it")
+            raise GuardError(f"{line}; run.max_skipped = {config.max_skipped:g}: repair the data or raise it")
         lines.append(line)
     return lines
 
@@ -180,7 +181,7 @@ def check_skipped(config: TrainConfig, count: int, step: int) -> None:
     if _too_many(config.run, count, drawn):
         raise GuardError(
             f"step {step}: {count:,} of {drawn:,} samples could not be used, run.max_skipped = "
-            f"{config.run.max_skipped:g}; {Path(config.run.out) / SKIPPED} names them: mend the data or raise it"
+            f"{config.run.max_skipped:g}; {Path(config.run.out) / SKIPPED} names them: repair the data or raise it"
         )
 
 

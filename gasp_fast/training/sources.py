@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, islice
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
+from gasp_fast.data.annotations.inventory import Inventory
 from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.permutation import permuted
@@ -44,6 +44,7 @@ class Samples(ABC):
     root: str
     found: int  # scenes or records
     left_out: list[Skipped]  # those of them that cannot be used
+    remarks: list[str]  # lines about the data, for the first process to print
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -123,12 +124,15 @@ class TrackedScenes(Samples):
 
     def __init__(self, config: ScenesConfig) -> None:
         self.config = config
-        self.root, self.left_out = config.root, []
+        self.root, self.left_out, self.remarks = config.root, [], []
         library = Path(config.root)
         if config.annotations:
             self.caches = [AnnotationReader(folder) for folder in config.annotations]
-            for cache in self.caches:
-                check_annotations(cache)
+            inventories = {cache: cache.check_complete() for cache in self.caches}
+            self.remarks = [line for cache, found in inventories.items() for line in what_is_missing(cache, found)]
+            self.annotated = {
+                str(cache.folder): f"{cache.settings.digest}-{found.digest}" for cache, found in inventories.items()
+            }
             settings = self.caches[0].settings
             for cache in self.caches[1:]:
                 if (cache.settings.scenes, cache.settings.sequences) != (settings.scenes, settings.sequences):
@@ -138,7 +142,7 @@ class TrackedScenes(Samples):
                     )
             entries, self.sampler, self.epochs = list(settings.scenes), settings.sampler, settings.epochs
         else:
-            self.caches, self.epochs = [], 0
+            self.caches, self.annotated, self.epochs = [], {}, 0
             entries = []
             for entry in survey(library, find_scenes(library)):
                 if isinstance(entry, tuple):
@@ -181,7 +185,7 @@ class TrackedScenes(Samples):
         return {
             "scenes": len(self.names),
             "digest": blake2b(scenes.encode(), digest_size=16).hexdigest(),  # of the names, frames and poses
-            "annotations": {str(cache.folder): cache.fingerprint() for cache in self.caches},
+            "annotations": self.annotated,
         }
 
     def _sequence(self, index: int) -> int:
@@ -198,16 +202,15 @@ class TrackedScenes(Samples):
         return [build_tracks(scene, drawn.frames, grid, self.config.keep) for grid in self.config.grids]
 
 
-def check_annotations(cache: AnnotationReader) -> None:
-    """Raises if shards are missing, damaged, or of other settings. Prints what the annotations leave out."""
-    failed, skipped = cache.check_complete().failed, cache.skipped()
-    if skipped:
+def what_is_missing(cache: AnnotationReader, found: Inventory) -> Iterator[str]:
+    """A line each for the scenes and the sequences that the annotations leave out."""
+    if skipped := cache.skipped():
         count = f"{len(skipped):,} of {len(skipped) + len(cache.settings.scenes):,} scenes"
         name, reason = next(iter(skipped.items()))
-        print(f"{cache.folder}: without {count}; the first, {name}: {reason}", file=sys.stderr)
-    if failed:
+        yield f"{cache.folder}: without {count}; the first, {name}: {reason}"
+    if failed := found.failed:
         count = f"{len(failed):,} of {len(cache):,} sequences"
-        print(f"{cache.folder}: no tracks for {count}; the first, {next(iter(failed.values()))}", file=sys.stderr)
+        yield f"{cache.folder}: no tracks for {count}; the first, {next(iter(failed.values()))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +240,7 @@ class VideoQuestions(Samples):
     advice = "; are the archives unpacked beside their JSON lists?"
 
     def __init__(self, config: QAConfig) -> None:
-        self.config, self.root = config, config.root
+        self.config, self.root, self.remarks = config, config.root, []
         self.records = VideoQA(Path(config.root), config.configs)
         faults = self.records.skipped.items()
         self.left_out = [Skipped("question", f"{self.root}/{name}", reason) for name, reason in faults]

@@ -84,7 +84,8 @@ def commit_of(package: Path) -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # an environment may lie in somebody else's checkout
+        # Fails where the package lies in a repository of something else, as an environment may.
+        git("ls-files", "--error-unmatch", "__init__.py")
         return {"id": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return None

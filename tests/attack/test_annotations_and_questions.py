@@ -40,7 +40,6 @@ def write_settings(folder: Path) -> Path:
 def use_annotations(folder: Path) -> list[object]:
     reader = AnnotationReader(folder)
     reader.check_complete()
-    reader.failed()
     return [reader[index].tracks.uv.tolist() for index in range(min(len(reader), 4))]
 
 

@@ -217,7 +217,7 @@ def test_a_damaged_shard_is_never_trained_on(config, assets, tmp_path):
         TrackedScenes(scenes.config)
 
 
-def test_what_annotations_leave_out_is_said_at_the_start(config, assets, tmp_path, capsys):
+def test_what_annotations_leave_out_is_said_at_the_start(config, assets, tmp_path):
     library, folder = tmp_path / "library", tmp_path / "tracks"
     shutil.copytree(assets.scenes, library)
     entries = tuple(survey(library, find_scenes(library)))
@@ -227,8 +227,8 @@ def test_what_annotations_leave_out_is_said_at_the_start(config, assets, tmp_pat
     left_out = {entry.name: "no depth" for entry in entries[2:]}
     store_settings(folder, settings, left_out)
     list(annotate(library, folder, settings))
-    TrackedScenes(config(scenes={"root": str(library), "annotations": (str(folder),)}).data.scenes)
-    scenes, sequences = capsys.readouterr().err.splitlines()
+    settings = config(scenes={"root": str(library), "annotations": (str(folder),)})
+    scenes, sequences = check_left_out(settings.run, SampleStream(settings.data))
     assert scenes == f"{folder}: without 2 of 4 scenes; the first, scene-2: no depth"
     assert sequences.startswith(f"{folder}: no tracks for 4 of 8 sequences; the first, scene-1/depth/")
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from .settings import read_settings, read_skipped
 from .shard import is_intact, open_shard, shard_path
 
 OPEN_SHARDS = 16
-_THREADS = 16  # that open shards for a fingerprint: a file system of a cluster takes long for each
 
 
 @dataclass(frozen=True)
@@ -104,23 +101,6 @@ class AnnotationReader:
     def skipped(self) -> dict[str, str]:
         """The scenes of the library that were left out, and why; empty for folders written before this was stored."""
         return read_skipped(self.folder)
-
-    def fingerprint(self) -> str:
-        """A hash of the settings and of the checksums in the shards' headers. Reads nothing else."""
-
-        def checksum_of(number: int) -> str:
-            try:
-                return str(open_shard(shard_path(self.folder, number), self.settings.digest)[1]["checksum"])
-            except (OSError, ValueError):
-                return "damaged"
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            checksums = [*pool.map(checksum_of, range(self.settings.shards))]
-        return blake2b(" ".join([self.settings.digest, *checksums]).encode(), digest_size=16).hexdigest()
-
-    def failed(self) -> dict[int, str]:
-        """The sequences without tracks, because their scene could not be read, and the reasons."""
-        return self.check_complete().failed
 
     def verify(self) -> Iterator[tuple[int, bool]]:
         """Yields each shard's number and whether its arrays match the checksum."""

@@ -193,10 +193,10 @@ def test_shards_with_sequences_without_tracks_are_computed_again_on_request(
     content = image.read_bytes()
     image.write_bytes(b"")
     run(command, copy, "--out", out, *OPTIONS)
-    assert AnnotationReader(out).failed()
+    assert AnnotationReader(out).check_complete().failed
     image.write_bytes(content)
     run(command, copy, "--out", out, *OPTIONS)
-    assert AnnotationReader(out).failed()  # without the option, what is there stays
+    assert AnnotationReader(out).check_complete().failed  # without the option, what is there stays
     run(command, copy, "--out", out, *OPTIONS, "--retry-failed")
     assert hashes(out) == whole
 

@@ -185,9 +185,9 @@ def test_an_unreadable_frame_costs_its_sequences_only_and_is_named(tmp_path: Pat
     words = [str(library), "--out", str(out), "--min-frames", "6", "--max-frames", "6", "--per-scene", "3"]
     assert run(command, *words) == 0
     cache = AnnotationReader(out)
-    assert sorted(cache.failed()) == [3, 4, 5]
-    assert all("scene-000001" in reason and "000003" in reason for reason in cache.failed().values())
-    assert str(tmp_path) not in str(cache.failed())  # otherwise the bytes depend on the library's path
+    assert sorted(cache.check_complete().failed) == [3, 4, 5]
+    assert all("scene-000001" in reason and "000003" in reason for reason in cache.check_complete().failed.values())
+    assert str(tmp_path) not in str(cache.check_complete().failed)  # otherwise the bytes depend on the library's path
     assert len(cache[0].tracks) > 0
     assert len(cache[4].tracks) == 0 and cache[4].tracks.visible.shape == (0, 6)
 
