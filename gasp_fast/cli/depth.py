@@ -35,8 +35,7 @@ from gasp_fast.data.scenes.library import FEWEST_FOR_PROCESSES, find_scenes
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import without_depth
 from gasp_fast.processes import in_processes, usable_cores
-
-from .tracks import Steps, duration, progress
+from gasp_fast.progress import Steps, duration, progress
 
 HELP = "compute depth for scenes that have none; resumable, in array jobs"
 SHOWN_MISSING = 10  # scenes without depth that --check names

@@ -52,6 +52,7 @@ _KINDS: dict[str, Any] = {  # of the values in about.json
 }
 _LATER_KINDS: dict[str, Any] = {  # of those that checkpoints of earlier versions lack
     "steps": int,
+    "skipped": int,
     "samples": dict,
     "base": (dict, type(None)),
     "held_out": (dict, type(None)),

@@ -110,4 +110,13 @@ def end_with_trainer(worker: int) -> None:
         trainer.join()
         os._exit(1)
 
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # A thread that hands tensors over may see the end of the trainer first: as a broken connection.
+        if isinstance(error, ConnectionError | EOFError):
+            trainer.join(1.0)
+            if not trainer.is_alive():
+                os._exit(1)
+        sys.__excepthook__(kind, error, trace)
+
     threading.Thread(target=watch, daemon=True).start()
+    sys.excepthook = report

@@ -230,7 +230,8 @@ def _of_worker(error: Exception) -> str | None:
     text = str(error)
     if "Original Traceback" in text:
         return text.rstrip().rpartition("\n")[2].partition(": ")[2]
-    if text.startswith("DataLoader worker") or isinstance(error, ConnectionError | EOFError):
+    torn = isinstance(error, ConnectionError | EOFError | FileNotFoundError)  # while it handed a tensor over
+    if torn or text.startswith(("DataLoader worker", "received 0 items of ancdata")):
         return f"a loader worker was killed ({one_line(error)}); if it was for memory, lower data.workers"
     return None
 

@@ -1,14 +1,17 @@
 """The first signal waits for the end of a step; the second one ends the process at once, whatever it does."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from gasp_fast.training.signals import INTERRUPTED
 
+REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """
 import ctypes, time
 from gasp_fast.training.signals import StopSignals
@@ -61,3 +64,35 @@ def test_the_second_signal_ends_the_process_at_once_and_without_a_word(work):
 def test_copies_of_a_signal_from_a_launcher_are_no_second_signal():
     process = start(f"{UNTIL_NOTED}\n    time.sleep(1)", launched=True)
     assert send(process, signal.SIGTERM, signal.SIGTERM) == (0, "received 15\n", "")
+
+
+LOADER = """
+import torch
+from gasp_fast.training.signals import end_with_trainer
+from torch.utils.data import DataLoader, Dataset
+
+class Tensors(Dataset):
+    def __len__(self): return 10**9
+    def __getitem__(self, index): return [torch.full((100,), index) for _ in range(4)]
+
+if __name__ == "__main__":
+    how = dict(num_workers=1, multiprocessing_context="forkserver", worker_init_fn=end_with_trainer)
+    for number, _ in enumerate(DataLoader(Tensors(), **how)):
+        if number == 5: print("ready", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_loader_worker_ends_without_a_word_when_its_trainer_is_killed(tmp_path):
+    """Without `end_with_trainer`'s hook, six of ten kills leave a traceback of the thread that hands tensors over."""
+    script = tmp_path / "loader.py"
+    script.write_text(LOADER)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for number in range(5):
+        process = subprocess.Popen(
+            [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.01 * number)
+        process.kill()
+        assert "Traceback" not in process.communicate(timeout=60)[0]
