@@ -64,7 +64,7 @@ def train(
                 print(line, file=sys.stderr)
         sequences = held_out_sequences(config) if config.evaluate.scenes else None
         start_up.add("data")
-        share = Share(processes.rank, processes.world_size, config.train.batch_size, config.train.micro_batch_size)
+        share = Share.of(config.train, processes.rank, processes.world_size)
         steps = config.train.steps_of(stream.epoch)
         if resume is not None:
             guards.check_resume(Sharding.of(deepspeed).stage, processes.world_size, resume)

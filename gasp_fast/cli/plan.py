@@ -97,6 +97,7 @@ def conclusions(plan: Plan) -> list[str]:
     """The plan in sentences: whether it fits, how long it takes, and what takes most."""
     largest = max(plan.memory, key=lambda name: plan.memory[name])
     slowest = max(plan.seconds, key=lambda name: plan.seconds[name])
+    evenly = f"useful share {plan.dealt.useful_share:.1%}: the rest of the time, GPUs wait for the slowest of them"
     return [
         f"memory {'fits' if plan.fits else 'DOES NOT FIT'}: {plan.memory_needed / 1e9:.0f} of "
         f"{plan.gpu.memory / 1e9:.0f} GB a GPU; the largest part is {largest}",
@@ -105,6 +106,7 @@ def conclusions(plan: Plan) -> list[str]:
         f"a step of {plan.setup.batch_size} sequences takes {plan.step_seconds:.2f} s; the largest part is {slowest} "
         f"({plan.seconds[slowest] / plan.step_seconds:.0%}); {plan.rate:.2f} sequences a second on each GPU, "
         f"MFU {plan.mfu:.0%}",
+        *([evenly] if plan.gpus > 1 else []),
         f"heads and geometric loss take {plan.geometry_share:.0%} of the time a GPU computes",
         f"{plan.steps:,} steps: {plan.hours:,.1f} hours, {plan.gpu_hours:,.0f} GPU-hours",
     ]
@@ -120,7 +122,7 @@ def against_paper(plan: Plan, plan_at: Callable[[int], Plan]) -> str:
     )
     if most is None:
         late = plan_at(1).seconds["idle"] > 0
-        cause = ": with small frames the GPU waits for its host; raise train.micro_batch_size" if late else ""
+        cause = ": with small frames the GPU waits for its host; give train.tokens_at_once" if late else ""
         return f"{rates} No number of tokens a frame would reach that rate with this recipe{cause}."
     verb = "would allow" if most >= plan.frame_tokens else "would need frames of at most"
     return f"{rates} That rate {verb} {most} tokens a frame; this recipe has {plan.frame_tokens}."

@@ -8,6 +8,8 @@ gpus.py            data sheets of GPUs
 assumptions.py     efficiencies and other numbers that are neither counted nor stated
 memory.py          bytes on each GPU
 work.py            FLOPs and bytes of a step, by kind of kernel
+micro_batch_time.py  seconds of a micro-batch
+dealing.py         deals the sequences of a step to ranks and micro-batches
 step_time.py       seconds of a step
 plan.py            all of it together: the estimate of a run
 calibration.py     corrections from a measured step

@@ -18,8 +18,9 @@ from gasp_fast.files import read_json
 
 from .assumptions import Assumptions
 from .gpus import GPU
+from .micro_batch_time import host_seconds, seconds_of
 from .shapes import ModelShape
-from .step_time import host_seconds, optimiser_seconds, seconds_of
+from .step_time import optimiser_seconds
 from .training_setup import SequenceSize, TrainingSetup
 from .work import work_of_micro_batch, work_of_sequence
 

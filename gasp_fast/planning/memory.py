@@ -44,10 +44,10 @@ def memory_by_purpose(
     setup: TrainingSetup, longest: SequenceSize, gpus: int, assumptions: Assumptions
 ) -> dict[str, float]:
     """Bytes on each GPU at the peak of a step of the longest sequences."""
-    batch = setup.micro_batch_size
-    saved, at_work = _decoder_bytes(setup, batch * longest.tokens)
-    vision_saved, vision_at_work = _vision_bytes(setup, batch * longest.visual)
-    heads_kept, heads_at_work = _head_bytes(setup, batch * longest.tracked)
+    batch = setup.at_once(longest)
+    saved, at_work = _decoder_bytes(setup, round(batch * longest.tokens))
+    vision_saved, vision_at_work = _vision_bytes(setup, round(batch * longest.visual))
+    heads_kept, heads_at_work = _head_bytes(setup, round(batch * longest.tracked))
     logits = batch * assumptions.labelled * setup.shape.vocabulary * 12.0
     memory = state_bytes(setup, gpus) | {
         "saved activations": saved + vision_saved,

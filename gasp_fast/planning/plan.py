@@ -16,7 +16,7 @@ from .assumptions import Assumptions
 from .flops import Flops, mean_flops
 from .gpus import GPU
 from .memory import memory_by_purpose
-from .step_time import OVERHEADS, step_seconds
+from .step_time import OVERHEADS, DealtSteps, deal_some_steps, step_seconds
 from .training_setup import SequenceMix, SequenceSize, TrainingSetup, longest_sequence
 
 PAPER_SEQUENCES = 1_750_000
@@ -35,6 +35,7 @@ class Plan:
     gpu: GPU
     memory: dict[str, float]  # bytes on each GPU, by purpose
     flops: dict[str, Flops]  # of the mean sequence, by part of the model
+    dealt: DealtSteps  # how evenly the sequences of a step are dealt to the GPUs
     seconds: dict[str, float]  # of an optimiser step, by part
 
     @property
@@ -67,7 +68,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOPs over what a GPU could do at its bf16 peak in the time of a step."""
-        needed = self.setup.batch_size // self.gpus * sum(flops.model for flops in self.flops.values())
+        needed = self.setup.batch_size / self.gpus * sum(flops.model for flops in self.flops.values())
         return needed / self.step_seconds / self.gpu.bf16
 
     @property
@@ -88,8 +89,10 @@ def make_plan(
     setup: TrainingSetup, mix: SequenceMix, steps: int, gpus: int, gpu: GPU, assumptions: Assumptions
 ) -> Plan:
     """The estimate of a run of `steps` optimiser steps on `gpus` GPUs."""
-    setup.accumulation(gpus)  # first of all: whether the batch divides over the GPUs
+    if setup.tokens_at_once is None:
+        setup.accumulation(gpus)  # first of all: whether the batch divides over the GPUs
     longest = longest_sequence(mix)
+    dealt = deal_some_steps(setup, mix, gpus, gpu, assumptions)
     return Plan(
         setup=setup,
         mix=mix,
@@ -99,7 +102,8 @@ def make_plan(
         gpu=gpu,
         memory=memory_by_purpose(setup, longest, gpus, assumptions),
         flops=mean_flops(setup, mix),
-        seconds=step_seconds(setup, mix, gpus, gpu, assumptions),
+        dealt=dealt,
+        seconds=step_seconds(setup, mix, gpus, gpu, assumptions, dealt),
     )
 
 

@@ -5,81 +5,85 @@ been measured. The loss's products have the embeddings' type; for fp32 embedding
 
 `idle` is the time that a GPU waits for its host, which starts the operations of a micro-batch one after another.
 
-GPUs wait for each other, and sequences are of unequal length: of many GPUs one nearly always draws the longest.
-`waiting` is the expected excess of the slowest over the mean. From ZeRO-2 on GPUs meet at every micro-batch, otherwise
-once a step, and the excess of a sum of draws grows like the square root of their number.
+Sequences are of unequal length. Within a micro-batch the shorter ones are padded (`padding`), and GPUs wait for the
+slowest of them (`waiting`). Both are those of some steps whose sequences are drawn at random and dealt as in training
+(`dealing.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from dataclasses import dataclass
 
 from .assumptions import Assumptions
+from .dealing import Division, deal
 from .gpus import GPU
-from .training_setup import SequenceMix, SequenceSize, TrainingSetup
-from .work import Work, operations, work_of_micro_batch, work_of_sequence
+from .micro_batch_time import MicroBatchSeconds, host_seconds, seconds_of, sequence_seconds
+from .training_setup import SequenceMix, TrainingSetup
+from .work import work_of_micro_batch
 
-OVERHEADS = ("waiting", "communication", "optimiser", "idle")  # parts of a step that belong to no sequence
+OVERHEADS = ("padding", "waiting", "communication", "optimiser", "idle")  # parts of a step that belong to no sequence
 NODE = 8  # GPUs of a node
+DRAWN = 16  # steps, whose sequences are dealt; their mean is within 1 % of that of many
+
+
+@dataclass(frozen=True)
+class DealtSteps:
+    """Means of some steps with random sequences, dealt to the GPUs."""
+
+    accumulation: float  # micro-batches of a GPU
+    padding: float  # seconds in which a GPU computes padding
+    mean: float  # seconds in which it computes, padding included
+    slowest: float  # seconds until all have done so
+
+    @property
+    def useful_share(self) -> float:
+        return self.mean / self.slowest
+
+
+def deal_some_steps(
+    setup: TrainingSetup, mix: SequenceMix, gpus: int, gpu: GPU, assumptions: Assumptions, steps: int = DRAWN
+) -> DealtSteps:
+    """Draw and deal the sequences of some steps, always the same ones."""
+    seconds, draw = MicroBatchSeconds(setup, gpu, assumptions), random.Random(0)
+    division = Division.of(setup, gpus)
+    shares, sizes = [share for share, _ in mix], [size for _, size in mix]
+    dealt = [deal(draw.choices(sizes, shares, k=setup.batch_size), division, seconds) for _ in range(steps)]
+    return DealtSteps(
+        accumulation=sum(step.accumulation for step in dealt) / steps,
+        padding=sum(step.padding for step in dealt) / steps,
+        mean=sum(step.mean for step in dealt) / steps,
+        slowest=sum(step.slowest for step in dealt) / steps,
+    )
 
 
 def step_seconds(
-    setup: TrainingSetup, mix: SequenceMix, gpus: int, gpu: GPU, assumptions: Assumptions
+    setup: TrainingSetup,
+    mix: SequenceMix,
+    gpus: int,
+    gpu: GPU,
+    assumptions: Assumptions,
+    dealt: DealtSteps | None = None,
 ) -> dict[str, float]:
     """Seconds of an optimiser step by part: of the mean sequence, and `OVERHEADS`."""
-    sizes = [(share, sequence_seconds(setup, size, gpu, assumptions)) for share, size in mix]
-    mean = {part: sum(share * seconds[part] for share, seconds in sizes) for part in sizes[0][1]}
-    slowest = expected_slowest([(share, sum(seconds.values())) for share, seconds in sizes], gpus)
-
-    accumulation, batch = setup.accumulation(gpus), setup.micro_batch_size
-    step = {part: accumulation * batch * value for part, value in mean.items()}
+    dealt = deal_some_steps(setup, mix, gpus, gpu, assumptions) if dealt is None else dealt
+    step: dict[str, float] = {}
+    for share, size in mix:
+        for part, value in sequence_seconds(setup, size, gpu, assumptions).items():
+            step[part] = step.get(part, 0.0) + setup.batch_size / gpus * share * value
     for part, value in seconds_of(setup, work_of_micro_batch(setup), gpu, assumptions).items():
-        step[part] += accumulation * value
-    meetings = accumulation if setup.sharding.stage >= 2 else accumulation**0.5
-    step["waiting"] = max(0.0, slowest - sum(mean.values())) * meetings * batch**0.5
+        step[part] += dealt.accumulation * value
+    computed = sum(step.values())  # of the mean sequence; those that were drawn differ a little
+    step["padding"] = computed * dealt.padding / (dealt.mean - dealt.padding)
+    step["waiting"] = (computed + step["padding"]) * (dealt.slowest / dealt.mean - 1)
     slowest_computes = sum(step.values())
-    step["communication"] = _communication_seconds(setup, gpus, gpu, assumptions)
+    step["communication"] = _communication_seconds(setup, dealt.accumulation, gpus, gpu, assumptions)
     step["optimiser"] = optimiser_seconds(setup, gpus, gpu, assumptions)
-    step["idle"] = max(0.0, accumulation * host_seconds(setup, assumptions) - slowest_computes)
+    step["idle"] = max(0.0, dealt.accumulation * host_seconds(setup, assumptions) - slowest_computes)
     return step
 
 
-def sequence_seconds(
-    setup: TrainingSetup, sequence: SequenceSize, gpu: GPU, assumptions: Assumptions
-) -> dict[str, float]:
-    """Seconds of one GPU on one sequence, by part."""
-    return seconds_of(setup, work_of_sequence(setup, sequence), gpu, assumptions)
-
-
-def seconds_of(setup: TrainingSetup, work: Iterable[Work], gpu: GPU, assumptions: Assumptions) -> dict[str, float]:
-    """Seconds of one GPU on this work, by part."""
-    peaks = {"bf16": gpu.bf16, "tf32": gpu.tf32, "fp32": gpu.fp32}
-    own = {"heads": setup.head_precision, "geometric loss": setup.embedding_precision}
-    seconds: dict[str, float] = {}
-    for one in work:
-        rate = peaks[own.get(one.part, setup.precision)] * getattr(assumptions, one.rate)
-        moving = one.bytes / (gpu.bandwidth * getattr(assumptions, one.speed))
-        took = assumptions.factors.get(one.part, 1.0) * (one.flops / rate + moving + one.seconds)
-        seconds[one.part] = seconds.get(one.part, 0.0) + took
-    return seconds
-
-
-def host_seconds(setup: TrainingSetup, assumptions: Assumptions) -> float:
-    """Seconds that the host takes to start the operations of a micro-batch."""
-    return assumptions.factors.get("host", 1.0) * assumptions.operation * operations(setup)
-
-
-def expected_slowest(times: list[tuple[float, float]], ranks: int) -> float:
-    """The largest of `ranks` independent draws from (probability, seconds), in expectation."""
-    expected = below = 0.0
-    for probability, duration in sorted(times, key=lambda one: one[1]):
-        upto = below + probability
-        expected += duration * (min(upto, 1.0) ** ranks - below**ranks)
-        below = upto
-    return expected
-
-
-def communication_bytes(setup: TrainingSetup, accumulation: int) -> float:
+def communication_bytes(setup: TrainingSetup, accumulation: float) -> float:
     """Bytes that each GPU sends in an optimiser step, without the factor (gpus - 1) / gpus."""
     count, stage = setup.parameters, setup.sharding.stage
     trained = 4.0 * count.trained
@@ -91,11 +95,13 @@ def communication_bytes(setup: TrainingSetup, accumulation: int) -> float:
     return accumulation * (trained + gathers * (trained + setup.element_bytes * count.frozen))
 
 
-def _communication_seconds(setup: TrainingSetup, gpus: int, gpu: GPU, assumptions: Assumptions) -> float:
+def _communication_seconds(
+    setup: TrainingSetup, accumulation: float, gpus: int, gpu: GPU, assumptions: Assumptions
+) -> float:
     if gpus == 1:
         return 0.0
     speed = gpu.link if gpus <= NODE else min(gpu.link, gpu.network)  # a ring through all is as fast as its slowest hop
-    sent = communication_bytes(setup, setup.accumulation(gpus)) * (gpus - 1) / gpus
+    sent = communication_bytes(setup, accumulation) * (gpus - 1) / gpus
     return assumptions.exposed * sent / (speed * assumptions.link)
 
 

@@ -60,7 +60,8 @@ class TrainingSetup:
     kept_layers: int  # decoder layers that keep their activations until backward; the others are recomputed
     fused_layers: bool = False  # Liger's norms and MLPs in the decoder
     batch_size: int  # sequences of an optimiser step, over all GPUs
-    micro_batch_size: int  # sequences that a GPU takes at once
+    micro_batch_size: int = 1  # sequences that a GPU takes at once
+    tokens_at_once: int | None = None  # most tokens that it takes at once, in place of a number of sequences
     sharding: Sharding = Sharding()
     design: StepDesign = field(default_factory=StepDesign)
 
@@ -103,7 +104,12 @@ class TrainingSetup:
         )
 
     def accumulation(self, gpus: int) -> int:
+        """Micro-batches of a GPU in a step, where they have a fixed size."""
         return micro_batches(self.batch_size, self.micro_batch_size, gpus)
+
+    def at_once(self, longest: SequenceSize) -> float:
+        """How many of the longest sequences a GPU takes at once, measured by their tokens."""
+        return self.micro_batch_size if self.tokens_at_once is None else max(1, self.tokens_at_once / longest.tokens)
 
 
 def micro_batches(batch_size: int, micro_batch_size: int, processes: int) -> int:
@@ -112,7 +118,7 @@ def micro_batches(batch_size: int, micro_batch_size: int, processes: int) -> int
     if batch_size % at_once:
         raise ValueError(
             f"train.batch_size = {batch_size} does not divide over {processes} processes (one a GPU) with "
-            f"train.micro_batch_size = {micro_batch_size}; use a multiple of {at_once}"
+            f"train.micro_batch_size = {micro_batch_size}; use a multiple of {at_once}, or train.tokens_at_once"
         )
     return batch_size // at_once
 
@@ -127,6 +133,7 @@ class SequenceSize:
     tracked: int = 0  # N again, or 0 without tracks
     anchors: int = 0  # A, visual tokens that are anchors of matches
     labelled: int = 0  # tokens that the language loss counts
+    most_tokens: int | None = None  # upper bound, where `tokens` is predicted
 
 
 SequenceMix = list[tuple[float, SequenceSize]]  # the sizes that a run draws, each with its probability

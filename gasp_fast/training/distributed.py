@@ -209,10 +209,18 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
 
 def fill_deepspeed(deepspeed: dict[str, Any], share: Share, clip: float, hidden_size: int) -> dict[str, Any]:
     """`deepspeed` with the run's values in place of every "auto". Raises where the file contradicts the recipe."""
+    accumulation = share.accumulation
+    offload = deepspeed["zero_optimization"].get("offload_optimizer") or {}
+    if accumulation is None and offload.get("device", "none") != "none":
+        raise ValueError(
+            f"train.tokens_at_once = {share.tokens_at_once}: DeepSpeed's offload_optimizer needs the same number of "
+            "micro-batches in each step; give train.micro_batch_size instead"
+        )
     from_recipe = {
-        "train_batch_size": share.batch_size,
-        "train_micro_batch_size_per_gpu": share.micro_batch_size,
-        "gradient_accumulation_steps": share.accumulation,
+        # Where their number differs from step to step, DeepSpeed is given one: it only divides the loss by it.
+        "train_batch_size": share.world_size if accumulation is None else share.batch_size,
+        "train_micro_batch_size_per_gpu": share.micro_batch_size or 1,
+        "gradient_accumulation_steps": accumulation or 1,
         "gradient_clipping": clip,
     }
     for name, value in from_recipe.items():
@@ -247,7 +255,7 @@ def make_accelerator(
         PartialState(cpu=processes.device.type == "cpu")
         accelerator = Accelerator(
             mixed_precision="no",  # `SupervisedModel` chooses its precision itself
-            gradient_accumulation_steps=share.accumulation,
+            gradient_accumulation_steps=share.accumulation or 1,
             deepspeed_plugin=None if deepspeed is None else DeepSpeedPlugin(hf_ds_config=deepspeed),
             log_with=list(config.run.report_to) or None,
             project_dir=config.run.out,

@@ -34,10 +34,13 @@ def describe(config: TrainConfig, model: SupervisedModel, share: Share, processe
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     lines.append(f"{'frozen':<10} {frozen:>15,} {'-':>14}")
     setup = training_setup(config, shape_from_model(unwrap(model.model)))
+    at_once = f"{share.micro_batch_size or 1} at once, {share.accumulation} times on each"
+    if share.tokens_at_once is not None:
+        at_once = f"at most {share.tokens_at_once:,} tokens at once"
     lines.append(
         f"{share.world_size} process{'es' if share.world_size > 1 else ''}, ZeRO-{setup.sharding.stage}, "
         f"{describe_layers(config.model, model.backbone, processes.device)}; a step is {share.batch_size} sequences: "
-        f"{share.micro_batch_size} at once, {share.accumulation} times on each"
+        f"{at_once}"
     )
     memory = sum(state_bytes(setup, share.world_size).values()) / 1e9
     lines.append(f"weights, gradients, optimiser: {memory:.2f} GB a process; activations come on top")

@@ -8,6 +8,8 @@ One JSON object per logged step:
     lr                             of the adapters (or the model); heads have their own
     grad_norm                      of all trained weights, before clipping
     tokens_per_s, mfu              over all processes
+    useful_share                   of the time of the slowest process in a step, what the processes compute in the mean,
+                                   by the costs by which the step's sequences were dealt to them
     peak_memory                    bytes, the largest of all processes: of GPU memory, or without a GPU of the process
     data_wait                      share of the time waiting for the loader, of the process that waits longest
     device_wait                    share of the time in which the host waits for its GPU, of the process that waits
@@ -57,7 +59,8 @@ from .summary import read_log, summarise
 # tokens (`answered`) and matches (`matched`), on whichever process.
 SUMS = ("loss", "steps", "lm", "answered", "matched", "tokens", "flops")
 LAYER_SUMS = ("corr", "depth", "pck")  # a sum for each layer
-HOST_SUMS = ("data_wait", "device_wait", *KINDS)  # seconds, and skipped samples; older checkpoints have none
+# Seconds, skipped samples, and the useful shares of the steps; older checkpoints have none.
+HOST_SUMS = ("data_wait", "device_wait", *KINDS, "useful")
 MUCH_WAITING = 0.05  # share of the time waiting for data from which on the progress bar says so
 SECONDS_BETWEEN_LINES = 30.0  # where the output is not a terminal, such as a batch system's log file
 
@@ -88,7 +91,7 @@ class Meter:
     def __init__(self, layers: int, device: torch.device) -> None:
         self.device = device
         self.widths = [1] * len(SUMS) + [layers] * len(LAYER_SUMS) + [1] * len(HOST_SUMS)
-        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 3 L + 6]
+        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 3 L + 7]
         self.sums = self._columns(self.packed)  # views of `packed`
         self.start = time.perf_counter()
 
@@ -96,12 +99,12 @@ class Meter:
         """The columns of `packed` by name: [1] each, or [L] for those of the layers."""
         return dict(zip((*SUMS, *LAYER_SUMS, *HOST_SUMS), packed.split(self.widths), strict=True))
 
-    def begin_step(self, totals: Tensor, counted: bool) -> None:
-        """`totals` [3] are what the step's losses are averaged over. One process counts the steps."""
-        if counted:
-            self.sums["steps"] += 1
-            self.sums["answered"] += totals[0] > 0
-            self.sums["matched"] += totals[1] > 0
+    def begin_step(self, totals: Tensor, useful: float) -> None:
+        """Count a step, on one process. `totals` [3]: what its losses are averaged over; `useful`: its useful share."""
+        self.sums["steps"] += 1
+        self.sums["answered"] += totals[0] > 0
+        self.sums["matched"] += totals[1] > 0
+        self.sums["useful"] += useful
 
     def add(self, outputs: dict[str, Any], matches: int, tokens: int, flops: float) -> None:
         sums = self.sums
@@ -166,6 +169,7 @@ class Meter:
             **{f"{name}_per_layer": layers[name] for name in LAYER_SUMS},
             "tokens_per_s": sums["tokens"] / seconds,
             "mfu": sums["flops"] / seconds / (len(gathered) * peak_flops(self.device)),
+            "useful_share": _ratio(columns["useful"].item(), sums["steps"]),
             "peak_memory": int(gathered[:, -1].max()),
             "data_wait": min(1.0, waits["data_wait"].max().item() / seconds),
             "device_wait": min(1.0, waits["device_wait"].min().item() / seconds) if taken.from_device else None,
@@ -310,7 +314,10 @@ def in_words(record: dict[str, Any]) -> str:
     parts += [f"pck {max(pck):.2f}"] if pck else []
     parts += [f"waits for data {record['data_wait']:.0%}"] if record["data_wait"] >= MUCH_WAITING else []
     parts += [f"skipped {in_numbers(record['skipped'])}"] if record["skipped"] else []
-    return " · ".join([*parts, f"{record['tokens_per_s']:,.0f} tok/s", f"mfu {record['mfu']:.0%}"])
+    parts += [f"{record['tokens_per_s']:,.0f} tok/s", f"mfu {record['mfu']:.0%}"]
+    if record["useful_share"] is not None and record["useful_share"] < 1:  # several processes
+        parts.append(f"useful {record['useful_share']:.0%}")
+    return " · ".join(parts)
 
 
 def score_of(record: dict[str, Any]) -> float | None:

@@ -14,7 +14,8 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from gasp_fast.backbones.adapters import cast_once
+from gasp_fast.planning.assumptions import Assumptions
+from gasp_fast.planning.dealing import Division
+from gasp_fast.planning.gpus import GPUS
+from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
 from gasp_fast.planning.training_setup import Sharding
 
 from . import checkpoints, guards, same_run
@@ -32,9 +37,10 @@ from .held_out import HeldOut, HeldOutSequences
 from .log import HostCopy, Meter, RunLog, finite, score_of
 from .model import SupervisedModel
 from .signals import Interrupted, StopSignals, kept_from_children
+from .sizes import PredictedSizes
 from .start_up import StartUp
 from .state import TrainState
-from .stream import LoadedBatches, SampleStream, Share, make_loader
+from .stream import Dealer, LoadedBatches, SampleStream, Share, make_loader
 from .workload import BatchFlops
 
 Batch = dict[str, Any]
@@ -103,7 +109,7 @@ class TrainingLoop:
         with RunLog(self.config, self.steps, done, resume, self.state.accelerator, self.stream.left_out) as log:
             last = done if self.held_out.out_of_patience else self.steps
             for step in range(done + 1, last + 1):
-                micro_batches = [next(batches) for _ in range(self.share.accumulation)]
+                micro_batches = self.next_step(step, batches)
                 log.skipped.add(self.meter.add_loading(batches))
                 first, saved = step == done + 1, step % run.save_every == 0 or step == self.steps
                 evaluated = self.held_out.due(step, self.steps)
@@ -138,34 +144,37 @@ class TrainingLoop:
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> Launched:
         """Launch one optimiser step, and the copies of its numbers to the host."""
-        shares = self.shares_of_step(micro_batches)
+        shares = self.shares_of_step(step, micro_batches)
         with cast_once(self.model, self.model.dtype):
-            for batch, share in zip(micro_batches, shares, strict=True):
-                self.forward_backward(batch, share)
+            for number, (batch, share) in enumerate(zip(micro_batches, shares, strict=True), 1):
+                self.forward_backward(batch, share, last=number == len(micro_batches))
         learning_rate, grad_norm = self.update()
         logged = step == 1 or step % self.config.run.log_every == 0 or step == self.steps
         sums = self.meter.take() if logged else None
         received = HostCopy(self.processes.largest(self.signals.received))
         return Launched(step, micro_batches, learning_rate, grad_norm, sums, received)
 
-    def shares_of_step(self, micro_batches: Sequence[Batch]) -> Tensor:
+    def shares_of_step(self, step: int, micro_batches: Sequence[Batch]) -> Tensor:
         """The shares of this process's micro-batches in what the losses are averaged over, [micro-batches, 3]."""
         counts = torch.stack([batch["counts"] for batch in micro_batches])
         counts = counts.to(self.processes.device, non_blocking=True)
         totals = self.processes.total(counts.sum(0))  # [3], of all processes
-        self.meter.begin_step(totals, counted=self.processes.first)
+        if self.processes.first:
+            self.meter.begin_step(totals, self.share.useful_share(step - 1))
         return torch.where(totals > 0, counts / totals, 0).float()
 
-    def forward_backward(self, batch: Batch, shares: Tensor) -> None:
+    def forward_backward(self, batch: Batch, shares: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch. Below ZeRO-2, gradients are exchanged after the last one of a step."""
         state, flops = self.state, self.batch_flops(batch)
         batch = {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
-        with state.accelerator.accumulate(state.engine):
+        state.accelerator.sync_gradients = last
+        deferred = not last and state.deepspeed is None
+        with state.accelerator.no_sync(state.engine) if deferred else nullcontext():
             outputs = state.engine(**batch, shares=shares)
             self.meter.add(outputs, len(batch["matches"]), batch["input_ids"].numel(), flops)
             if self.learning is not None:
                 self.learning.add(outputs, batch["matches"])
-            # The losses add up to the step's. But accelerate or DeepSpeed divides each by the number of micro-batches,
+            # The losses add up to the step's. But accelerate or DeepSpeed divides each by a number of micro-batches,
             # and DDP or DeepSpeed takes the mean of the processes' gradients.
             divided = state.accelerator.gradient_accumulation_steps * self.processes.world_size
             state.accelerator.backward(outputs["loss"] * divided)  # DeepSpeed also clips and steps, after the last one
@@ -202,6 +211,7 @@ class TrainingLoop:
             held_out = about.get("held_out")
             self.meter.restore(about["unlogged"], self.processes.rank, self.processes.world_size)
         self.held_out.begin(held_out)
+        self.share = replace(self.share, deal=self.make_dealer().deal)
         pin = self.processes.device.type == "cuda"
         data, average = self.config.data, self.config.loss.average
         loader = make_loader(data, self.stream, self.model.backbone, self.share, self.steps, pin, done, average)
@@ -211,10 +221,25 @@ class TrainingLoop:
             checkpoints.read_random_state(resume, self.processes)
         return done, batches
 
+    def make_dealer(self) -> Dealer:
+        """Deals the samples of each step to the processes. All processes must call."""
+        frame_sizes = self.processes.decided_by_first(self.stream.frame_sizes)
+        sizes = PredictedSizes(self.config, self.model.backbone, self.stream, frame_sizes)
+        layers: Any = self.model.backbone.decoder_layers(self.model.model)
+        kept = sum(not layer.gradient_checkpointing for layer in layers)
+        setup = replace(self.batch_flops.setup, kept_layers=kept)
+        # Of one GPU, whichever trains: only the ratios of costs matter, and all processes must deal alike.
+        seconds = MicroBatchSeconds(setup, GPUS["h200"], Assumptions())
+        return Dealer(self.share.batch_size, sizes, Division.of(setup, self.processes.world_size), seconds)
+
+    def next_step(self, step: int, batches: LoadedBatches) -> list[Batch]:
+        """The micro-batches of a step."""
+        return [next(batches) for _ in self.share.micro_batches(step - 1)]
+
     def try_step(self) -> dict[str, Any]:
         """Take the first step and return what would be logged. Writes no file."""
         _, batches = self.begin()
-        micro_batches = [next(batches) for _ in range(self.share.accumulation)]
+        micro_batches = self.next_step(1, batches)
         guards.check_positions(self.model, micro_batches[0])
         return self.record_of(self.train_step(1, micro_batches))
 
@@ -262,9 +287,8 @@ class TrainingLoop:
         """Name the samples of a step without a finite gradient; stop the run after too many such steps."""
         self.bad_steps += 1
         rank = self.processes.rank
-        first = (step - 1) * self.share.accumulation
-        numbers = range(first, first + self.share.accumulation)
-        sources = [self.stream.describe(position) for n in numbers for position in self.share.positions(n)]
+        micro_batch_positions = self.share.micro_batches(step - 1)
+        sources = [self.stream.describe(position) for positions in micro_batch_positions for position in positions]
         cause = f"step {step}: the gradient is not finite ({', '.join(sources)} on process {rank})"
         batch_file = self.out / f"bad-step-{step}-process-{rank}.pt"
         guards.check_bad_steps(self.config.run, self.bad_steps, cause, micro_batches, batch_file)

@@ -31,15 +31,13 @@ def averaged(batch: dict[str, Any], average: Average) -> dict[str, Any]:
     To be called where the batch is made, on the CPU, after its `token_index` is known.
     """
     matches: Matches = batch["matches"]
-    units: float
-    with_depth: float
     if average == "sequence":
-        matches, units = mean_of_sequences(matches)
-        with_depth = units
+        matches, sequences = mean_of_sequences(matches)
+        units: list[Any] = [sequences, sequences]
     else:
         weight = matches.index.weight.double().expand(len(matches))[matches.index.order]  # [M], in the index's order
-        units, with_depth = float(weight.sum()), float(weight[matches.index.has_depth].sum())
-    counts = torch.tensor([len(batch["token_index"].answers), units, with_depth], dtype=torch.float64)
+        units = [weight.sum(), weight[matches.index.has_depth].sum()]
+    counts = torch.tensor([len(batch["token_index"].answers), *units], dtype=torch.float64)
     return {**batch, "matches": matches, "counts": counts}
 
 

@@ -24,7 +24,10 @@ class OptimisationConfig:
     epochs: float = 3.0  # passes through the scenes; without scenes, through the questions
     steps: int | None = None  # optimiser steps, instead of epochs
     batch_size: int = 32  # sequences of an optimiser step, over all processes
-    micro_batch_size: int = 1  # sequences of a forward pass on each process; more of a step are accumulated
+    # Of a forward pass on each process; the others of a step are accumulated. Either the number of sequences (null: 1),
+    # or the most tokens, padding included. Both decide speed and memory, not what is optimised.
+    micro_batch_size: int | None = None
+    tokens_at_once: int | None = None
     learning_rate: float = 1e-4  # peak
     head_lr_scale: float = 4.0  # learning rate of the heads, relative to learning_rate
     warmup: float = 0.1  # share of all steps; then the cosine begins
@@ -38,9 +41,14 @@ class OptimisationConfig:
     def __post_init__(self) -> None:
         if self.steps is None and not 0 < self.epochs < math.inf:
             raise ValueError(f"train.epochs = {self.epochs} must be finite and above 0, or train.steps given")
-        for name in ("steps", "batch_size", "micro_batch_size"):
+        for name in ("steps", "batch_size", "micro_batch_size", "tokens_at_once"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)} must be at least 1")
+        if self.tokens_at_once is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                f"train.tokens_at_once = {self.tokens_at_once} and train.micro_batch_size = {self.micro_batch_size} "
+                "both say how much is computed at once; set one of them to null"
+            )
         if not re.fullmatch(r"auto|off|full|non_reentrant|reentrant|every:[1-9]\d*", self.checkpointing):
             raise ValueError(
                 f"train.checkpointing = {self.checkpointing!r} must be auto, off, full, reentrant, or every:N such as "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, islice
@@ -21,6 +22,7 @@ from gasp_fast.data.scenes.library import find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open_scenes import OpenScenes
 from gasp_fast.data.tracks.build import LARGEST_GRID, Tracks, build_tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
+from gasp_fast.planning.assumptions import Assumptions
 
 from .skipped import Skipped
 
@@ -36,11 +38,20 @@ class TrainingSample(Sample):
     skipped: tuple[Skipped, ...] = ()
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a sample before it is read."""
+
+    frames: int
+    texts: tuple[str, ...] = ()  # questions and answers by turns; none for a scene
+
+
 class Samples(ABC):
     """A source of samples: `len` of them in an epoch, each made on request."""
 
     kinds: ClassVar[tuple[str, str]]  # what is at fault where a sample cannot be read, and where it cannot be encoded
     advice: ClassVar[str]  # where nothing can be read
+    one_frame_size: ClassVar[bool]  # whether the frames of all samples usually have one size
     root: str
     found: int  # scenes or records
     left_out: list[Skipped]  # those of them that cannot be used
@@ -52,6 +63,22 @@ class Samples(ABC):
     @abstractmethod
     def load(self, epoch: int, index: int, position: int) -> Sample:
         """Sample `index`. Raises if it cannot be read."""
+
+    @abstractmethod
+    def outline(self, epoch: int, index: int) -> Outline:
+        """Of sample `index`. Reads no file."""
+
+    @abstractmethod
+    def frame_size_of(self, index: int) -> tuple[int, int]:
+        """(width, height) of a frame of sample `index`. Raises if it cannot be read."""
+
+    def frame_size(self) -> tuple[int, int]:
+        """(width, height) of a frame of the first of some samples that can be read."""
+        count = min(TRIES, len(self))
+        for number in range(count):
+            with suppress(Exception):  # the same that loading it would raise, and report
+                return self.frame_size_of(number * len(self) // count)
+        return Assumptions().source_frame
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -121,6 +148,7 @@ class TrackedScenes(Samples):
 
     kinds = ("scene", "sequence")
     advice = ""
+    one_frame_size = True
 
     def __init__(self, config: ScenesConfig) -> None:
         self.config = config
@@ -175,6 +203,12 @@ class TrackedScenes(Samples):
         sequence = self._sequence(index)
         name = self.names[sequence // self.sampler.config.per_scene]
         return geometry_sample(self.open[name], self._tracks(epoch, sequence), position)
+
+    def outline(self, epoch: int, index: int) -> Outline:
+        return Outline(self.sampler.frame_count(epoch % self.epochs if self.caches else epoch, self._sequence(index)))
+
+    def frame_size_of(self, index: int) -> tuple[int, int]:
+        return self.open[self.names[self._sequence(index) // self.sampler.config.per_scene]].image_size(0)
 
     def name(self, index: int) -> str:
         scene, place = divmod(self._sequence(index), self.sampler.config.per_scene)
@@ -238,6 +272,7 @@ class VideoQuestions(Samples):
 
     kinds = ("video", "question")
     advice = "; are the archives unpacked beside their JSON lists?"
+    one_frame_size = False
 
     def __init__(self, config: QAConfig) -> None:
         self.config, self.root, self.remarks = config, config.root, []
@@ -254,6 +289,15 @@ class VideoQuestions(Samples):
         question = self.records.sample(index, config.frames, timeout=config.timeout, longest_side=config.longest_side)
         turns = [{"from": turn.speaker, "value": turn.text} for turn in question.record.turns]
         return Sample(frames=list(question.frames), messages=messages_from_record(turns), position=position)
+
+    def outline(self, epoch: int, index: int) -> Outline:
+        return Outline(self.config.frames, tuple(turn.text for turn in self.records.record(index).turns))
+
+    def frame_size_of(self, index: int) -> tuple[int, int]:
+        config = self.config
+        question = self.records.sample(index, 1, timeout=config.timeout, longest_side=config.longest_side)
+        height, width = question.frames[0].shape[:2]
+        return width, height
 
     def name(self, index: int) -> str:
         return self.records.name(index)

@@ -1,17 +1,17 @@
 """The stream of training samples: which sample is at which position, and which process takes it at which step.
 
-A sample is a function of its position in the stream, and the positions of a step are a function of the step's number.
-So an exact resume needs only the number of steps, and a step has the same samples on one process and on thirty-two:
-
-    position = step · batch_size + (micro_batch · world_size + rank) · micro_batch_size + place    (all from 0)
+A sample is a function of its position in the stream, and step `n`, counted from 0, has the positions from
+`n · batch_size` on. Which process takes which of them is a function of the step, too. So an exact resume needs only the
+number of steps, and a step has the same samples on one process and on thirty-two.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,15 @@ from gasp_fast.backbones import Backbone
 from gasp_fast.collator import Collator, CollatorConfig, Sample
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.mixture import Mixture, Source
-from gasp_fast.planning.training_setup import micro_batches
+from gasp_fast.planning.dealing import DealtStep, Division, deal
+from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
+from gasp_fast.planning.training_setup import SequenceSize, micro_batches
 
 from .objective import Average, averaged
+from .optim import OptimisationConfig
 from .signals import end_with_trainer
 from .skipped import Skipped
-from .sources import QAConfig, Samples, ScenesConfig, TrackedScenes, TrainingSample, VideoQuestions
+from .sources import Outline, QAConfig, Samples, ScenesConfig, TrackedScenes, TrainingSample, VideoQuestions
 
 BLANK = 56  # pixels along each side of the blank frame: small, but large enough for every processor
 
@@ -89,6 +92,15 @@ class SampleStream(Dataset[Sample]):
         """What the sources cannot use, found before the first step."""
         return [one for source in self.sources.values() for one in source.left_out]
 
+    def outline(self, position: int) -> tuple[str, Outline]:
+        """The source of the sample at a position, and what is known of it before it is read."""
+        draw = self.mixture.draw(position)
+        return draw.source, self.sources[draw.source].outline(draw.epoch, draw.index)
+
+    def frame_sizes(self) -> dict[str, tuple[int, int]]:
+        """(width, height) of the frames of each source. Reads one frame of each."""
+        return {name: source.frame_size() for name, source in self.sources.items()}
+
     def describe(self, position: int) -> str:
         """Name the sample at a position, for messages."""
         draw = self.mixture.draw(position)
@@ -103,45 +115,71 @@ class SampleStream(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Share:
-    """This process's share of an optimiser step."""
+    """This process's share of each optimiser step."""
 
     rank: int
     world_size: int
     batch_size: int  # of a step, over all processes
-    micro_batch_size: int
+    micro_batch_size: int | None = None  # sequences; None: 1, or as `tokens_at_once` says
+    tokens_at_once: int | None = None  # most tokens of a micro-batch, in place of a number of sequences
+    deal: Callable[[int], DealtStep] | None = None  # the places of a step's samples; None: in the order of positions
+
+    @staticmethod
+    def of(train: OptimisationConfig, rank: int, world_size: int) -> Share:
+        return Share(rank, world_size, train.batch_size, train.micro_batch_size, train.tokens_at_once)
 
     def __post_init__(self) -> None:
-        micro_batches(self.batch_size, self.micro_batch_size, self.world_size)  # raises where it does not divide
+        _ = self.accumulation  # raises where the batch does not divide
 
     @property
-    def accumulation(self) -> int:
-        """Micro-batches of this process in a step."""
-        return micro_batches(self.batch_size, self.micro_batch_size, self.world_size)
+    def accumulation(self) -> int | None:
+        """Micro-batches of each process in a step; None if that differs from step to step."""
+        if self.tokens_at_once is not None:
+            return None
+        return micro_batches(self.batch_size, self.micro_batch_size or 1, self.world_size)
 
-    def positions(self, batch: int) -> list[int]:
-        """Positions of this process's micro-batch number `batch`, counted from the beginning of the run."""
-        step, micro = divmod(batch, self.accumulation)
-        start = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        return list(range(start, start + self.micro_batch_size))
+    def useful_share(self, step: int) -> float:
+        """Of the time that the slowest process computes in a step, what the others do in the mean, by prediction."""
+        return 1.0 if self.deal is None else self.deal(step).useful_share
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """The positions in each of this process's micro-batches of a step, counted from 0. Some may be empty."""
+        start = step * self.batch_size
+        if self.deal is not None:
+            return [[start + place for place in places] for places in self.deal(step).places[self.rank]]
+        each = self.micro_batch_size or 1
+        starts = range(start + self.rank * each, start + self.batch_size, self.world_size * each)
+        return [list(range(first, first + each)) for first in starts]
+
+
+class Dealer:
+    """Deals the samples of a step to processes and micro-batches by predicted cost. The same in every process."""
+
+    def __init__(
+        self, batch_size: int, sizes: Callable[[int], SequenceSize], division: Division, seconds: MicroBatchSeconds
+    ) -> None:
+        self.batch_size, self.sizes, self.division, self.seconds = batch_size, sizes, division, seconds
+        self.deal = lru_cache(maxsize=256)(self._deal)  # the loader is ahead of the training loop
+
+    def _deal(self, step: int) -> DealtStep:
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return deal([self.sizes(position) for position in positions], self.division, self.seconds)
 
 
 class StreamBatches(Sampler[list[int]]):
     """The micro-batches of one process for the steps after `done` up to `steps`, as positions in the stream."""
 
     def __init__(self, share: Share, steps: int, done: int = 0) -> None:
-        self.share = share
-        self.batches = range(done * share.accumulation, steps * share.accumulation)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        self.share, self.steps = share, range(done, steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(self.share.positions, self.batches)
+        return (positions for step in self.steps for positions in self.share.micro_batches(step))
 
 
 class SteadyCollator:
     """A `Collator` for training: its batches always have at least one frame, a `token_index`, and `counts`.
 
+    A batch of no samples holds a blank frame, without an answer and without a match, and counts nothing.
     `token_index` is a `TokenIndex`; `counts` is what the terms of the loss are averaged over (`objective.py`). Loader
     workers get it pickled.
     """

@@ -55,7 +55,8 @@ def training_setup(config: TrainConfig, shape: ModelShape) -> TrainingSetup:
         kept_layers=len(config.train.kept_layers(shape.layers)),
         fused_layers=config.model.liger is not False,
         batch_size=config.train.batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=config.train.micro_batch_size or 1,
+        tokens_at_once=config.train.tokens_at_once,
         sharding=Sharding.of(read_deepspeed(config.deepspeed)),
     )
 
@@ -133,13 +134,13 @@ def sequence_mix(config: TrainConfig, frame_tokens: int, assumptions: Assumption
                 tokens=visual + assumptions.prompt_tokens,
                 visual=visual,
                 tracked=visual if config.loss.geometric else 0,
-                anchors=_anchors(config, frames, frame_tokens, assumptions) if config.loss.geometric else 0,
+                anchors=anchors_of(config, frames, frame_tokens, assumptions) if config.loss.geometric else 0,
             )
             mix.append((source.weight / total / len(counts), size))
     return mix
 
 
-def _anchors(config: TrainConfig, frames: int, frame_tokens: int, assumptions: Assumptions) -> int:
+def anchors_of(config: TrainConfig, frames: int, frame_tokens: int, assumptions: Assumptions) -> int:
     """Unique anchor tokens of a sequence: no more than there are points, and no more than there are tokens."""
     tracks = sum(round(config.data.scenes.keep * grid * grid) for grid in config.data.scenes.grids)
     per_frame = min(tracks, frame_tokens)

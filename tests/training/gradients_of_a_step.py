@@ -36,11 +36,11 @@ def take_step(path: str) -> None:
     config = load_config(TrainConfig, path)
     deepspeed = read_deepspeed(config.deepspeed)
     processes = start_processes(deepspeed is not None)
-    train, out = config.train, Path(config.run.out)
-    share = Share(processes.rank, processes.world_size, train.batch_size, train.micro_batch_size)
+    out = Path(config.run.out)
+    share = Share.of(config.train, processes.rank, processes.world_size)
     model = build_model(config, processes.device)
     state.make_optimizer = proportional
-    loop = TrainingLoop(config, model, SampleStream(config.data), share, train.steps, processes, deepspeed)
+    loop = TrainingLoop(config, model, SampleStream(config.data), share, config.train.steps, processes, deepspeed)
     out.mkdir(exist_ok=True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: gathered(parameter).clone() for name, parameter in trained.items()}

@@ -48,6 +48,13 @@ def run_main(config, tmp_path, capsys):
         (["heads.layers=3-9"], "layers = '3-9' does not fit a model of 4 layers"),
         (["model.attention=flash_attention_2"], "use model.attention=auto"),
         (["train.batch_size=3", "train.micro_batch_size=2"], "use a multiple of 2"),
+        (["train.tokens_at_once=0"], "train.tokens_at_once = 0 must be at least 1"),
+        (
+            ["train.tokens_at_once=4096", "train.micro_batch_size=1"],
+            "train.tokens_at_once = 4096 and train.micro_batch_size = 1 both say how much is computed at once; set one "
+            "of them to null",
+        ),
+        (["loss.average=token"], "loss.average = 'token' must be one of 'sequence', 'match'"),
         (["train.learning_rat=1"], "the nearest is train.learning_rate"),
         (["train.lr=0.1"], "the nearest is train.learning_rate"),
         (["model.liger=true"], "needs a GPU, and this is cpu; train on one, or use model.liger=auto"),
@@ -192,6 +199,19 @@ def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused():
     assert filled["train_batch_size"] == 8 and filled["zero_optimization"]["reduce_bucket_size"] == 100
     with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu = 2, the recipe makes it 1"):
         fill_deepspeed({**file, "train_micro_batch_size_per_gpu": 2}, share, clip, hidden_size=10)
+
+
+def test_deepspeed_does_not_count_micro_batches_by_tokens_and_cannot_offload_them():
+    share, zero = Share(0, 2, 7, tokens_at_once=4096), {"stage": 2, "reduce_bucket_size": "auto"}
+    counted = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    file = {"zero_optimization": zero, **dict.fromkeys(counted, "auto")}
+    filled = fill_deepspeed(file, share, 1.0, hidden_size=10)
+    assert [filled[name] for name in counted] == [2, 1, 1]
+    file["zero_optimization"] = {**zero, "offload_optimizer": {"device": "none"}}
+    fill_deepspeed(file, share, 1.0, hidden_size=10)
+    file["zero_optimization"] = {**zero, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(ValueError, match=r"train\.tokens_at_once = 4096: .* give train\.micro_batch_size instead"):
+        fill_deepspeed(file, share, 1.0, hidden_size=10)
 
 
 def test_adapters_outside_the_language_model_are_refused(config, family):

@@ -194,10 +194,18 @@ def test_the_numbers_of_a_step_are_read_when_the_next_one_is_launched(config, mo
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "log_every", "logged"), [("lora", 1, range(1, 8)), ("full", 3, [1, 3, 6, 7])])
-def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, mode, log_every, logged):
+@pytest.mark.parametrize(
+    ("train_with", "log_every", "logged"),
+    [
+        ({"mode": "lora"}, 1, range(1, 8)),
+        ({"mode": "full"}, 3, [1, 3, 6, 7]),
+        ({"batch_size": 5, "tokens_at_once": 200}, 3, [1, 3, 6, 7]),
+    ],
+    ids=["lora", "full", "by tokens"],
+)
+def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, train_with, log_every, logged):
     run = {"save_every": 2, "log_every": log_every}  # 3: some log lines cover steps on both sides of a checkpoint
-    whole = config(mixed=True, train={"mode": mode, "steps": 7}, run=run, lora={"dropout": 0.1})
+    whole = config(mixed=True, train={"steps": 7, **train_with}, run=run, lora={"dropout": 0.1})
     train(whole)
     assert [record["step"] for record in log_of(whole.run.out)] == list(logged)
     broken = replace(whole, run=replace(whole.run, out=str(tmp_path / "killed")))

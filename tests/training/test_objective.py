@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -42,9 +41,10 @@ def plain_gradient(settings, per_match=False):
     """Loss and gradient of the first step, a sequence at a time, by code that the training loop does not use."""
     model = build_model(settings, CPU).train()
     stream, collate = SampleStream(settings.data), Collator(model.backbone)
-    sequences = [collate([stream[position]]) for position in range(16)]
-    assert len({batch["input_ids"].shape[1] for batch in sequences}) > 5
-    assert 4 <= sum(len(batch["matches"]) > 0 for batch in sequences) <= 12
+    sequences = [collate([stream[position]]) for position in range(settings.train.batch_size)]
+    if len(sequences) == 16:
+        assert len({batch["input_ids"].shape[1] for batch in sequences}) > 5
+        assert 4 <= sum(len(batch["matches"]) > 0 for batch in sequences) <= 12
     loss = backward_of_step(model, sequences, per_match)
     zero = torch.zeros(())
     named = {name: p.grad if p.grad is not None else zero for name, p in model.named_parameters() if p.requires_grad}
@@ -58,7 +58,7 @@ def gradient_of_first_step(settings):
     from gasp_fast.training.stream import Share
 
     model = build_model(settings, CPU)
-    share = Share(0, 1, settings.train.batch_size, settings.train.micro_batch_size)
+    share = Share.of(settings.train, 0, 1)
     loop = TrainingLoop(settings, model, SampleStream(settings.data), share, 2, Processes(0, 1, CPU))
     record = loop.try_step()
     state = loop.state.optimizer.state
@@ -75,37 +75,48 @@ def assert_same_gradient(found, expected, what):
 
 
 @pytest.mark.parametrize("average", ["sequence", "match"])
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 16])
-def test_the_size_of_micro_batches_does_not_change_the_gradient(step_of_16, family, average, micro_batch_size):
-    settings = step_of_16(family, average, micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize(
+    "division", [{}, *({"micro_batch_size": n} for n in (2, 4, 16)), {"tokens_at_once": 400}], ids=str
+)
+def test_the_size_of_micro_batches_does_not_change_the_gradient(step_of_16, family, average, division):
+    settings = step_of_16(family, average, **division)
     loss, expected = plain_gradient(settings, average == "match")
     record, found = gradient_of_first_step(settings)
-    assert_same_gradient(found, expected, micro_batch_size)
+    assert_same_gradient(found, expected, division)
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["loss"] == pytest.approx(record["lm"] + 0.3 * record["corr"] + record["depth"], rel=1e-5)
 
 
+DIVISIONS = {
+    **{f"{n} at once": {"micro_batch_size": n} for n in (1, 2, 4)},
+    "by tokens": {"tokens_at_once": 400},
+    "nothing for the second process": {"tokens_at_once": 400, "batch_size": 1},
+}
+
+
 @pytest.mark.slow
-def test_the_division_of_a_step_does_not_change_its_gradient(step_of_16, tmp_path):
-    """16, 8 or 4 micro-batches, on one process and on two, under DDP and under each stage of ZeRO."""
-    loss, expected = plain_gradient(step_of_16())
-    arguments, folders = [], []
-    for processes, kind, micro in product((1, 2), ("ddp", "zero1", "zero2", "zero3"), (1, 2, 4)):
-        base = step_of_16(micro_batch_size=micro)
-        folder = tmp_path / f"{processes}-{kind}-{micro}"
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "zero2", "zero3"])
+def test_the_division_of_a_step_does_not_change_its_gradient(step_of_16, tmp_path, kind):
+    """16, 8, 4 or some micro-batches on two processes, and under ZeRO also on one."""
+    expected = {size: plain_gradient(step_of_16(batch_size=size)) for size in (1, 16)}
+    runs = [(2, name) for name in DIVISIONS] + [(1, name) for name in ("2 at once", "by tokens") if kind != "ddp"]
+    arguments, folders = [], {}
+    for processes, name in runs:
+        base, folder = step_of_16(**DIVISIONS[name]), tmp_path / f"{processes} {name}"
         preset = None if kind == "ddp" else str(REPOSITORY / f"configs/deepspeed/{kind}.json")
         path = folder.with_suffix(".yaml")
         path.write_text(to_yaml(replace(base, deepspeed=preset, run=replace(base.run, out=str(folder)))))
         arguments += [str(processes), str(path)]
-        folders.append(folder)
+        folders[folder] = base.train.batch_size
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     script = Path(__file__).with_name("gradients_of_a_step.py")
     done = subprocess.run(
         [sys.executable, script, *arguments], env=environment, capture_output=True, text=True, timeout=580
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for folder in folders:
-        assert_same_gradient(torch.load(folder / "gradient.pt", weights_only=True), expected, folder.name)
+    for folder, size in folders.items():
+        loss, gradient = expected[size]
+        assert_same_gradient(torch.load(folder / "gradient.pt", weights_only=True), gradient, folder.name)
         record = json.loads((folder / "loss.json").read_text())
         assert record["loss"] == pytest.approx(loss, rel=1e-5), folder.name
 

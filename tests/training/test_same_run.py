@@ -74,7 +74,6 @@ def shifted(tensors):
         ("train.steps=8", "train.steps = 4, now 8"),
         ("train.clip=2", "train.clip = 1.0, now 2.0"),
         ("train.weight_decay=0.1", "train.weight_decay = 0.0, now 0.1"),
-        ("train.micro_batch_size=2", "train.micro_batch_size = 1, now 2"),
         ("lora.dropout=0.1", "lora.dropout = 0.0, now 0.1"),
         ("lora.alpha=16", "lora.alpha = null, now 16"),
         ("loss.negatives=frame", "loss.negatives = 'sequence', now 'frame'"),

@@ -22,6 +22,7 @@ def record(step, lm=None, corr=None, depth=None, pck=()):
         "step": step, "loss": 1.0, "lm": lm, "corr": corr, "depth": depth, "corr_per_layer": [corr] * layers,
         "depth_per_layer": [depth] * layers, "pck_per_layer": list(pck), "lr": 1e-3, "grad_norm": 1.5,
         "tokens_per_s": 1000.0, "mfu": 0.1, "peak_memory": 1, "data_wait": 0.25, "device_wait": None, "skipped": {},
+        "useful_share": 0.97,
     }  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def test_without_a_terminal_a_line_is_printed_every_half_minute(monkeypatch):
     bar.stop()
     lines = console.file.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["1/30", "6/30", "11/30", "16/30", "21/30", "26/30", "30/30"]
-    assert "corr 8.000" in lines[0] and "tok/s" in lines[0]
+    assert "corr 8.000" in lines[0] and "tok/s" in lines[0] and lines[0].endswith("useful 97%")
 
 
 def test_without_progress_nothing_is_printed():
@@ -114,7 +115,7 @@ def test_results_of_a_run_are_written_into_its_folder(tmp_path, capsys):
     assert "no run of gasp_fast.train that could hold the report; give --out DIR" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host_sums", [0, 6], ids=["of an earlier version", "with sums of the host"])
+@pytest.mark.parametrize("host_sums", [0, 7], ids=["of an earlier version", "with sums of the host"])
 def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes(host_sums):
     count = 10 + host_sums  # of one layer
     saved = [[float(n) for n in range(count + 1)], [10.0 * n for n in range(count + 1)]]  # two processes; seconds last
@@ -123,5 +124,5 @@ def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes(host_sums)
         meter = Meter(1, torch.device("cpu"))
         meter.restore(saved, rank, world_size)
         found.append(meter.state()[0][:-1])
-    both, zeros = [11.0 * n for n in range(count)], [0.0] * (6 - host_sums)
+    both, zeros = [11.0 * n for n in range(count)], [0.0] * (7 - host_sums)
     assert found == [[*sums, *zeros] for sums in (saved[0][:-1], saved[1][:-1], both, both, [0.0] * count)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -96,18 +96,26 @@ class SequenceSampler:
 
     def draw(self, epoch: int, index: int) -> FrameSequence:
         """Sequence `index` of `epoch`."""
+        anchor, count, nearby, uniform = self._begin(epoch, index)
+        others = sorted((frame for frame in nearby if frame != anchor), key=lambda _: uniform())[: count - 1]
+        return FrameSequence(index // self.config.per_scene, (anchor, *sorted(others)), count)
+
+    def frame_count(self, epoch: int, index: int) -> int:
+        """The number of frames of that sequence. Takes a tenth of the time of `draw`."""
+        _, count, nearby, _ = self._begin(epoch, index)
+        return min(count, len(nearby))
+
+    def _begin(self, epoch: int, index: int) -> tuple[int, int, range, Callable[[], float]]:
+        """The anchor, the number of frames to draw, those to draw from, and the generator that goes on drawing."""
         if not 0 <= index < len(self):
             raise IndexError(f"index = {index}: the epoch has {len(self)} sequences")
         config = self.config
-        scene = index // config.per_scene
-        length = int(self.lengths[scene])
+        length = int(self.lengths[index // config.per_scene])
         # Only `random()`: Python guarantees that a seeded generator gives the same values in every version.
         uniform = random.Random(f"sequence/{config.seed}/{epoch}/{index}").random
         anchor = int(uniform() * length)
         count = config.min_frames + int(uniform() * (config.max_frames - config.min_frames + 1))
-        nearby = range(max(0, anchor - config.window), min(length, anchor + config.window + 1))
-        others = sorted((frame for frame in nearby if frame != anchor), key=lambda _: uniform())[: count - 1]
-        return FrameSequence(scene, (anchor, *sorted(others)), count)
+        return anchor, count, range(max(0, anchor - config.window), min(length, anchor + config.window + 1)), uniform
 
     def statistics(self, epoch: int, at_most: int | None = None) -> EpochStatistics:
         """Draws and holds the whole epoch (0.1 ms a sequence), or `at_most` sequences spread evenly over it."""
