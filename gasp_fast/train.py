@@ -36,6 +36,7 @@ from gasp_fast.training.signals import INTERRUPTED, Interrupted, StopSignals
 from gasp_fast.training.start_up import StartUp
 from gasp_fast.training.starts import record_start
 from gasp_fast.training.stream import SampleStream, Share
+from gasp_fast.training.weights import read_weights
 
 
 def train(
@@ -67,11 +68,12 @@ def train(
         share = Share.of(config.train, processes.rank, processes.world_size)
         steps = config.train.steps_of(stream.epoch)
         if resume is not None:
-            guards.check_resume(Sharding.of(deepspeed).stage, processes.world_size, resume)
             processes.decided_by_first(
                 partial(same_run.check_same_run, config, stream, steps, processes.world_size, resume)
             )
         model = build_model(config, processes.device)
+        if resume is not None:
+            read_weights(model, resume)
         if config.train.mode == "lora":
             guards.check_adapters(model)
         if processes.first and (try_one_step or config.run.progress):

@@ -3,23 +3,21 @@
     adapter_model.safetensors, adapter_config.json    adapters (train.mode lora)
     model.safetensors …, config.json, processor       all weights (train.mode full): loads with transformers alone
     heads.safetensors                                 correspondence heads, and the temperature if it learns
-    optimizer.pt or global_stepN/                     optimiser; the latter is DeepSpeed's
-    scheduler.pt                                      learning rate schedule
-    rng_state*.pth                                    random number generators of each process
-    about.json                                        step, score, how the run was divided, sums not yet logged,
-                                                      number of steps and of samples, fingerprint of the base model,
+    optimizer-N.safetensors                           optimiser, by the names of parameters (`optimizer_state.py`)
+    random.safetensors                                random number generators of all processes
+    about.json                                        step, schedule, score, how the run was divided, sums not yet
+                                                      logged, number of samples, fingerprint of the base model,
                                                       counters of evaluations on held-out scenes
     config.yaml                                       configuration of the run (`same_run.py`)
     manifest.json                                     size and SHA-256 of each file
 
-All processes write into `.checkpoint-N.partial`; the first one adds the manifest and renames the folder when it is
-complete. A checkpoint that differs from its manifest is damaged and not used.
+The first process writes into `.checkpoint-N.partial`, adds the manifest and renames the folder when it is complete. A
+checkpoint that differs from its manifest is damaged and not used. It does not depend on the number of processes, nor on
+the ZeRO stage.
 """
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,16 +26,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate.utils import load
-
-from gasp_fast.config.loader import to_yaml
-from gasp_fast.files import one_line, read_json, share_as, write_atomically
+from gasp_fast.files import one_line, read_json, share_as
 from gasp_fast.manifest import MANIFEST, damage, write_manifest
-from gasp_fast.run_folder import ABOUT, BEST, CONFIG, FIGURE, check_intact, checkpoint_folders, note_unverified
+from gasp_fast.run_folder import ABOUT, BEST, FIGURE, check_intact, checkpoint_folders, note_unverified
 
-from .config import TrainConfig
 from .distributed import Processes
 
 _KINDS: dict[str, Any] = {  # of the values in about.json
@@ -51,6 +43,8 @@ _KINDS: dict[str, Any] = {  # of the values in about.json
     "unlogged": list,
 }
 _LATER_KINDS: dict[str, Any] = {  # of those that checkpoints of earlier versions lack
+    "schedule": int,
+    "learning_rate": (int, float),
     "steps": int,
     "skipped": int,
     "samples": dict,
@@ -60,20 +54,19 @@ _LATER_KINDS: dict[str, Any] = {  # of those that checkpoints of earlier version
 
 
 @contextmanager
-def complete_or_absent(folder: Path, processes: Processes) -> Iterator[Path]:
-    """Yield a temporary folder for all processes to write into; it is renamed to `folder` when all are done."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    if processes.first:
-        sweep(folder.parent)
-        partial.mkdir(parents=True)
-    processes.barrier()
-    yield partial
-    processes.barrier()
-    if processes.first:
-        write_manifest(partial)
-        share_as(partial / MANIFEST)
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write into. With a manifest added, it is renamed to `folder` when all is written."""
+    sweep(folder.parent)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        write_manifest(unfinished)
+        share_as(unfinished / MANIFEST)
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def to_resume(out: Path, resume: str, processes: Processes) -> Path | None:
@@ -126,12 +119,6 @@ def _newest_intact(out: Path) -> Path | None:
     return None
 
 
-def write_about(folder: Path, config: TrainConfig, **facts: Any) -> None:
-    """Write what a checkpoint is of: about.json, and the configuration."""
-    write_atomically(folder / CONFIG, to_yaml(config).encode())
-    write_atomically(folder / ABOUT, (json.dumps(facts, indent=1) + "\n").encode())
-
-
 def read_about(folder: Path) -> dict[str, Any]:
     path = folder / ABOUT
     if not path.exists():
@@ -141,7 +128,8 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no facts about a checkpoint; use another")
     later = {name: kind for name, kind in _LATER_KINDS.items() if name in facts}
     for name, kind in {**_KINDS, **later}.items():
-        if not isinstance(facts.get(name, ...), kind):
+        value = facts.get(name, ...)
+        if not isinstance(value, kind) or (isinstance(value, int) and abs(value) >= 1 << 53):
             raise ValueError(f"{path}: {name} is missing or of another kind; use another checkpoint")
     return facts
 
@@ -223,33 +211,3 @@ def sweep(out: Path) -> None:
     """Remove what a killed run left half written or half removed."""
     for leftover in (*out.glob(".checkpoint-*.partial"), *out.glob(".checkpoint-*.removed")):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-# ---- random number generators ---------------------------------------------------------------------------------------
-
-
-def write_random_state(folder: Path, processes: Processes) -> None:
-    """Python's, NumPy's and torch's generators of this process."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
-    if processes.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(processes.device)
-    torch.save(state, _random_state(folder, processes))
-
-
-def read_random_state(folder: Path, processes: Processes) -> None:
-    """Restore the generators of this process. They stay if another number of processes saved none for it."""
-    path = _random_state(folder, processes)
-    if not path.exists() and read_about(folder)["ranks"] != processes.world_size:
-        return
-    with readable(path):
-        state = load(path)  # with `weights_only`
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.random.set_rng_state(state["cpu"])
-        if processes.device.type == "cuda":
-            cuda = state["cuda"]  # in older checkpoints a list, one for each GPU
-            torch.cuda.set_rng_state(cuda[processes.device.index] if isinstance(cuda, list) else cuda, processes.device)
-
-
-def _random_state(folder: Path, processes: Processes) -> Path:
-    return folder / ("rng_state.pth" if processes.world_size == 1 else f"rng_state_{processes.rank}.pth")

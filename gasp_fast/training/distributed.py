@@ -199,6 +199,12 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
         raise ValueError(f"deepspeed = {path!r} has no zero_optimization.stage of 1, 2 or 3; use deepspeed=null")
     if type(zero["stage"]) is not int or zero["stage"] not in (1, 2, 3):
         raise ValueError(f"deepspeed = {path!r} has zero_optimization.stage = {zero['stage']!r}; write 1, 2 or 3")
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise ValueError(
+            f"deepspeed = {path!r} moves the optimiser to NVMe, from where checkpoints are not written; use the device "
+            "cpu"
+        )
     if not torch.cuda.is_available():
         zero["overlap_comm"] = False  # a CPU has no streams to overlap
         for part in ("offload_optimizer", "offload_param"):

@@ -25,7 +25,6 @@ from gasp_fast.backbones import unwrap
 from gasp_fast.loss.matches import Matches
 from gasp_fast.run_folder import SKIPPED
 
-from .checkpoints import read_about
 from .config import RunConfig, TrainConfig
 from .model import SupervisedModel
 from .stream import SampleStream
@@ -187,15 +186,3 @@ def check_skipped(config: TrainConfig, count: int, step: int) -> None:
 
 def _too_many(config: RunConfig, count: int, of: int) -> bool:
     return count > config.max_skipped * max(of, FEW_SAMPLES)
-
-
-def check_resume(stage: int, world_size: int, folder: Path) -> None:
-    """Check that the run is divided as the checkpoint was: ZeRO splits the optimiser states among the processes."""
-    about = read_about(folder)
-    for name, value in {"ranks": world_size, "zero_stage": stage}.items():
-        # Without ZeRO nothing is split, and any number of processes can resume.
-        if about[name] != value and not (name == "ranks" and stage == about["zero_stage"] == 0):
-            raise GuardError(
-                f"{folder} was written with {name} = {about[name]}, this run has {value}; use the same value to "
-                "resume, or another run.out to begin anew"
-            )

@@ -36,6 +36,7 @@ from .distributed import Processes
 from .held_out import HeldOut, HeldOutSequences
 from .log import HostCopy, Meter, RunLog, finite, score_of
 from .model import SupervisedModel
+from .saving import CheckpointWriter
 from .signals import Interrupted, StopSignals, kept_from_children
 from .sizes import PredictedSizes
 from .start_up import StartUp
@@ -92,6 +93,7 @@ class TrainingLoop:
         self.skipped = 0  # samples of all processes so far that could not be used and were replaced
         self.learning: guards.LearningGuard | None = None  # only in the first steps of a new run
         self.scores: list[float] = []  # of each log line since the last checkpoint
+        self.writer = CheckpointWriter(config, processes)
         self.facts = same_run.run_facts(config, stream, steps) if processes.first else {}
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ class TrainingLoop:
         with kept_from_children():
             batches = LoadedBatches(iter(loader))
         if resume is not None:  # not earlier: the loader draws a random number when it starts
-            checkpoints.read_random_state(resume, self.processes)
+            self.state.load_random_state(resume)
         return done, batches
 
     def make_dealer(self) -> Dealer:
@@ -297,29 +299,19 @@ class TrainingLoop:
 
     def save(self, step: int) -> None:
         """Write `checkpoint-STEP`, then remove those that are no longer needed."""
-        processes, run = self.processes, self.config.run
-        if processes.first:
-            guards.check_disk(run)
-        with checkpoints.complete_or_absent(self.out / f"checkpoint-{step}", processes) as folder:
-            self.state.save(folder)
-            unlogged = self.meter.state()
-            if processes.first:
-                checkpoints.write_about(
-                    folder,
-                    self.config,
-                    step=step,
-                    ranks=processes.world_size,
-                    zero_stage=self.zero_stage,
-                    mode=self.config.train.mode,
-                    batch_size=self.config.train.batch_size,
-                    score=sum(self.scores) / len(self.scores) if self.scores else None,
-                    bad_steps=self.bad_steps,
-                    skipped=self.skipped,
-                    held_out=self.held_out.state(),
-                    unlogged=unlogged,
-                    **self.facts,
-                )
+        about = {
+            "step": step,
+            "ranks": self.processes.world_size,
+            "zero_stage": self.zero_stage,
+            "mode": self.config.train.mode,
+            "batch_size": self.config.train.batch_size,
+            "score": sum(self.scores) / len(self.scores) if self.scores else None,
+            "bad_steps": self.bad_steps,
+            "skipped": self.skipped,
+            "held_out": self.held_out.state(),
+            "unlogged": self.meter.state(),
+            **self.state.facts(),
+            **self.facts,
+        }
+        self.writer.save(step, self.state.snapshot(), about)
         self.scores = []
-        if processes.first:
-            checkpoints.rotate(self.out, run.keep, run.keep_best)
-        processes.barrier()

@@ -127,7 +127,7 @@ def _changes(config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], 
         counted = about.get("samples", {}).get(name, count)
         same_keys = all(before.get(key) == now[key] for key in now if _covered(key, (f"data.{name}",)))
         if counted != count and same_keys:
-            yield Change(f"data.{name}", f"{counted} samples", f"{count} samples")
+            yield Change(f"data.{name}", f"{_short(counted)} samples", f"{count} samples")
 
 
 def _changed_results(

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from . import checkpoints
+from gasp_fast.planning.training_setup import Sharding
+
+from . import checkpoints, earlier_checkpoints, random_state
 from .config import TrainConfig
 from .distributed import Processes, fill_deepspeed, make_accelerator
 from .model import SupervisedModel
 from .optim import make_optimizer, rate_change, trained_groups
+from .optimizer_state import gathered_state, read_state, write_state
+from .random_state import gathered_random_states
 from .stream import Share
-from .weights import read_weights, write_weights
+from .weights import TrainedWeights, gather_weights, write_weights
 
 
 class TrainState:
@@ -68,82 +70,75 @@ class TrainState:
             optimizer: Any = self.optimizer.optimizer
             optimizer.found_inf = (~norm.isfinite()).float()
 
-    def save(self, folder: Path) -> None:
-        """Write everything but the step's number into `folder`. All processes must call."""
-        processes, lora = self.processes, self.config.train.mode == "lora"
-        write_weights(self.model, folder, processes.first)
-        if self.deepspeed is not None:
-            self.engine.save_checkpoint(str(folder), exclude_frozen_parameters=lora)  # those are the base model's
-        elif processes.first:
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        if processes.first:
-            torch.save(self.schedule.state_dict(), folder / "scheduler.pt")
-        checkpoints.write_random_state(folder, processes)
+    def snapshot(self) -> Snapshot:
+        """What a checkpoint holds of this state. All processes must call, and `write` or `take_part`."""
+        weights = gather_weights(self.model, self.processes.first)
+        optimizer = gathered_state(self.model, self.optimizer.optimizer)
+        return Snapshot(self.model, weights, optimizer, gathered_random_states(self.processes))
+
+    def facts(self) -> dict[str, Any]:
+        """What about.json says of it."""
+        return {"schedule": self.schedule.last_epoch, "learning_rate": float(self.schedule.get_last_lr()[0])}
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, except for the random number generators: the loader draws from them first."""
-        processes, lora = self.processes, self.config.train.mode == "lora"
-        # Rates and weight decay are those of the configuration, which may have changed them.
-        settings = [{**group, "params": None} for group in self.optimizer.param_groups]
-        if self.deepspeed is not None:
-            with checkpoints.readable(path := folder / "latest"):
-                tag = path.read_text().strip()  # the name of DeepSpeed's folder
-            with checkpoints.readable(folder / tag), loads_only_tensors():
-                loaded, _ = self.engine.load_checkpoint(str(folder), tag, load_module_strict=not lora)
-                if loaded is None:
-                    raise ValueError("DeepSpeed found no state in it")
+        """Continue from the optimiser and the schedule in a checkpoint, whose weights the model already has.
+
+        Rates and weight decay are those of the configuration. The random number generators follow later
+        (`load_random_state`): the loader draws from them first.
+        """
+        about = checkpoints.read_about(folder)
+        if "schedule" in about:
+            with checkpoints.readable(folder / "optimizer-1.safetensors"):
+                lora = self.config.train.mode == "lora"
+                read_state(folder, self.model, self.optimizer.optimizer, complete=lora)
+            done, stopped = about["schedule"], about["learning_rate"]
         else:
-            read_weights(self.model, folder)
-            # A single process reads into CPU memory, which is larger. Several on a node would each hold a copy there.
-            place = processes.device if processes.world_size > 1 else "cpu"
-            with checkpoints.readable(path := folder / "optimizer.pt"):
-                self.optimizer.load_state_dict(torch.load(path, place, weights_only=True))
-                self._check_moments(all_parameters=lora)
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update({name: value for name, value in setting.items() if name != "params"})
-        with checkpoints.readable(path := folder / "scheduler.pt"):
-            state = torch.load(path, weights_only=True)
-            if differing := state.keys() ^ self.schedule.state_dict().keys():
-                raise ValueError(f"{min(differing)} is missing or unknown")
-            self.schedule = self._schedule(state["last_epoch"])
-        if processes.first and (line := rate_change(self.schedule, state["_last_lr"][0])):
+            done, stopped = self._load_earlier(folder)
+        self.schedule = self._schedule(done)
+        if self.processes.first and (line := rate_change(self.schedule, stopped)):
             print(line, file=sys.stderr)
 
-    def _check_moments(self, all_parameters: bool) -> None:
-        """Check AdamW's state, which `load_state_dict` takes as it is. A parameter that is never used has none."""
-        for number, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            state = self.optimizer.state.get(parameter)
-            if not state and not all_parameters:
-                continue
-            for name in ("exp_avg", "exp_avg_sq"):
-                moment = (state or {}).get(name)
-                if not torch.is_tensor(moment) or moment.shape != parameter.shape:
-                    raise ValueError(f"{name} of parameter {number} is missing or has another shape")
-            if "step" not in state:
-                raise ValueError(f"step of parameter {number} is missing")
-
-
-@contextmanager
-def loads_only_tensors() -> Iterator[None]:
-    """Let `torch.load` read tensors, containers and DeepSpeed's own records, but call nothing that a file names.
-
-    DeepSpeed loads its files with `weights_only=False`; torch's environment variable overrules that.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
+    def _load_earlier(self, folder: Path) -> tuple[int, float]:
+        """The steps that the schedule has counted, and the learning rate after them."""
+        processes, lora = self.processes, self.config.train.mode == "lora"
+        earlier_checkpoints.check_division(folder, processes.world_size, Sharding.of(self.deepspeed).stage)
+        settings = [{**group} for group in self.optimizer.param_groups]
+        if self.deepspeed is not None:
+            earlier_checkpoints.read_zero_state(folder, self.engine, all_parameters=not lora)
         else:
-            os.environ[name] = before
+            # A single process reads into CPU memory, which is larger. Several on a node would each hold a copy there.
+            place = processes.device if processes.world_size > 1 else "cpu"
+            earlier_checkpoints.read_plain_state(folder, self.optimizer, place, complete=lora)
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update({name: value for name, value in setting.items() if name != "params"})
+        return earlier_checkpoints.read_schedule(folder)
+
+    def load_random_state(self, folder: Path) -> None:
+        if "schedule" in checkpoints.read_about(folder):
+            with checkpoints.readable(folder / random_state.FILE):
+                random_state.read_random_state(folder, self.processes)
+        else:
+            earlier_checkpoints.read_random_state(folder, self.processes)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of training after a step. The first process writes it, with the help of the others."""
+
+    model: SupervisedModel
+    weights: TrainedWeights
+    optimizer: Iterator[tuple[str, Tensor]]  # gathered from all processes while it is read
+    random: list[random_state.State]
+
+    def write(self, folder: Path) -> None:
+        write_weights(self.model, folder, self.weights)
+        write_state(folder, self.optimizer)
+        random_state.write_random_states(folder, self.random)
+
+    def take_part(self) -> None:
+        """Take part in gathering what has not been gathered yet."""
+        for _ in self.optimizer:
+            pass
 
 
 def gather_heads_together(model: nn.Module) -> None:

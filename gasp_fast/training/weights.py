@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +31,38 @@ def gathered(parameter: nn.Parameter) -> Tensor:
         return parameter.detach().clone()
 
 
-def write_weights(model: SupervisedModel, folder: Path, first: bool) -> None:
-    """Gather the trained weights one by one into the CPU memory of the first process, which writes them."""
-    weights: dict[str, Tensor] = {}
-    heads: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class TrainedWeights:
+    """The trained weights by the names that they have in files; empty on all processes but the first."""
+
+    model: dict[str, Tensor]  # adapters, or all weights
+    heads: dict[str, Tensor]
+
+
+def gather_weights(model: SupervisedModel, first: bool) -> TrainedWeights:
+    """Gather the trained weights one by one into the CPU memory of the first process. All processes must call."""
+    weights = TrainedWeights({}, {})
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             value = gathered(parameter)
             if first and name.startswith("supervision."):
-                heads[name.removeprefix("supervision.").replace(".head.", ".")] = value
+                weights.heads[name.removeprefix("supervision.").replace(".head.", ".")] = value.cpu()
             elif first:
-                weights[name.removeprefix("model.")] = value.cpu()
-    if not first:
-        return
+                weights.model[name.removeprefix("model.")] = value.cpu()
+    return weights
+
+
+def write_weights(model: SupervisedModel, folder: Path, weights: TrainedWeights) -> None:
     inner: Any = model.model
     if hasattr(inner, "peft_config"):
-        inner.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+        inner.save_pretrained(folder, state_dict=weights.model, save_embedding_layers=False)
     else:
-        inner.save_pretrained(folder, state_dict=weights)
+        inner.save_pretrained(folder, state_dict=weights.model)
         model.backbone.processor.save_pretrained(folder)
-    if heads:
+    if weights.heads:
         supervision: Any = model.supervision
         compute = next(iter(supervision.by_layer.values())).head.first.compute
-        write_heads(folder / HEADS, heads, compute)
+        write_heads(folder / HEADS, weights.heads, compute)
 
 
 def read_weights(model: SupervisedModel, folder: Path) -> None:

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
+from support.runs import launch, log_of, weights_of, without_clock
 
 from gasp_fast.cli import main as gasp_fast
 from gasp_fast.config.loader import to_yaml
@@ -28,7 +26,6 @@ from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.summary import as_table, draw
 
 REPOSITORY = Path(__file__).parents[2]
-CLOCK = ("tokens_per_s", "mfu", "peak_memory", "data_wait", "device_wait")
 SIZES = {"sequences": 3, "frames": 3, "grid": 5, "max_gap": 4}
 
 
@@ -53,30 +50,13 @@ def evaluated(config, other_scenes, tmp_path):
     return make
 
 
-def log_of(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
 def evaluations_of(out):
     return {record["step"]: record["held_out"] for record in log_of(out) if "held_out" in record}
 
 
 def training_of(out):
     """The other log lines, without what depends on the clock."""
-    lines = [record for record in log_of(out) if "held_out" not in record]
-    return [{name: record[name] for name in record if not name.startswith(CLOCK)} for record in lines]
-
-
-def weights_of(checkpoint):
-    return {path.name: path.read_bytes() for path in sorted(checkpoint.glob("*.safetensors"))}
-
-
-def launch(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=environment, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return without_clock(record for record in log_of(out) if "held_out" not in record)
 
 
 def scripted(monkeypatch, values):
@@ -210,7 +190,7 @@ def test_a_killed_run_counts_on(evaluated, tmp_path):
     whole, broken = evaluated("whole", **parts), evaluated("broken", **parts)
     train(whole)
     (path := tmp_path / "killed.yaml").write_text(to_yaml(broken))
-    process = launch("-m", "gasp_fast.train", path)
+    process = launch(1, "-m", "gasp_fast.train", path)
     log, end = Path(broken.run.out) / "log.jsonl", time.monotonic() + 120
     while not (log.exists() and '"step": 4,' in log.read_text()):
         assert process.poll() is None and time.monotonic() < end, process.stdout.read()
@@ -341,7 +321,7 @@ def test_two_processes_share_the_sequences_under_every_zero_stage(evaluated, tmp
             settings = replace(evaluated(run, evaluate=scenes, **parts), deepspeed=preset)
             paths.append(tmp_path / f"{run}.yaml")
             paths[-1].write_text(to_yaml(settings))
-    process = launch(Path(__file__).with_name("train_on_two_processes.py"), *paths)
+    process = launch(1, Path(__file__).with_name("train_on_two_processes.py"), *paths)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
     found = {name: evaluations_of(tmp_path / name) for name in ("ddp", "zero1", "zero2", "zero3")}

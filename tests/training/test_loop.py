@@ -1,25 +1,32 @@
 """A run takes the steps of a plain PyTorch loop, on one process and on two, and resumes exactly after a kill."""
 
-import json
 import math
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from support.runs import (
+    assert_ended,
+    children_of,
+    family_of,
+    kill_at,
+    launch,
+    log_of,
+    wait_for,
+    weights_of,
+    without_clock,
+    write_config,
+)
 from support.tiny_training import backward_of_step
 
 from gasp_fast.backbones.base import load_backbone
 from gasp_fast.collator import Collator
-from gasp_fast.config.loader import to_yaml
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.train import train
 from gasp_fast.training.log import RunLog
@@ -28,15 +35,6 @@ from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream
 
 REPOSITORY = Path(__file__).parents[2]
-CLOCK = ("tokens_per_s", "mfu", "peak_memory", "data_wait", "device_wait")
-
-
-def log_of(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def without_clock(records):
-    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
 
 
 def plain_loop(config):
@@ -71,22 +69,6 @@ def assert_same_steps(out, expected):
     for record, (loss, norm) in zip(records, expected, strict=True):
         assert record["loss"] == pytest.approx(loss, rel=2e-5), (out, record["step"])
         assert record["grad_norm"] == pytest.approx(norm, rel=2e-3), (out, record["step"])
-
-
-def launch(processes, *arguments, **options):
-    """Start a Python program; for several processes by torchrun."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = command if processes > 1 else [sys.executable]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)], env=environment, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
-
-
-def write_config(config, path):
-    path.write_text(to_yaml(config))
-    return path
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -138,39 +120,6 @@ def test_two_processes_take_the_steps_of_a_plain_loop_under_every_zero_stage(con
         assert heads.layers == [0, 1, 2, 3] and all(p.any() for p in heads.parameters())
 
 
-def children_of(process):
-    return [int(n) for n in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
-
-
-def lives(number):
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(process, out, step, deadline):
-    """Wait until `step` is logged."""
-    log = Path(out) / "log.jsonl"
-    end = time.monotonic() + deadline
-    while not (log.exists() and f'"step": {step},' in log.read_text()):
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.monotonic() < end, "too slow"
-        time.sleep(0.02)
-
-
-def kill_at(process, out, step, deadline):
-    """kill -9 of the process that was started, as soon as `step` is logged. Its children must end by themselves."""
-    wait_for(process, out, step, deadline)
-    children = children_of(process)
-    process.kill()
-    process.wait()
-    end = time.monotonic() + 10
-    while any(map(lives, children)):
-        assert time.monotonic() < end, "processes outlive their launcher"
-        time.sleep(0.1)
-
-
 def test_the_numbers_of_a_step_are_read_when_the_next_one_is_launched(config, monkeypatch):
     """At the latest before a checkpoint. Those of the first step are read at once, for the time that it took."""
     events = []
@@ -216,23 +165,6 @@ def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, train_with, lo
     train(broken)
     assert without_clock(log_of(broken.run.out)) == without_clock(log_of(whole.run.out))
     assert not list(Path(broken.run.out).glob(".*"))
-
-
-def family_of(process):
-    """The process and all that it started: ranks, and the fork servers and workers of their loaders."""
-    first = psutil.Process(process.pid)
-    return [first, *first.children(recursive=True)]
-
-
-def assert_ended(family):
-    end = time.monotonic() + 10
-    while alive := [member for member in family if lives(member.pid)]:
-        assert time.monotonic() < end, f"{alive} outlive the process that started them"
-        time.sleep(0.1)
-
-
-def weights_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def test_a_signal_ends_a_run_with_a_line_and_a_code_and_the_same_command_goes_on(config, tmp_path):

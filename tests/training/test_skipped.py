@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training.test_loop import CLOCK, children_of, launch, log_of, wait_for, write_config
+from support.runs import children_of, launch, log_of, wait_for, without_clock, write_config
 
 from gasp_fast.backbones import load_backbone
 from gasp_fast.collator import Collator
@@ -197,10 +197,6 @@ def test_skipped_samples_are_counted_in_the_log_and_named_in_a_file(config, asse
     assert "skipped 1" in in_words({**records[0], "skipped": {"video": 1}})
 
 
-def without_clock(out):
-    return [{key: value for key, value in record.items() if key not in CLOCK} for record in log_of(out)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_counts_and_names_what_the_whole_run_does(config, assets, questions, tmp_path, processes):
@@ -216,8 +212,8 @@ def test_a_killed_run_counts_and_names_what_the_whole_run_does(config, assets, q
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output[-3000:]
     assert entries_of(broken.run.out) == entries_of(whole.run.out)
-    assert without_clock(broken.run.out) == without_clock(whole.run.out)
-    assert any(record["skipped"] for record in without_clock(whole.run.out))
+    assert without_clock(log_of(broken.run.out)) == without_clock(log_of(whole.run.out))
+    assert any(record["skipped"] for record in without_clock(log_of(whole.run.out)))
     assert [path.name for path in Path(whole.run.out).glob("skipped*")] == [SKIPPED]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.test_loop import launch, write_config
+from support.runs import launch, write_config
 from training.test_stream import SEQUENCES, annotated
 
 from gasp_fast.processes import processor_name

@@ -21,10 +21,14 @@ def train_one(path: str) -> None:
     stop_processes()
 
 
+def run_on_two_processes(path: str) -> None:
+    launcher = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=f"test-{abs(hash(path))}", rdzv_endpoint="localhost:0",
+        rdzv_backend="c10d", start_method="fork", max_restarts=0,
+    )  # fmt: skip
+    elastic_launch(launcher, train_one)(path)
+
+
 if __name__ == "__main__":
-    for number, path in enumerate(sys.argv[1:]):
-        launcher = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=f"test-{number}", rdzv_endpoint="localhost:0",
-            rdzv_backend="c10d", start_method="fork",
-        )  # fmt: skip
-        elastic_launch(launcher, train_one)(path)
+    for path in sys.argv[1:]:
+        run_on_two_processes(path)

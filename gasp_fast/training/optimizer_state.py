@@ -1,0 +1,164 @@
+"""AdamW's state of every trained parameter, whole and by the parameter's name, however training divides it.
+
+    optimizer-N.safetensors    NAME.exp_avg and NAME.exp_avg_sq, shaped as the parameter; NAME.step, a scalar
+
+Plain PyTorch and DDP hold the state by parameter. ZeRO flattens the parameters and gives every process a part of the
+result. At saving the parts are put together, and at loading they are cut anew. Numbers are copied and never computed,
+so a run continues with any number of processes and any ZeRO stage, and with the same ones bitwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FILE_BYTES = 4 << 30  # of one file, at most by one tensor more: so much is in host memory at once
+
+
+def gathered_state(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """(NAME.exp_avg, tensor) and so on. All processes must call, and take every tensor.
+
+    `optimizer` is torch's AdamW, or ZeRO's around it. A parameter that no step has used has no state, except in ZeRO.
+    """
+    plain = isinstance(optimizer, torch.optim.Optimizer)
+    if not plain:
+        _link_parts(optimizer)
+    for name, parameter in _trained(model).items():
+        state = optimizer.state.get(parameter, {}) if plain else _gathered_from_zero(parameter, optimizer)
+        for part in (*MOMENTS, "step"):
+            if part in state:
+                yield f"{name}.{part}", state[part].detach()
+
+
+def write_state(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write the files from one pass over `tensors`."""
+    number, size, held = 1, 0, dict[str, Tensor]()
+    for name, tensor in tensors:
+        held[name] = tensor.cpu().contiguous()
+        size += tensor.nbytes
+        if size >= FILE_BYTES:
+            save_file(held, _file(folder, number))
+            number, size, held = number + 1, 0, {}
+    save_file(held, _file(folder, number))
+
+
+def read_state(folder: Path, model: nn.Module, optimizer: Any, complete: bool) -> None:
+    """Give the optimiser of a new run the state in `folder`; all processes read the parts that they need.
+
+    With `complete`, every trained parameter must have a state there.
+    """
+    trained = _trained(model)
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("optimizer-*.safetensors"))]
+        stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        _check_names(stored.keys(), trained.keys(), complete)
+
+        def read(name: str, part: str) -> Tensor:
+            tensor: Tensor = stored[f"{name}.{part}"].get_tensor(f"{name}.{part}")
+            expected = () if part == "step" else _shape(trained[name])
+            if tensor.shape != expected:
+                raise ValueError(f"{name}.{part} has the shape {list(tensor.shape)} instead of {list(expected)}")
+            return tensor
+
+        with_state = {name: parameter for name, parameter in trained.items() if f"{name}.step" in stored}
+        if isinstance(optimizer, torch.optim.Optimizer):
+            for name, parameter in with_state.items():
+                # Copies: a tensor of the file is a map of it, and rotation will delete the file.
+                moments = {part: torch.empty_like(parameter).copy_(read(name, part)) for part in MOMENTS}
+                optimizer.state[parameter] = {"step": read(name, "step").to(parameter.device, copy=True), **moments}
+            return
+        steps = {float(read(name, "step")) for name in with_state}
+        if len(steps) > 1:
+            raise ValueError(f"its parameters have taken {sorted(steps)} steps; ZeRO needs one number for all")
+        _begin_zero(optimizer, steps.pop() if steps else 0.0)
+        for name, parameter in with_state.items():
+            for part in MOMENTS:
+                _divide_for_zero(parameter, part, read(name, part))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"optimizer-{number}.safetensors"
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor
+    return shape
+
+
+def _check_names(stored: Iterable[str], trained: Iterable[str], complete: bool) -> None:
+    """A parameter has all of its tensors, or where the state need not be complete, none."""
+    stored, trained = set(stored), set(trained)
+    owners = {name.rpartition(".")[0] for name in stored} | (trained if complete else set())
+    expected = {f"{name}.{part}" for name in owners for part in (*MOMENTS, "step")}
+    if missing := expected - stored:
+        raise ValueError(f"{min(missing)} is missing")
+    if unknown := owners - trained:
+        raise ValueError(f"it holds a state of {min(unknown)}, which is not trained")
+
+
+# ---- ZeRO -----------------------------------------------------------------------------------------------------------
+# `zero` is DeepSpeed's optimiser of stage 1, 2 or 3, and `zero.optimizer` AdamW, whose parameters are flat fp32 tensors
+# that hold this process's part of all of them.
+
+
+def _flat_parts(zero: Any) -> list[Tensor]:
+    stage_3: list[Tensor] | None = getattr(zero, "fp32_partitioned_groups_flat", None)
+    return zero.single_partition_of_fp32_groups if stage_3 is None else stage_3
+
+
+def _link_parts(zero: Any) -> None:
+    """Let stages 1 and 2 find the moments of each parameter. DeepSpeed does so for the first group only."""
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    if hasattr(zero, "bit16_groups"):
+        for parameters, part in zip(zero.bit16_groups, _flat_parts(zero), strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, part, zero.optimizer.state)
+
+
+def _gathered_from_zero(parameter: nn.Parameter, zero: Any) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    states = zero.optimizer.state
+    if not any(states.values()):  # no step has been taken: each so far had a gradient that was not finite
+        zeros = torch.zeros(_shape(parameter))
+        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros(())}
+    steps = {float(state["step"]) for state in states.values()}
+    gathered = {part: safe_get_full_optimizer_state(parameter, part) for part in MOMENTS}
+    return {**gathered, "step": torch.tensor(steps.pop())}
+
+
+def _begin_zero(zero: Any, step: float) -> None:
+    """Create the state that AdamW would create in its first step, so that there is something to copy into."""
+    adam = zero.optimizer
+    tensors = isinstance(adam, torch.optim.AdamW)  # DeepSpeed's own Adam for CPUs counts its steps in Python
+    for part in _flat_parts(zero):
+        taken = torch.tensor(step, device=part.device) if tensors else int(step)
+        adam.state[part] = {"step": taken, **{name: torch.zeros_like(part) for name in MOMENTS}}
+    _link_parts(zero)
+
+
+def _divide_for_zero(parameter: nn.Parameter, name: str, value: Tensor) -> None:
+    """Copy this process's part of `value` into the state of a parameter."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_optimizer_state(parameter, value, name)
+        return
+    # In stage 3 every process has equally many numbers of a parameter, the last ones being padding.
+    own = vars(parameter)["ds_tensor"].numel()
+    padded = F.pad(value.flatten(), (0, own * dist.get_world_size() - value.numel()))
+    safe_set_local_optimizer_state(parameter, padded.narrow(0, own * dist.get_rank(), own), name)

@@ -1,0 +1,89 @@
+"""Runs of training as tests start, stop and compare them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from gasp_fast.config.loader import to_yaml
+
+REPOSITORY = Path(__file__).parents[2]
+CLOCK = ("tokens_per_s", "mfu", "peak_memory", "data_wait", "device_wait")  # differ from run to run
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def without_clock(records):
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
+
+
+def launch(processes, *arguments, **options):
+    """Start a Python program; for several processes by torchrun. Its output is in one stream."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = command if processes > 1 else [sys.executable]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], env=environment, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def write_config(config, path):
+    path.write_text(to_yaml(config))
+    return path
+
+
+def children_of(process):
+    return [int(n) for n in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
+
+
+def lives(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(process, out, step, deadline):
+    """Wait until `step` is logged."""
+    log = Path(out) / "log.jsonl"
+    end = time.monotonic() + deadline
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < end, "too slow"
+        time.sleep(0.02)
+
+
+def kill_at(process, out, step, deadline):
+    """kill -9 of the process that was started, as soon as `step` is logged. Its children must end by themselves."""
+    wait_for(process, out, step, deadline)
+    children = children_of(process)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(lives, children)):
+        assert time.monotonic() < end, "processes outlive their launcher"
+        time.sleep(0.1)
+
+
+def family_of(process):
+    """The process and all that it started: ranks, and the fork servers and workers of their loaders."""
+    first = psutil.Process(process.pid)
+    return [first, *first.children(recursive=True)]
+
+
+def assert_ended(family):
+    end = time.monotonic() + 10
+    while alive := [member for member in family if lives(member.pid)]:
+        assert time.monotonic() < end, f"{alive} outlive the process that started them"
+        time.sleep(0.1)
+
+
+def weights_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
