@@ -52,6 +52,7 @@ class RunConfig:
     allow_changes: tuple[str, ...] = ()  # keys, or groups of keys, that may differ from the checkpoint's when resuming
     log_every: int = 1  # steps; the last step is always logged
     save_every: int = 500  # steps; the last step is always saved
+    save_async: bool = False  # write checkpoints while training goes on; needs host memory for one of them
     keep: int = 3  # newest checkpoints to keep
     keep_best: bool = True  # also keep the best one, which the link `best` names: by evaluate.best; without
     # evaluation by the PCK of training batches (without heads: LM loss) since the previous checkpoint

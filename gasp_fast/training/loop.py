@@ -45,6 +45,7 @@ from .stream import Dealer, LoadedBatches, SampleStream, Share, make_loader
 from .workload import BatchFlops
 
 Batch = dict[str, Any]
+UNSAVED = 1000  # not a signal: a checkpoint could not be written
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Launched:
     learning_rate: float
     grad_norm: HostCopy | None  # None: DeepSpeed computed none
     sums: HostCopy | None  # of the meter; None: the step has no log line
-    signal: HostCopy  # that a process had received by then; 0: none
+    stop: HostCopy  # why a process wants to stop: a signal that it has received, or `UNSAVED`; 0: it does not
 
 
 class TrainingLoop:
@@ -106,9 +107,10 @@ class TrainingLoop:
         start_up = StartUp() if start_up is None else start_up
         run = self.config.run
         done, batches = self.begin(resume)
-        received, step = 0, done
+        stop, step = 0, done
         self.signals.step_in_hand = True
-        with RunLog(self.config, self.steps, done, resume, self.state.accelerator, self.stream.left_out) as log:
+        run_log = RunLog(self.config, self.steps, done, resume, self.state.accelerator, self.stream.left_out)
+        with run_log as log, self.writer:
             last = done if self.held_out.out_of_patience else self.steps
             for step in range(done + 1, last + 1):
                 micro_batches = self.next_step(step, batches)
@@ -120,26 +122,28 @@ class TrainingLoop:
                     start_up.add("data")
                 self.launched.append(self.train_step(step, micro_batches))
                 log.progress(step)
-                alone_and_stopped = self.processes.world_size == 1 and self.signals.received
-                received = self.finish(log, waiting=0 if first or saved or evaluated or alone_and_stopped else 1)
+                alone_and_stopped = self.processes.world_size == 1 and self.why_stop()
+                stop = self.finish(log, waiting=0 if first or saved or evaluated or alone_and_stopped else 1)
                 if first:
                     start_up.add("first step")
                     log.note(str(start_up))
                 self.check_learning(step)
-                if received:
+                if stop:
                     self.finish(log, waiting=0)
+                if stop == UNSAVED:
+                    self.writer.finish()  # raises what kept the checkpoint from being written
                 if evaluated:
                     saved |= self.evaluate(step, log)
-                if saved or received:
+                if saved or stop:
                     self.save(step)
                 ended = step == self.steps or self.held_out.out_of_patience
-                if received and not ended:
+                if stop and not ended:
                     log.interrupted = True
-                if received or ended:
+                if stop or ended:
                     break
         if log.interrupted:
             self.processes.barrier()  # a launcher ends the other ranks as soon as one has ended
-            saved_as, name = self.out / f"checkpoint-{step}", signal.Signals(received).name
+            saved_as, name = self.out / f"checkpoint-{step}", signal.Signals(stop).name
             raise Interrupted(f"step {step}: {name}; saved {saved_as}; continue with the same command")
         if step < self.steps and self.processes.first:
             print(f"gasp_fast.train: {self.held_out.last_words(step, self.out)}", file=sys.stderr, flush=True)
@@ -153,8 +157,12 @@ class TrainingLoop:
         learning_rate, grad_norm = self.update()
         logged = step == 1 or step % self.config.run.log_every == 0 or step == self.steps
         sums = self.meter.take() if logged else None
-        received = HostCopy(self.processes.largest(self.signals.received))
-        return Launched(step, micro_batches, learning_rate, grad_norm, sums, received)
+        stop = HostCopy(self.processes.largest(self.why_stop()))
+        return Launched(step, micro_batches, learning_rate, grad_norm, sums, stop)
+
+    def why_stop(self) -> int:
+        """Why this process wants to stop: a signal that it has received, or `UNSAVED`; 0: it does not."""
+        return UNSAVED if self.writer.failed else self.signals.received
 
     def shares_of_step(self, step: int, micro_batches: Sequence[Batch]) -> Tensor:
         """The shares of this process's micro-batches in what the losses are averaged over, [micro-batches, 3]."""
@@ -248,14 +256,14 @@ class TrainingLoop:
     def finish(self, log: RunLog, waiting: int) -> int:
         """Read the numbers of the launched steps, but for the last `waiting` ones, and write their log lines.
 
-        Returns the signal that a process had received by the last of them; 0: none. It is the same on all processes.
+        Returns why a process wanted to stop by the last of them; 0: none did. It is the same on all processes.
         """
-        received = 0
+        stop = 0
         while len(self.launched) > waiting:
             launched = self.launched.pop(0)
             start = time.perf_counter()
             record = self.record_of(launched)
-            received = int(launched.signal.read())
+            stop = int(launched.stop.read())
             self.meter.add_device_wait(time.perf_counter() - start)
             if launched.sums is not None:
                 if (score := score_of(record)) is not None:
@@ -263,7 +271,7 @@ class TrainingLoop:
                 log.write(record)
                 self.skipped += sum(record["skipped"].values())
                 guards.check_skipped(self.config, self.skipped, launched.step)
-        return received
+        return stop
 
     def record_of(self, launched: Launched) -> dict[str, Any]:
         """What a step's log line says, as far as it has one. Reports the step if its gradient was not finite."""

@@ -1,6 +1,6 @@
 """The random number generators of all processes in a checkpoint.
 
-    random.safetensors    RANK.cpu, RANK.cuda: torch's; in its metadata RANK: Python's and NumPy's, as JSON
+    random.safetensors    RANK.cpu, RANK.cuda: torch's; `by_rank` in its metadata: Python's and NumPy's, as JSON
 
 With another number of processes each takes the state of rank modulo the saved number. Only the masks of dropout depend
 on it: they are others than if the run had gone on as before.
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -34,25 +33,22 @@ def gathered_random_states(processes: Processes) -> list[State]:
         "cpu": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(processes.device) if processes.device.type == "cuda" else None,
     }
-    if processes.world_size == 1:
-        return [own]
-    states: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(states, own)
-    return states
+    return processes.from_all(own)
 
 
 def write_random_states(folder: Path, states: list[State]) -> None:
     tensors = {f"{rank}.{name}": state[name] for rank, state in enumerate(states) for name in ("cpu", "cuda")}
-    texts = {str(rank): json.dumps([state["python"], state["numpy"]]) for rank, state in enumerate(states)}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / FILE, texts)
+    # One entry: safetensors writes several in any order, and then equal states would not be equal files.
+    by_rank = {"by_rank": json.dumps([[state["python"], state["numpy"]] for state in states])}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / FILE, by_rank)
 
 
 def read_random_state(folder: Path, processes: Processes) -> None:
     """Restore the generators of this process."""
     with safe_open(folder / FILE, "pt") as file:
-        texts = file.metadata()
-        rank = processes.rank % len(texts)
-        (version, numbers, gauss), (kind, keys, *rest) = json.loads(texts[str(rank)])
+        by_rank = json.loads(file.metadata()["by_rank"])
+        rank = processes.rank % len(by_rank)
+        (version, numbers, gauss), (kind, keys, *rest) = by_rank[rank]
         cpu = file.get_tensor(f"{rank}.cpu").clone()
         cuda = file.get_tensor(f"{rank}.cuda").clone() if f"{rank}.cuda" in file.keys() else None  # noqa: SIM118
     random.setstate((version, tuple(numbers), gauss))

@@ -1,10 +1,17 @@
-"""Writes the checkpoints of a run, whatever number of processes it has and however they divide the state."""
+"""Writes the checkpoints of a run, whatever number of processes it has and however they divide the state.
+
+With `run.save_async` training waits only until the state is copied into the memory of the first process, where a thread
+writes it. One checkpoint is written at a time: the next one waits for it. That it cannot be written is found out after
+one of the next steps, on all processes, and ends the run.
+"""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,18 +28,53 @@ from .state import Snapshot
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run and removes those that are no longer needed."""
+    """Writes the checkpoints of a run and removes those that are no longer needed.
+
+    While it is entered, a checkpoint may be in the course of being written; at the exit all are complete.
+    """
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
         self.config, self.run, self.processes = config, config.run, processes
         self.out = Path(config.run.out)
+        self.thread = ThreadPoolExecutor(1, "checkpoints")  # started when it has work
+        self.writing: Future[Exception | None] | None = None  # only on the first process
 
     def save(self, step: int, snapshot: Snapshot, about: dict[str, Any]) -> None:
-        """Write `checkpoint-STEP`. All processes must call; an error of the first one is raised on all."""
-        error = None
-        if self.processes.first:
-            error = self._write(self.out / f"checkpoint-{step}", snapshot, about)
+        """Write `checkpoint-STEP`, or begin to. All processes must call; an error of the first one is raised on all."""
+        self.finish()
+        folder, first = self.out / f"checkpoint-{step}", self.processes.first
+        if self.run.save_async:
+            snapshot = snapshot.in_memory(first)
+            if first:
+                self.writing = self.thread.submit(self._write, folder, snapshot, about)
+            return
+        error = self._write(folder, snapshot, about) if first else None
         snapshot.take_part()
+        self._raise_on_all(error)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint of the thread could not be written, as far as is known by now."""
+        return self.writing is not None and self.writing.done() and self.writing.result() is not None
+
+    def finish(self) -> None:
+        """Wait until all is written. All processes must call; an error is raised on all."""
+        if self.run.save_async:
+            error = self.writing.result() if self.writing is not None else None
+            self.writing = None
+            self._raise_on_all(error)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.thread.shutdown()
+        if error is None:
+            self.finish()
+
+    def _raise_on_all(self, error: Exception | None) -> None:
         self.processes.decided_by_first(partial(_raise, error))
 
     def _write(self, folder: Path, snapshot: Snapshot, about: dict[str, Any]) -> Exception | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,13 @@ class Snapshot:
 
     model: SupervisedModel
     weights: TrainedWeights
-    optimizer: Iterator[tuple[str, Tensor]]  # gathered from all processes while it is read
+    optimizer: Iterable[tuple[str, Tensor]]  # gathered from all processes while it is read, once
     random: list[random_state.State]
+
+    def in_memory(self, first: bool) -> Snapshot:
+        """A copy on the first process that no later step changes and that it can write alone. All must call."""
+        tensors = [(name, tensor.to("cpu", copy=True)) for name, tensor in self.optimizer if first]
+        return replace(self, optimizer=tensors)
 
     def write(self, folder: Path) -> None:
         write_weights(self.model, folder, self.weights)

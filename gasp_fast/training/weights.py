@@ -40,15 +40,15 @@ class TrainedWeights:
 
 
 def gather_weights(model: SupervisedModel, first: bool) -> TrainedWeights:
-    """Gather the trained weights one by one into the CPU memory of the first process. All processes must call."""
+    """Copy the trained weights one by one into the CPU memory of the first process. All processes must call."""
     weights = TrainedWeights({}, {})
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             value = gathered(parameter)
             if first and name.startswith("supervision."):
-                weights.heads[name.removeprefix("supervision.").replace(".head.", ".")] = value.cpu()
+                weights.heads[name.removeprefix("supervision.").replace(".head.", ".")] = value.to("cpu", copy=True)
             elif first:
-                weights.model[name.removeprefix("model.")] = value.cpu()
+                weights.model[name.removeprefix("model.")] = value.to("cpu", copy=True)
     return weights
 
 
