@@ -7,7 +7,6 @@ environment variables. Without a GPU, processes communicate through gloo.
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -148,8 +147,6 @@ def stop_processes() -> None:
 
     A group that is still held runs its threads while the interpreter is torn down, which can abort the process.
     """
-    for worker in multiprocessing.active_children():  # of the loader; they do not receive SIGTERM
-        worker.kill()
     gc.collect()  # training loop and wrappers refer to each other
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -109,8 +109,11 @@ class TrainingLoop:
         done, batches = self.begin(resume)
         stop, step = 0, done
         self.signals.step_in_hand = True
-        run_log = RunLog(self.config, self.steps, done, resume, self.state.accelerator, self.stream.left_out)
-        with run_log as log, self.writer:
+        with (
+            batches,
+            RunLog(self.config, self.steps, done, resume, self.state.accelerator, self.stream.left_out) as log,
+            self.writer,
+        ):
             last = done if self.held_out.out_of_patience else self.steps
             for step in range(done + 1, last + 1):
                 micro_batches = self.next_step(step, batches)
@@ -249,7 +252,8 @@ class TrainingLoop:
     def try_step(self) -> dict[str, Any]:
         """Take the first step and return what would be logged. Writes no file."""
         _, batches = self.begin()
-        micro_batches = self.next_step(1, batches)
+        with batches:
+            micro_batches = self.next_step(1, batches)
         guards.check_positions(self.model, micro_batches[0])
         return self.record_of(self.train_step(1, micro_batches))
 

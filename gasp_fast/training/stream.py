@@ -8,6 +8,7 @@ number of steps, and a step has the same samples on one process and on thirty-tw
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -255,6 +256,16 @@ class LoadedBatches:
         self.seconds += time.perf_counter() - start
         self.skipped += batch.pop("skipped", ())
         return batch
+
+    def __enter__(self) -> LoadedBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the loader's workers. They do not receive the SIGTERM that torch would send to busy ones."""
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        # Not later: in a garbage collection, torch's clean-up and Python's would close the same pipes.
+        self.batches = iter(())
 
     def take(self) -> tuple[float, list[Skipped]]:
         """The seconds and the skipped samples since the last call."""

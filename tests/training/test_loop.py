@@ -2,7 +2,6 @@
 
 import math
 import os
-import random
 import shutil
 import signal
 import time
@@ -144,16 +143,17 @@ def test_the_numbers_of_a_step_are_read_when_the_next_one_is_launched(config, mo
 
 
 @pytest.mark.parametrize(
-    ("train_with", "log_every", "logged"),
+    ("train_with", "run_with", "logged"),
     [
-        ({"mode": "lora"}, 1, range(1, 8)),
-        ({"mode": "full"}, 3, [1, 3, 6, 7]),
-        ({"batch_size": 5, "tokens_at_once": 200}, 3, [1, 3, 6, 7]),
+        ({"mode": "lora"}, {"log_every": 1}, range(1, 8)),
+        ({"mode": "full"}, {"log_every": 3, "save_async": True}, [1, 3, 6, 7]),
+        ({"batch_size": 5, "tokens_at_once": 200}, {"log_every": 3}, [1, 3, 6, 7]),
     ],
-    ids=["lora", "full", "by tokens"],
+    ids=["lora", "full, saved in the background", "by tokens"],
 )
-def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, train_with, log_every, logged):
-    run = {"save_every": 2, "log_every": log_every}  # 3: some log lines cover steps on both sides of a checkpoint
+def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, train_with, run_with, logged):
+    """Where `log_every` is 3, some log lines cover steps on both sides of a checkpoint."""
+    run = {"save_every": 2, **run_with}
     whole = config(mixed=True, train={"steps": 7, **train_with}, run=run, lora={"dropout": 0.1})
     train(whole)
     assert [record["step"] for record in log_of(whole.run.out)] == list(logged)
@@ -184,51 +184,6 @@ def test_a_signal_ends_a_run_with_a_line_and_a_code_and_the_same_command_goes_on
     assert weights_of(Path(broken.run.out) / "checkpoint-9") == weights_of(Path(whole.run.out) / "checkpoint-9")
 
 
-@pytest.mark.slow
-def test_a_run_of_two_processes_survives_any_signals(config, tmp_path):
-    """Signals reach the launcher, one rank, or every process at once, the loader's too."""
-    base = config(mixed=True, train={"steps": 40}, run={"save_every": 5, "log_every": 3}, lora={"dropout": 0.1})
-    base = replace(base, data=replace(base.data, workers=1))
-    runs = {name: replace(base, run=replace(base.run, out=str(tmp_path / name))) for name in ("whole", "broken")}
-    start = {}
-    for name, settings in runs.items():
-        path = write_config(settings, tmp_path / f"{name}.yaml")
-        start[name] = ("-m", "gasp_fast.training.launch", "--standalone", "--nproc-per-node", 2)
-        start[name] += ("-m", "gasp_fast.train", path)
-    process = launch(1, *start["whole"])
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output[-3000:]
-    draw = random.Random(0)
-    ends = [
-        (signal.SIGTERM, "launcher"),
-        (signal.SIGKILL, "launcher"),
-        (signal.SIGUSR1, "rank"),
-        (signal.SIGINT, "all"),
-    ]
-    logged = 0
-    for number, target in draw.sample(ends, len(ends)):
-        process = launch(1, *start["broken"])
-        wait_for(process, tmp_path / "broken", 3 * (logged // 3 + draw.randint(1, 2)), 200)
-        family = family_of(process)
-        assert len(family) >= 7  # a launcher, and two times a rank, its fork server and its worker
-        targets = {"launcher": [process.pid], "rank": [draw.choice(children_of(process))]}
-        for member in targets.get(target, [member.pid for member in family]):
-            os.kill(member, number)
-        output, _ = process.communicate(timeout=60)
-        killed = number == signal.SIGKILL
-        assert process.returncode == (-signal.SIGKILL if killed else 75), output[-3000:]
-        assert "Traceback" not in output, (number, target, output)
-        assert output.count("continue with the same command") == (not killed)
-        assert_ended(family)
-        assert killed or not list((tmp_path / "broken").glob(".*"))
-        logged = log_of(tmp_path / "broken")[-1]["step"]
-    process = launch(1, *start["broken"])
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output[-3000:]
-    assert without_clock(log_of(tmp_path / "broken")) == without_clock(log_of(tmp_path / "whole"))
-    assert weights_of(tmp_path / "broken" / "checkpoint-40") == weights_of(tmp_path / "whole" / "checkpoint-40")
-
-
 def test_loader_workers_end_when_their_trainer_is_killed(config, tmp_path):
     settings = config(train={"steps": 500})
     settings = replace(settings, data=replace(settings.data, workers=2))
@@ -240,6 +195,17 @@ def test_loader_workers_end_when_their_trainer_is_killed(config, tmp_path):
     process.kill()
     process.wait()
     assert_ended(family)
+
+
+def test_a_finished_run_that_is_started_again_says_so_and_ends(config, tmp_path):
+    """Its loader has workers, to which nothing has ever been sent."""
+    settings = config(train={"steps": 2})
+    train(settings)
+    settings = replace(settings, data=replace(settings.data, workers=3))
+    process = launch(1, "-m", "gasp_fast.train", write_config(settings, tmp_path / "c.yaml"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "Traceback" not in output and "Exception" not in output, output
 
 
 @pytest.mark.slow
