@@ -5,13 +5,14 @@ qwen2_5_vl.py        Qwen2.5-VL
 llava_next_video.py  LLaVA-NeXT-Video
 token_grid.py        the pixel -> token map: which visual token covers which pixels of a frame
 token_index.py       where the visual and the labelled tokens of a batch are, computed in the data worker
+packing.py           the sequences of a batch in one row, without padding
 chat.py              conversations to prompt text and labels
 base_model.py        the base model of a run: attention, fused layers, gradient checkpointing
 attention_kernel.py  the name of the attention kernel that runs
 liger.py             Liger's fused layers for the decoder
 adapters.py          LoRA, cast to bf16 once a step
 frozen.py            frozen parts run once a step, without a graph
-unmasked_attention.py  attention without a mask for right-padded batches
+unmasked_attention.py  attention without a mask for right-padded batches and packed rows
 window_attention.py  faster window attention for Qwen's vision tower
 vision_layers.py     its norms, rotary embedding and MLP without slow kernels
 tiny.py              small random models for tests, the demo and the examples

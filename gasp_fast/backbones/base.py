@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from gasp_fast.files import one_line
 
 from .chat import IGNORE, ChatFormat, Message
+from .packing import attention_arguments
 from .token_grid import TokenGrid
 from .token_index import TokenIndex
 
@@ -212,17 +213,22 @@ class Backbone(ABC):
         return None
 
     def last_states(self, model: nn.Module, inputs: dict[str, Tensor], index: TokenIndex) -> Tensor:
-        """The states after the decoder's final norm, `[B, S, D]`, of sequences that are padded on the right.
+        """The states after the decoder's final norm, `[B, S, D]`, of sequences that are padded on the right or packed.
 
-        Puts the visual features at the positions of their tokens and runs the decoder without a mask: then nothing
-        makes the host wait for a GPU. Override this for a decoder that is not causal, or that takes more than this.
+        Puts the visual features at the positions of their tokens and runs the decoder without a mask of the padding:
+        then nothing makes the host wait for a GPU. Override this for a decoder that is not causal, or that takes more
+        than this. With `index.row`, the sequences of the row must not see each other (`packing.py`).
         """
         inner = unwrap(model)
         embeddings = inner.get_input_embeddings()(inputs["input_ids"])  # [B, S, D]
         if len(index.visual):
             features = self.visual_features(model, {**inputs, **index.on_host}).to(embeddings.dtype)  # [V, D]
             embeddings = embeddings.flatten(0, 1).index_copy(0, index.visual, features).view_as(embeddings)
-        return inner.base_model(inputs_embeds=embeddings, position_ids=index.rotary, use_cache=False)[0]
+        apart = {}
+        if index.row is not None:
+            attention = inner.config.get_text_config()._attn_implementation  # where transformers keeps the choice
+            apart = attention_arguments(index.row, attention, embeddings)
+        return inner.base_model(inputs_embeds=embeddings, position_ids=index.rotary, use_cache=False, **apart)[0]
 
     def visual_features(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The features of the visual tokens of all frames, `[V, D]`, in the order of the tokens."""

@@ -5,7 +5,8 @@ in such a way that the ranks take about equally long:
 
 1. Neighbours in length form micro-batches, so that little is padded: `micro_batch_size` sequences each, or at most
    `tokens_at_once` tokens each. In the second case as many micro-batches are made as there are ranks, or twice as many,
-   and so on, and all cost about the same or have as many sequences. What is done first is chosen.
+   and so on, and all cost about the same or have as many sequences. What is done first is chosen. With `packing`
+   nothing is padded: tokens and cost of a micro-batch are the sums of those of its sequences.
 2. The costliest micro-batch goes to the rank that has least to do, and so on.
 3. The slowest rank exchanges a sequence with another rank, as long as that helps.
 
@@ -43,6 +44,7 @@ class Division:
     ranks: int
     micro_batch_size: int = 1  # sequences of a micro-batch; not used with `tokens_at_once`
     tokens_at_once: int | None = None  # most tokens of a micro-batch, padding included; a longer sequence is alone
+    packing: bool = False  # the sequences of a micro-batch are not padded
     meets_often: bool = False  # ranks wait for each other at every micro-batch, otherwise once a step
 
     @staticmethod
@@ -51,6 +53,7 @@ class Division:
             ranks=ranks,
             micro_batch_size=setup.micro_batch_size,
             tokens_at_once=setup.tokens_at_once,
+            packing=setup.packing,
             meets_often=setup.sharding.stage >= 2,
         )
 
@@ -88,7 +91,7 @@ class DealtStep:
 
 def deal(sizes: Sequence[SequenceSize], division: Division, seconds: MicroBatchSeconds) -> DealtStep:
     """Deal the sequences of a step. Where micro-batches have a fixed size, it must divide them among the ranks."""
-    step, limit = _Step(sizes, seconds), division.tokens_at_once
+    step, limit = _Step(sizes, seconds, division.packing), division.tokens_at_once
     if limit is None:
         return step.dealt(step.of_equal_count(division.micro_batch_size), division)
     least = -(-len(step.of_few_micro_batches(limit)) // division.ranks)
@@ -106,12 +109,15 @@ def deal(sizes: Sequence[SequenceSize], division: Division, seconds: MicroBatchS
 class _Step:
     """The sequences of a step, numbered from the longest to the shortest."""
 
-    def __init__(self, sizes: Sequence[SequenceSize], seconds: MicroBatchSeconds) -> None:
+    def __init__(self, sizes: Sequence[SequenceSize], seconds: MicroBatchSeconds, packing: bool) -> None:
+        self.packing = packing
         self.places = sorted(range(len(sizes)), key=lambda place: -sizes[place].tokens)  # stable
         ordered = [sizes[place] for place in self.places]
         # Nanoseconds of each sequence; of the decoder if it is the longest one of its micro-batch, which descends.
         self.unpadded = np.array([round(NANO * seconds.unpadded(size)) for size in ordered])
         self.padded = np.array([round(NANO * seconds.padded(size.tokens)) for size in ordered])
+        if packing:  # each has the decoder's time of its own length, whichever is the longest
+            self.unpadded, self.padded = self.unpadded + self.padded, np.zeros_like(self.padded)
         self.tokens = np.array([size.most_tokens or size.tokens for size in ordered])
         self.by_micro_batch = round(NANO * seconds.by_micro_batch)
 
@@ -125,6 +131,11 @@ class _Step:
         """Nanoseconds of `cost` that would not be needed without padding."""
         return int(len(members) * self.padded[members[0]] - self.padded[members].sum()) if members else 0
 
+    def most_tokens(self, members: MicroBatch) -> int:
+        """Of a micro-batch, padding included."""
+        tokens = self.tokens[members]
+        return int(tokens.sum() if self.packing else len(members) * tokens.max())
+
     # ---- micro-batches ----------------------------------------------------------------------------------------------
 
     def of_equal_count(self, count: int) -> list[MicroBatch]:
@@ -135,7 +146,7 @@ class _Step:
         """Two ways to make at most `count` micro-batches: of equal cost and, where the tokens allow, of equal size."""
         yield self.of_equal_cost(count, limit)
         of_equal_count = self.of_equal_count(-(-len(self.places) // count))
-        if all(len(members) * self.tokens[members].max() <= limit for members in of_equal_count):
+        if all(self.most_tokens(members) <= limit for members in of_equal_count):
             yield of_equal_count
 
     def of_few_micro_batches(self, limit: int) -> list[MicroBatch]:
@@ -161,16 +172,16 @@ class _Step:
         """Micro-batches of neighbours with at most so many nanoseconds and tokens each, or of one sequence."""
         filled: list[MicroBatch] = []
         members: MicroBatch = []
-        own, padded, longest = 0, 0, 0
+        own, padded, longest, together = 0, 0, 0, 0
         costs = zip(self.unpadded.tolist(), self.padded.tolist(), self.tokens.tolist(), strict=True)
         for number, (unpadded, of_longest, tokens) in enumerate(costs):
             count = len(members) + 1
-            fits = max(longest, tokens) * count <= limit
+            fits = (together + tokens if self.packing else max(longest, tokens) * count) <= limit
             if not members or not fits or own + unpadded + count * padded > most:
-                members, own, padded, longest = [], self.by_micro_batch, of_longest, 0
+                members, own, padded, longest, together = [], self.by_micro_batch, of_longest, 0, 0
                 filled.append(members)
             members.append(number)
-            own, longest = own + unpadded, max(longest, tokens)
+            own, longest, together = own + unpadded, max(longest, tokens), together + tokens
         return filled
 
     # ---- ranks ------------------------------------------------------------------------------------------------------
@@ -213,7 +224,8 @@ class _Exchange:
         self.loads = np.zeros(len(ranks), np.int64)
         self.home: list[MicroBatch] = [[]] * count  # the micro-batch of each sequence
         self.rank, self.among = np.zeros(count, int), np.zeros(count, int)  # its rank; the sequences of its micro-batch
-        self.others_padded, self.others_tokens = np.zeros(count, np.int64), np.zeros(count, int)  # longest other there
+        # Of the longest other one there. With packing, `others_tokens` are those of all others.
+        self.others_padded, self.others_tokens = np.zeros(count, np.int64), np.zeros(count, int)
         for rank, of_rank in enumerate(ranks):
             for members in filter(None, of_rank):
                 self._enter(rank, members)
@@ -238,7 +250,8 @@ class _Exchange:
         added = step.unpadded[new] - step.unpadded[old] + among * longer
         if self.limit is None:
             return added
-        tokens = among * np.maximum(self.others_tokens[old], step.tokens[new])
+        others_tokens, own_tokens = self.others_tokens[old], step.tokens[new]
+        tokens = others_tokens + own_tokens if step.packing else among * np.maximum(others_tokens, own_tokens)
         return np.where((tokens <= self.limit) | (among == 1), added, NEVER)
 
     def _swap(self, one: int, other: int) -> None:
@@ -257,5 +270,7 @@ class _Exchange:
             longest, *rest = sorted(members, key=lambda number: -values[number])
             others[members] = values[longest]
             others[longest] = values[rest[0]] if rest else 0
+        if self.step.packing:
+            self.others_tokens[members] = self.step.tokens[members].sum() - self.step.tokens[members]
         for number in members:
             self.home[number] = members

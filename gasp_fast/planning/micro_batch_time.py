@@ -50,11 +50,13 @@ class MicroBatchSeconds:
         self._unpadded: dict[SequenceSize, float] = {}
 
     def of(self, sizes: Sequence[SequenceSize]) -> float:
-        """Of one micro-batch, whose sequences are padded to the longest; 0 if there are none."""
+        """Of one micro-batch, whose sequences are packed or padded to the longest; 0 if there are none."""
         if not sizes:
             return 0.0
-        padded = len(sizes) * self.padded(max(size.tokens for size in sizes))
-        return self.by_micro_batch + padded + sum(map(self.unpadded, sizes))
+        lengths = [size.tokens for size in sizes]
+        if not self.setup.packing:
+            lengths = [max(lengths)] * len(lengths)
+        return self.by_micro_batch + sum(map(self.padded, lengths)) + sum(map(self.unpadded, sizes))
 
     def padded(self, tokens: int) -> float:
         """Of the decoder, for one sequence that is padded to so many tokens."""

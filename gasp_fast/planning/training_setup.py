@@ -62,6 +62,7 @@ class TrainingSetup:
     batch_size: int  # sequences of an optimiser step, over all GPUs
     micro_batch_size: int = 1  # sequences that a GPU takes at once
     tokens_at_once: int | None = None  # most tokens that it takes at once, in place of a number of sequences
+    packing: bool = False  # what it takes at once is not padded
     sharding: Sharding = Sharding()
     design: StepDesign = field(default_factory=StepDesign)
 

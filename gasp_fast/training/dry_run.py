@@ -37,6 +37,8 @@ def describe(config: TrainConfig, model: SupervisedModel, share: Share, processe
     at_once = f"{share.micro_batch_size or 1} at once, {share.accumulation} times on each"
     if share.tokens_at_once is not None:
         at_once = f"at most {share.tokens_at_once:,} tokens at once"
+    if config.train.packing:
+        at_once += ", packed into one row"
     lines.append(
         f"{share.world_size} process{'es' if share.world_size > 1 else ''}, ZeRO-{setup.sharding.stage}, "
         f"{describe_layers(config.model, model.backbone, processes.device)}; a step is {share.batch_size} sequences: "

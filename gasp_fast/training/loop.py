@@ -226,8 +226,9 @@ class TrainingLoop:
         self.held_out.begin(held_out)
         self.share = replace(self.share, deal=self.make_dealer().deal)
         pin = self.processes.device.type == "cuda"
-        data, average = self.config.data, self.config.loss.average
-        loader = make_loader(data, self.stream, self.model.backbone, self.share, self.steps, pin, done, average)
+        data, average, packing = self.config.data, self.config.loss.average, self.config.train.packing
+        backbone, share = self.model.backbone, self.share
+        loader = make_loader(data, self.stream, backbone, share, self.steps, pin, done, average, packing)
         with kept_from_children():
             batches = LoadedBatches(iter(loader))
         if resume is not None:  # not earlier: the loader draws a random number when it starts

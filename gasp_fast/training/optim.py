@@ -28,6 +28,7 @@ class OptimisationConfig:
     # or the most tokens, padding included. Both decide speed and memory, not what is optimised.
     micro_batch_size: int | None = None
     tokens_at_once: int | None = None
+    packing: bool = False  # the sequences of a forward pass lie one after another in one row; none is padded
     learning_rate: float = 1e-4  # peak
     head_lr_scale: float = 4.0  # learning rate of the heads, relative to learning_rate
     warmup: float = 0.1  # share of all steps; then the cosine begins
@@ -48,6 +49,11 @@ class OptimisationConfig:
             raise ValueError(
                 f"train.tokens_at_once = {self.tokens_at_once} and train.micro_batch_size = {self.micro_batch_size} "
                 "both say how much is computed at once; set one of them to null"
+            )
+        if self.packing and self.tokens_at_once is None and self.micro_batch_size in (None, 1):
+            raise ValueError(
+                "train.packing = true packs nothing with train.micro_batch_size = 1; use a larger one, or "
+                "train.tokens_at_once"
             )
         if not re.fullmatch(r"auto|off|full|non_reentrant|reentrant|every:[1-9]\d*", self.checkpointing):
             raise ValueError(

@@ -33,8 +33,8 @@ from .stream import SampleStream
 
 FREE = ("run", "evaluate", "data.workers", "data.qa.timeout", "data.vqa.timeout")
 ROUNDING = (
-    "deepspeed", "train.micro_batch_size", "train.tokens_at_once", "train.checkpointing", "model.attention",
-    "model.liger", "loss.backend", "loss.workspace",
+    "deepspeed", "train.micro_batch_size", "train.tokens_at_once", "train.packing", "train.checkpointing",
+    "model.attention", "model.liger", "loss.backend", "loss.workspace",
 )  # fmt: skip
 AT_BEGINNING = "it acts at the beginning of a run only"
 SHAPES = "the saved weights have other shapes"

@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gasp_fast.backbones import Backbone
+from gasp_fast.backbones.packing import pack
 from gasp_fast.collator import Collator, CollatorConfig, Sample
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.mixture import Mixture, Source
@@ -181,18 +182,19 @@ class SteadyCollator:
     """A `Collator` for training: its batches always have at least one frame, a `token_index`, and `counts`.
 
     A batch of no samples holds a blank frame, without an answer and without a match, and counts nothing.
-    `token_index` is a `TokenIndex`; `counts` is what the terms of the loss are averaged over (`objective.py`). Loader
-    workers get it pickled.
+    `token_index` is a `TokenIndex`; `counts` is what the terms of the loss are averaged over (`objective.py`). With
+    `packing`, the sequences lie one after another in one row. Loader workers get it pickled.
     """
 
-    def __init__(self, collate: Collator, average: Average = "sequence") -> None:
-        self.collate, self.average = collate, average
+    def __init__(self, collate: Collator, average: Average = "sequence", packing: bool = False) -> None:
+        self.collate, self.average, self.packing = collate, average, packing
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if not any(len(sample.frames) for sample in samples):
             samples = [*samples, Sample(frames=[np.full((BLANK, BLANK, 3), 127, np.uint8)])]
         batch = self.collate(samples)
-        return averaged({**batch, "token_index": self.collate.backbone.index_tokens(batch)}, self.average)
+        batch = {**batch, "token_index": self.collate.backbone.index_tokens(batch)}
+        return averaged(pack(batch) if self.packing else batch, self.average)
 
 
 class ReplacingCollator:
@@ -294,12 +296,14 @@ def make_loader(
     pin_memory: bool,
     done: int = 0,
     average: Average = "sequence",
+    packing: bool = False,
 ) -> DataLoader[Any]:
     """Loads the micro-batches of this process, from the step after `done` on."""
+    collate = SteadyCollator(Collator(backbone, config.collator), average, packing)
     return DataLoader(
         stream,
         batch_sampler=StreamBatches(share, steps, done),
-        collate_fn=ReplacingCollator(SteadyCollator(Collator(backbone, config.collator), average), stream),
+        collate_fn=ReplacingCollator(collate, stream),
         num_workers=config.workers,
         pin_memory=pin_memory,
         # A fork would copy the threads and the GPU context of this process, which do not survive that.

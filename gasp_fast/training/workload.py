@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gasp_fast.backbones import Backbone, unwrap
 from gasp_fast.backbones.chat import IGNORE
@@ -57,6 +58,7 @@ def training_setup(config: TrainConfig, shape: ModelShape) -> TrainingSetup:
         batch_size=config.train.batch_size,
         micro_batch_size=config.train.micro_batch_size or 1,
         tokens_at_once=config.train.tokens_at_once,
+        packing=config.train.packing,
         sharding=Sharding.of(read_deepspeed(config.deepspeed)),
     )
 
@@ -190,26 +192,30 @@ class BatchFlops:
         """The sizes of the sequences of a batch on the CPU, padding included.
 
         Where frames have no fixed number of tokens, they are counted by the text between them. The sizes of tracks are
-        assigned to the first rows, whichever rows they belong to: the count of a batch is a sum over its rows.
+        assigned to the first sequences, whichever they belong to: the count of a batch is a sum over its sequences.
         """
-        visual = batch["input_ids"] == self.visual_token_id  # [B, S]
-        tokens = visual.sum(1).tolist()
-        fixed = self.setup.shape.frame_tokens
-        frames = [n // fixed for n in tokens] if fixed else (visual & ~visual.roll(1, dims=1)).sum(1).tolist()
-        labelled = (batch["labels"] != IGNORE).sum(1).tolist()
+        row, padded = batch["token_index"].row, batch["input_ids"].shape  # [B, S]
+        lengths = [padded[1]] * padded[0] if row is None else row.lengths
+        visual = (batch["input_ids"] == self.visual_token_id).flatten().split(lengths)
+        labelled = (batch["labels"] != IGNORE).flatten().split(lengths)
         tracked = [*_tracked(batch["matches"])]
-        tracked += [(0, 0)] * (len(tokens) - len(tracked))
+        tracked += [(0, 0)] * (len(lengths) - len(tracked))
         return [
             SequenceSize(
-                frames=frames[row],
-                tokens=visual.shape[1],
-                visual=tokens[row],
-                tracked=tracked[row][0],
-                anchors=tracked[row][1],
-                labelled=labelled[row],
+                frames=self._frames(visual[number]),
+                tokens=length,
+                visual=int(visual[number].sum()),
+                tracked=tracked[number][0],
+                anchors=tracked[number][1],
+                labelled=int(labelled[number].sum()),
             )
-            for row in range(len(tokens))
+            for number, length in enumerate(lengths)
         ]
+
+    def _frames(self, visual: Tensor) -> int:
+        """Frames of a sequence, of which tokens `visual [S]` are visual."""
+        fixed = self.setup.shape.frame_tokens
+        return int(visual.sum()) // fixed if fixed else int((visual & ~visual.roll(1)).sum())
 
 
 def _tracked(matches: Matches) -> Iterator[tuple[int, int]]:

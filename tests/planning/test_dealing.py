@@ -16,6 +16,7 @@ from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
 from gasp_fast.planning.training_setup import SequenceSize
 
 SECONDS = MicroBatchSeconds(setup_of(), GPUS["h200"], Assumptions())
+PACKED = MicroBatchSeconds(setup_of("train.packing=true", "train.tokens_at_once=6000"), GPUS["h200"], Assumptions())
 
 
 def scene(frames: int) -> SequenceSize:
@@ -44,25 +45,36 @@ def assert_complete(dealt: DealtStep, count: int, ranks: int) -> None:
     assert {len(of_rank) for of_rank in dealt.places} == {dealt.accumulation}
 
 
+def assert_limit(dealt: DealtStep, step: list[SequenceSize], division: Division) -> None:
+    """No micro-batch of several sequences has more tokens than are allowed."""
+    assert division.tokens_at_once is not None
+    for places in (places for of_rank in dealt.places for places in of_rank):
+        most = [step[place].most_tokens or step[place].tokens for place in places]
+        tokens = sum(most) if division.packing else len(most) * max(most, default=0)
+        assert tokens <= division.tokens_at_once or len(most) == 1
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     step=st.lists(sizes, min_size=1, max_size=40),
     ranks=st.integers(1, 9),
     limit=st.integers(1, 12_000),
     meets_often=st.booleans(),
+    packing=st.booleans(),
 )
 def test_micro_batches_by_tokens_hold_every_sequence_once_and_keep_the_limit(
-    step: list[SequenceSize], ranks: int, limit: int, meets_often: bool
+    step: list[SequenceSize], ranks: int, limit: int, meets_often: bool, packing: bool
 ) -> None:
-    dealt = deal(step, Division(ranks=ranks, tokens_at_once=limit, meets_often=meets_often), SECONDS)
+    cost = PACKED if packing else SECONDS
+    division = Division(ranks=ranks, tokens_at_once=limit, packing=packing, meets_often=meets_often)
+    dealt = deal(step, division, cost)
     assert_complete(dealt, len(step), ranks)
+    assert_limit(dealt, step, division)
     for of_rank, seconds in zip(dealt.places, dealt.nanoseconds / 1e9, strict=True):
         for places, predicted in zip(of_rank, seconds, strict=True):
-            members = [step[place] for place in places]
-            most = max((size.most_tokens or size.tokens for size in members), default=0)
-            assert len(members) * most <= limit or len(members) == 1
-            assert predicted == pytest.approx(SECONDS.of(members), abs=1e-7)
+            assert predicted == pytest.approx(cost.of([step[place] for place in places]), abs=1e-7)
     assert 0 < dealt.useful_share <= 1
+    assert not (packing and dealt.padding)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,6 +89,18 @@ def test_micro_batches_of_a_fixed_size_hold_every_sequence_once(
     assert {len(members) for of_rank in dealt.places for members in of_rank} == {size}
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_ranks_that_exchange_sequences_keep_the_limit(packing: bool) -> None:
+    draw = random.Random(0)
+    for _ in range(100):
+        step = [
+            scene(draw.randint(2, 24)),
+            *(question(draw.randint(0, 16), 200, draw.randint(0, 3000)) for _ in "12345"),
+        ]
+        division = Division(ranks=draw.randint(2, 4), tokens_at_once=draw.randint(1_000, 9_000), packing=packing)
+        assert_limit(deal(step, division, PACKED if packing else SECONDS), step, division)
+
+
 def test_four_sequences_on_two_ranks_by_hand() -> None:
     step = [scene(24), scene(8), scene(22), scene(10)]
     dealt = deal(step, Division(ranks=2), SECONDS)
@@ -85,6 +109,17 @@ def test_four_sequences_on_two_ranks_by_hand() -> None:
     assert [sorted(of_rank[n][0] for of_rank in together.places) for n in range(2)] == [[0, 2], [1, 3]]
     one = deal(step, Division(ranks=1, tokens_at_once=5_000), SECONDS)
     assert sorted(map(sorted, one.places[0])) == [[0, 2], [1, 3]]
+
+
+def test_a_packed_micro_batch_costs_what_its_sequences_cost() -> None:
+    members = [scene(20), question(0, 30), question(2, 50)]
+    alone = [PACKED.of([size]) - PACKED.by_micro_batch for size in members]
+    assert PACKED.of(members) == pytest.approx(sum(alone) + PACKED.by_micro_batch)
+    assert PACKED.of(members) < 0.5 * SECONDS.of(members)
+    step = [scene(20), *[question(0, 100, more=0)] * 20]
+    padded = deal(step, Division(ranks=1, tokens_at_once=4_100), SECONDS)
+    packed = deal(step, Division(ranks=1, tokens_at_once=4_100, packing=True), PACKED)
+    assert padded.accumulation > packed.accumulation == 1  # 2,060 + 20 * 100 tokens
 
 
 def test_fewer_sequences_than_ranks_leave_ranks_an_empty_micro_batch() -> None:

@@ -110,6 +110,23 @@ def test_recomputed_flops_are_those_that_torch_counts_on_top(config: Any, family
     assert counted["non_reentrant"] - counted["off"] == pytest.approx(again, rel=1e-3)
 
 
+def test_a_packed_row_counts_the_flops_of_its_sequences(config: Any, family: str) -> None:
+    recipe = config(family, mixed=True, train={"batch_size": 4, "micro_batch_size": 4})
+    model = build_model(recipe, torch.device("cpu"))
+    flops, stream = BatchFlops(recipe, model), SampleStream(recipe.data)
+
+    def batches(share: Share, packing: bool) -> list[dict[str, Any]]:
+        return list(make_loader(recipe.data, stream, model.backbone, share, 1, pin_memory=False, packing=packing))
+
+    (row,) = batches(Share(0, 1, 4, 4), True)
+    alone = [flops.sizes(batch)[0] for batch in batches(Share(0, 1, 4, 1), False)]
+    sizes = flops.sizes(row)
+    assert len(row["input_ids"]) == 1 and len({size.tokens for size in alone}) > 1
+    for name in ("frames", "tokens", "visual", "labelled"):
+        assert [getattr(size, name) for size in sizes] == [getattr(size, name) for size in alone], name
+    assert flops(row) == pytest.approx(sum(model_flops(flops.setup, [size]) for size in alone))
+
+
 def test_flops_of_one_sequence_by_hand() -> None:
     size = SequenceSize(frames=2, tokens=1000, visual=900, tracked=900, anchors=100, labelled=10)
     flops = flops_by_part(setup_of("train.checkpointing=off"), size)

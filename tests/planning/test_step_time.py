@@ -40,6 +40,14 @@ def test_sequences_that_are_padded_to_the_longest_one_take_longer() -> None:
     assert four.seconds["vision"] == pytest.approx(alone.seconds["vision"])
 
 
+def test_sequences_that_are_packed_are_not_padded() -> None:
+    four = plan_of("train.micro_batch_size=4", gpus=8)
+    packed = plan_of("train.micro_batch_size=4", "train.packing=true", gpus=8)
+    assert packed.seconds["padding"] == 0 < four.seconds["padding"]
+    assert packed.step_seconds < four.step_seconds and packed.memory == four.memory
+    assert packed.seconds["attention"] == pytest.approx(four.seconds["attention"])
+
+
 def test_micro_batches_by_tokens_spare_a_late_host_and_keep_gpus_equally_busy() -> None:
     """The LLaVA recipe, which has them, beside single sequences and groups of four."""
     plans = {

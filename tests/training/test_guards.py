@@ -54,6 +54,7 @@ def run_main(config, tmp_path, capsys):
             "train.tokens_at_once = 4096 and train.micro_batch_size = 1 both say how much is computed at once; set one "
             "of them to null",
         ),
+        (["train.packing=true"], "train.packing = true packs nothing with train.micro_batch_size = 1"),
         (["loss.average=token"], "loss.average = 'token' must be one of 'sequence', 'match'"),
         (["train.learning_rat=1"], "the nearest is train.learning_rate"),
         (["train.lr=0.1"], "the nearest is train.learning_rate"),

@@ -28,14 +28,20 @@ def loop_on(device, settings, batches=2):
 
 
 @pytest.mark.parametrize(
-    ("mode", "checkpointing", "dtype"),
-    [("lora", "non_reentrant", "bf16"), ("lora", "off", "fp32"), ("full", "reentrant", "fp32")],
+    ("mode", "checkpointing", "dtype", "packing"),
+    [
+        ("lora", "non_reentrant", "bf16", False),
+        ("lora", "off", "fp32", False),
+        ("full", "reentrant", "fp32", False),
+        ("lora", "non_reentrant", "bf16", True),
+    ],
 )
-def test_a_step_does_not_wait(config, family, mode, checkpointing, dtype):
-    """Micro-batches of scenes and questions of different lengths, so that there is padding."""
-    train = {"batch_size": 4, "micro_batch_size": 2, "mode": mode, "checkpointing": checkpointing}
+def test_a_step_does_not_wait(config, family, mode, checkpointing, dtype, packing):
+    """Micro-batches of scenes and questions of different lengths, so that there is padding, or several in a row."""
+    train = {"batch_size": 4, "micro_batch_size": 2, "mode": mode, "checkpointing": checkpointing, "packing": packing}
     settings = config(family, mixed=True, train=train, model={"dtype": dtype})
     loop, steps = loop_on(DEVICE, settings)
+    assert {batch["token_index"].row is not None for batches in steps for batch in batches} == {packing}
     device = PretendedDevice()
     device.place([*loop.model.parameters(), *loop.model.buffers(), loop.meter.packed])
     with device:

@@ -148,8 +148,9 @@ def test_the_numbers_of_a_step_are_read_when_the_next_one_is_launched(config, mo
         ({"mode": "lora"}, {"log_every": 1}, range(1, 8)),
         ({"mode": "full"}, {"log_every": 3, "save_async": True}, [1, 3, 6, 7]),
         ({"batch_size": 5, "tokens_at_once": 200}, {"log_every": 3}, [1, 3, 6, 7]),
+        ({"batch_size": 5, "tokens_at_once": 400, "packing": True}, {"log_every": 3}, [1, 3, 6, 7]),
     ],
-    ids=["lora", "full, saved in the background", "by tokens"],
+    ids=["lora", "full, saved in the background", "by tokens", "packed"],
 )
 def test_a_killed_run_resumes_with_the_same_log(config, tmp_path, train_with, run_with, logged):
     """Where `log_every` is 3, some log lines cover steps on both sides of a checkpoint."""

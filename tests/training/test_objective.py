@@ -74,9 +74,20 @@ def assert_same_gradient(found, expected, what):
     assert difference < 1e-5 * size, what
 
 
+PACKED = {"tokens_at_once": 400, "packing": True}
+
+
 @pytest.mark.parametrize("average", ["sequence", "match"])
 @pytest.mark.parametrize(
-    "division", [{}, *({"micro_batch_size": n} for n in (2, 4, 16)), {"tokens_at_once": 400}], ids=str
+    "division",
+    [
+        {},
+        *({"micro_batch_size": n} for n in (2, 4, 16)),
+        {"tokens_at_once": 400},
+        PACKED,
+        {"micro_batch_size": 16, "packing": True},
+    ],
+    ids=str,
 )
 def test_the_size_of_micro_batches_does_not_change_the_gradient(step_of_16, family, average, division):
     settings = step_of_16(family, average, **division)
@@ -87,9 +98,25 @@ def test_the_size_of_micro_batches_does_not_change_the_gradient(step_of_16, fami
     assert record["loss"] == pytest.approx(record["lm"] + 0.3 * record["corr"] + record["depth"], rel=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", ["full", "reentrant"])
+def test_packing_does_not_change_the_gradient(step_of_16, family, attention, checkpointing):
+    settings = step_of_16(family, **PACKED)
+    loss, expected = plain_gradient(settings)
+    settings = replace(
+        settings,
+        model=replace(settings.model, attention=attention),
+        train=replace(settings.train, checkpointing=checkpointing),
+    )
+    record, found = gradient_of_first_step(settings)
+    assert_same_gradient(found, expected, attention)
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 DIVISIONS = {
     **{f"{n} at once": {"micro_batch_size": n} for n in (1, 2, 4)},
     "by tokens": {"tokens_at_once": 400},
+    "packed": PACKED,
     "nothing for the second process": {"tokens_at_once": 400, "batch_size": 1},
 }
 
@@ -99,7 +126,9 @@ DIVISIONS = {
 def test_the_division_of_a_step_does_not_change_its_gradient(step_of_16, tmp_path, kind):
     """16, 8, 4 or some micro-batches on two processes, and under ZeRO also on one."""
     expected = {size: plain_gradient(step_of_16(batch_size=size)) for size in (1, 16)}
-    runs = [(2, name) for name in DIVISIONS] + [(1, name) for name in ("2 at once", "by tokens") if kind != "ddp"]
+    runs = [(2, name) for name in DIVISIONS]
+    if kind != "ddp":
+        runs += [(1, name) for name in ("2 at once", "by tokens", "packed")]
     arguments, folders = [], {}
     for processes, name in runs:
         base, folder = step_of_16(**DIVISIONS[name]), tmp_path / f"{processes} {name}"

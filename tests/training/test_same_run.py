@@ -241,10 +241,12 @@ def test_what_changes_no_result_may_change(run, tmp_path):
 
 def test_other_kernels_are_allowed_with_a_line(run):
     _, again = run
-    status, printed = again("loss.backend=torch", "train.checkpointing=full")
+    packed = "train.packing=true", "train.tokens_at_once=300"
+    status, printed = again("loss.backend=torch", "train.checkpointing=full", *packed)
     assert status == 0
     (line,) = [line for line in printed.splitlines() if "agree to rounding" in line]
-    assert "loss.backend = 'auto', now 'torch'; train.checkpointing = 'off', now 'full': the same sums" in line
+    assert "loss.backend = 'auto', now 'torch'; train.checkpointing = 'off', now 'full'; " in line
+    assert "train.packing = False, now True; train.tokens_at_once = null, now 300: the same sums" in line
 
 
 def test_an_allowed_learning_rate_holds_from_the_next_step_on(run):

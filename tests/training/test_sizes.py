@@ -24,7 +24,7 @@ from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
 from gasp_fast.planning.shapes import LLAVA_NEXT_VIDEO_7B, QWEN2_5_VL_7B
 from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.sizes import PredictedSizes
-from gasp_fast.training.stream import Dealer, SampleStream, Share, make_loader
+from gasp_fast.training.stream import Dealer, SampleStream, Share, StreamBatches, make_loader
 from gasp_fast.training.workload import training_setup
 
 SEQUENCES = SequenceConfig(min_frames=2, max_frames=6, window=4, per_scene=4)
@@ -113,6 +113,20 @@ def test_no_micro_batch_by_tokens_has_more_of_them(config, family):
     assert len(batches) == sum(len(share.micro_batches(step)) for step in range(3))
     assert sum(len(batch["input_ids"]) for batch in batches) == 36 and len(batches) < 36
     assert all(batch["input_ids"].numel() <= 400 or len(batch["input_ids"]) == 1 for batch in batches)
+
+
+def test_packed_micro_batches_are_rows_of_several_sequences_without_padding(config, family):
+    train = {"packing": True, "tokens_at_once": 700}
+    settings = config(family, mixed=True, scenes={"sequences": SEQUENCES}, train=train)
+    (share,) = shares_of(settings, 1, tokens_at_once=700)
+    stream, backbone = SampleStream(settings.data), load_backbone(settings.model.source)
+    batches = list(make_loader(settings.data, stream, backbone, share, 3, pin_memory=False, packing=True))
+    rows = [batch["token_index"].row for batch in batches]
+    assert any(row is not None and len(row.lengths) > 2 for row in rows)
+    for positions, batch, row in zip(StreamBatches(share, 3), batches, rows, strict=True):
+        lengths = [Collator(backbone)([stream[position]])["input_ids"].shape[1] for position in positions]
+        assert batch["input_ids"].shape == (1, sum(lengths)) and (len(lengths) == 1 or sum(lengths) <= 700)
+        assert list(row.lengths if row else lengths) == lengths
 
 
 def recipe_dealer(name, folder, world_size):
