@@ -63,7 +63,7 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         yield unfinished
         write_manifest(unfinished)
         share_as(unfinished / MANIFEST)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)  # a damaged one
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -107,7 +107,7 @@ def _newest_intact(out: Path) -> Path | None:
     """The newest checkpoint that is not damaged. Damaged ones are named. If all are, that is an error."""
     folders = checkpoint_folders(out)
     for folder in reversed(folders):
-        if (what := damage(folder)) is None:
+        if (what := damage(folder) or _unverifiable(folder)) is None:
             note_unverified(folder)
             return folder
         print(f"gasp_fast.train: {folder} is damaged: {what}; looking for an older one", file=sys.stderr, flush=True)
@@ -117,6 +117,17 @@ def _newest_intact(out: Path) -> Path | None:
             "delete them to begin anew, or give another run.out"
         )
     return None
+
+
+def _unverifiable(folder: Path) -> str | None:
+    """Why a checkpoint without a manifest is not used unasked; None: it has one, or an earlier version wrote it."""
+    if (folder / MANIFEST).exists():
+        return None
+    try:
+        about = read_about(folder)
+    except (ValueError, OSError) as error:
+        return one_line(error)
+    return f"{MANIFEST} is missing" if "schedule" in about else None
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -152,15 +163,21 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def rotate(out: Path, keep: int, keep_best: bool) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one. Each is renamed before it is deleted."""
+    """Remove all but the newest `keep` checkpoints and the best one."""
     folders = checkpoint_folders(out)
     best = best_of(folders) if keep_best else None
     link_best(out, best)
     for folder in folders[:-keep]:
         if folder != best:
-            removed = folder.with_name(f".{folder.name}.removed")
-            folder.rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, if it is there. It is renamed first: at no moment is half of it there under its name."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    if folder.exists():
+        folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def best_of(folders: list[Path]) -> Path | None:

@@ -71,6 +71,7 @@ class HostCopy:
     def __init__(self, tensor: Tensor) -> None:
         self._copy = tensor.detach().to("cpu", non_blocking=True)  # into pinned memory
         self._done = None
+        self.there_since = time.perf_counter()  # as far as is known
         if tensor.is_cuda:
             self._done = torch.cuda.Event()
             self._done.record()
@@ -82,6 +83,7 @@ class HostCopy:
     def read(self) -> Tensor:
         if self._done is not None:
             self._done.synchronize()
+            self.there_since = time.perf_counter()
         return self._copy
 
 
@@ -155,9 +157,9 @@ class Meter:
         return taken
 
     def means(self, taken: HostCopy) -> dict[str, Any]:
-        """The means of sums that were taken. Speeds count the time since the last call."""
-        gathered, now = taken.read(), time.perf_counter()
-        seconds, self.start = now - self.start, now
+        """The means of sums that were taken. Speeds count the time between the ends of the logged steps."""
+        gathered = taken.read()
+        seconds, self.start = taken.there_since - self.start, taken.there_since
         columns, waits = self._columns(gathered[:, :-1].sum(0)), self._columns(gathered[:, :-1].T)
         sums = {name: columns[name].item() for name in SUMS}
         layers = {name: [_ratio(total, sums["matched"]) for total in columns[name].tolist()] for name in LAYER_SUMS}

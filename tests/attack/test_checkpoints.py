@@ -106,13 +106,13 @@ def test_damage_to_any_file_is_noticed_before_it_is_used(finished, tmp_path, cap
             how, tries = f"{name} {number} {way.__name__} {way(path, draw) or ''}", tries + 1
             if path.is_file() and not path.is_symlink() and path.read_bytes() == before and way is not add:
                 continue
-            if not (newest / MANIFEST).exists() and not (newest / MANIFEST).is_symlink():
-                unverified += 1  # as those of earlier versions; all other files are whole
-                continue
             if (chosen := to_resume(out, "auto", processes)) != out / "checkpoint-2":
                 failures.append(f"{how}: auto resumes {chosen}")
             if str(newest) not in capsys.readouterr().err:
                 failures.append(f"{how}: not named")
+            if not (newest / MANIFEST).exists() and not (newest / MANIFEST).is_symlink():
+                unverified += 1  # used if it is named, as those of earlier versions; all other files are whole
+                continue
             resumed = (to_resume, (out, str(newest), processes))
             for use, arguments in (resumed, (find_checkpoint, (out,)), (load_evaluated_model, (newest,))):
                 try:

@@ -18,6 +18,7 @@ from gasp_fast.evaluation.evaluated_model import load_evaluated_model
 from gasp_fast.export import export
 from gasp_fast.manifest import MANIFEST, damage, write_manifest
 from gasp_fast.train import main, train
+from gasp_fast.training import checkpoints
 
 REPOSITORY = Path(__file__).parents[2]
 LAYER = "layers.2.self_attn.v_proj"
@@ -41,7 +42,7 @@ def resume(config, tmp_path, capsys):
 
 @pytest.fixture
 def newest(resume):
-    """The newest checkpoint, as of an earlier version, whose damage no manifest shows."""
+    """The newest checkpoint, without the manifest that would show its damage. A run uses it if it is named."""
     out, _ = resume
     (out / "checkpoint-3" / MANIFEST).unlink()
     return out / "checkpoint-3"
@@ -132,8 +133,13 @@ def test_a_damaged_checkpoint_of_a_fully_trained_model_is_not_evaluated(config):
         load_evaluated_model(folder)
 
 
-def test_a_checkpoint_without_a_manifest_is_used_with_a_note(resume, newest):
+def test_a_checkpoint_that_lost_its_manifest_is_not_used_unasked(resume, newest):
     status, printed = resume[1]()
+    assert status == 0 and f"{newest} is damaged: manifest.json is missing; looking for an older one" in printed
+
+
+def test_a_checkpoint_without_a_manifest_is_used_with_a_note(resume, newest):
+    status, printed = resume[1](f"run.resume={newest}")
     note = f"{newest} has no manifest.json, as those of earlier versions: its files are not verified"
     assert status == 0 and printed.splitlines()[0] == note
 
@@ -145,7 +151,7 @@ def test_a_checkpoint_without_a_manifest_is_used_with_a_note(resume, newest):
 )
 def test_odd_json_in_about_is_one_line(resume, newest, text):
     (newest / "about.json").write_text(text)
-    status, printed = resume[1]()
+    status, printed = resume[1](f"run.resume={newest}")
     assert status == 1 and f"{newest}/about.json" in printed.splitlines()[-1]
 
 
@@ -153,14 +159,14 @@ def test_sums_of_another_shape_in_about_are_one_line(resume, newest):
     path = newest / "about.json"
     for sums in ([], [[1.0]], [["a"]], [[1.0], 2]):
         path.write_text(json.dumps({**json.loads(path.read_text()), "unlogged": sums}))
-        status, printed = resume[1]()
+        status, printed = resume[1](f"run.resume={newest}")
         assert status == 1 and "unlogged" in printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["optimizer-1.safetensors", "random.safetensors", "heads.safetensors"])
 def test_a_missing_state_is_an_error_also_without_a_manifest(resume, newest, name):
     (newest / name).unlink()
-    status, printed = resume[1]()
+    status, printed = resume[1](f"run.resume={newest}")
     assert status == 1 and f"{newest}/{name} is missing" in printed.splitlines()[-1]
 
 
@@ -168,7 +174,7 @@ def test_a_missing_state_is_an_error_also_without_a_manifest(resume, newest, nam
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x02" + bytes(7) + b"{}"])
 def test_a_state_that_is_no_safetensors_file_is_a_line(resume, newest, name, content):
     (newest / name).write_bytes(content)
-    status, printed = resume[1]()
+    status, printed = resume[1](f"run.resume={newest}")
     assert status == 1 and f"{newest}/{name} does not fit this run or is damaged" in printed.splitlines()[-1]
 
 
@@ -190,7 +196,7 @@ def reshape(tensors, part):
 @pytest.mark.parametrize("change", [lose, rename, reshape])
 def test_adapters_that_differ_from_the_model_are_errors_in_every_use(resume, newest, tmp_path, change):
     edit_tensors(newest / "adapter_model.safetensors", lambda tensors: change(tensors, LAYER))
-    status, printed = resume[1]()
+    status, printed = resume[1](f"run.resume={newest}")
     assert status == 1 and str(newest) in printed.splitlines()[-1] and LAYER in printed.splitlines()[-1]
     with pytest.raises(ValueError, match=str(newest)):
         export(newest, tmp_path / "plain")
@@ -202,7 +208,7 @@ def test_adapters_that_differ_from_the_model_are_errors_in_every_use(resume, new
 @pytest.mark.parametrize("change", [lose, rename, reshape])
 def test_heads_that_differ_from_the_model_are_errors(resume, newest, change):
     edit_tensors(newest / "heads.safetensors", lambda tensors: change(tensors, "by_layer.2.first"))
-    status, printed = resume[1]()
+    status, printed = resume[1](f"run.resume={newest}")
     assert status == 1 and f"{newest}/heads.safetensors" in printed.splitlines()[-1]
     with pytest.raises(ValueError, match=r"heads\.safetensors"):
         load_evaluated_model(newest)
@@ -231,6 +237,28 @@ def test_a_fully_trained_model_that_lacks_weights_does_not_resume(config, change
         train(replace(settings, run=replace(settings.run, resume=str(folder))))
 
 
+def test_a_run_killed_while_a_damaged_checkpoint_is_replaced_goes_on(resume, monkeypatch):
+    """Nothing half removed is left under a checkpoint's name."""
+    out, again = resume
+    (out / "checkpoint-3" / "random.safetensors").unlink()
+    remove = shutil.rmtree
+
+    def killed(folder, **options):
+        if any(path.name == "manifest.json" for path in folder.iterdir()) and "checkpoint-3" in folder.name:
+            (folder / "manifest.json").unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            again("train.steps=3")
+    assert not (out / "checkpoint-3").exists() or damage(out / "checkpoint-3") is None
+    status, printed = again("train.steps=3")
+    assert status == 0, printed
+    assert damage(out / "checkpoint-3") is None
+
+
 def test_what_a_killed_run_left_is_removed_before_disk_space_is_judged(resume, monkeypatch):
     out, again = resume
     left = out / ".checkpoint-9.partial"
@@ -255,7 +283,7 @@ def test_moments_that_differ_from_the_model_are_errors(resume, newest, change, t
     edit_tensors(
         newest / "optimizer-1.safetensors", lambda tensors: change(tensors, f"{LAYER}.lora_B.default.weight.exp_avg")
     )
-    status, printed = resume[1]()
+    status, printed = resume[1](f"run.resume={newest}")
     last = printed.splitlines()[-1]
     assert status == 1 and f"{newest}/optimizer-1.safetensors" in last and LAYER in last and told in last
 
@@ -266,7 +294,7 @@ def test_moments_of_a_weight_that_is_not_trained_are_an_error(resume, newest):
             tensors[f"model.other.{part}"] = torch.zeros(())
 
     edit_tensors(newest / "optimizer-1.safetensors", add)
-    status, printed = resume[1]()
+    status, printed = resume[1](f"run.resume={newest}")
     assert status == 1 and "it holds a state of model.other, which is not trained" in printed.splitlines()[-1]
 
 

@@ -155,7 +155,7 @@ def test_large_states_are_divided_into_files(config, monkeypatch):
     (folder / "manifest.json").unlink()
     (folder / "optimizer-2.safetensors").unlink()
     with pytest.raises(ValueError, match=r"optimizer-1\.safetensors does not fit .* is missing"):
-        train(whole)
+        train(replace(whole, run=replace(whole.run, resume=str(folder))))
 
 
 def test_weights_that_no_loss_uses_have_no_state_and_resume(config):

@@ -142,6 +142,22 @@ def test_the_numbers_of_a_step_are_read_when_the_next_one_is_launched(config, mo
     ]  # fmt: skip
 
 
+def test_a_line_counts_the_time_of_its_steps_and_not_that_of_reading_their_numbers(config, monkeypatch):
+    """At a checkpoint the numbers of two steps are read together."""
+    forward_backward = TrainingLoop.forward_backward
+
+    def slowly(self, batch, share, last):
+        time.sleep(0.1)
+        forward_backward(self, batch, share, last)
+
+    monkeypatch.setattr(TrainingLoop, "forward_backward", slowly)
+    settings = config(train={"steps": 7, "batch_size": 2}, run={"save_every": 3})
+    train(settings)
+    tokens = [record["tokens_per_s"] for record in log_of(settings.run.out)]
+    longest = Collator(load_backbone(settings.model.source))([SampleStream(settings.data)[n] for n in range(14)])
+    assert max(tokens) < 2 * longest["input_ids"].shape[1] / 0.2
+
+
 @pytest.mark.parametrize(
     ("train_with", "run_with", "logged"),
     [
