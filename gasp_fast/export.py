@@ -86,7 +86,8 @@ def export(
 ) -> ExportReport:
     """Writes the model of a run or checkpoint to the new folder `out`.
 
-    `base` overrides the base model that the run names, which is not downloaded. `dtype` "auto" keeps the base model's.
+    `base` is where the base model is, if not where the run names it, from where it is not downloaded. It must have the
+    weights that the adapters were trained on. `dtype` "auto" keeps the base model's.
     `device` defaults to the GPU, if there is one; the whole model has to fit there in fp32. `progress` is called with
     each step's name.
     """
@@ -95,7 +96,7 @@ def export(
         raise FileExistsError(f"--out {str(out)!r} exists already; remove it, or name another folder")
     device = usable_device(device)
     checkpoint = find_checkpoint(source, base)
-    if base is None and checkpoint.mode == "lora":
+    if checkpoint.mode == "lora":
         check_base(checkpoint.folder, checkpoint.base)
     backbone = load_backbone(checkpoint.processor if base else local_folder(checkpoint.processor))
     stored = _stored_dtype(dtype, backbone)
@@ -104,6 +105,8 @@ def export(
 
     progress("loading the trained model")
     model = _load_trained(checkpoint, backbone).to(device)
+    if checkpoint.mode == "lora":
+        check_base(checkpoint.folder, checkpoint.base)  # again: it may have been downloaded only now
     progress("computing its logits")
     trained_logits = _logits(model, inputs)
     base_logits = _logits(model, inputs, adapters=False) if checkpoint.mode == "lora" else None

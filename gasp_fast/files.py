@@ -59,15 +59,32 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
+def append(path: Path, text: str) -> None:
+    with _named(path), open(path, "a") as file:
+        file.write(text)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let errors of writing say which file: that a disk is full, Python reports without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`. It replaces `path` after the block; if the block raises, it is deleted."""
     partial = _partial(path)
     try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _named(path):
+            yield partial
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

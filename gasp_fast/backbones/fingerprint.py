@@ -61,7 +61,7 @@ def check_base(checkpoint: Path, base: str) -> None:
     found = fingerprint(base)
     if found is not None and found["weights"] != expected:
         raise ValueError(
-            f"{checkpoint} was trained on other weights than {base!r} holds now; name the right base model with --base"
+            f"{checkpoint} was trained on other weights than {base!r} holds; name the right base model with --base"
         )
 
 

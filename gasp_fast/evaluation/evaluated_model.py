@@ -104,10 +104,11 @@ def _load_adapted(
     named = base or base_of(folder)
     if named is None:
         raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base MODEL")
-    if base is None:
-        check_base(folder, named)
+    check_base(folder, named)
     backbone = load_backbone(named if base else local_folder(named), frame_pixels)
-    return backbone, load_adapters(backbone.load_model(dtype=dtype), folder).merge_and_unload()
+    model = backbone.load_model(dtype=dtype)
+    check_base(folder, named)  # again: it may have been downloaded only now
+    return backbone, load_adapters(model, folder).merge_and_unload()
 
 
 @torch.inference_mode()

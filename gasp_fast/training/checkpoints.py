@@ -6,8 +6,8 @@
     optimizer-N.safetensors                           optimiser, by the names of parameters (`optimizer_state.py`)
     random.safetensors                                random number generators of all processes
     about.json                                        step, schedule, score, how the run was divided, sums not yet
-                                                      logged, number of samples, fingerprint of the base model,
-                                                      counters of evaluations on held-out scenes
+                                                      logged, number of samples, fingerprints of the data and of the
+                                                      base model, counters of evaluations on held-out scenes
     config.yaml                                       configuration of the run (`same_run.py`)
     manifest.json                                     size and SHA-256 of each file
 
@@ -28,7 +28,7 @@ from typing import Any
 
 from gasp_fast.files import one_line, read_json, share_as
 from gasp_fast.manifest import MANIFEST, damage, write_manifest
-from gasp_fast.run_folder import ABOUT, BEST, FIGURE, check_intact, checkpoint_folders, note_unverified
+from gasp_fast.run_folder import ABOUT, BEST, FIGURE, LOG, check_intact, checkpoint_folders, note_unverified
 
 from .distributed import Processes
 
@@ -48,6 +48,7 @@ _LATER_KINDS: dict[str, Any] = {  # of those that checkpoints of earlier version
     "steps": int,
     "skipped": int,
     "samples": dict,
+    "data": dict,
     "base": (dict, type(None)),
     "held_out": (dict, type(None)),
 }
@@ -98,6 +99,11 @@ def _named(out: Path, resume: str) -> Path | None:
     folder = Path(resume)
     if not folder.is_dir():
         raise OSError(f"run.resume = {resume!r}: no such folder; give a checkpoint-N folder, auto or never")
+    if folder.resolve().parent != out.resolve() and ((out / LOG).exists() or checkpoint_folders(out)):
+        raise ValueError(
+            f"run.resume = {resume!r} is of another run, and run.out = {str(out)!r} holds a run already; give a new "
+            "run.out, or run.resume=auto to continue the run that it holds"
+        )
     check_intact(folder)
     read_about(folder)
     return folder

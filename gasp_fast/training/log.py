@@ -45,7 +45,7 @@ from accelerate.utils import gather
 from rich.console import Console
 from torch import Tensor
 
-from gasp_fast.files import write_atomically
+from gasp_fast.files import append, write_atomically
 from gasp_fast.planning.gpus import peak_flops
 from gasp_fast.run_folder import LOG
 
@@ -274,8 +274,7 @@ class LogFile:
         write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def write(self, record: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self.path, json.dumps(record) + "\n")
 
 
 class Progress:

@@ -1,8 +1,8 @@
 """What may change between a run and its continuation.
 
 A checkpoint holds the configuration it was written with (config.yaml) and what that led to (in about.json): the number
-of steps, the number of samples of each source, the fingerprint of the base model. A run that resumes from it is
-compared with these, key by key:
+of steps, the number of samples and the fingerprint of each source, the fingerprint of the base model. A run that
+resumes from it is compared with these, key by key:
 
     free       no result depends on it: where, when and how often to write, loader workers, limits of time
     rounding   the same mathematics by other kernels or on other processes; a line says so
@@ -68,7 +68,7 @@ class Change:
 def run_facts(config: TrainConfig, stream: SampleStream, steps: int) -> dict[str, Any]:
     """What the configuration led to, for about.json."""
     samples = {name: len(source) for name, source in stream.sources.items()}
-    return {"steps": steps, "samples": samples, "base": fingerprint(config.model.source)}
+    return {"steps": steps, "samples": samples, "data": stream.fingerprints, "base": fingerprint(config.model.source)}
 
 
 def check_same_run(config: TrainConfig, stream: SampleStream, steps: int, world_size: int, checkpoint: Path) -> None:
@@ -124,10 +124,14 @@ def _changes(config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], 
             yield Change(key, _short(before[key]), _short(now[key]), _why_fixed(key, config))
     yield from (change for change in by_result.values() if change is not None)
     for name, count in facts["samples"].items():
+        if any(before.get(key) != now[key] for key in now if _covered(key, (f"data.{name}",))):
+            continue  # reported by its keys
         counted = about.get("samples", {}).get(name, count)
-        same_keys = all(before.get(key) == now[key] for key in now if _covered(key, (f"data.{name}",)))
-        if counted != count and same_keys:
+        content = about.get("data", {}).get(name)  # earlier versions counted only
+        if counted != count:
             yield Change(f"data.{name}", f"{_short(counted)} samples", f"{count} samples")
+        elif content is not None and content != facts["data"][name]:
+            yield Change(f"data.{name}", f"{count} samples", "as many, but other ones")
 
 
 def _changed_results(

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gasp_fast.files import read_json_lines, write_atomically
+from gasp_fast.files import append, read_json_lines, write_atomically
 from gasp_fast.run_folder import SKIPPED
 
 Entry = dict[str, Any]  # a line of the file
@@ -70,8 +70,7 @@ class SkippedFile:
                 self.named.add(_name(entry))
                 lines.append(json.dumps(entry) + "\n")
         if lines:
-            with open(self.path, "a") as file:
-                file.writelines(lines)
+            append(self.path, "".join(lines))
 
 
 def join(out: Path, done: int | None = None) -> None:

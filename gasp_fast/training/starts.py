@@ -54,7 +54,7 @@ def record_start(
         "zero_stage": zero_stage,
         "machines": [{**dict(one), "processes": count} for one, count in Counter(map(_items, machines)).items()],
         "seeds": {key: value for key, value in flat(asdict(config)).items() if key.rpartition(".")[2] == "seed"},
-        "data": {name: source.fingerprint() for name, source in stream.sources.items()},
+        "data": stream.fingerprints,
     }
     path = Path(config.run.out) / STARTS
     text = json.dumps({"starts": [*read_starts(path), start]}, indent=1)

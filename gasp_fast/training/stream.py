@@ -12,7 +12,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,11 @@ class SampleStream(Dataset[Sample]):
     def left_out(self) -> list[Skipped]:
         """What the sources cannot use, found before the first step."""
         return [one for source in self.sources.values() for one in source.left_out]
+
+    @cached_property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Of what each source reads."""
+        return {name: source.fingerprint() for name, source in self.sources.items()}
 
     def outline(self, position: int) -> tuple[str, Outline]:
         """The source of the sample at a position, and what is known of it before it is read."""

@@ -30,6 +30,7 @@ WAYS = {  # a signal, and who receives it: exit codes, and whether the step in h
     (signal.SIGTERM, "launcher"): ({75}, True),
     (signal.SIGUSR1, "a rank"): ({75}, True),
     (signal.SIGINT, "all"): ({75}, True),  # as from a terminal
+    (signal.SIGHUP, "launcher"): ({75}, True),
     (signal.SIGKILL, "launcher"): ({-signal.SIGKILL}, False),
     (signal.SIGKILL, "a rank"): ({128 + signal.SIGKILL, 1}, False),
     (signal.SIGKILL, "a worker"): ({1}, False),
@@ -83,7 +84,8 @@ def end(command, out, way, draw):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_ends_as_if_it_had_never_been_killed(config, tmp_path):
+@pytest.mark.timeout(1500)
+def test_a_run_of_two_processes_ends_as_if_it_had_never_been_killed(config, tmp_path, capsys):
     run = {"save_every": 5, "log_every": 1}
     base = config(mixed=True, train={"steps": STEPS}, run=run, lora={"dropout": 0.1})
     base = replace(base, data=replace(base.data, workers=1))
@@ -101,7 +103,8 @@ def test_a_run_of_two_processes_ends_as_if_it_had_never_been_killed(config, tmp_
         kills += 1
         if (done := log_of(tmp_path / "broken")[-1]["step"]) > STEPS - 6:  # the next one may come too late
             break
-    print(f"{kills} kills, {len(failures)} failures; {done} of {STEPS} steps done")
+    with capsys.disabled():
+        print(f" {kills} kills, {len(failures)} failures; {done} of {STEPS} steps done")
     assert kills > KILLS / 2
     assert not failures
     process = launch(1, *commands["broken"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,29 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert (tmp_path / "a.json").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from gasp_fast import files
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+path, how = Path(sys.argv[1]), sys.argv[2]
+try:
+    for _ in range(3):
+        files.append(path, "x" * 500) if how == "append" else files.write_atomically(path, b"x" * 1500)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["append", "replace"])
+def test_that_nothing_more_can_be_written_is_said_with_the_name_of_the_file(tmp_path: Path, how: str) -> None:
+    """Python names no file where a disk is full."""
+    path = tmp_path / "log.jsonl"
+    done = subprocess.run([sys.executable, "-c", FULL, path, how], text=True, capture_output=True, check=True)
+    assert done.stdout == f"{path} cannot be written: File too large\n"
+    assert path.exists() == (how == "append") and not list(tmp_path.glob(".*"))
 
 
 def test_what_killed_processes_left_of_a_file_is_swept_and_nothing_else(tmp_path: Path) -> None:

@@ -298,6 +298,17 @@ def test_moments_of_a_weight_that_is_not_trained_are_an_error(resume, newest):
     assert status == 1 and "it holds a state of model.other, which is not trained" in printed.splitlines()[-1]
 
 
+def test_a_run_is_not_overwritten_by_the_continuation_of_another_one(resume, config, tmp_path):
+    out, again = resume
+    other = config(train={"steps": 2}, run={"out": str(tmp_path / "other"), "save_every": 1})
+    train(other)
+    log = (out / "log.jsonl").read_text()
+    status, printed = again(f"run.resume={other.run.out}/checkpoint-1")
+    assert status == 1 and "is of another run, and run.out" in printed and "\n" not in printed
+    assert (out / "log.jsonl").read_text() == log and damage(out / "checkpoint-3") is None
+    assert again(f"run.resume={other.run.out}/checkpoint-1", f"run.out={tmp_path / 'new'}", "train.steps=2")[0] == 0
+
+
 @pytest.mark.slow
 def test_several_processes_agree_on_the_checkpoint(config, tmp_path):
     settings = config(train={"steps": 3}, run={"save_every": 1})

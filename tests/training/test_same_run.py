@@ -163,12 +163,13 @@ def test_a_base_model_that_changed_in_its_place_is_refused_in_every_use(config, 
     altered(assets.models["qwen2_5_vl"], place, shifted)
     with pytest.raises(ValueError, match=r"model\.source = a model of other weights"):
         train(settings)
-    for use in (lambda: export(folder, tmp_path / "plain"), lambda: load_evaluated_model(folder)):
-        with pytest.raises(
-            ValueError, match=r"trained on other weights than .*; name the right base model with --base"
-        ):
-            use()
-    load_evaluated_model(folder, base=str(place))  # who names it has chosen it
+    message = r"trained on other weights than .*; name the right base model with --base"
+    for base in (None, str(place)):
+        with pytest.raises(ValueError, match=message):
+            export(folder, tmp_path / "plain", base=base)
+        with pytest.raises(ValueError, match=message):
+            load_evaluated_model(folder, base=base)
+    load_evaluated_model(folder, base=str(assets.models["qwen2_5_vl"]))
 
 
 def test_a_base_model_may_move(run, assets, tmp_path):
@@ -287,6 +288,36 @@ def test_weight_decay_that_is_allowed_is_applied(run):
     assert decayed[name].norm() < plain[name].norm()
 
 
+def rewrite_questions(root):
+    (file,) = root.rglob("*.json")
+    file.write_text(file.read_text().replace("?", "??"))
+
+
+def permute_poses(root):
+    for file in root.rglob("transforms.json"):
+        facts = json.loads(file.read_text())
+        poses = [frame["transform_matrix"] for frame in facts["frames"]]
+        for frame, pose in zip(facts["frames"], poses[1:] + poses[:1], strict=True):
+            frame["transform_matrix"] = pose
+        file.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(("source", "change"), [("qa", rewrite_questions), ("scenes", permute_poses)])
+def test_other_data_in_the_same_place_is_noticed(config, assets, tmp_path, source, change):
+    """As much of it, with the same settings."""
+    root = shutil.copytree({"qa": assets.questions, "scenes": assets.scenes}[source], tmp_path / "data")
+    settings = config(mixed=True, **{source: {"root": str(root)}}, train={"steps": 2}, run={"save_every": 1})
+    train(settings)
+    train(settings)
+    change(root)
+    with pytest.raises(
+        ValueError,
+        match=rf"data\.{source} = \d+ samples, now as many, but other ones: .*allow_changes=\[data\.{source}\]",
+    ):
+        train(settings)
+    train(replace(settings, run=replace(settings.run, allow_changes=(f"data.{source}",))))
+
+
 def test_more_data_in_the_same_place_is_noticed(config, assets, tmp_path):
     scenes = shutil.copytree(assets.scenes, tmp_path / "scenes")
     settings = config(scenes={"root": str(scenes)}, train={"steps": 2}, run={"save_every": 1})
@@ -357,9 +388,9 @@ def earlier(run):
     for name in (MANIFEST, "config.yaml"):
         (folder / name).unlink()
     facts = json.loads((folder / "about.json").read_text())
-    kept = {name: facts[name] for name in facts if name not in ("steps", "samples", "base")}
+    kept = {name: facts[name] for name in facts if name not in ("steps", "samples", "data", "base")}
     (folder / "about.json").write_text(json.dumps(kept))
-    return out, again
+    return out, lambda *overrides: again(f"run.resume={folder}", *overrides)
 
 
 @pytest.mark.parametrize(
