@@ -1,12 +1,13 @@
 """Collator: samples (frames, messages, tracks) become a batch of model inputs and the `Matches` of its visual tokens.
 
 The frames go through the model's processor. `Backbone.frame_grid` describes how that processor resizes and crops, so
-it maps the tracks from pixels of the frames to tokens. Points that a crop cuts off are dropped.
+it maps the tracks from pixels of the frames to tokens. Points that a crop cuts off are dropped. A query point that two
+grids share, as a grid of 24 x 24 has all points of one of 8 x 8, is supervised once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
@@ -22,9 +23,11 @@ from gasp_fast.backbones.chat import Message
 from gasp_fast.data.depth.pooling import pool_depth
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks
+from gasp_fast.data.tracks.reference import most_visible
 from gasp_fast.loss.matches import Matches
 
 Anchors = Literal["first", "all", "pairs"]
+Unit = Literal["match", "anchor", "track"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +35,13 @@ class CollatorConfig:
     """Selects the supervised matches among those that the tracks imply.
 
     A track seen in `n` frames implies `n (n - 1)` ordered matches. `anchors="first"` takes those that start in the
-    first frame, where the track's query is; "all" takes every one; "pairs" takes those of `pairs` ordered pairs of
-    frames, drawn anew for each sample.
+    query frame, the first but for `data.scenes.order`; "all" takes every one; "pairs" takes those of `pairs` ordered
+    pairs of frames, drawn anew for each sample.
     """
 
     anchors: Anchors = "all"
     pairs: int = 32
+    keep: float = 1.0  # share of each grid's tracks to keep, those seen most often within the model's crop
     seed: int = 0  # of the drawn pairs, together with the sample's own position
     prompt: str = "Describe the scene."  # the user's message for frames that come without messages
 
@@ -46,6 +50,8 @@ class CollatorConfig:
             raise ValueError(f"anchors = {self.anchors!r} is unknown; choose one of {', '.join(get_args(Anchors))}")
         if self.pairs < 1:
             raise ValueError(f"pairs = {self.pairs} must be at least 1")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep = {self.keep} is a share of the tracks; give 0 < keep <= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +83,14 @@ class Collator:
       the order of the matches' token indices;
     - `matches`: the ground truth over those `N` tokens. A batch without tracks has `N = 0` and no match.
 
-    Can be pickled for loader workers.
+    `unit` is what has a weight of 1 in the means of the loss: a match; or an anchor token or a track, which the matches
+    that it has share equally. Can be pickled for loader workers.
     """
 
-    def __init__(self, backbone: Backbone, config: CollatorConfig | None = None) -> None:
+    def __init__(self, backbone: Backbone, config: CollatorConfig | None = None, unit: Unit = "match") -> None:
         self.backbone = backbone
         self.config = CollatorConfig() if config is None else config
+        self.unit = unit
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         for index, sample in enumerate(samples):
@@ -101,15 +109,18 @@ class Collator:
     def _matches(self, sample: Sample, grids: Sequence[TokenGrid]) -> Matches:
         """The matches of one sequence, over its own visual tokens. `grids` are those of its frames."""
         frame_offsets = np.concatenate([[0], np.cumsum([grid.tokens for grid in grids])])  # [F + 1]
-        from_frame, to_frame = self._frame_pairs(len(grids), sample.position)  # [P], [P]
-        anchor, target, depth = [], [], []
-        for tracks in sample.tracks:
-            tokens = _track_tokens(tracks, grids, frame_offsets)  # [T, F]
+        from_frame, to_frame = self._frame_pairs(len(grids), sample.tracks[0].query_frame, sample.position)  # [P], [P]
+        anchor, target, depth, track = [], [], [], []
+        first = 0  # number of a grid's first track
+        for tokens, depths in self._supervised_tracks(sample.tracks, grids, frame_offsets):  # [T, F]
             from_token, to_token = tokens[:, from_frame], tokens[:, to_frame]  # [T, P]
             matched = (from_token >= 0) & (to_token >= 0)
             anchor.append(from_token[matched])
             target.append(to_token[matched])
-            depth.append(tracks.depth[:, to_frame][matched])
+            depth.append(depths[:, to_frame][matched])
+            track.append(first + np.nonzero(matched)[0])
+            first += len(tokens)
+        shared_by = {"match": None, "anchor": anchor, "track": track}[self.unit]
         return Matches(
             frame_offsets=_tensor(frame_offsets, np.int64),
             anchor=_tensor(np.concatenate(anchor), np.int64),
@@ -117,13 +128,26 @@ class Collator:
             target_depth=_tensor(np.concatenate(depth), np.float32),
             patch_depth=None if sample.depth is None else _tensor(_patch_depth(sample, grids), np.float32),
             token_xy=_tensor(np.concatenate([grid.xy() for grid in grids]), np.int64),
+            weight=None if shared_by is None else _tensor(_equal_shares(np.concatenate(shared_by)), np.float32),
         )
 
-    def _frame_pairs(self, frames: int, position: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _supervised_tracks(
+        self, by_grid: Sequence[Tracks], grids: Sequence[TokenGrid], frame_offsets: NDArray[np.integer]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.floating]]]:
+        """Tokens and depths `[T, F]` of each grid's tracks: the share `keep` of them, without points seen before."""
+        points = np.zeros(0, np.int64)
+        for tracks in by_grid:
+            tokens, own = _track_tokens(tracks, grids, frame_offsets), _point_numbers(tracks)
+            chosen = np.sort(most_visible((tokens >= 0).T, self.config.keep))
+            chosen = chosen[~np.isin(own[chosen], points)]
+            points = np.concatenate([points, own[chosen]])
+            yield tokens[chosen], tracks.depth[chosen]
+
+    def _frame_pairs(self, frames: int, query: int, position: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The ordered pairs of frames that are supervised, as (anchor frames, target frames)."""
-        if self.config.anchors == "first":
-            return np.zeros(frames - 1, np.int64), np.arange(1, frames)
         from_frame, to_frame = np.nonzero(~np.eye(frames, dtype=bool))
+        if self.config.anchors == "first":
+            return from_frame[from_frame == query], to_frame[from_frame == query]
         if self.config.anchors == "pairs" and self.config.pairs < len(from_frame):
             rng = np.random.default_rng([self.config.seed, position])
             chosen = np.sort(rng.choice(len(from_frame), self.config.pairs, replace=False))
@@ -135,6 +159,22 @@ def _track_tokens(tracks: Tracks, grids: Sequence[TokenGrid], frame_offsets: NDA
     """The token of each tracked point in each frame, `[T, F]`; -1 where the point is not visible or has no token."""
     tokens = np.stack([grid.locate(tracks.uv[:, f]) for f, grid in enumerate(grids)], axis=1)
     return np.where(tracks.visible & (tokens >= 0), tokens + frame_offsets[:-1], -1)
+
+
+def _point_numbers(tracks: Tracks) -> NDArray[np.int64]:
+    """A number for each query point, `[T]`: equal for equal points.
+
+    Equal to 1/1024 pixel, because annotations are float32 and the centres of two grids' cells differ by rounding. No
+    centre lies half way between two such units: `1024 (2 i + 1) width / (2 g)` is no odd half for g < 1024.
+    """
+    x, y = np.rint(tracks.query * 1024).astype(np.int64).T
+    return (x << 32) | y
+
+
+def _equal_shares(unit: NDArray[np.integer]) -> NDArray[np.float64]:
+    """The weight of each match, `[M]`: 1 over the number of matches of the same unit."""
+    _, number, matches = np.unique(unit, return_inverse=True, return_counts=True)
+    return 1 / matches[number]
 
 
 def _patch_depth(sample: Sample, grids: Sequence[TokenGrid]) -> NDArray[np.float32]:

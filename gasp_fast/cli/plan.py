@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from gasp_fast.planning.assumptions import Assumptions
     from gasp_fast.planning.plan import Plan
+    from gasp_fast.planning.readings import Reading
 
 HELP = "estimate memory, time and GPU-hours of a recipe"
 
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.planning.plan import PAPER_SEQUENCES
     from gasp_fast.planning.shapes import shape_from_source
     from gasp_fast.training.config import TrainConfig
-    from gasp_fast.training.workload import annotated_sequences, plan_run
+    from gasp_fast.training.workload import known_epoch, plan_run, plans_of_readings
 
     for name in ("gpus", "frame_tokens", "sequences"):
         value = getattr(arguments, name)
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     shape, gpu = shape_from_source(config.model.source), GPUS[arguments.gpu]
     assumptions, notes = Assumptions(), []
-    if arguments.sequences is None and config.train.steps is None and annotated_sequences(config) is None:
+    if arguments.sequences is None and config.train.steps is None and known_epoch(config) is None:
         notes.append(
             f"there are no annotations here: an epoch is taken to be the paper's {PAPER_SEQUENCES:,} sequences"
         )
@@ -84,6 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(line)
     if arguments.gpu == "h200" and shape.language_parameters > 5e9:
         console.print(against_paper(plan, lambda tokens: plan_at(tokens, sequences=1)))
+    if shape.language_parameters > 5e9 and (
+        plans := plans_of_readings(config, shape, arguments.gpus, gpu, assumptions, arguments.frame_tokens)
+    ):
+        console.print(readings_table(plans))
     if plan.seconds["geometric loss"] and plan.setup.embedding_precision == "fp32":
         notes.append(fp32_loss(plan, assumptions))
     if config.model.liger == "auto":
@@ -138,6 +143,20 @@ def fp32_loss(plan: Plan, assumptions: Assumptions) -> str:
         "fp32 embeddings make the loss's products IEEE fp32; heads.embeddings=bf16 would take the loss from "
         f"{plan.seconds['geometric loss']:.2f} s to {bf16.seconds['geometric loss']:.2f} s of a step"
     )
+
+
+def readings_table(plans: list[tuple[Reading, Plan]]) -> Table:
+    from gasp_fast.planning.plan import PAPER_GPU_HOURS, PAPER_SEQUENCES
+
+    title = f"this recipe, if the paper's {PAPER_SEQUENCES / 1e6:.2f} M annotations are"
+    table = Table("", "sequences", "questions", "steps", "days", "GPU-hours", title=title, title_justify="left")
+    for reading, plan in plans:
+        counts = (reading.sequences, reading.questions, plan.steps)
+        table.add_row(
+            reading.meaning, *(f"{count:,}" for count in counts), f"{plan.hours / 24:.2f}", f"{plan.gpu_hours:,.0f}"
+        )
+    table.caption = f"samples of an epoch; the paper: {PAPER_GPU_HOURS} GPU-hours"
+    return table
 
 
 def flops_table(plan: Plan) -> Table:

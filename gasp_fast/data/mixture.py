@@ -73,6 +73,12 @@ class Mixture:
             raise ValueError(f"name = {name!r}: the mixture has {', '.join(self.quota)}")
         return -(-self.sources[name].length // self.quota[name]) * BLOCK
 
+    @property
+    def epoch(self) -> int:
+        """Positions in a pass through the first source."""
+        name, source = next(iter(self.sources.items()))
+        return source.length if len(self.sources) == 1 else self.positions_of_epoch(name)
+
     def _sources_of_block(self, number: int) -> NDArray[np.int64]:
         if self._block[0] != number:
             order = np.repeat(np.arange(len(self._names)), list(self.quota.values()))

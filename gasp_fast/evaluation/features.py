@@ -3,7 +3,8 @@
 Three kinds of features:
 
 - `hidden`: the hidden state after a decoder layer.
-- `head`: the embedding that the layer's correspondence head makes of that state.
+- `head`: the embedding that the layer's correspondence head makes of what it was trained to read: that state, or one
+  through a norm (`layer_capture.py`).
 - `qk`: the query and key states of the layer's attention (paper, App. C). Queries of one frame are compared with keys
   of another. With grouped-query attention there are more query heads than key heads, so both are averaged over their
   heads. With as many key heads as query heads all heads are compared side by side. `rope="before"` takes the outputs
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from gasp_fast.backbones import AttentionShape, Backbone
 from gasp_fast.supervision.heads import CorrespondenceHeads
-from gasp_fast.supervision.layer_capture import LayerCapture
+from gasp_fast.supervision.layer_capture import HeadInput, LayerCapture, normed
 
 from .evaluated_model import EvaluatedModel
 
@@ -61,8 +62,9 @@ def run_with_features(
     evaluated.backbone.check_inputs(evaluated.model, inputs)
     # Where a trainer has switched gradients off, ZeRO-3 must not gather weights into tensors of inference_mode.
     with torch.inference_mode() if torch.is_grad_enabled() else nullcontext(), ExitStack() as hooks:
-        if {"hidden", "head"} & set(kinds):
-            hooks.enter_context(_hidden_capture(evaluated, positions, consumer, kinds))
+        for kind in kinds:
+            if kind != "qk":
+                hooks.enter_context(_hidden_capture(evaluated, positions, consumer, kind))
         if "qk" in kinds and rope == "before":
             _capture_projections(hooks, evaluated, positions, consumer)
         elif "qk" in kinds:
@@ -71,22 +73,21 @@ def run_with_features(
 
 
 def _hidden_capture(
-    evaluated: EvaluatedModel, positions: Tensor, consumer: Consumer, kinds: Sequence[Kind]
+    evaluated: EvaluatedModel, positions: Tensor, consumer: Consumer, kind: Literal["head", "hidden"]
 ) -> LayerCapture:
-    """Features `hidden` and `head`."""
-    backbone, model, heads = evaluated.backbone, evaluated.model, evaluated.heads
-    layers = {kind: layers_with(kind, backbone, heads) for kind in kinds if kind != "qk"}
+    """Features `hidden` or `head`."""
+    backbone, model = evaluated.backbone, evaluated.model
+    layers, heads = layers_with(kind, backbone, evaluated.heads), evaluated.heads if kind == "head" else None
 
     def on_state(layer: int, state: Tensor) -> None:  # state [B, S, D]
-        tokens = state.flatten(0, 1).index_select(0, positions)  # [N, D]
-        if layer in layers.get("hidden", ()):
-            consumer("hidden", layer, tokens, tokens)
-        if heads is not None and layer in layers.get("head", ()):
-            embeddings = heads(layer, tokens)
-            consumer("head", layer, embeddings, embeddings)
+        tokens = normed(state.flatten(0, 1).index_select(0, positions), capture.norm(layer))  # [N, D]
+        features = tokens if heads is None else heads(layer, tokens)
+        consumer(kind, layer, features, features)
 
     decoder_layers: Any = backbone.decoder_layers(model)
-    return LayerCapture(decoder_layers, backbone.final_norm(model), set().union(*layers.values()), on_state)
+    read: HeadInput = "output" if heads is None else heads.reads
+    capture = LayerCapture(decoder_layers, backbone.final_norm(model), layers, on_state, read)
+    return capture
 
 
 def _capture_projections(hooks: ExitStack, evaluated: EvaluatedModel, positions: Tensor, consumer: Consumer) -> None:

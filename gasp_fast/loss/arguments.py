@@ -125,7 +125,7 @@ def check_temperature(value: float) -> None:
     if not LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE:
         raise ValueError(
             f"temperature = {value}; it must be positive, from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g} "
-            "(the paper uses 0.07)"
+            "(the default is 0.07)"
         )
 
 

@@ -19,8 +19,10 @@ from .memory import memory_by_purpose
 from .step_time import OVERHEADS, DealtSteps, deal_some_steps, step_seconds
 from .training_setup import SequenceMix, SequenceSize, TrainingSetup, longest_sequence
 
-PAPER_SEQUENCES = 1_750_000
-PAPER_RATE = PAPER_SEQUENCES * 3 / (10 * 3600 * 32)  # sequences a second on each H200, from the paper's totals: 4.6
+PAPER_SEQUENCES = 1_750_000  # "annotations"; `readings.py` has other meanings
+PAPER_QUESTIONS = 100_000
+PAPER_GPU_HOURS = 10 * 32  # of an H200
+PAPER_RATE = PAPER_SEQUENCES * 3 / (PAPER_GPU_HOURS * 3600)  # sequences a second on each H200: 4.6
 
 
 @dataclass(frozen=True, kw_only=True)

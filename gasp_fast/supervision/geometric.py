@@ -1,10 +1,10 @@
 """`GeometricSupervision`: heads on hidden states and their loss, computed and differentiated some layers at a time.
 
 A supervised layer takes the hidden state `[B, S, hidden]` of its decoder layer, selects the rows of the `N` visual
-tokens, embeds them with its head and compares the embeddings. The result is a scalar, so its gradients can be computed
-before the model's backward pass: those with respect to the rows and to the head's weights are computed within the
-forward pass, on a graph that is freed there. Only those gradients are kept, and the backward pass multiplies them by
-the gradient of the scalar. Hence
+tokens, norms them if its head reads them so, embeds them with its head and compares the embeddings. The result is a
+scalar, so its gradients can be computed before the model's backward pass: those with respect to the rows and to the
+weights of head and norm are computed within the forward pass, on a graph that is freed there. Only those gradients are
+kept, and the backward pass multiplies them by the gradient of the scalar. Hence
 
 - the head activations and embeddings of few layers exist at a time, however many layers are supervised: of as many as
   fit `GROUP_BYTES`, or of one. These layers share a call of the loss: where frames have few tokens, a call of each
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +33,23 @@ from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
 
 from .heads import CorrespondenceHead, CorrespondenceHeads
-from .layer_capture import LayerCapture
+from .layer_capture import LayerCapture, normed
+from .similarity import mean_cosines
 
 # Hidden rows and embeddings of the layers that share a call of the loss; heads and loss need two to three times as much
 # beside them. 10 layers of 16 frames of 144 tokens (2,304 x 4,096 in bf16: 38 MB), 2 of four such sequences at once,
 # 1 layer of 24 frames of 576 tokens. A call costs the host of an H200 about a millisecond beside its products.
 GROUP_BYTES = 360 << 20
 
+LayerReduction = Literal["mean", "sum"]
+
 
 class GeometricSupervision(nn.Module):
     """One supervised layer for each head, by the index of its decoder layer.
 
     With `learnable_temperature`, `config.temperature` is the initial value of a parameter shared by all layers.
-    `embeddings` is the type in which the loss compares them; None: as the heads return them.
+    `embeddings` is the type in which the loss compares them; None: as the heads return them. The losses of the layers
+    are reduced by `layer_reduction`.
     """
 
     def __init__(
@@ -55,10 +59,13 @@ class GeometricSupervision(nn.Module):
         learnable_temperature: bool = False,
         embeddings: torch.dtype | None = None,
         group_bytes: int = GROUP_BYTES,
+        layer_reduction: LayerReduction = "mean",
     ) -> None:
         super().__init__()
         self.config = LossConfig() if config is None else config
-        self.by_layer = SupervisedLayers(heads, embeddings, group_bytes)
+        self.reads = heads.reads
+        share = 1 / len(heads.layers) if layer_reduction == "mean" else 1.0
+        self.by_layer = SupervisedLayers(heads, embeddings, group_bytes, share)
         self.log_temperature = None
         if learnable_temperature:  # [1], not []: DeepSpeed cannot send 0-dim parameters
             self.log_temperature = nn.Parameter(torch.tensor([self.config.temperature]).log())
@@ -68,18 +75,19 @@ class GeometricSupervision(nn.Module):
         return [int(name) for name in self.by_layer]
 
     def forward(self, capture: LayerCapture, positions: Tensor, matches: Matches) -> dict[str, Tensor]:
-        """`loss`, the mean over layers; and `corr`, `depth`, `pck` [L] without gradient.
+        """`loss`, the mean or the sum over layers; and `corr`, `depth`, `pck`, `cosine` [L] without gradient.
 
-        `positions` [N] are the visual tokens over which `matches` are defined, as flat indices into `B * S`. PCK is the
-        share of matches whose arg-max is within two patches; NaN if the matches have no `token_xy`.
+        `capture` is one of what the heads read (`reads`). `positions` [N] are the visual tokens that `matches` number,
+        as flat indices into `B * S`. PCK is the share of matches whose arg-max is within two patches; NaN if the
+        matches have no `token_xy`. The cosine is the mean of pairs of tokens (`similarity.py`).
         """
         if self.log_temperature is None:  # filled on the device; `torch.tensor` would copy it there and wait
             temperature = torch.full((), self.config.temperature, device=positions.device)
         else:
             temperature = self.log_temperature.exp()[0].to(positions.device)
-        states = [capture.hidden(layer) for layer in self.layers]
-        loss, corr, depth, pck = self.by_layer(positions, matches, temperature, self.config, *states)
-        return {"loss": loss, "corr": corr, "depth": depth, "pck": pck}
+        states, norms = [capture.hidden(layer) for layer in self.layers], [capture.norm(layer) for layer in self.layers]
+        loss, corr, depth, pck, cosine = self.by_layer(positions, matches, temperature, self.config, norms, *states)
+        return {"loss": loss, "corr": corr, "depth": depth, "pck": pck, "cosine": cosine}
 
 
 class SupervisedLayers(nn.ModuleDict):
@@ -92,27 +100,37 @@ class SupervisedLayers(nn.ModuleDict):
     PyTorch's backward hooks would not see them, and ZeRO-3 would reduce gradients before they are computed.
     """
 
-    def __init__(self, heads: CorrespondenceHeads, embeddings: torch.dtype | None, group_bytes: int) -> None:
+    def __init__(
+        self, heads: CorrespondenceHeads, embeddings: torch.dtype | None, group_bytes: int, share: float
+    ) -> None:
         by_layer: dict[str, Any] = dict(heads.by_layer.items())
         super().__init__({name: SupervisedLayer(head, embeddings) for name, head in by_layer.items()})
         self.group_bytes = group_bytes
+        self.share = share  # of each layer in the loss
 
     def forward(
-        self, positions: Tensor, matches: Matches, temperature: Tensor, config: LossConfig, *states: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The mean loss of hidden states [B, S, hidden]; corr, depth and PCK [L] of each, without gradient."""
+        self,
+        positions: Tensor,
+        matches: Matches,
+        temperature: Tensor,
+        config: LossConfig,
+        norms: Sequence[nn.Module | None],  # through which the heads read the states
+        *states: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The loss of hidden states [B, S, hidden]; corr, depth, PCK and cosine [L] of each, without gradient."""
         layers: list[Any] = list(self.values())
-        shares = torch.full((len(layers),), 1 / len(layers), device=positions.device)  # [L]
+        shares = torch.full((len(layers),), self.share, device=positions.device)  # [L]
         terms = []
         for group in self._groups(layers, states, len(positions)):
-            inputs = layers[group], matches, config, shares[group]
+            inputs = layers[group], norms[group], matches, config, shares[group]
             if torch.is_grad_enabled():
                 weights = [weight for layer in layers[group] for weight in layer.parameters()]
+                weights += [weight for norm in norms[group] if norm is not None for weight in norm.parameters()]
                 terms.append(_GroupLoss.apply(*inputs, positions, temperature, *states[group], *weights))
             else:
                 terms.append(_loss_of_rows(*inputs, temperature, _rows(states[group], positions)))
-        loss, corr, depth, pck = zip(*terms, strict=True)  # of each group
-        return torch.stack(loss).sum(), torch.cat(corr), torch.cat(depth), torch.cat(pck)
+        loss, *metrics = zip(*terms, strict=True)  # of each group
+        return torch.stack(loss).sum(), *map(torch.cat, metrics)
 
     def _groups(self, layers: Sequence[SupervisedLayer], states: Sequence[Tensor], tokens: int) -> Iterator[slice]:
         """Neighbours of one width, in as few groups as fit `group_bytes`, about equal and of at least one layer."""
@@ -148,20 +166,23 @@ def _rows(states: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
 
 def _loss_of_rows(
     layers: Sequence[SupervisedLayer],
+    norms: Sequence[nn.Module | None],
     matches: Matches,
     config: LossConfig,
     shares: Tensor,
     temperature: Tensor,
     rows: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses of a group of layers, each times its share; and corr, depth and PCK [G] of each.
+) -> tuple[Tensor, ...]:
+    """The sum of the losses of a group of layers, each times its share; and corr, depth, PCK and cosine [G] of each.
 
     `rows` are G tensors [N, hidden], `shares` [G].
     """
-    embeddings = [layer(some) for layer, some in zip(layers, rows, strict=True)]  # G of [N, width]
+    parts = zip(layers, norms, rows, strict=True)
+    embeddings = [layer(normed(some, norm)) for layer, norm, some in parts]  # G of [N, width]
+    # Only the layers of one stack are computed together.
+    stack = torch.stack(embeddings) if len(layers) > 1 else embeddings[0][None]
     out = gasp_loss(
-        # Only the layers of one stack are computed together.
-        torch.stack(embeddings) if len(layers) > 1 else embeddings,
+        stack,
         matches,
         temperature=temperature,
         negatives=config.negatives,
@@ -177,7 +198,7 @@ def _loss_of_rows(
     assert out.metrics is not None
     corr, depth = out.corr_per_layer, out.depth_per_layer
     pck = torch.full_like(corr, torch.nan) if out.metrics.pck is None else out.metrics.pck
-    return out.loss, corr, depth, pck
+    return out.loss, corr, depth, pck, mean_cosines(stack, matches)
 
 
 class _GroupLoss(torch.autograd.Function):
@@ -187,6 +208,7 @@ class _GroupLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         layers: Sequence[SupervisedLayer],
+        norms: Sequence[nn.Module | None],
         matches: Matches,
         config: LossConfig,
         shares: Tensor,
@@ -195,13 +217,13 @@ class _GroupLoss(torch.autograd.Function):
         *tensors: Tensor,  # a hidden state of each layer, and the weights of all
     ) -> tuple[Tensor, ...]:
         states, weights = tensors[: len(layers)], tensors[len(layers) :]
-        needs_grad = ctx.needs_input_grad[5:]  # of temperature, states and weights
+        needs_grad = ctx.needs_input_grad[6:]  # of temperature, states and weights
         with torch.enable_grad():
             # Detached: states and temperature have graphs of their own behind them, which must not be differentiated.
             rows = _rows([state.detach() for state in states], positions)
             rows = [some.requires_grad_(needed) for some, needed in zip(rows, needs_grad[1:], strict=False)]
             temperature = temperature.detach().requires_grad_(needs_grad[0])
-            loss, *metrics = _loss_of_rows(layers, matches, config, shares, temperature, rows)
+            loss, *metrics = _loss_of_rows(layers, norms, matches, config, shares, temperature, rows)
             inputs = [x for x, needed in zip((temperature, *rows, *weights), needs_grad, strict=True) if needed]
             # Without matches the loss may not depend on the temperature: its gradient is then zero.
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
@@ -216,14 +238,14 @@ class _GroupLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         positions, *gradients = ctx.saved_tensors
         saved, states = iter(gradients), len(ctx.states)
-        found = [next(saved) if needed else None for needed in ctx.needs_input_grad[5:]]
+        found = [next(saved) if needed else None for needed in ctx.needs_input_grad[6:]]
         of_temperature = None if found[0] is None else found[0] * upstream
         of_states = [
             None if rows is None else _scattered(rows, upstream, positions, *state)
             for rows, state in zip(found[1 : 1 + states], ctx.states, strict=True)
         ]
         of_weights = [None if weight is None else weight * upstream for weight in found[1 + states :]]
-        return *[None] * 5, of_temperature, *of_states, *of_weights
+        return *[None] * 6, of_temperature, *of_states, *of_weights
 
 
 def _scattered(rows: Tensor, upstream: Tensor, positions: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layer_capture import HeadInput
 from .precision import Compute, PrecisionLinear
 
 
@@ -24,7 +25,9 @@ class HeadsConfig:
     """Correspondence heads, one on each supervised decoder layer."""
 
     layers: str = "all"  # or 18-25, 7, 1-4,25-28: counted from 1, both ends included
+    input: HeadInput = "output"  # what a head reads of its layer: output, output_normed or layer_input_normed
     init: Literal["svd", "random"] = "svd"  # svd: from the layer's own query projection
+    bias: Literal["copy", "zero"] = "copy"  # of a head that starts as svd: the query projection's bias, or zero
     mid_size: int | None = None  # None: half of the hidden size
     out_size: int | None = None  # None: the hidden size (svd: the outputs of the query projection)
     compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # precision of the products; weights are fp32
@@ -160,13 +163,19 @@ def leading_directions(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class CorrespondenceHeads(nn.Module):
-    """One head for each supervised decoder layer, addressed by the layer's index (0 is the first decoder layer)."""
+    """One head for each supervised decoder layer, addressed by the layer's index (0 is the first decoder layer).
 
-    def __init__(self, heads: Mapping[int, CorrespondenceHead]) -> None:
+    `reads` is what the heads were made to read of their layers: see `layer_capture.py`.
+    """
+
+    def __init__(self, heads: Mapping[int, CorrespondenceHead], reads: HeadInput = "output") -> None:
         super().__init__()
+        if reads not in get_args(HeadInput):
+            raise ValueError(f"reads = {reads!r} is unknown; choose one of {', '.join(get_args(HeadInput))}")
         if not heads:
             raise ValueError("heads is empty; supervise at least one decoder layer")
         self.by_layer = nn.ModuleDict({str(layer): heads[layer] for layer in sorted(heads)})
+        self.reads = reads
 
     @classmethod
     def from_query_projections(
@@ -189,7 +198,7 @@ class CorrespondenceHeads(nn.Module):
         return [int(name) for name in self.by_layer]
 
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
-        """Embeddings `[..., out_size]` of one layer's hidden states `[..., hidden_size]`."""
+        """Embeddings `[..., out_size]` of what `reads` names of one layer, `[..., hidden_size]`."""
         if str(layer) not in self.by_layer:
             raise ValueError(f"layer = {layer} has no head; the supervised layers are {self.layers}")
         return self.by_layer[str(layer)](hidden)

@@ -9,20 +9,28 @@ layer), not where it leaves layer `l`. This makes the capture correct under ever
 - The recomputation during backward enters the same modules again, with detached copies. The first tensor of a
   forward pass is kept and later ones are ignored, so it does not matter how often a hook runs.
 - The hooks do no arithmetic. An operation inside a checkpointed region is recorded and must be repeated identically;
-  therefore the visual tokens are selected outside, when `tokens` is called.
+  therefore the visual tokens are selected outside, when `tokens` is called, and norms are applied there.
 
 It follows that the state after the last layer is the one before the final norm. (transformers' own
 `hidden_states[-1]` is the one after it.)
+
+What is read of a layer (`HeadInput`):
+
+    output               its output
+    output_normed        its output through the norm that follows: the next layer's input norm, or the final norm
+    layer_input_normed   its input through its own input norm: what its q, k and v projections multiply
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+HeadInput = Literal["output", "output_normed", "layer_input_normed"]
 
 
 class LayerCapture:
@@ -43,6 +51,7 @@ class LayerCapture:
         final_norm: nn.Module,
         layers: Iterable[int] | None = None,
         on_state: Callable[[int, Tensor], None] | None = None,
+        read: HeadInput = "output",
     ) -> None:
         self._on_state = on_state
         count = len(decoder_layers)
@@ -50,14 +59,17 @@ class LayerCapture:
         for layer in chosen:
             if not 0 <= layer < count:
                 raise ValueError(f"layers contains {layer}, but the model has decoder layers 0 to {count - 1}")
-        following = [*decoder_layers[1:], final_norm]
-        self._next_modules = {layer: following[layer] for layer in chosen}
+        entered = decoder_layers if read == "layer_input_normed" else [*decoder_layers[1:], final_norm]
+        self._entered = {layer: entered[layer] for layer in chosen}  # the module whose input is kept
+        self._norms: dict[int, nn.Module] = {}
+        if read != "output":
+            self._norms = {n: final_norm if m is final_norm else _input_norm(m) for n, m in self._entered.items()}
         self._states: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> LayerCapture:
         self.clear()
-        for layer, module in self._next_modules.items():
+        for layer, module in self._entered.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
         return self
 
@@ -80,11 +92,11 @@ class LayerCapture:
 
     @property
     def layers(self) -> list[int]:
-        return list(self._next_modules)
+        return list(self._entered)
 
     def hidden(self, layer: int) -> Tensor:
-        """Output of a decoder layer, `[B, S, D]`, part of the graph of the forward pass."""
-        if layer not in self._next_modules:
+        """Output of a decoder layer, or its input, before any norm: `[B, S, D]`, part of the forward pass's graph."""
+        if layer not in self._entered:
             raise ValueError(f"layer = {layer} is not captured; this capture holds layers {self.layers}")
         if layer not in self._states:
             raise ValueError(
@@ -92,10 +104,29 @@ class LayerCapture:
             )
         return self._states[layer]
 
+    def norm(self, layer: int) -> nn.Module | None:
+        """The norm through which the state is read; None: it is read as it is."""
+        return self._norms.get(layer)
+
     def tokens(self, layer: int, positions: Tensor) -> Tensor:
-        """The rows of `hidden(layer)` at flat positions `[N]` into `B * S`: `[N, D]`."""
-        return self.hidden(layer).flatten(0, 1).index_select(0, positions)
+        """What is read at flat positions `[N]` into `B * S`: rows of `hidden(layer)`, normed if so chosen, `[N, D]`."""
+        return normed(self.hidden(layer).flatten(0, 1).index_select(0, positions), self.norm(layer))
 
     def clear(self) -> None:
         """Drop the states: before another forward pass in the same context, or to free their memory."""
         self._states.clear()
+
+
+def normed(rows: Tensor, norm: nn.Module | None) -> Tensor:
+    """`rows` through a norm of the model.
+
+    Without the hooks of the norm: they are for the model's own pass, and one of them may be the capture's.
+    """
+    return rows if norm is None else norm.forward(rows)
+
+
+def _input_norm(layer: nn.Module) -> nn.Module:
+    norm = getattr(layer, "input_layernorm", None)
+    if norm is None:
+        raise ValueError(f"{type(layer).__name__} has no input_layernorm to read through; use heads.input=output")
+    return norm

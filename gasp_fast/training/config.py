@@ -14,6 +14,7 @@ from gasp_fast.backbones.adapters import AdapterConfig
 from gasp_fast.backbones.base_model import ModelConfig
 from gasp_fast.config.loader import keys_of
 from gasp_fast.loss.config import LossConfig
+from gasp_fast.supervision.geometric import LayerReduction
 from gasp_fast.supervision.heads import HeadsConfig
 
 from .objective import Average
@@ -29,7 +30,8 @@ class ObjectiveConfig(LossConfig):
     """
 
     lm_weight: float = 1.0
-    average: Average = "sequence"  # what corr and depth are averaged over: a step's geometric sequences, or its matches
+    average: Average = "sequence"  # what counts once in corr and depth: sequence, anchor, track or match
+    layer_reduction: LayerReduction = "mean"  # of the losses of the supervised layers: mean or sum
     learnable_temperature: bool = False  # train the temperature, beginning at `temperature`
 
     def __post_init__(self) -> None:

@@ -207,7 +207,7 @@ def heads_of(model: SupervisedModel) -> CorrespondenceHeads | None:
     if model.supervision is None:
         return None
     layers: Any = model.supervision.by_layer
-    return CorrespondenceHeads({int(name): layer.head for name, layer in layers.items()})
+    return CorrespondenceHeads({int(name): layer.head for name, layer in layers.items()}, model.supervision.reads)
 
 
 # ---- what to evaluate, in words and in numbers ----------------------------------------------------------------------
@@ -215,14 +215,14 @@ def heads_of(model: SupervisedModel) -> CorrespondenceHeads | None:
 
 def share_held_out(config: TrainConfig, scenes: Path) -> float:
     """The share of `scenes` to evaluate on, by `data.scenes.held_out`; 0: all, because none of them is trained on."""
-    trained = config.data.used.get("scenes")
-    if trained is None:
+    named = config.data.counted.get("scenes")
+    if named is None:
         return 0.0
-    folder, root = scenes.resolve(), Path(trained.root).resolve()
+    folder, root = scenes.resolve(), Path(named.root).resolve()
     if folder != root and root not in folder.parents and folder not in root.parents:
         return 0.0
     share: float = config.data.scenes.held_out
-    if not share:
+    if not share and not config.data.scenes.only_counted:
         raise ValueError(
             f"evaluate.scenes = {str(scenes)!r} is trained on; set data.scenes.held_out=0.05 to leave a share of its "
             "scenes out of training, or name other scenes"

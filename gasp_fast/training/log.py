@@ -3,8 +3,11 @@
 One JSON object per logged step:
 
     step, loss, lm, corr, depth    means over the steps since the last line, of the step's loss and its terms as
-                                   `objective.py` defines them; a term that no step had, or that is not finite, is null
+                                   `objective.py` defines them; a term that no step had, or that is not finite, is
+                                   null; corr and depth are means over layers, also where the loss has their sum
     corr_per_layer, depth_per_layer, pck_per_layer    [L], the same means
+    cosine_per_layer               [L], the mean cosine between the embeddings of two tokens of a sequence; near 1, all
+                                   tokens have one direction
     lr                             of the adapters (or the model); heads have their own
     grad_norm                      of all trained weights, before clipping
     tokens_per_s, mfu              over all processes
@@ -58,7 +61,7 @@ from .summary import read_log, summarise
 # The order is that of `unlogged` in checkpoints. The first process counts `steps`, and those of them that have labelled
 # tokens (`answered`) and matches (`matched`), on whichever process.
 SUMS = ("loss", "steps", "lm", "answered", "matched", "tokens", "flops")
-LAYER_SUMS = ("corr", "depth", "pck")  # a sum for each layer
+LAYER_SUMS = ("corr", "depth", "pck", "cosine")  # a sum for each layer; older checkpoints have no cosine
 # Seconds, skipped samples, and the useful shares of the steps; older checkpoints have none.
 HOST_SUMS = ("data_wait", "device_wait", *KINDS, "useful")
 MUCH_WAITING = 0.05  # share of the time waiting for data from which on the progress bar says so
@@ -93,7 +96,7 @@ class Meter:
     def __init__(self, layers: int, device: torch.device) -> None:
         self.device = device
         self.widths = [1] * len(SUMS) + [layers] * len(LAYER_SUMS) + [1] * len(HOST_SUMS)
-        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 3 L + 7]
+        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 4 L + 7]
         self.sums = self._columns(self.packed)  # views of `packed`
         self.start = time.perf_counter()
 
@@ -141,13 +144,18 @@ class Meter:
         """Go on from `state`. If it was written by another number of processes, the first one takes all sums."""
         try:
             sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums + 1]
-            if sums.shape[1] == len(self.packed) + 1 - len(HOST_SUMS):
-                sums = torch.cat([sums[:, :-1], sums.new_zeros(len(sums), len(HOST_SUMS)), sums[:, -1:]], dim=1)
+            layers = self.widths[len(SUMS)]
+            missing = len(self.packed) + 1 - sums.shape[1]
+            if missing in (layers, layers + len(HOST_SUMS)):  # of an older version: no cosine, or no host sums either
+                before, after = sums.tensor_split([len(SUMS) + layers * (len(LAYER_SUMS) - 1)], dim=1)
+                sums = torch.cat([before, sums.new_zeros(len(sums), missing), after], dim=1)
             sums = sums.view(max(1, len(state)), len(self.packed) + 1)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise ValueError(f"the checkpoint's unlogged sums do not fit this run ({error})") from error
         own = sums[rank] if len(sums) == world_size else sums.sum(0) * (rank == 0)
         self.packed.copy_(own[:-1])
+        if missing and self.sums["steps"] > 0:
+            self.sums["cosine"].fill_(torch.nan)  # of the first line, because some of its steps did not measure it
         self.start = time.perf_counter() - float(sums[0, -1])
 
     def take(self) -> HostCopy:

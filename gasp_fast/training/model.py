@@ -38,7 +38,7 @@ from gasp_fast.loss.matches import Matches
 from gasp_fast.planning.shapes import shape_from_model
 from gasp_fast.supervision.geometric import GeometricSupervision
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, HeadsConfig, parse_layers
-from gasp_fast.supervision.layer_capture import LayerCapture
+from gasp_fast.supervision.layer_capture import HeadInput, LayerCapture
 from gasp_fast.supervision.precision import Compute
 
 from .config import TrainConfig
@@ -71,7 +71,7 @@ class SupervisedModel(nn.Module):
         shares: Tensor | None = None,  # float32 [3], of the batch in the step's labelled tokens, corr and depth terms
         **inputs: Tensor,
     ) -> dict[str, Any]:
-        """The `loss` and, without gradient, its terms: `lm`; with heads also `corr`, `depth` and `pck`, [L] each.
+        """The `loss` and, without gradient, its terms: `lm`; with heads `corr`, `depth`, `pck`, `cosine` [L].
 
         With `shares`, these are the batch's parts of the means of an optimiser step, which add up to them
         (`objective.py`); otherwise the means of the batch. `answers` is the number of labelled tokens.
@@ -80,8 +80,9 @@ class SupervisedModel(nn.Module):
             token_index = self.backbone.index_tokens({**inputs, "labels": labels})
         layers: Any = self.backbone.decoder_layers(self.model)
         supervised = [] if self.supervision is None else self.supervision.layers
+        read: HeadInput = "output" if self.supervision is None else self.supervision.reads
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            with LayerCapture(layers, self.backbone.final_norm(self.model), supervised) as capture:
+            with LayerCapture(layers, self.backbone.final_norm(self.model), supervised, read=read) as capture:
                 states = self.backbone.last_states(self.model, inputs, token_index)  # [B, S, D]
             lm = language_loss(self.model, states, token_index)
             if shares is not None:
@@ -128,7 +129,9 @@ def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device:
     if loss.geometric:
         compute, embeddings = config.heads.precisions(config.model.dtype)
         heads = build_heads(config.heads, backbone, model, device, compute)
-        supervision = GeometricSupervision(heads, loss, loss.learnable_temperature, DTYPES[embeddings])
+        supervision = GeometricSupervision(
+            heads, loss, loss.learnable_temperature, DTYPES[embeddings], layer_reduction=loss.layer_reduction
+        )
     head_seconds = time.perf_counter() - start
     use_unmasked_attention(model)
     if config.train.mode == "lora":
@@ -158,6 +161,7 @@ def build_heads(
             heads[layer] = CorrespondenceHead(backbone.hidden_size, config.mid_size, config.out_size, compute)
             continue
         weight, bias = backbone.query_projection(model, layer)
+        bias = bias if config.bias == "copy" else None
         weight, bias = weight.detach().to(device), None if bias is None else bias.detach().to(device)
         head = CorrespondenceHead.sized_for(weight, bias, config.mid_size, config.out_size, compute)
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -166,4 +170,4 @@ def build_heads(
             for parameter in head.parameters():
                 dist.broadcast(parameter.detach(), src=0)
         heads[layer] = head.cpu()
-    return CorrespondenceHeads(heads)
+    return CorrespondenceHeads(heads, config.input)

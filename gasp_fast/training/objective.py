@@ -3,9 +3,16 @@
     loss = lm_weight · (sum of the cross entropy of the labelled tokens) / K
            + corr_weight · (sum of corr over the units) / U + depth_weight · (sum of depth over the units) / D
 
-`loss.average` chooses the units. "sequence": the geometric sequences, which are those with matches; each has the mean
-of its own matches, and U = D is their number. "match": the matches, U, and those of them that have a depth, D. K, U and
-D are counted over the micro-batches of all processes.
+`loss.average` chooses the units, each of which counts once:
+
+    sequence    the geometric sequences, which are those with matches; each has the mean of its own matches, and U = D
+                is their number
+    anchor      the anchor tokens, U, in however many frames they have targets
+    track       the tracks, U, in however many frames they are seen
+    match       the matches, U
+
+The matches of an anchor or of a track have equal weights with the sum 1 (`Collator.unit`). D is the sum of the weights
+of the matches that have a depth. K, U and D are counted over the micro-batches of all processes.
 
 A batch by itself gives the means over its own K, U and D. A data worker counts them (`averaged`). When the
 micro-batches of a step are loaded, the processes add up their counts, and the means of each micro-batch are multiplied
@@ -20,9 +27,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gasp_fast.collator import Unit
 from gasp_fast.loss.matches import Matches
 
-Average = Literal["sequence", "match"]
+Average = Literal["sequence", "anchor", "track", "match"]
+
+
+def unit_of_matches(average: Average) -> Unit:
+    """What the collator counts once; a sequence has the mean of its matches."""
+    return "match" if average == "sequence" else average
 
 
 def averaged(batch: dict[str, Any], average: Average) -> dict[str, Any]:

@@ -82,8 +82,8 @@ class OptimisationConfig:
             return [layer for layer in range(layers) if (layers - layer) % every]
         return list(range(layers - fitting, layers)) if self.checkpointing == "auto" else []
 
-    def steps_of(self, epoch: float) -> int:
-        """Optimiser steps of the run, where a pass through the first source takes `epoch` sequences in all."""
+    def steps_of(self, epoch: int) -> int:
+        """Optimiser steps of the run, where a pass through the first source takes `epoch` samples of all sources."""
         return self.steps if self.steps is not None else max(1, round(self.epochs * epoch) // self.batch_size)
 
 

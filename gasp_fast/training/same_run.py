@@ -47,6 +47,7 @@ FIXED = {
     "heads.mid_size": SHAPES,
     "heads.out_size": SHAPES,
     "heads.init": AT_BEGINNING,
+    "heads.bias": AT_BEGINNING,
     "loss.learnable_temperature": "other weights are trained",
 }
 

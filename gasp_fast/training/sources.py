@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
@@ -128,7 +128,9 @@ class ScenesConfig:
     annotations: tuple[str, ...] = ()  # folders of `gasp-fast tracks`, of the same sequences; empty: track on the fly
     grids: tuple[int, ...] = (8, 24)  # query points along a side, coarse and fine; for tracking on the fly
     keep: float = 0.5  # share of the tracks to keep; for tracking on the fly
+    order: Literal["anchor_first", "chronological"] = "anchor_first"  # of a sequence's frames, as the model sees them
     held_out: float = 0.0  # share of the scenes that is never trained on
+    only_counted: bool = False  # not trained on, but epochs and steps are those of a run that trains on them
     sequences: SequenceConfig = field(default_factory=SequenceConfig)  # for tracking on the fly
 
     def __post_init__(self) -> None:
@@ -202,7 +204,10 @@ class TrackedScenes(Samples):
     def load(self, epoch: int, index: int, position: int) -> Sample:
         sequence = self._sequence(index)
         name = self.names[sequence // self.sampler.config.per_scene]
-        return geometry_sample(self.open[name], self._tracks(epoch, sequence), position)
+        tracks = self._tracks(epoch, sequence)
+        if self.config.order == "chronological":
+            tracks = [one.in_temporal_order() for one in tracks]
+        return geometry_sample(self.open[name], tracks, position)
 
     def outline(self, epoch: int, index: int) -> Outline:
         return Outline(self.sampler.frame_count(epoch % self.epochs if self.caches else epoch, self._sequence(index)))
@@ -254,11 +259,15 @@ class QAConfig:
     root: str = ""  # folder of JSON lists; empty: none
     weight: float = 1.0
     configs: tuple[str, ...] = ()  # its sub-folders to read; empty: all
+    limit: int | None = None  # a random subset of so many questions; null: all
+    seed: int = 0  # of that subset
     frames: int = 16  # taken from each video
     longest_side: int | None = None  # shrink frames to this while decoding
     timeout: float = 30.0  # seconds to decode a video
 
     def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit = {self.limit} must be at least 1, or null for all questions")
         if self.frames < 1:
             raise ValueError(f"frames = {self.frames} must be at least 1")
         if not self.timeout > 0:
@@ -274,33 +283,46 @@ class VideoQuestions(Samples):
     advice = "; are the archives unpacked beside their JSON lists?"
     one_frame_size = False
 
-    def __init__(self, config: QAConfig) -> None:
+    def __init__(self, config: QAConfig, key: str = "data.qa") -> None:
+        """`key` is the place of `config` in a recipe, for messages."""
         self.config, self.root, self.remarks = config, config.root, []
         self.records = VideoQA(Path(config.root), config.configs)
         faults = self.records.skipped.items()
         self.left_out = [Skipped("question", f"{self.root}/{name}", reason) for name, reason in faults]
         self.found = len(self.records) + len(faults)
+        if config.limit is not None and config.limit > len(self.records):
+            raise ValueError(
+                f"{key}.limit = {config.limit} is more than the {len(self.records)} usable questions in {self.root}; "
+                "lower it, or give null for all of them"
+            )
 
     def __len__(self) -> int:
-        return len(self.records)
+        return self.config.limit or len(self.records)
 
     def load(self, epoch: int, index: int, position: int) -> Sample:
-        config = self.config
-        question = self.records.sample(index, config.frames, timeout=config.timeout, longest_side=config.longest_side)
+        config, number = self.config, self._record(index)
+        question = self.records.sample(number, config.frames, timeout=config.timeout, longest_side=config.longest_side)
         turns = [{"from": turn.speaker, "value": turn.text} for turn in question.record.turns]
         return Sample(frames=list(question.frames), messages=messages_from_record(turns), position=position)
 
     def outline(self, epoch: int, index: int) -> Outline:
-        return Outline(self.config.frames, tuple(turn.text for turn in self.records.record(index).turns))
+        return Outline(self.config.frames, tuple(turn.text for turn in self.records.record(self._record(index)).turns))
 
     def frame_size_of(self, index: int) -> tuple[int, int]:
         config = self.config
-        question = self.records.sample(index, 1, timeout=config.timeout, longest_side=config.longest_side)
+        question = self.records.sample(self._record(index), 1, timeout=config.timeout, longest_side=config.longest_side)
         height, width = question.frames[0].shape[:2]
         return width, height
 
     def name(self, index: int) -> str:
-        return self.records.name(index)
+        return self.records.name(self._record(index))
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"records": len(self.records), "digest": self.records.digest()}
+        subset = {} if self.config.limit is None else {"limit": self.config.limit, "seed": self.config.seed}
+        return {"records": len(self.records), "digest": self.records.digest(), **subset}
+
+    def _record(self, index: int) -> int:
+        """The number of a question among all records. The subset is the beginning of a shuffled order of them."""
+        if self.config.limit is None:
+            return index
+        return permuted(index, len(self.records), f"limit/{self.config.seed}")

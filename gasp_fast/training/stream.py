@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -27,7 +27,7 @@ from gasp_fast.planning.dealing import DealtStep, Division, deal
 from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
 from gasp_fast.planning.training_setup import SequenceSize, micro_batches
 
-from .objective import Average, averaged
+from .objective import Average, averaged, unit_of_matches
 from .optim import OptimisationConfig
 from .signals import end_with_trainer
 from .skipped import Skipped
@@ -51,18 +51,43 @@ class DataConfig:
         for name, source in self._named().items():
             if not 0 <= source.weight < math.inf:
                 raise ValueError(f"data.{name}.weight = {source.weight} must be finite and 0 or more")
-        if not self.used:
-            rooted = [name for name, source in self._named().items() if source.root]
-            if rooted:
-                raise ValueError(f"data.{rooted[0]}.weight = 0 leaves no source to train on; give one a weight above 0")
+        if not any(source.root for source in self._named().values()):
             raise ValueError("data names no source; give data.scenes.root, data.qa.root or data.vqa.root")
+        if self.scenes.only_counted and not (self.scenes.root and self.scenes.weight > 0):
+            raise ValueError(
+                "data.scenes.only_counted = true has no scenes to count; give data.scenes.root, and data.scenes.weight "
+                "as in the run whose steps it takes"
+            )
+        if not self.used:
+            name, key = next((name, f"{name}.weight = 0") for name, source in self._named().items() if source.root)
+            if name == "scenes" and self.scenes.only_counted:
+                key = "scenes.only_counted = true"
+            raise ValueError(f"data.{key} leaves no source to train on; give one a root and a weight above 0")
         if self.workers < 0:
             raise ValueError(f"data.workers = {self.workers} must be 0 or more")
 
     @property
     def used(self) -> dict[str, ScenesConfig | QAConfig]:
-        """The sources that have a root and a weight, by name."""
-        return {name: source for name, source in self._named().items() if source.root and source.weight > 0}
+        """The sources that are trained on, by name: they have a root and a weight."""
+        return self._without("scenes" if self.scenes.only_counted else "")
+
+    @property
+    def counted(self) -> dict[str, ScenesConfig | QAConfig]:
+        """The sources whose lengths and weights make an epoch: those that are trained on, or `scenes` and `qa`.
+
+        The latter with `scenes.only_counted`: the run takes the steps of one that trains on the scenes and `qa`.
+        """
+        return self._without("vqa") if self.scenes.only_counted else self.used
+
+    def epoch(self, lengths: Mapping[str, int]) -> int:
+        """Positions in a pass through the first counted source; `lengths` are samples of an epoch of each."""
+        sources = {name: Source(lengths[name], source.weight) for name, source in self.counted.items()}
+        return Mixture(sources).epoch
+
+    def _without(self, left_out: str) -> dict[str, ScenesConfig | QAConfig]:
+        """The sources with a root and a weight, but for one."""
+        named = self._named().items()
+        return {name: source for name, source in named if source.root and source.weight > 0 and name != left_out}
 
     def _named(self) -> dict[str, ScenesConfig | QAConfig]:
         return {"scenes": self.scenes, "qa": self.qa, "vqa": self.vqa}
@@ -73,11 +98,15 @@ class SampleStream(Dataset[Sample]):
 
     def __init__(self, config: DataConfig) -> None:
         self.sources: dict[str, Samples] = {
-            name: TrackedScenes(source) if isinstance(source, ScenesConfig) else VideoQuestions(source)
+            name: TrackedScenes(source) if isinstance(source, ScenesConfig) else VideoQuestions(source, f"data.{name}")
             for name, source in config.used.items()
         }
-        lengths = {name: Source(len(self.sources[name]), source.weight) for name, source in config.used.items()}
-        self.mixture = Mixture(lengths, config.seed)
+        lengths = {name: len(source) for name, source in self.sources.items()}
+        mixed = {name: Source(lengths[name], source.weight) for name, source in config.used.items()}
+        self.mixture = Mixture(mixed, config.seed)
+        if config.scenes.only_counted:
+            lengths["scenes"] = len(TrackedScenes(config.scenes))
+        self.epoch = config.epoch(lengths)  # positions in a pass through the scenes; without scenes, the first source
 
     def __getitem__(self, position: int) -> TrainingSample:
         """The sample at a position. If it cannot be read, another one of its source is in its place."""
@@ -112,12 +141,6 @@ class SampleStream(Dataset[Sample]):
         """Name the sample at a position, for messages."""
         draw = self.mixture.draw(position)
         return f"{draw.source}[{draw.index}] of epoch {draw.epoch}, {self.sources[draw.source].name(draw.index)}"
-
-    @property
-    def epoch(self) -> int:
-        """Positions in a pass through the first source, which is the scenes if there are scenes."""
-        name, source = next(iter(self.mixture.sources.items()))
-        return source.length if len(self.mixture.sources) == 1 else self.mixture.positions_of_epoch(name)
 
 
 @dataclass(frozen=True)
@@ -304,7 +327,7 @@ def make_loader(
     packing: bool = False,
 ) -> DataLoader[Any]:
     """Loads the micro-batches of this process, from the step after `done` on."""
-    collate = SteadyCollator(Collator(backbone, config.collator), average, packing)
+    collate = SteadyCollator(Collator(backbone, config.collator, unit_of_matches(average)), average, packing)
     return DataLoader(
         stream,
         batch_sampler=StreamBatches(share, steps, done),

@@ -62,7 +62,7 @@ def write_weights(model: SupervisedModel, folder: Path, weights: TrainedWeights)
     if weights.heads:
         supervision: Any = model.supervision
         compute = next(iter(supervision.by_layer.values())).head.first.compute
-        write_heads(folder / HEADS, weights.heads, compute)
+        write_heads(folder / HEADS, weights.heads, compute, supervision.reads)
 
 
 def read_weights(model: SupervisedModel, folder: Path) -> None:

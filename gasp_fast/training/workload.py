@@ -22,6 +22,7 @@ from gasp_fast.planning.flops import model_flops
 from gasp_fast.planning.gpus import GPU, device_memory
 from gasp_fast.planning.memory import most_kept_layers
 from gasp_fast.planning.plan import PAPER_SEQUENCES, Plan, make_plan
+from gasp_fast.planning.readings import Reading, readings
 from gasp_fast.planning.shapes import PATCHES, ModelShape, shape_from_model
 from gasp_fast.planning.training_setup import (
     SequenceMix,
@@ -34,7 +35,7 @@ from gasp_fast.supervision.heads import parse_layers
 
 from .config import TrainConfig
 from .distributed import read_deepspeed
-from .sources import QAConfig
+from .sources import QAConfig, ScenesConfig
 
 if TYPE_CHECKING:
     from .model import SupervisedModel
@@ -110,14 +111,37 @@ def plan_run(
     """The plan of a run. `frame_tokens` and `sequences` (of an epoch of the first source) override the recipe's."""
     assumptions = Assumptions() if assumptions is None else assumptions
     mix = sequence_mix(config, frame_tokens or frame_tokens_of(config, shape, assumptions), assumptions)
-    steps = config.train.steps_of(epoch_of(config, sequences or annotated_sequences(config) or PAPER_SEQUENCES))
+    steps = config.train.steps
+    if steps is None:
+        first = sequences or known_epoch(config) or PAPER_SEQUENCES
+        steps = config.train.steps_of(config.data.epoch(dict.fromkeys(config.data.counted, first)))
     setup = keep_fitting_layers(config, training_setup(config, shape), mix, gpus, gpu.memory, assumptions)
     return make_plan(setup, mix, steps, gpus, gpu, assumptions)
 
 
+def plans_of_readings(
+    config: TrainConfig, shape: ModelShape, gpus: int, gpu: GPU, assumptions: Assumptions, frame_tokens: int | None
+) -> list[tuple[Reading, Plan]]:
+    """The plan of the recipe by each reading of the paper's totals; none where an epoch is not scenes and questions."""
+    data, train = config.data, config.train
+    if not {"scenes", "qa"} <= data.counted.keys() or train.steps is not None:
+        return []
+    scenes, counts = data.scenes, range(data.scenes.sequences.min_frames, data.scenes.sequences.max_frames + 1)
+    tracks = tracks_of(scenes)
+    seen = [assumptions.visible * frames for frames in counts]  # frames in which a track is seen
+    pairs = tracks * sum(frames * (frames - 1) for frames in seen) / len(counts)
+    plans = []
+    for reading in readings(train.epochs, len(scenes.grids), sum(counts) / len(counts), tracks, pairs):
+        mixed = replace(data, qa=replace(data.qa, weight=scenes.weight * reading.questions / reading.sequences))
+        fixed = replace(train, steps=reading.steps(train.epochs, train.batch_size))
+        read = replace(config, data=mixed, train=fixed)
+        plans.append((reading, plan_run(read, shape, gpus, gpu, assumptions, frame_tokens)))
+    return plans
+
+
 def sequence_mix(config: TrainConfig, frame_tokens: int, assumptions: Assumptions) -> SequenceMix:
     """The sequences that a run draws: one size for each number of frames, and one for each source of questions."""
-    sources = [source for source in config.data.used.values() if source.weight]
+    sources = config.data.used.values()
     total = sum(source.weight for source in sources)
     mix: SequenceMix = []
     for source in sources:
@@ -144,11 +168,15 @@ def sequence_mix(config: TrainConfig, frame_tokens: int, assumptions: Assumption
 
 def anchors_of(config: TrainConfig, frames: int, frame_tokens: int, assumptions: Assumptions) -> int:
     """Unique anchor tokens of a sequence: no more than there are points, and no more than there are tokens."""
-    tracks = sum(round(config.data.scenes.keep * grid * grid) for grid in config.data.scenes.grids)
-    per_frame = min(tracks, frame_tokens)
+    per_frame = min(tracks_of(config.data.scenes), frame_tokens)
     if config.data.collator.anchors == "first":
         return per_frame
     return min(frames * frame_tokens, round(per_frame * frames * assumptions.visible))
+
+
+def tracks_of(scenes: ScenesConfig) -> int:
+    """Tracks of a sequence, of all grids."""
+    return sum(round(scenes.keep * grid * grid) for grid in scenes.grids)
 
 
 def frame_tokens_of(config: TrainConfig, shape: ModelShape, assumptions: Assumptions) -> int:
@@ -160,18 +188,13 @@ def frame_tokens_of(config: TrainConfig, shape: ModelShape, assumptions: Assumpt
     return max(1, pixels // (PATCHES * shape.patch**2))
 
 
-def epoch_of(config: TrainConfig, sequences: int) -> float:
-    """Sequences of all sources in an epoch of the first one, which has `sequences` itself."""
-    weights = [source.weight for source in config.data.used.values() if source.weight]
-    return sequences * sum(weights) / weights[0]
-
-
-def annotated_sequences(config: TrainConfig) -> int | None:
-    """Sequences of an epoch of the scenes, if their annotations are on this machine."""
-    if config.data.scenes.root and config.data.scenes.annotations:
-        folder = Path(config.data.scenes.annotations[0])
-        if (folder / SETTINGS_FILE).is_file():
-            return len(AnnotationReader(folder).settings.sampler)
+def known_epoch(config: TrainConfig) -> int | None:
+    """Samples of an epoch of the first counted source: of annotations on this machine, or a limit of questions."""
+    first = next(iter(config.data.counted.values()))
+    if isinstance(first, QAConfig):
+        return first.limit
+    if first.annotations and (Path(first.annotations[0]) / SETTINGS_FILE).is_file():
+        return len(AnnotationReader(Path(first.annotations[0])).settings.sampler)
     return None
 
 

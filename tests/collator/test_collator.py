@@ -1,6 +1,7 @@
 """The collator maps tracks to the tokens that the model's processor assigns to the tracked pixels."""
 
 import pickle
+from collections import Counter
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -11,7 +12,7 @@ from support.recorded import recorded_scene
 import gasp_fast
 from gasp_fast.collator import Collator, CollatorConfig, Sample, geometry_sample
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_scene
-from gasp_fast.data.tracks.build import Tracks
+from gasp_fast.data.tracks.build import Tracks, Views, grid_queries
 from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import LayerCapture
 
@@ -146,12 +147,89 @@ def test_anchors_come_from_the_first_frame_from_all_or_from_drawn_pairs(qwen):
     assert frame_pairs(CollatorConfig(anchors="pairs", pairs=99)) == set(permutations(range(5), 2))
 
 
+@pytest.mark.parametrize("unit", ["anchor", "track"])
+def test_the_matches_of_an_anchor_or_of_a_track_share_a_weight_of_one(qwen, unit):
+    """Of planted tracks: seen in 4 frames, in 2, and in 1; the fourth starts in the token of the first."""
+    uv = np.array([[[50.0, 50]] * 4, [[100, 100]] * 4, [[180, 180]] * 4, [[51, 51], [120, 20], [120, 20], [120, 20]]])
+    sample = random_sample(frames=4)
+    seen = [[1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]]
+    sample = Sample(frames=sample.frames, tracks=[tracks_at(uv[:3], seen), tracks_at(uv[3:], [[1, 1, 0, 0]])])
+    matches = Collator(qwen.backbone, unit=unit)([sample])["matches"]
+    assert len(matches) == 12 + 2 + 2
+    share = 1 / 12 if unit == "track" else 1 / 3
+    expected = [share] * 12 + ([1 / 2] * 2 if unit == "track" else [1] * 2) + [1 / 2 if unit == "track" else 1] * 2
+    if unit == "anchor":  # the first token is the anchor of 3 + 1 matches
+        expected[:3], expected[14] = [1 / 4] * 3, 1 / 4
+    assert matches.weight.tolist() == pytest.approx(expected)
+    assert Collator(qwen.backbone)([sample])["matches"].weight is None
+
+
+def test_sorting_the_frames_changes_the_order_of_a_samples_matches_only(rendered, qwen):
+    tracks = [gasp_fast.build_tracks(rendered, [3, 0, 2, 5], grid=grid, keep=1.0) for grid in (5, 9)]
+    assert not all(one.visible.all() for one in tracks)
+    ordered = [one.in_temporal_order() for one in tracks]
+    samples = [geometry_sample(rendered, of) for of in (tracks, ordered)]
+    assert [one.frames.tolist() for one in ordered] == [[0, 2, 3, 5]] * 2
+    assert all(map(np.array_equal, samples[1].frames, (rendered.image(n) for n in (0, 2, 3, 5))))
+    tokens, place = qwen.backbone.frame_grid(*rendered.image_size(0)).tokens, (2, 0, 1, 3)  # of frames 3, 0, 2, 5
+
+    def moved(token):
+        return place[token // tokens] * tokens + token % tokens
+
+    for anchors in ("first", "all"):
+        first, sorted_ = (
+            Collator(qwen.backbone, CollatorConfig(anchors=anchors))([sample])["matches"] for sample in samples
+        )
+        expected = sorted((moved(anchor), moved(target)) for anchor, target in pairs_of(first))
+        assert pairs_of(sorted_) == expected and len(expected) > 50
+        assert sorted(first.target_depth.tolist()) == sorted(sorted_.target_depth.tolist())
+        assert torch.equal(first.patch_depth.view(4, -1)[[1, 2, 0, 3]], sorted_.patch_depth.view(4, -1))
+
+
 def test_coarse_and_fine_grids_are_supervised_together(qwen):
     coarse, fine = random_sample(tracks=5), random_sample(tracks=40, seed=3)
     both = Sample(frames=coarse.frames, tracks=[*coarse.tracks, *fine.tracks])
     collate = Collator(qwen.backbone)
     alone = [pairs_of(collate([Sample(frames=coarse.frames, tracks=s.tracks)])["matches"]) for s in (coarse, fine)]
     assert pairs_of(collate([both])["matches"]) == sorted(alone[0] + alone[1])
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.float32], ids=["tracked", "annotated"])
+@pytest.mark.parametrize("size", [(300, 200), (953, 541)], ids=str)
+def test_a_query_point_of_both_grids_is_supervised_once(qwen, stored, size):
+    """All cell centres of an 8 x 8 grid are centres of a 24 x 24 grid. Here some tracks of either are not kept."""
+    views = Views([np.ones((4, 4), np.float32)], np.zeros((1, 3, 3)), np.zeros((1, 4, 4)), np.array([size]))
+    draw = np.random.default_rng(0)
+
+    def tracks(grid, kept):
+        query = grid_queries(views, grid)
+        query = query[np.sort(draw.permutation(len(query))[:kept])].astype(stored).astype(np.float64)
+        return tracks_at(np.repeat(query[:, None], 3, axis=1))  # the points do not move
+
+    coarse, fine = tracks(8, 40), tracks(24, 400)
+    frames = [np.zeros((size[1], size[0], 3), np.uint8)] * 3
+    matches = Collator(qwen.backbone)([Sample(frames=frames, tracks=[coarse, fine])])["matches"]
+    points = {(round(float(x), 2), round(float(y), 2)) for x, y in np.concatenate([coarse.query, fine.query])}
+    assert 400 < len(points) < 440
+    assert len(matches) == 6 * len(points)
+    grid = qwen.backbone.frame_grid(*size)
+    expected = Counter(int(grid.locate(np.array(point))) for point in points)
+    found = Counter((matches.anchor % grid.tokens).tolist())
+    assert found == {token: 6 * count for token, count in expected.items()}
+
+
+def test_tracks_can_be_ranked_by_what_the_crop_leaves_of_them(family):
+    """Frames twice as wide as high; LLaVA's crop cuts off a quarter on each side."""
+    inside, outside = (200.0, 100.0), (20.0, 100.0)
+    kinds = [[outside] * 4, [outside, inside, inside, outside], [inside] * 3 + [outside], [inside] * 4]
+    sample = random_sample(frames=4, width=400, height=200)
+    sample = Sample(frames=sample.frames, tracks=[tracks_at(np.array(kinds) + np.arange(4)[:, None, None])])
+    cropped = family.backbone.frame_grid(400, 200).locate(np.array(outside)) < 0
+    seen = [0, 2, 3, 4] if cropped else [4, 4, 4, 4]
+    for keep, kept in ((1.0, [1, 2, 3] if cropped else [0, 1, 2, 3]), (0.5, [2, 3] if cropped else [0, 1])):
+        matches = Collator(family.backbone, CollatorConfig(keep=keep))([sample])["matches"]
+        assert len(matches) == sum(seen[n] * (seen[n] - 1) for n in kept)
+    assert cropped == (family.backbone.model_type != "qwen2_5_vl")
 
 
 def test_language_and_geometry_share_a_batch(family):
@@ -296,3 +374,5 @@ def test_wrong_settings_raise_an_error_with_their_name():
         CollatorConfig(anchors="some")
     with pytest.raises(ValueError, match="pairs = 0"):
         CollatorConfig(pairs=0)
+    with pytest.raises(ValueError, match=r"keep = 0.0 is a share of the tracks; give 0 < keep <= 1"):
+        CollatorConfig(keep=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from gasp_fast.config.loader import load_config, to_yaml
+from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.supervision.heads import parse_layers
 from gasp_fast.training.config import TrainConfig
 
@@ -58,8 +60,13 @@ def test_both_7b_recipes_are_the_papers() -> None:
         assert (train.learning_rate, train.head_lr_scale, train.warmup, train.clip) == (1e-4, 4.0, 0.1, 1.0)
         assert train.checkpointing != "off" and config.model.dtype == "bf16"
         assert config.lora.rank == rank and config.heads.layers == "all" and config.heads.init == "svd"
-        assert (loss.corr_weight, loss.depth_weight, loss.temperature) == (0.3, 1.0, 0.07)
-        assert config.data.scenes.root and config.data.qa.root
+        assert (loss.lm_weight, loss.corr_weight, loss.depth_weight) == (1.0, 0.3, 1.0)
+        data = config.data
+        assert data.scenes.root and data.scenes.weight == 1 and data.scenes.held_out == 0.05
+        # Each of 100 K questions about once an epoch of 1.75 M sequences.
+        stream = Mixture({"scenes": Source(1_750_000), "qa": Source(data.qa.limit or 0, data.qa.weight)})
+        epoch = stream.positions_of_epoch("scenes") // 1000 * stream.quota["qa"]
+        assert data.qa.root and data.qa.limit == 100_000 and epoch == pytest.approx(data.qa.limit, rel=0.002)
 
 
 def differing(ours: Any, theirs: Any, path: str = "") -> set[str]:
@@ -73,32 +80,65 @@ def differing(ours: Any, theirs: Any, path: str = "") -> set[str]:
     }
 
 
-def test_a_baseline_differs_from_the_recipe_only_in_what_it_is_about() -> None:
-    gasp = recipe("qwen2_5_vl_7b.yaml")
+BACKBONES = (("", "qwen2_5_vl_7b.yaml"), ("llava_", "llava_next_video_7b.yaml"))
+
+
+@pytest.mark.parametrize(("prefix", "base"), BACKBONES)
+def test_a_baseline_differs_from_the_recipe_only_in_what_it_is_about(prefix: str, base: str) -> None:
+    gasp = recipe(base)
     corr, sft, vqa = (
-        recipe(f"{name}.yaml") for name in ("correspondence_only", "sft_baseline", "vqa_baseline")
+        recipe(f"{prefix}{name}.yaml") for name in ("correspondence_only", "sft_baseline", "vqa_baseline")
     )  # fmt: skip
     assert differing(gasp, corr) == {"loss.depth_weight", "run.out"} and corr.loss.geometric
-    no_geometry = {"loss.depth_weight", "loss.corr_weight", "data.scenes.root", "data.scenes.annotations"}
-    assert differing(gasp, sft) == {*no_geometry, "train.steps", "run.out"}
-    assert differing(sft, vqa) == {"train.steps", "data.vqa.root", "data.vqa.longest_side", "run.out"}
+    no_geometry = {"loss.depth_weight", "loss.corr_weight", "data.scenes.only_counted", "run.out"}
+    assert differing(gasp, sft) == {*no_geometry, "data.qa.limit"}
+    assert differing(gasp, vqa) - {"data.vqa.longest_side"} == {*no_geometry, "data.vqa.root"}
+    assert vqa.data.vqa.longest_side == gasp.data.qa.longest_side
     assert not sft.loss.geometric and not vqa.loss.geometric
-    # The baseline with tracks as questions takes as many steps as GASP; the one with questions alone takes half.
-    steps = 1_750_000 * gasp.train.epochs * 2 / gasp.train.batch_size
-    assert (vqa.train.steps, sft.train.steps) == (int(steps), int(steps / 2))
+    assert list(sft.data.used) == ["qa"] and list(vqa.data.used) == ["qa", "vqa"]
 
 
-def test_an_ablation_differs_from_its_recipe_in_one_key() -> None:
-    qwen, llava = recipe("qwen2_5_vl_7b.yaml"), recipe("llava_next_video_7b.yaml")
-    ranks = {recipe(name).lora.rank for name in RECIPES if "qwen_rank" in name}
-    ranges = {recipe(name).heads.layers for name in RECIPES if "llava_layers" in name}
-    assert ranks == {16, 32, 64, 256, 512} and ranges == {"10-18", "18-25", "25-32", "all"}
-    for name in (name for name in RECIPES if name.startswith("ablations/")):
-        config = recipe(name)
-        base, key = (qwen, "lora.rank") if "qwen" in name else (llava, "heads.layers")
-        assert differing(base, config) - {key} == {"run.out"}
-        assert Path(config.run.out).name == Path(name).stem
-    assert [len(parse_layers(spec, 32)) for spec in sorted(ranges)] == [9, 8, 8, 32]
+@pytest.mark.parametrize("sequences", [1_750_000, 500_000])
+@pytest.mark.parametrize(("prefix", "base"), BACKBONES)
+def test_baselines_take_the_steps_of_the_recipe_with_the_same_overrides(prefix: str, base: str, sequences: int) -> None:
+    def steps(name: str, *overrides: str) -> int:
+        config = recipe(name, "train.batch_size=96", *overrides)
+        lengths = {"scenes": sequences, "qa": 100_000, "vqa": 7}
+        return config.train.steps_of(config.data.epoch(lengths))
+
+    for overrides in ([], ["train.epochs=1", "data.qa.weight=0.5"]):
+        expected = steps(base, *overrides)
+        assert expected > sequences * (1 if overrides else 3) // 96
+        for name in ("correspondence_only", "sft_baseline", "vqa_baseline"):
+            assert steps(f"{prefix}{name}.yaml", *overrides) == expected
+
+
+# Table 4.
+RANKS = {64, 128, 256, 512, 1024}
+RANGES = {"llava": (32, {"10-18", "18-25", "25-32"}), "qwen": (28, {"10-16", "16-22", "22-28"})}
+
+
+@pytest.mark.parametrize(("family", "base"), [("qwen", "qwen2_5_vl_7b.yaml"), ("llava", "llava_next_video_7b.yaml")])
+def test_ablations_are_the_papers_and_differ_from_their_recipe_in_one_key(family: str, base: str) -> None:
+    own, (layers, ranges) = recipe(base), RANGES[family]
+    names = [name for name in RECIPES if name.startswith(f"ablations/{family}_")]
+    for key, expected in (("rank", RANKS - {own.lora.rank}), ("layers", ranges)):
+        group = {name: recipe(name) for name in names if f"_{key}_" in name}
+        values = [config.lora.rank if key == "rank" else config.heads.layers for config in group.values()]
+        assert len(values) == len(expected) and set(values) == expected
+        for (name, config), value in zip(group.items(), values, strict=True):
+            assert differing(own, config) == {"lora.rank" if key == "rank" else "heads.layers", "run.out"}
+            assert config.run.out == f"runs/ablations/{Path(name).stem}"
+            assert Path(name).stem == f"{family}_{key}_{str(value).replace('-', '_')}"
+    # Both ends count: neighbouring ranges share a layer, and the last one ends at the model's last layer.
+    supervised = [parse_layers(spec, layers) for spec in sorted(ranges)]
+    assert supervised[0][0] == 9 and supervised[-1][-1] == layers - 1
+    assert all(one[-1] == other[0] for one, other in itertools.pairwise(supervised))
+
+
+def test_every_ablation_belongs_to_one_of_the_two_groups() -> None:
+    ablations = [name for name in RECIPES if name.startswith("ablations/")]
+    assert len(ablations) == 2 * (len(RANKS) - 1 + 3)
 
 
 def test_the_tiny_recipes_need_no_gpu_and_differ_in_one_idea() -> None:

@@ -24,7 +24,8 @@ LOOK = SyntheticConfig(frames=10, width=96, height=80, samples=1)
 # Options appended to a command of the documents, so that it takes seconds; of two values of an option the last counts.
 SHORT_TRAINING = shlex.split(
     "model.dtype=fp32 train.steps=2 train.batch_size=2 lora.rank=4 heads.layers=all heads.compute=fp32 data.workers=0 "
-    "data.scenes.held_out=0 data.qa.frames=2 data.vqa.frames=2 run.progress=false run.min_free_gb=0 deepspeed=null"
+    "data.scenes.held_out=0 data.qa.limit=null data.qa.frames=2 data.vqa.frames=2 run.progress=false run.min_free_gb=0 "
+    "deepspeed=null"
 )
 SHORT = {
     "render": "--scenes 2 --frames 10 --size 96",

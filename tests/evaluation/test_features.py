@@ -15,6 +15,7 @@ from gasp_fast.collator import Collator, CollatorConfig
 from gasp_fast.evaluation.dataset import EvaluationSet
 from gasp_fast.evaluation.evaluated_model import EvaluatedModel
 from gasp_fast.evaluation.features import KINDS, run_with_features
+from gasp_fast.supervision.heads import CorrespondenceHeads
 
 
 @pytest.fixture
@@ -53,10 +54,12 @@ def by_hand(model: EvaluatedModel, batch: dict[str, Any], rope: str) -> dict[tup
     for layer, (entering, leaving) in enumerate(zip(states[:-1], after_layer, strict=True)):
         hidden = leaving.reshape(-1, leaving.shape[-1])[positions]
         features["hidden", layer] = (hidden, hidden)
-        embeddings = model.heads.by_layer[str(layer)](hidden)
-        features["head", layer] = (embeddings, embeddings)
         block = language.layers[layer]
         x = block.input_layernorm(entering)
+        following = language.layers[layer + 1].input_layernorm if layer + 1 < len(language.layers) else language.norm
+        of_head = {"output": leaving, "output_normed": following(leaving), "layer_input_normed": x}[model.heads.reads]
+        embeddings = model.heads.by_layer[str(layer)](of_head.reshape(-1, leaving.shape[-1])[positions])
+        features["head", layer] = (embeddings, embeddings)
         pair = []
         for projection, heads in (
             (block.self_attn.q_proj, shape.query_heads),
@@ -83,6 +86,19 @@ def test_features_are_what_the_model_computes(model, batch, rope):
         for got, wanted in zip(features[key], expected[key], strict=True):
             assert got.shape == wanted.shape
             assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5), key
+
+
+@pytest.mark.parametrize("reads", ["output_normed", "layer_input_normed"])
+def test_heads_are_given_what_they_were_trained_to_read(model, batch, reads):
+    heads: Any = model.heads
+    layers = {int(name): head for name, head in heads.by_layer.items() if name != "1"}
+    given = replace(model, heads=CorrespondenceHeads(layers, reads))
+    whole = replace(model, heads=CorrespondenceHeads({int(name): head for name, head in heads.by_layer.items()}, reads))
+    features, expected = features_of(given, batch), by_hand(whole, batch, "before")
+    assert {layer for kind, layer in features if kind == "head"} == layers.keys()
+    for key, (got, _) in features.items():
+        assert torch.allclose(got, expected[key][0], rtol=1e-4, atol=1e-5), key
+    assert not torch.allclose(features["head", 0][0], features_of(model, batch)["head", 0][0], atol=1e-3)
 
 
 def test_grouped_queries_are_averaged_and_full_ones_are_whole(models, dataset):

@@ -19,13 +19,16 @@ from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads
 
 
 class CapturedStates:
-    """Hidden states by layer, with the one method of `LayerCapture` that supervision uses."""
+    """Hidden states by layer, with the two methods of `LayerCapture` that supervision uses."""
 
     def __init__(self, states):
         self.states = states
 
     def hidden(self, layer):
         return self.states[layer]
+
+    def norm(self, layer):
+        return None
 
 
 def synthetic_problem(layers, tokens=2048, hidden=64, out=256, compute="fp32", **options):

@@ -1,5 +1,7 @@
 """Captured hidden states are those of the model, with their gradients, under every kind of gradient checkpointing."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,31 @@ def test_captured_states_are_the_models_hidden_states_before_the_final_norm(fami
     assert not torch.equal(last, states[-1])
     with torch.no_grad():
         torch.testing.assert_close(family.backbone.final_norm(family.model)(last), states[-1])
+
+
+def test_a_state_is_read_through_the_norm_that_follows_or_as_the_projections_read_it(family, talk, noise):
+    encoded = family.backbone.encode([talk(noise(2))])
+    positions, last = torch.cat(encoded.positions), family.backbone.layer_count - 1
+    model = deepcopy(family.model)
+    layers, final_norm = family.backbone.decoder_layers(model), family.backbone.final_norm(model)
+    torch.manual_seed(0)
+    for module in [*(layer.input_layernorm for layer in layers), final_norm]:
+        module.weight.data.uniform_(0.5, 2)  # norms of a random model are all alike
+    projected, handles = [], []
+    for layer in layers:
+        keep = layer.self_attn.q_proj.register_forward_hook(lambda module, args, out: projected.append(args[0]))
+        handles.append(keep)
+    captures = [LayerCapture(layers, final_norm, read=read) for read in ("output_normed", "layer_input_normed")]
+    with captures[0] as output, captures[1] as entering, torch.no_grad():
+        final = model(**encoded.inputs, output_hidden_states=True).hidden_states[-1]
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        for layer, (state, following) in enumerate(zip(projected, [*projected[1:], final], strict=True)):
+            for capture, expected in ((entering, state), (output, following)):
+                torch.testing.assert_close(capture.tokens(layer, positions), expected.flatten(0, 1)[positions])
+    assert entering.norm(last) is layers[last].input_layernorm and output.norm(last) is final_norm
+    assert capture_of(family).norm(last) is None
 
 
 @pytest.fixture

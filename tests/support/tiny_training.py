@@ -1,7 +1,8 @@
 """Tiny models of the real classes, a few rendered scenes, questions about them, and configurations of small runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,45 +99,59 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def plain_step(model, batch, weights=(0.3, 1.0)):
+def plain_step(model, batch, weights=(0.3, 1.0), other_targets="negatives"):
     """The geometric loss of a batch by plain autograd: all hidden states are kept, all heads run at once."""
     matches, positions = batch["matches"], batch["visual_positions"]
     inputs = {name: value for name, value in batch.items() if name not in ("matches", "visual_positions", "labels")}
     inner = model.model
     layers = model.backbone.decoder_layers(inner)
-    states = []
+    states, normed = [], []
     handles = [
         layer.register_forward_hook(lambda m, a, out: states.append(out if torch.is_tensor(out) else out[0]))
         for layer in layers
     ]
+    handles += [layer.input_layernorm.register_forward_hook(lambda m, a, out: normed.append(out)) for layer in layers]
     inner(**inputs, use_cache=False)
     for handle in handles:
         handle.remove()
+    if model.supervision.reads == "output_normed":
+        states = [*normed[1:], model.backbone.final_norm(inner)(states[-1])]
+    elif model.supervision.reads == "layer_input_normed":
+        states = normed
     rows = [states[n].flatten(0, 1)[positions] for n in model.supervision.layers]
     embeddings = [
         model.supervision.by_layer[str(n)].head(row) for n, row in zip(model.supervision.layers, rows, strict=True)
     ]
     return gasp_loss(
         torch.stack(embeddings), matches, corr_weight=weights[0], depth_weight=weights[1], return_metrics=True,
-        backend="torch",
+        backend="torch", other_targets=other_targets,
     )  # fmt: skip
 
 
-def backward_of_step(model, sequences, per_match=False):
+def have_depth(matches):
+    """Bool [M]: the matches that have a depth term."""
+    known = matches.patch_depth > 0
+    frames = list(pairwise(matches.frame_offsets.tolist()))
+    own = [next(known[start:end].any() for start, end in frames if start <= at < end) for at in matches.target.tolist()]
+    return (matches.target_depth > 0) & torch.tensor(own, dtype=torch.bool)
+
+
+def backward_of_step(model, sequences, weights=None):
     """The loss of an optimiser step over `sequences`, each the batch of one; adds its gradient.
 
-    The mean over the labelled tokens of all, and the mean over the sequences with matches, or over the matches of all.
+    The mean over the labelled tokens of all. Of the terms of matches, the mean over the sequences with matches; or with
+    `weights`, a tensor [M] for each sequence, the weighted mean over all matches.
     """
     tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in sequences)
-    matches = sum(len(batch["matches"]) for batch in sequences)
-    with_depth = sum(int(batch["matches"].index.has_depth.sum()) for batch in sequences)
     geometric = sum(len(batch["matches"]) > 0 for batch in sequences)
     total = 0.0
-    for batch in sequences:
-        own = batch["matches"]
+    for number, batch in enumerate(sequences):
         corr, depth = 0.3 / max(1, geometric), 1 / max(1, geometric)
-        if per_match:
-            corr, depth = 0.3 * len(own) / matches, int(own.index.has_depth.sum()) / with_depth
+        if weights is not None:
+            batch = {**batch, "matches": replace(batch["matches"], weight=weights[number])}
+            corr = 0.3 * float(weights[number].sum() / sum(one.sum() for one in weights))
+            of_depth = [one[have_depth(each["matches"])].sum() for one, each in zip(weights, sequences, strict=True)]
+            depth = float(of_depth[number] / sum(of_depth))
         loss = plain_step(model, batch, (corr, depth)).loss
         labels = batch["labels"]
         if (labels != -100).any():

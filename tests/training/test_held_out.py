@@ -21,7 +21,7 @@ from gasp_fast.evaluation.held_out import SequencesInMemory
 from gasp_fast.run_folder import BEST, checkpoint_folders, weights_folder
 from gasp_fast.train import held_out_sequences, main, train
 from gasp_fast.training.config import EvaluateConfig
-from gasp_fast.training.held_out import in_words, scalars
+from gasp_fast.training.held_out import in_words, scalars, share_held_out
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.summary import as_table, draw
 
@@ -262,6 +262,15 @@ def test_of_the_training_scenes_only_those_held_out_are_evaluated(evaluated, ass
     assert len(names) == 2
     train(settings)
     assert evaluations_of(settings.run.out)[2]["sequences"] == 3
+
+
+def test_a_baseline_is_evaluated_on_the_scenes_that_its_recipe_holds_out(config, assets):
+    def share(held_out, **scenes):
+        settings = config(mixed=True, scenes={"held_out": held_out, **scenes})
+        return share_held_out(settings, assets.scenes / "scene-0")
+
+    assert share(0.3) == share(0.3, only_counted=True) == 0.3
+    assert share(0.0, only_counted=True) == 0.0  # all: nothing of them is trained on
 
 
 def test_sequences_that_cannot_be_read_are_named_and_left_out(evaluated, other_scenes, tmp_path, capsys):

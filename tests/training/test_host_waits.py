@@ -39,7 +39,8 @@ def loop_on(device, settings, batches=2):
 def test_a_step_does_not_wait(config, family, mode, checkpointing, dtype, packing):
     """Micro-batches of scenes and questions of different lengths, so that there is padding, or several in a row."""
     train = {"batch_size": 4, "micro_batch_size": 2, "mode": mode, "checkpointing": checkpointing, "packing": packing}
-    settings = config(family, mixed=True, train=train, model={"dtype": dtype})
+    heads = {"input": "output_normed" if packing else "output"}
+    settings = config(family, mixed=True, train=train, model={"dtype": dtype}, heads=heads)
     loop, steps = loop_on(DEVICE, settings)
     assert {batch["token_index"].row is not None for batches in steps for batch in batches} == {packing}
     device = PretendedDevice()

@@ -12,9 +12,12 @@ import torch
 
 from gasp_fast.collator import Collator, Sample
 from gasp_fast.config.loader import to_yaml
-from gasp_fast.supervision.heads import CorrespondenceHead
-from gasp_fast.training.model import build_model, language_loss
+from gasp_fast.supervision.head_files import read_heads
+from gasp_fast.supervision.heads import CorrespondenceHead, HeadsConfig
+from gasp_fast.training.held_out import heads_of
+from gasp_fast.training.model import build_heads, build_model, language_loss
 from gasp_fast.training.stream import SampleStream, SteadyCollator
+from gasp_fast.training.weights import gather_weights, write_weights
 
 CPU = torch.device("cpu")
 WORDS = [{"role": "user", "content": "How many boxes?"}, {"role": "assistant", "content": "Three."}]
@@ -106,6 +109,29 @@ def test_heads_start_as_the_query_projections_of_their_layers_and_their_time_is_
     for layer, supervised in zip((1, 2), model.supervision.by_layer.values(), strict=True):
         expected = CorrespondenceHead.from_query_projection(*model.backbone.query_projection(model.model, layer))
         assert all(map(torch.equal, supervised.head.parameters(), expected.parameters()))
+
+
+def test_heads_can_start_without_the_bias_of_the_query_projection(config, family):
+    model = build_model(config(family), CPU)
+    biases = [model.backbone.query_projection(model.model, layer)[1] for layer in range(4)]
+    for bias in biases:
+        if bias is not None:
+            torch.nn.init.normal_(bias)  # it is zero in a random model
+    copied, zero = (
+        build_heads(HeadsConfig(bias=bias), model.backbone, model.model, CPU).by_layer for bias in ("copy", "zero")
+    )
+    for bias, with_bias, without in zip(biases, copied.values(), zero.values(), strict=True):
+        assert not without.second.bias.any() and not without.first.bias.any()
+        assert torch.equal(with_bias.second.bias, torch.zeros_like(without.second.bias) if bias is None else bias)
+        assert torch.equal(with_bias.first.weight, without.first.weight)
+        assert torch.equal(with_bias.second.weight, without.second.weight)
+    assert any(bias is not None for bias in biases) == (family == "qwen2_5_vl")
+
+
+def test_a_checkpoint_records_what_its_heads_read(config, tmp_path):
+    model = build_model(config(heads={"input": "output_normed"}), CPU)
+    write_weights(model, tmp_path, gather_weights(model, True))
+    assert read_heads(tmp_path / "heads.safetensors").reads == heads_of(model).reads == "output_normed"
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
 from gasp_fast.training.model import build_model
-from gasp_fast.training.objective import averaged, mean_of_sequences
+from gasp_fast.training.objective import Average, averaged, mean_of_sequences, unit_of_matches
 from gasp_fast.training.stream import SampleStream, SteadyCollator
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,18 +39,44 @@ def step_of_16(config):
     return make
 
 
-def plain_gradient(settings, per_match=False):
+def plain_gradient(settings, average="sequence"):
     """Loss and gradient of the first step, a sequence at a time, by code that the training loop does not use."""
     model = build_model(settings, CPU).train()
     stream, collate = SampleStream(settings.data), Collator(model.backbone)
-    sequences = [collate([stream[position]]) for position in range(settings.train.batch_size)]
+    samples = [stream[position] for position in range(settings.train.batch_size)]
+    sequences = [collate([sample]) for sample in samples]
     if len(sequences) == 16:
         assert len({batch["input_ids"].shape[1] for batch in sequences}) > 5
         assert 4 <= sum(len(batch["matches"]) > 0 for batch in sequences) <= 12
-    loss = backward_of_step(model, sequences, per_match)
+    weights = None
+    if average != "sequence":
+        units = [
+            units_of_matches(sample, batch["matches"], model.backbone, average)
+            for sample, batch in zip(samples, sequences, strict=True)
+        ]
+        weights = [torch.tensor([1 / own.count(unit) for unit in own]) for own in units]
+    loss = backward_of_step(model, sequences, weights)
     zero = torch.zeros(())
     named = {name: p.grad if p.grad is not None else zero for name, p in model.named_parameters() if p.requires_grad}
     return loss, named
+
+
+def units_of_matches(sample, matches, backbone, average):
+    """What counts once, for each match of a sample: the sequence, the anchor token, the track, or the match itself."""
+    if average != "track":
+        count = len(matches)
+        return {"sequence": [0] * count, "anchor": matches.anchor.tolist(), "match": list(range(count))}[average]
+    tracks, targets = [], []
+    for grid_number, grid_tracks in enumerate(sample.tracks):
+        grids = [backbone.frame_grid(frame.shape[1], frame.shape[0]) for frame in sample.frames]
+        for t in range(len(grid_tracks)):
+            at = [int(grid.locate(grid_tracks.uv[t, f])) for f, grid in enumerate(grids)]
+            seen = [f for f in range(len(grids)) if grid_tracks.visible[t, f] and at[f] >= 0]
+            for _, to in permutations(seen, 2):
+                tracks.append((grid_number, t))
+                targets.append(int(matches.frame_offsets[to]) + at[to])
+    assert targets == matches.target.tolist()
+    return tracks
 
 
 def gradient_of_first_step(settings):
@@ -77,7 +105,7 @@ def assert_same_gradient(found, expected, what):
 PACKED = {"tokens_at_once": 400, "packing": True}
 
 
-@pytest.mark.parametrize("average", ["sequence", "match"])
+@pytest.mark.parametrize("average", get_args(Average))
 @pytest.mark.parametrize(
     "division",
     [
@@ -91,11 +119,27 @@ PACKED = {"tokens_at_once": 400, "packing": True}
 )
 def test_the_size_of_micro_batches_does_not_change_the_gradient(step_of_16, family, average, division):
     settings = step_of_16(family, average, **division)
-    loss, expected = plain_gradient(settings, average == "match")
+    loss, expected = plain_gradient(settings, average)
     record, found = gradient_of_first_step(settings)
     assert_same_gradient(found, expected, division)
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["loss"] == pytest.approx(record["lm"] + 0.3 * record["corr"] + record["depth"], rel=1e-5)
+
+
+@pytest.mark.parametrize("average", get_args(Average))
+def test_metrics_are_means_over_the_step_however_it_is_divided(step_of_16, family, average):
+    records = [gradient_of_first_step(step_of_16(family, average, **how))[0] for how in ({}, PACKED)]
+    for name in ("pck_per_layer", "cosine_per_layer"):
+        assert records[1][name] == pytest.approx(records[0][name], rel=1e-4)
+    settings = step_of_16(family, average)
+    model, stream = build_model(settings, CPU), SampleStream(settings.data)
+    collate, total, count = Collator(model.backbone), torch.zeros(4), 0
+    for sample in map(stream.__getitem__, range(16)):
+        batch = collate([sample])
+        units = len(set(units_of_matches(sample, batch["matches"], model.backbone, average)))
+        with torch.no_grad():
+            total, count = total + units * model(**batch)["cosine"], count + units
+    assert records[0]["cosine_per_layer"] == pytest.approx((total / count).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -194,14 +238,19 @@ def test_a_batch_counts_what_its_terms_are_averaged_over(config, family):
     model = build_model(settings, CPU)
     stream = SampleStream(settings.data)
     samples = [stream[position] for position in range(8)]
-    for average in ("sequence", "match"):
-        batch = SteadyCollator(Collator(model.backbone), average)(samples)
+    for average in get_args(Average):
+        batch = SteadyCollator(Collator(model.backbone, unit=unit_of_matches(average)), average)(samples)
         matches = batch["matches"]
         answers, units, with_depth = batch["counts"].tolist()
         assert answers == (batch["labels"][:, 1:] != -100).sum() > 0
         sequences = sum(bool(sample.tracks) for sample in samples)
         if average == "sequence":
             assert units == with_depth == sequences > 1
+        elif average == "anchor":
+            assert units == pytest.approx(len(set(matches.anchor.tolist()))) and 0 < with_depth < 1.000001 * units
+        elif average == "track":
+            tracks = sum(len(sample.tracks[0]) for sample in samples if sample.tracks)
+            assert units == pytest.approx(round(units)) and 0 < with_depth < 1.000001 * units <= 1.00001 * tracks
         else:
             assert units == len(matches) and with_depth == int(matches.index.has_depth.sum()) <= units
         assert batch["matches"].index.corr_share.expand(len(matches)).sum() == pytest.approx(1)

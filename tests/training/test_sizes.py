@@ -146,7 +146,8 @@ def recipe_dealer(name, folder, world_size):
     (folder / "questions").mkdir()
     (folder / "questions" / "qa.json").write_text(json.dumps(records))
     overrides = [zero("zero1"), f"data.scenes.root={folder}", f"data.scenes.annotations=[{folder}/tracks]"]
-    config = load_config(TrainConfig, ROOT / f"configs/{name}.yaml", [*overrides, f"data.qa.root={folder}/questions"])
+    overrides += [f"data.qa.root={folder}/questions", "data.qa.limit=2000"]
+    config = load_config(TrainConfig, ROOT / f"configs/{name}.yaml", overrides)
     family = name.removesuffix("_7b")
     model = build_tiny(folder / "model", SIZES_7B[family], weights=False)
     stream = SampleStream(config.data)

@@ -12,6 +12,7 @@ import pytest
 from gasp_fast.data.annotations.settings import AnnotationSettings, store_settings
 from gasp_fast.data.annotations.shard import shard_arrays, shard_bytes, shard_path
 from gasp_fast.data.annotations.write import annotate
+from gasp_fast.data.permutation import permuted
 from gasp_fast.data.scenes import open_scenes
 from gasp_fast.data.scenes.library import SceneEntry, find_scenes, survey
 from gasp_fast.data.scenes.open import open_scene
@@ -58,6 +59,22 @@ def test_annotations_give_the_tracks_of_tracking_on_the_fly(config, assets, tmp_
     on_the_fly = SampleStream(config(scenes={"grids": (4, 8)}).data)
     for position in range(6):
         assert len(ready[position].tracks) == 2 and same(ready[position], on_the_fly[position])
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["tracked", "annotated"])
+def test_the_frames_of_a_sequence_can_come_in_temporal_order(config, assets, tmp_path, stored):
+    source = {"annotations": (str(annotated(assets, tmp_path / "tracks", 8)),)} if stored else {"sequences": SEQUENCES}
+    streams = [
+        SampleStream(config(scenes={**source, "order": order}).data) for order in ("anchor_first", "chronological")
+    ]
+    anchors = set()
+    for position in range(8):
+        first, ordered = (stream[position].tracks[0] for stream in streams)
+        assert first.query_frame == 0 and sorted(first.frames) == list(ordered.frames)
+        assert ordered.frames[ordered.query_frame] == first.frames[0]
+        assert np.allclose(ordered.uv[:, ordered.query_frame], ordered.query, atol=1e-3)
+        anchors.add(ordered.query_frame)
+    assert len(anchors) > 1
 
 
 def test_annotations_of_different_sequences_cannot_be_combined(config, assets, tmp_path):
@@ -276,6 +293,62 @@ def test_epochs_are_passes_through_the_scenes(config):
     assert settings.train.steps_of(stream.epoch) == 2 * 16 // 4
     drawn = [stream.mixture.draw(position) for position in range(32)]
     assert sorted(d.index for d in drawn[:16]) == sorted(d.index for d in drawn[16:]) == list(range(16))
+
+
+def records_of(stream, source, epochs=1):
+    """The videos' names that `source` would draw in so many epochs, by epoch."""
+    length = len(stream.sources[source])
+    return [
+        [stream.sources[source].name(permuted(n, length, f"mixture/0/{source}/{epoch}")) for n in range(length)]
+        for epoch in range(epochs)
+    ]
+
+
+def test_a_limit_draws_from_a_fixed_random_subset_of_the_questions(config):
+    def stream(**qa):
+        return SampleStream(config(mixed=True, qa=qa).data)
+
+    [everything] = records_of(stream(), "qa")
+    first, again, other = (stream(limit=5, seed=seed) for seed in (0, 0, 1))
+    one, two = records_of(first, "qa", epochs=2)
+    assert len(first.sources["qa"]) == 5 and len(set(one)) == 5 and set(one) < set(everything)
+    assert set(two) == set(one) and two != one  # an epoch draws each once, in another order
+    assert records_of(again, "qa", epochs=2) == records_of(pickle.loads(pickle.dumps(first)), "qa", 2) == [one, two]
+    assert {*records_of(other, "qa")[0]} != {*one}
+    subsets = [{*records_of(stream(limit=5, seed=seed), "qa")[0]} for seed in range(40)]
+    assert set.union(*subsets) == set(everything)  # none is out of reach
+    assert first.sources["qa"].fingerprint() == again.sources["qa"].fingerprint() != other.sources["qa"].fingerprint()
+
+
+def test_a_limited_question_is_outlined_read_and_named_as_one_record(config):
+    questions = SampleStream(config(mixed=True, qa={"limit": 4, "seed": 2}).data).sources["qa"]
+    numbers = [permuted(index, len(questions.records), "limit/2") for index in range(4)]
+    for index, number in enumerate(numbers):
+        turns = tuple(turn.text for turn in questions.records.record(number).turns)
+        assert questions.outline(0, index).texts == turns and questions.name(index) == questions.records.name(number)
+        sample, expected = questions.load(0, index, 0), questions.records.sample(number, 2)
+        assert np.array_equal(np.stack(sample.frames), expected.frames)
+        assert questions.frame_size_of(index) == sample.frames[0].shape[1::-1]
+
+
+def test_more_questions_than_there_are_cannot_be_drawn(config, assets):
+    with pytest.raises(
+        ValueError, match=r"data\.qa\.limit = 9999 is more than the \d+ usable questions in .*; lower it"
+    ):
+        SampleStream(config(mixed=True, qa={"limit": 9999}).data)
+
+
+def test_scenes_that_are_only_counted_give_the_steps_and_no_sample(config):
+    gasp, other = config(mixed=True, qa={"weight": 0.25}), {"steps": None, "epochs": 2.0, "batch_size": 4}
+    counted = config(mixed=True, qa={"weight": 0.25}, scenes={"only_counted": True}).data
+    questions = replace(counted, vqa=replace(counted.qa, weight=1.0))
+    streams = [SampleStream(data) for data in (gasp.data, counted, questions)]
+    assert [list(stream.sources) for stream in streams] == [["scenes", "qa"], ["qa"], ["qa", "vqa"]]
+    train = config(train=other).train
+    assert len({train.steps_of(stream.epoch) for stream in streams}) == 1
+    assert streams[0].epoch == 1000 and not any(streams[2][position].tracks for position in range(20))
+    longer = replace(counted.scenes, sequences=replace(SEQUENCES, per_scene=400))
+    assert SampleStream(replace(counted, scenes=longer)).epoch == 2 * streams[1].epoch
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])

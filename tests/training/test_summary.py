@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -115,14 +116,21 @@ def test_results_of_a_run_are_written_into_its_folder(tmp_path, capsys):
     assert "no run of gasp_fast.train that could hold the report; give --out DIR" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host_sums", [0, 7], ids=["of an earlier version", "with sums of the host"])
-def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes(host_sums):
-    count = 10 + host_sums  # of one layer
+@pytest.mark.parametrize("count", [10, 17, 18], ids=["without sums of the host", "without cosines", "of this version"])
+def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes(count):
+    """Of one layer. Earlier versions had no cosine, at place 10; it is undefined in a line with such steps."""
     saved = [[float(n) for n in range(count + 1)], [10.0 * n for n in range(count + 1)]]  # two processes; seconds last
     found = []
     for rank, world_size in ((0, 2), (1, 2), (0, 1), (0, 3), (1, 3)):
         meter = Meter(1, torch.device("cpu"))
         meter.restore(saved, rank, world_size)
         found.append(meter.state()[0][:-1])
-    both, zeros = [11.0 * n for n in range(count)], [0.0] * (7 - host_sums)
-    assert found == [[*sums, *zeros] for sums in (saved[0][:-1], saved[1][:-1], both, both, [0.0] * count)]
+    both = [11.0 * n for n in range(count)]
+    expected = [saved[0][:-1], saved[1][:-1], both, both, [0.0] * count]
+    if count < 18:
+        added = [pytest.approx(math.nan, nan_ok=True)] * 4 + [0.0]
+        expected = [
+            [*sums[:10], cosine, *sums[10:], *[0.0] * (17 - count)]
+            for sums, cosine in zip(expected, added, strict=True)
+        ]
+    assert found == expected

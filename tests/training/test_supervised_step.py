@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gasp_fast.backbones.base_model import DTYPES
+from gasp_fast.backbones.base_model import DTYPES, use_checkpointing
 from gasp_fast.collator import Collator
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.supervision import geometric
@@ -50,6 +50,68 @@ def test_a_streamed_step_is_the_plain_step(config, family, plain_step, checkpoin
         torch.testing.assert_close(found[name], grad, rtol=2e-4, atol=2e-6, msg=name)
     for name in found.keys() - wanted.keys():
         assert not found[name].any(), name
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "non_reentrant", "reentrant"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("reads", ["output_normed", "layer_input_normed"])
+def test_heads_read_normed_states_with_all_gradients(config, family, plain_step, reads, mode, checkpointing):
+    settings = config(family, heads={"input": reads}, train={"mode": mode}, loss={"lm_weight": 0.0})
+    reference = build_model(settings, CPU).train()
+    torch.manual_seed(0)
+    for name, parameter in reference.named_parameters():
+        if "norm" in name and "language_model" in name:
+            parameter.data.uniform_(0.2, 2)  # at one, as it is in a random model, a norm has a simpler gradient
+    model = build_model(settings, CPU).train()
+    model.load_state_dict(reference.state_dict())
+    expected = plain_step(reference, batch_of(settings, reference))
+    expected.loss.backward()
+    use_checkpointing(model.model, checkpointing, [])
+    out = model(**batch_of(settings, model))
+    out["loss"].backward()
+    torch.testing.assert_close(out["corr"], expected.corr_per_layer, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out["depth"], expected.depth_per_layer, rtol=1e-5, atol=1e-5)
+    found, wanted = gradients(model), gradients(reference)
+    assert any("layernorm" in name and grad.any() for name, grad in wanted.items()) == (mode == "full")
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("group_bytes", [1, geometric.GROUP_BYTES], ids=["streamed", "grouped"])
+def test_other_targets_can_be_left_out_of_the_negatives(config, family, plain_step, group_bytes):
+    settings = config(family, loss={"other_targets": "ignored", "lm_weight": 0.0})
+    losses = {}
+    for other_targets in ("negatives", "ignored"):
+        reference = build_model(settings, CPU).train()
+        expected = plain_step(reference, batch_of(settings, reference), other_targets=other_targets)
+        expected.loss.backward()
+        losses[other_targets] = expected.loss.item()
+    assert losses["negatives"] > losses["ignored"] + 1e-3  # the batch has anchors with several targets
+    model = build_model(settings, CPU).train()
+    model.supervision.by_layer.group_bytes = group_bytes
+    out = model(**batch_of(settings, model))
+    out["loss"].backward()
+    torch.testing.assert_close(out["corr"], expected.corr_per_layer, rtol=1e-5, atol=1e-6)
+    found = gradients(model)
+    for name, grad in gradients(reference).items():
+        torch.testing.assert_close(found[name], grad, rtol=2e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("group_bytes", [1, geometric.GROUP_BYTES], ids=["streamed", "grouped"])
+def test_the_losses_of_the_layers_can_be_added_up(config, family, plain_step, group_bytes):
+    settings = config(family, heads={"layers": "2-4"}, loss={"layer_reduction": "sum", "lm_weight": 0.0})
+    reference, model = build_model(settings, CPU).train(), build_model(settings, CPU).train()
+    expected = plain_step(reference, batch_of(settings, reference))
+    total = (0.3 * expected.corr_per_layer + expected.depth_per_layer).sum()
+    (3 * expected.loss).backward()
+    model.supervision.by_layer.group_bytes = group_bytes
+    out = model(**batch_of(settings, model))
+    out["loss"].backward()
+    torch.testing.assert_close(out["loss"], total, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out["corr"], expected.corr_per_layer, rtol=1e-5, atol=1e-6)
+    found = gradients(model)
+    for name, grad in gradients(reference).items():
+        torch.testing.assert_close(found[name], grad, rtol=2e-4, atol=5e-6, msg=name)
 
 
 def test_geometry_alone_reaches_every_adapter_of_the_supervised_layers_and_below(config, family):

@@ -13,7 +13,7 @@ gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -30,16 +30,29 @@ AGREEMENT = 0.05  # largest relative difference between two depths of one surfac
 
 @dataclass(frozen=True)
 class Tracks:
-    """`T` points in `F` frames, most visible first. Frame 0 is the query frame. Annotations are read as float32."""
+    """`T` points in `F` frames, most visible first. Annotations are read as float32."""
 
     frames: np.ndarray  # int64 [F], indices into the scene
-    query: np.ndarray  # float64 [T, 2], pixels of frame 0, x then y
+    query: np.ndarray  # float64 [T, 2], pixels of the query frame, x then y
     uv: np.ndarray  # float64 [T, F, 2], pixels of the colour image; (-1, -1) behind the camera
     visible: np.ndarray  # bool [T, F]
     depth: np.ndarray  # float64 [T, F], projected depth of the point in each frame's camera
+    query_frame: int = 0  # its place among the `F`
 
     def __len__(self) -> int:
         return len(self.query)
+
+    def in_temporal_order(self) -> Tracks:
+        """The same tracks, with the frames sorted as in the scene."""
+        order = np.argsort(self.frames)
+        return replace(
+            self,
+            frames=self.frames[order],
+            uv=self.uv[:, order],
+            visible=self.visible[:, order],
+            depth=self.depth[:, order],
+            query_frame=int(np.flatnonzero(order == self.query_frame)[0]),
+        )
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def track(
         inside = np.flatnonzero(ahead & within)
         visible[f, inside] = _agrees(u[f, inside], v[f, inside], z[f, inside], depth[f], size[f], agreement)
 
-    order = _most_visible(visible, keep)
+    order = most_visible(visible, keep)
     uv = np.stack([u[:, order].T, v[:, order].T], axis=-1)
     return query[order], uv, np.ascontiguousarray(visible[:, order].T), np.ascontiguousarray(z[:, order].T)
 
@@ -78,7 +78,7 @@ def _agrees(
     return agrees
 
 
-def _most_visible(visible: np.ndarray, keep: float) -> np.ndarray:
+def most_visible(visible: np.ndarray, keep: float) -> np.ndarray:
     """Indices of the kept tracks of `visible` [F, Q]: the most visible of those seen at least twice; ties by index."""
     seen = visible.sum(axis=0)
     candidates = np.flatnonzero(seen >= 2)

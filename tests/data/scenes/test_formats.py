@@ -116,8 +116,21 @@ def test_photographs_of_one_name_in_two_folders_stay_apart(scene_world, tmp_path
         entry["file_path"] = f"./images/{place.name}/{f // 2}.png"
     (root / "transforms.json").write_text(json.dumps(meta))
     scene = open_scene(root)
-    assert scene.frame_names[:3] == ["right/0", "left/0", "right/1"]
-    assert all(np.array_equal(scene.image(f), scene_world.image(f)) for f in range(8))
+    assert scene.frame_names == [*(f"left/{n}" for n in range(4)), *(f"right/{n}" for n in range(4))]
+    for f in range(8):
+        assert np.array_equal(scene.image(f // 2 if f % 2 else 4 + f // 2), scene_world.image(f))
+
+
+def test_the_frames_of_dl3dv_are_in_the_order_of_their_names_whatever_that_of_the_json(scene_world, tmp_path):
+    root = write_dl3dv_download(tmp_path / "hash", scene_world)
+    meta = json.loads((root / "transforms.json").read_text())
+    meta["frames"] = [meta["frames"][f] for f in (3, 0, 7, 1, 6, 2, 5, 4)]
+    (root / "transforms.json").write_text(json.dumps(meta))
+    scene = open_scene(root)
+    assert scene.frame_names == [f"frame_{f:05d}" for f in range(8)]
+    for f in range(8):
+        assert np.array_equal(scene.image(f), scene_world.image(f))
+        np.testing.assert_allclose(scene.pose(f), scene_world.pose(f), atol=1e-12)
 
 
 def test_a_dl3dv_folder_with_its_colmap_model_is_still_dl3dv(scene_world, tmp_path):

@@ -88,6 +88,7 @@ def read(root: Path) -> Scene:
                 (k1, k2, p1, p2),
             )
         )
+    frames.sort(key=lambda frame: frame.name)  # the list may be in any order, names follow the video
     sparse = colmap.find_model(root, files) or colmap.find_model(path.parent, files)
     return build_scene(root, NAME, frames, skipped, sparse and sparse[1], files)
 
