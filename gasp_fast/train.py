@@ -7,7 +7,7 @@ end training.png. The same command resumes a run that was stopped.
 examples:
   python -m gasp_fast.train configs/tiny_cpu.yaml train.steps=100
   python -m gasp_fast.train configs/qwen2_5_vl_7b.yaml --dry-run
-  torchrun --nproc-per-node 8 -m gasp_fast.train configs/qwen2_5_vl_7b.yaml
+  python -m gasp_fast.training.launch --nproc-per-node 8 -m gasp_fast.train configs/qwen2_5_vl_7b.yaml
   deepspeed --module gasp_fast.train configs/qwen2_5_vl_7b.yaml
 """
 

@@ -30,7 +30,7 @@ COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 TRAINING = """\
   train       not a command but a module, so that torchrun and deepspeed can start it:
               python -m gasp_fast.train CONFIG.yaml [key.path=value ...]
-              torchrun --nproc-per-node 8 -m gasp_fast.train CONFIG.yaml"""
+              python -m gasp_fast.training.launch --nproc-per-node 8 -m gasp_fast.train CONFIG.yaml"""
 
 
 class CommandHelpFormatter(argparse.RawDescriptionHelpFormatter):
