@@ -302,12 +302,11 @@ def rewrite_questions(root):
 
 
 def permute_poses(root):
-    for file in root.rglob("transforms.json"):
-        facts = json.loads(file.read_text())
-        poses = [frame["transform_matrix"] for frame in facts["frames"]]
-        for frame, pose in zip(facts["frames"], poses[1:] + poses[:1], strict=True):
-            frame["transform_matrix"] = pose
-        file.write_text(json.dumps(facts))
+    for folder in root.rglob("pose"):
+        files = sorted(folder.iterdir())
+        texts = [file.read_text() for file in files]
+        for file, text in zip(files, texts[1:] + texts[:1], strict=True):
+            file.write_text(text)
 
 
 @pytest.mark.parametrize(("source", "change"), [("qa", rewrite_questions), ("scenes", permute_poses)])
