@@ -1,4 +1,4 @@
-"""Processor, cores and packages of this machine; work in worker processes, which end with their parent."""
+"""Processor, cores and packages of this machine; work in worker processes, which end with their parent; time limits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import TimeoutError as FuturesTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib.metadata import Distribution
@@ -106,6 +107,27 @@ def _one_thread_a_worker() -> Iterator[None]:
     finally:
         for name in names:
             os.environ.pop(name, None)
+
+
+def in_time(work: Callable[[], Result], seconds: float) -> Result:
+    """The result or the exception of `work`; a `TimeoutError` if it has neither after `seconds`.
+
+    A thread cannot be killed: one that is late is abandoned.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    # Not an executor: its threads are not daemons, so a stuck one would block the exit.
+    threading.Thread(target=run, name="in_time", daemon=True).start()
+    try:
+        return future.result(seconds)
+    except FuturesTimeoutError as error:  # before Python 3.11 not the built-in one
+        raise TimeoutError(str(error)) from None
 
 
 def end_with_parent(parent: int) -> None:

@@ -59,7 +59,7 @@ def train(
     with guards.alone_in(out) if processes.first and not try_one_step else nullcontext():
         resume = None if try_one_step else checkpoints.to_resume(out, config.run.resume, processes)
         guards.check_disk(config.run)  # after what a killed run left has been removed
-        stream = SampleStream(config.data)
+        stream = SampleStream(config.data, processes.decided_by_first)
         for line in guards.check_left_out(config.run, stream):
             if processes.first:
                 print(line, file=sys.stderr)

@@ -9,7 +9,7 @@ examples:
   gasp-fast depth scenes                                    # from COLMAP's stereo maps
   gasp-fast depth scenes --model DepthAnythingV2 --device cuda
   gasp-fast depth scenes --model DepthAnythingV2 --device cuda --shard 0/8
-  gasp-fast depth scenes --check                            # whether every scene has depth, of one model
+  gasp-fast depth scenes --check                            # whether every scene has whole maps, of one model
   gasp-fast depth scenes/one --source mvs --force
 """
 
@@ -27,6 +27,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from gasp_fast.data.annotations.parts import in_part, parse_part
+from gasp_fast.data.depth.check import MapCheck, check_maps
 from gasp_fast.data.depth.compute import Predictor, depth_from_mvs, depth_from_predictor, has_mvs
 from gasp_fast.data.depth.survey import DepthState, depth_state
 from gasp_fast.data.inspection.consistency import check_scene
@@ -59,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="compute it again where it exists")
     parser.add_argument(
-        "--check", action="store_true", help="compute nothing; say which scenes have no depth, and whose depth it is"
+        "--check",
+        action="store_true",
+        help="compute nothing; read all maps, name the damaged ones and the scenes without depth",
     )
 
 
@@ -82,6 +85,8 @@ class DepthRun:
         self.roots = [arguments.dir / name for name in names]
         self.failed: set[Path] = set()
         self.model: Predictor | None = None
+        self.todo: list[Path] = []
+        self.estimated = False  # what the scenes to compute will take
         workers = usable_cores() if len(self.roots) >= FEWEST_FOR_PROCESSES else 1
         found = dict(progress(in_processes(_look, self.roots, workers), len(self.roots), "reading scenes"))
         self.states: dict[Path, DepthState] = {}
@@ -93,25 +98,37 @@ class DepthRun:
                 self._fail(root, state)
 
     def check(self) -> int:
-        """Prints which scenes have depth, and returns the exit code."""
+        """Prints which scenes have depth and which of their maps are damaged, and returns the exit code."""
         missing = [root for root, state in self.states.items() if not state.done]
         for root in missing[:SHOWN_MISSING]:
             self._line(f"{root}: {self.states[root]}")
         empty = [root for root, state in self.states.items() if state.done and not _has_depth(state)]
         for root in empty[:SHOWN_MISSING]:
             self._line(f"{root}: no usable frame")
+        maps = self._check_maps([root for root, state in self.states.items() if state.done and _has_depth(state)])
         self._summary()
-        return 1 if missing or empty or self.failed or len(self._models()) > 1 else 0
+        return 1 if missing or empty or maps.damaged or self.failed or len(self._models()) > 1 else 0
+
+    def _check_maps(self, roots: list[Path]) -> MapCheck:
+        frames = sum(self.states[root].frames for root in roots)
+        workers = usable_cores() if frames >= FEWEST_FOR_PROCESSES else 1
+        total = MapCheck()
+        for _, checked in progress(in_processes(check_maps, roots, workers), len(roots), "reading maps"):
+            for damage in checked.damaged:
+                self.console.print(Text(f"damaged: {damage}", style="red"), soft_wrap=True)
+            total += checked
+        if total.damaged:
+            self._line("delete damaged maps in computed_depth/ and run gasp-fast depth again; copy others again")
+        self._line(str(total))
+        return total
 
     def compute(self) -> int:
         """Computes what is missing, and returns the exit code."""
-        todo = [root for root, state in self.states.items() if self._is_todo(state)]
+        self.todo = todo = [root for root, state in self.states.items() if self._is_todo(state)]
         for root, state in self.states.items():
             if state.why or not self._is_todo(state):
                 self._line(f"{root}: {state}")
         frames = sum(self.states[root].frames for root in todo)
-        if len(todo) > 1:
-            self._print_size(todo, frames)
         with Steps("computing depth", frames, self.console) as steps:
             done, measured = 0, False
             for number, root in enumerate(todo, 1):
@@ -142,8 +159,11 @@ class DepthRun:
     def _compute(self, root: Path, steps: Steps) -> None:
         def frames_of(frames: Iterable[int]) -> Iterator[int]:
             for frame in frames:
+                began = time.monotonic()
                 yield frame
                 steps.advance()
+                if not self.estimated and len(self.todo) > 1:
+                    self._print_estimate(time.monotonic() - began)
 
         try:
             scene = without_depth(open_scene(root))
@@ -177,12 +197,18 @@ class DepthRun:
         reason = str(error) if str(root) in str(error) else f"{root}: {error}"
         self.console.print(Text(f"failed: {reason}", style="red"), soft_wrap=True)
 
-    def _print_size(self, todo: list[Path], frames: int) -> None:
-        """From the sizes of the photographs: what is unknown of a map takes as many bytes as what is known."""
-        size = sum(self.states[root].bytes for root in todo)
+    def _print_estimate(self, seconds: float) -> None:
+        """Of the scenes to compute; the first frame took `seconds`.
+
+        Bytes are from the sizes of the photographs: what is unknown of a map takes as many as what is known.
+        """
+        self.estimated = True
+        frames = sum(self.states[root].frames for root in self.todo)
+        size = sum(self.states[root].bytes for root in self.todo)
         self._line(
-            f"{len(todo):,} of {len(self.roots):,} scenes to compute, {frames:,} frames, at most about {decimal(size)} "
-            "(from the sizes of their photographs)"
+            f"{len(self.todo):,} of {len(self.roots):,} scenes to compute, {frames:,} frames, "
+            f"at most about {decimal(size)} (from the sizes of their photographs), "
+            f"about {duration(seconds * frames)} (from one frame)"
         )
         free = shutil.disk_usage(self.arguments.dir).free
         if free < size:

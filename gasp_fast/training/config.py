@@ -62,7 +62,8 @@ class RunConfig:
     bad_steps: int = 3  # how many steps with a gradient that is not finite are skipped before the run stops
     max_skipped: float = 0.1  # share of the samples that may be skipped because they cannot be used; more end the run
     min_free_gb: float = 5.0  # the run stops if the disk of `out` has less free space
-    timeout: float = 600.0  # seconds that a process waits for the others, as for a checkpoint, before the run ends
+    timeout: float = 600.0  # seconds that a process waits for the others, as for a checkpoint, before the run ends;
+    # for a batch that is read from files it waits half of them
     progress: bool = True  # a progress bar (lines, where the output is no terminal), and a table at the end
 
     def __post_init__(self) -> None:

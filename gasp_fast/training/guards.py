@@ -22,6 +22,7 @@ import torch
 from accelerate.tracking import get_available_trackers
 
 from gasp_fast.backbones import unwrap
+from gasp_fast.files import replacing
 from gasp_fast.loss.matches import Matches
 from gasp_fast.run_folder import SKIPPED
 
@@ -30,7 +31,7 @@ from .model import SupervisedModel
 from .stream import SampleStream
 from .weights import gathered
 
-FEW_SAMPLES = 200  # the share that was skipped is one of at least so many: a few bad ones at the start say little
+FEW_SAMPLES = 200  # the share skipped while a run goes on is one of at least so many: a few at its start say little
 LEARNING_STEPS = 5  # after these, even during warm-up, every head and adapter must have moved
 
 
@@ -152,7 +153,8 @@ def check_bad_steps(
 ) -> None:
     """If more steps than allowed (`count`) had no finite gradient, save this process's batches and stop the run."""
     if count > config.bad_steps:
-        torch.save(list(batches), batch_file)
+        with replacing(batch_file) as partial:
+            torch.save(list(batches), partial)
         raise GuardError(
             f"{cause}; {count} such steps, run.bad_steps = {config.bad_steps} may be skipped. "
             f"The batch is in {batch_file}"
@@ -168,7 +170,7 @@ def check_left_out(config: RunConfig, stream: SampleStream) -> list[str]:
         if not count:
             continue
         line = f"data.{name}: {count:,} of {source.found:,} cannot be used; the first, {source.left_out[0]}"
-        if _too_many(config, count, source.found):
+        if count > config.max_skipped * source.found:
             raise GuardError(f"{line}; run.max_skipped = {config.max_skipped:g}: repair the data or raise it")
         lines.append(line)
     return lines
@@ -177,12 +179,8 @@ def check_left_out(config: RunConfig, stream: SampleStream) -> list[str]:
 def check_skipped(config: TrainConfig, count: int, step: int) -> None:
     """Stop the run if more than the allowed share of all samples so far was skipped (`count`)."""
     drawn = step * config.train.batch_size
-    if _too_many(config.run, count, drawn):
+    if count > config.run.max_skipped * max(drawn, FEW_SAMPLES):
         raise GuardError(
             f"step {step}: {count:,} of {drawn:,} samples could not be used, run.max_skipped = "
             f"{config.run.max_skipped:g}; {Path(config.run.out) / SKIPPED} names them: repair the data or raise it"
         )
-
-
-def _too_many(config: RunConfig, count: int, of: int) -> bool:
-    return count > config.max_skipped * max(of, FEW_SAMPLES)

@@ -230,7 +230,8 @@ class TrainingLoop:
         backbone, share = self.model.backbone, self.share
         loader = make_loader(data, self.stream, backbone, share, self.steps, pin, done, average, packing)
         with kept_from_children():
-            batches = LoadedBatches(iter(loader))
+            # Half of the time: what was not read must be named before the other processes give up waiting for this one.
+            batches = LoadedBatches(loader, self.stream, self.config.run.timeout / 2)
         if resume is not None:  # not earlier: the loader draws a random number when it starts
             self.state.load_random_state(resume)
         return done, batches

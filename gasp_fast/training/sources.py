@@ -18,7 +18,7 @@ from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.permutation import permuted
 from gasp_fast.data.questions.video_qa import VideoQA
-from gasp_fast.data.scenes.library import find_scenes, folder_name, survey
+from gasp_fast.data.scenes.library import SceneEntry, find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open_scenes import OpenScenes
 from gasp_fast.data.tracks.build import LARGEST_GRID, Tracks, build_tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
@@ -152,41 +152,14 @@ class TrackedScenes(Samples):
     advice = ""
     one_frame_size = True
 
-    def __init__(self, config: ScenesConfig) -> None:
-        self.config = config
-        self.root, self.left_out, self.remarks = config.root, [], []
-        library = Path(config.root)
-        if config.annotations:
-            self.caches = [AnnotationReader(folder) for folder in config.annotations]
-            inventories = {cache: cache.check_complete() for cache in self.caches}
-            self.remarks = [line for cache, found in inventories.items() for line in what_is_missing(cache, found)]
-            self.annotated = {
-                str(cache.folder): f"{cache.settings.digest}-{found.digest}" for cache, found in inventories.items()
-            }
-            settings = self.caches[0].settings
-            for cache in self.caches[1:]:
-                if (cache.settings.scenes, cache.settings.sequences) != (settings.scenes, settings.sequences):
-                    raise ValueError(
-                        f"{cache.folder} annotates other sequences than {self.caches[0].folder}; annotations that are "
-                        "used together must differ in their grid only"
-                    )
-            entries, self.sampler, self.epochs = list(settings.scenes), settings.sampler, settings.epochs
-        else:
-            self.caches, self.annotated, self.epochs = [], {}, 0
-            entries = []
-            for entry in survey(library, find_scenes(library)):
-                if isinstance(entry, tuple):
-                    name, reason = entry
-                    self.left_out.append(Skipped("scene", f"{self.root}/{name}", reason))
-                else:
-                    entries.append(entry)
-            if not entries:
-                raise ValueError(
-                    f"data.scenes.root = {config.root!r} has no usable scene; the first, {self.left_out[0]}"
-                )
-            names = [entry.name for entry in entries]
-            self.sampler = SequenceSampler([entry.frames for entry in entries], config.sequences, names)
-        self.found = len(entries) + len(self.left_out)
+    def __init__(self, config: ScenesConfig, workers: int = 1) -> None:
+        """Without annotations, opens every scene once, in as many processes as there are `workers`."""
+        self.config, self.root, self.left_out, self.remarks = config, config.root, [], []
+        self.caches: list[AnnotationReader] = []
+        self.annotated: dict[str, str] = {}  # digest of each folder of annotations
+        self.epochs = 0  # that are annotated
+        entries = self._read_annotations() if config.annotations else self._survey(workers)
+        library, self.found = Path(config.root), len(entries) + len(self.left_out)
         self.names = [entry.name for entry in entries]
         self.open = OpenScenes(library, entries={entry.name: entry for entry in entries})
         # By the folder's own name, as in `gasp-fast tracks` and `evaluate`: it is the same wherever the library is.
@@ -197,6 +170,37 @@ class TrackedScenes(Samples):
                 f"data.scenes.held_out = {config.held_out} leaves none of {len(self.names)} scenes for training; "
                 "lower it or add scenes"
             )
+
+    def _read_annotations(self) -> list[SceneEntry]:
+        self.caches = [AnnotationReader(folder) for folder in self.config.annotations]
+        inventories = {cache: cache.check_complete() for cache in self.caches}
+        self.remarks = [line for cache, found in inventories.items() for line in what_is_missing(cache, found)]
+        self.annotated = {
+            str(cache.folder): f"{cache.settings.digest}-{found.digest}" for cache, found in inventories.items()
+        }
+        settings = self.caches[0].settings
+        for cache in self.caches[1:]:
+            if (cache.settings.scenes, cache.settings.sequences) != (settings.scenes, settings.sequences):
+                raise ValueError(
+                    f"{cache.folder} annotates other sequences than {self.caches[0].folder}; annotations that are "
+                    "used together must differ in their grid only"
+                )
+        self.sampler, self.epochs = settings.sampler, settings.epochs
+        return list(settings.scenes)
+
+    def _survey(self, workers: int) -> list[SceneEntry]:
+        entries, library = [], Path(self.root)
+        for entry in survey(library, find_scenes(library), workers):
+            if isinstance(entry, tuple):
+                name, reason = entry
+                self.left_out.append(Skipped("scene", f"{self.root}/{name}", reason))
+            else:
+                entries.append(entry)
+        if not entries:
+            raise ValueError(f"data.scenes.root = {self.root!r} has no usable scene; the first, {self.left_out[0]}")
+        names = [entry.name for entry in entries]
+        self.sampler = SequenceSampler([entry.frames for entry in entries], self.config.sequences, names)
+        return entries
 
     def __len__(self) -> int:
         return len(self._trained) * self.sampler.config.per_scene

@@ -12,7 +12,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.planning.dealing import DealtStep, Division, deal
 from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
 from gasp_fast.planning.training_setup import SequenceSize, micro_batches
+from gasp_fast.processes import in_time
 
 from .objective import Average, averaged, unit_of_matches
 from .optim import OptimisationConfig
@@ -34,6 +35,7 @@ from .skipped import Skipped
 from .sources import Outline, QAConfig, Samples, ScenesConfig, TrackedScenes, TrainingSample, VideoQuestions
 
 BLANK = 56  # pixels along each side of the blank frame: small, but large enough for every processor
+PATIENCE = 1.0  # seconds; while a batch is awaited, the loader checks so often whether a worker has died
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +98,23 @@ class DataConfig:
 class SampleStream(Dataset[Sample]):
     """The endless interleaving of the sources, by position. Pickles into loader workers."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        once: Callable[[Callable[[], TrackedScenes]], TrackedScenes] = lambda read: read(),
+    ) -> None:
+        """`once` lets one process read the scenes for all of them, as `Processes.decided_by_first` does."""
         self.sources: dict[str, Samples] = {
-            name: TrackedScenes(source) if isinstance(source, ScenesConfig) else VideoQuestions(source, f"data.{name}")
+            name: once(partial(TrackedScenes, source, max(1, config.workers)))
+            if isinstance(source, ScenesConfig)
+            else VideoQuestions(source, f"data.{name}")
             for name, source in config.used.items()
         }
         lengths = {name: len(source) for name, source in self.sources.items()}
         mixed = {name: Source(lengths[name], source.weight) for name, source in config.used.items()}
         self.mixture = Mixture(mixed, config.seed)
         if config.scenes.only_counted:
-            lengths["scenes"] = len(TrackedScenes(config.scenes))
+            lengths["scenes"] = len(once(partial(TrackedScenes, config.scenes, max(1, config.workers))))
         self.epoch = config.epoch(lengths)  # positions in a pass through the scenes; without scenes, the first source
 
     def __getitem__(self, position: int) -> TrainingSample:
@@ -265,10 +274,17 @@ class ReplacingCollator:
 
 
 class LoadedBatches:
-    """Iterates over a loader. Measures how long it waits, and takes the skipped samples out of the batches."""
+    """Iterates over a loader. Measures and limits how long it waits, and takes the skipped samples out of the batches.
 
-    def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
-        self.batches = batches
+    A read from a network file system may never end. A batch that takes longer than `timeout` seconds is an `OSError`.
+    """
+
+    def __init__(self, loader: DataLoader[Any], stream: SampleStream, timeout: float) -> None:
+        loader.timeout = PATIENCE if loader.num_workers else 0
+        self.batches: Iterator[dict[str, Any]] = iter(loader)
+        self.positions = iter(loader.batch_sampler or ())  # of the samples of each batch
+        self.has_workers = loader.num_workers > 0
+        self.stream, self.timeout = stream, timeout
         self.seconds = 0.0  # waited since the last `take`
         self.skipped: list[Skipped] = []  # since the last `take`
 
@@ -276,9 +292,15 @@ class LoadedBatches:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        start = time.perf_counter()
+        start, positions = time.perf_counter(), next(self.positions, [])
         try:
-            batch = next(self.batches)
+            batch = self._next_in_time()
+        except TimeoutError:
+            samples = ", ".join(map(self.stream.describe, positions))
+            raise OSError(
+                f"not read after {self.timeout:g} s, half of run.timeout: {samples}; is the file system there? If it "
+                "is only slow, raise run.timeout"
+            ) from None
         except Exception as error:
             if (line := _of_worker(error)) is None:
                 raise
@@ -286,6 +308,20 @@ class LoadedBatches:
         self.seconds += time.perf_counter() - start
         self.skipped += batch.pop("skipped", ())
         return batch
+
+    def _next_in_time(self) -> dict[str, Any]:
+        """The next batch; a `TimeoutError` if there is none in time."""
+        if not self.has_workers:
+            return in_time(partial(next, self.batches), self.timeout)
+        end = time.monotonic() + self.timeout
+        while True:
+            try:
+                return next(self.batches)
+            except RuntimeError as error:  # after `PATIENCE` seconds
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if time.monotonic() >= end:
+                    raise TimeoutError from error
 
     def __enter__(self) -> LoadedBatches:
         return self

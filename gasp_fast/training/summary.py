@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from gasp_fast.files import read_json_lines
+from gasp_fast.files import read_json_lines, replacing
 from gasp_fast.run_folder import BEST, FIGURE, LOG, SKIPPED
 
 from .skipped import KINDS, in_numbers, left_out
@@ -139,7 +139,8 @@ def draw(records: Sequence[Record], path: Path, evaluations: Sequence[Record] = 
         if not heads or axis is not axes[1]:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
     return path
 
 

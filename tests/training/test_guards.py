@@ -327,6 +327,19 @@ def test_too_many_bad_steps_stop_the_run_and_save_the_batch(config, monkeypatch)
         train(settings)
 
 
+def test_a_batch_that_is_not_saved_whole_leaves_no_file(config, tmp_path, monkeypatch):
+    def dies(batches, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(OSError, match="no space left"):
+        guards.check_bad_steps(
+            config(run={"bad_steps": 0}).run, 1, "step 1", [{}], tmp_path / "bad-step-1-process-0.pt"
+        )
+    assert not list(tmp_path.glob("*bad-step*"))
+
+
 def test_a_folder_with_checkpoints_is_not_begun_anew(config, run_main):
     train(config(train={"steps": 2}))
     status, printed = run_main("train.steps=2", "run.resume=never")

@@ -17,6 +17,7 @@ from gasp_fast.config.loader import to_yaml
 from gasp_fast.data.video.write import write_clip
 from gasp_fast.run_folder import SKIPPED
 from gasp_fast.train import main, train
+from gasp_fast.training.guards import check_left_out
 from gasp_fast.training.log import in_words
 from gasp_fast.training.skipped import Skipped, SkippedFile, join
 from gasp_fast.training.stream import ReplacingCollator, SampleStream, Share, SteadyCollator, make_loader
@@ -159,8 +160,8 @@ def spoiled_run(config, assets, questions, tmp_path, **run):
         image.write_bytes(b"")
     (library / "scene-2" / "meta.json").write_text("{")
     return config(
-        mixed=True, scenes={"root": str(library)}, qa={"root": str(root)}, run={"save_every": 4, **run},
-        train={"steps": 12, "batch_size": 4},
+        mixed=True, scenes={"root": str(library)}, qa={"root": str(root)}, train={"steps": 12, "batch_size": 4},
+        run={"save_every": 4, "max_skipped": 0.25, **run},
     )  # fmt: skip
 
 
@@ -265,3 +266,20 @@ def test_data_of_which_too_much_cannot_be_used_is_refused_before_the_run(config,
         train(settings)
     with pytest.raises(ValueError, match=r"run\.max_skipped = 1\.5 is a share"):
         replace(settings.run, max_skipped=1.5)
+
+
+@pytest.mark.parametrize(("unusable", "refused"), [(4, True), (1, False)])
+def test_the_share_left_out_at_the_start_is_of_what_was_found(config, assets, tmp_path, unusable, refused):
+    library = tmp_path / "library"
+    for name in ("scene-0", "scene-1", "scene-2"):
+        for copy in "ab":
+            shutil.copytree(assets.scenes / name, library / copy / name)
+    for scene in sorted(library.glob("*/*"))[:unusable]:
+        (scene / "meta.json").write_text("{")
+    settings = config(scenes={"root": str(library)}, run={"max_skipped": 0.2})
+    stream = SampleStream(settings.data)
+    if refused:
+        with pytest.raises(ValueError, match=r"data\.scenes: 4 of 6 cannot be used; .*run\.max_skipped = 0\.2: repair"):
+            check_left_out(settings.run, stream)
+    else:
+        assert len(check_left_out(settings.run, stream)) == 1

@@ -134,7 +134,9 @@ def test_scenes_and_records_that_cannot_be_used_are_named_with_their_file(config
     records[1]["conversations"][0]["value"] += "<|image_pad|>"
     (questions / "qa.json").write_text(json.dumps(records))
     (questions / records[0]["video"]).write_bytes(b"")
-    settings = config(mixed=True, scenes={"root": str(library)}, qa={"root": str(questions)})
+    settings = config(
+        mixed=True, scenes={"root": str(library)}, qa={"root": str(questions)}, run={"max_skipped": 0.25}
+    )  # fmt: skip
     stream = SampleStream(settings.data)
     assert [(one.kind, one.record, one.position) for one in stream.left_out] == [
         ("scene", f"{library}/scene-2", None), ("question", f"{questions}/qa.json[1]", None)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,3 +135,17 @@ def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes(count):
             for sums, cosine in zip(expected, added, strict=True)
         ]
     assert found == expected
+
+
+def test_a_picture_that_is_not_finished_replaces_nothing(tmp_path, monkeypatch):
+    path = draw(GEOMETRIC, tmp_path / "training.png")
+    before = path.read_bytes()
+
+    def dies(self, target, **options):
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", dies)
+    with pytest.raises(KeyboardInterrupt):
+        draw(GEOMETRIC, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

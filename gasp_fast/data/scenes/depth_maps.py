@@ -25,6 +25,17 @@ class DepthFile:
 
 def read_depth(path: Path, scale: float = 1.0) -> np.ndarray:
     """The map in `path` times `scale`; negative and non-finite values become 0. A bad file is a one-line `OSError`."""
+    stored = read_stored(path)
+    with np.errstate(over="ignore", invalid="ignore"):  # a damaged value may overflow: it becomes unknown
+        depth = stored.astype(np.float32)
+        if scale != 1.0:
+            depth *= np.float32(scale)
+    depth[~(np.isfinite(depth) & (depth > 0))] = 0.0
+    return depth
+
+
+def read_stored(path: Path) -> np.ndarray:  # [h, w]
+    """The values in `path` as they are stored. A bad file is a one-line `OSError`."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: unknown depth format {path.suffix!r}; readable are {', '.join(_READERS)}")
@@ -32,12 +43,7 @@ def read_depth(path: Path, scale: float = 1.0) -> np.ndarray:
         stored = reader(path)
     if stored.ndim != 2 or 0 in stored.shape:
         raise OSError(f"{path}: a depth map has two axes, this file holds shape {stored.shape}")
-    with np.errstate(over="ignore", invalid="ignore"):  # a damaged value may overflow: it becomes unknown
-        depth = stored.astype(np.float32)
-        if scale != 1.0:
-            depth *= np.float32(scale)
-    depth[~(np.isfinite(depth) & (depth > 0))] = 0.0
-    return depth
+    return stored
 
 
 def _read_npy(path: Path) -> np.ndarray:

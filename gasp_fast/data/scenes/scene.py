@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,9 @@ class Scene:
     def read_ahead(self, frames: Sequence[int], images: bool = True, depth: bool = True, threads: int = 4) -> None:
         """Decodes several frames in parallel into the process's cache; the decoders release the interpreter's lock."""
         readers = [self.image] * images + [self.depth] * (depth and self.has_depth)
-        with ThreadPoolExecutor(threads) as pool:
-            for job in [pool.submit(read, i) for i in frames for read in readers]:
-                job.result()
+        with ThreadPool(threads) as pool:  # not an executor: one of its threads that never ends would block the exit
+            for job in [pool.apply_async(read, [i]) for i in frames for read in readers]:
+                job.get()
 
     def _index(self, i: int) -> int:
         if not -len(self.frames) <= i < len(self.frames):

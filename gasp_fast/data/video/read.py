@@ -12,10 +12,7 @@ and blocks nothing, and `max_pixels` bounds the work for one frame.
 
 from __future__ import annotations
 
-import concurrent.futures
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import numpy as np
 
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.images import MOST_PIXELS, check_size
+from gasp_fast.processes import in_time
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,gif,ogg,h264,hevc,ivf"
 GRACE = 0.5  # seconds after the deadline in which decoding may still end
@@ -49,27 +47,11 @@ def read_video(
     import av
 
     try:
-        return _in_time(lambda: _open_and_read(path, frames, timeout, longest_side), timeout + GRACE)
-    # ExitError: raised inside FFmpeg at the deadline. Before Python 3.11 futures have their own TimeoutError.
-    except (TimeoutError, concurrent.futures.TimeoutError, av.error.ExitError):
+        return in_time(lambda: _open_and_read(path, frames, timeout, longest_side), timeout + GRACE)
+    except (TimeoutError, av.error.ExitError):  # the latter is raised inside FFmpeg at the deadline
         raise VideoTimeoutError(f"{path}: not decoded after {timeout:g} s") from None
     except Exception as error:
         raise OSError(f"{path}: cannot read video: {one_line(error)}") from error
-
-
-def _in_time(work: Callable[[], np.ndarray], seconds: float) -> np.ndarray:
-    """The result or the exception of `work`; a `TimeoutError` if it has neither after `seconds`."""
-    future: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:
-            future.set_exception(error)
-
-    # Not an executor: its threads are not daemons, so a stuck one would block the exit.
-    threading.Thread(target=run, name="video", daemon=True).start()
-    return future.result(seconds)
 
 
 def _open_and_read(path: Path, frames: int, timeout: float, longest_side: int | None) -> np.ndarray:

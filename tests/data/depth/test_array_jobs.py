@@ -80,6 +80,9 @@ def test_a_killed_job_continues_with_the_scene_in_hand(
     printed = lines(capsys)
     assert sum("has computed depth already" in line for line in printed) == 2
     assert any(line.startswith("3 of 5 scenes to compute, 18 frames, at most about 43.7 kB") for line in printed)
+    (estimate,) = [line for line in printed if line.startswith("3 of 5 scenes to compute")]
+    assert estimate.endswith(" s (from one frame)")
+    assert printed.index(estimate) < next(n for n, line in enumerate(printed) if "frames usable" in line)
     assert any("for the other 2 scenes (measured)" in line for line in printed)
     assert not list(library.rglob("*.partial"))
 
@@ -176,3 +179,64 @@ def test_a_scene_without_stereo_maps_does_not_end_the_command(
     assert any(
         line.startswith(f"failed: {library}/scene-0000: no COLMAP stereo maps; give --model") for line in lines(capsys)
     )
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def shrink(path: Path) -> None:
+    np.save(path, np.load(path)[:-1])
+
+
+def put_nan(path: Path) -> None:
+    depth = np.load(path)
+    depth[3, 4] = np.nan
+    np.save(path, depth)
+
+
+def empty(path: Path) -> None:
+    np.save(path, np.zeros_like(np.load(path)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (halve, "cannot read depth"),
+        (shrink, "has 45 x 26 pixels, its photograph 45 x 27"),
+        (put_nan, "1 of 1,215 values are not finite"),
+        (empty, "holds no depth"),
+    ],
+)
+def test_the_check_reads_the_maps_and_names_the_damaged_ones(
+    library: Path, damage, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(command, library)
+    maps = [np.load(path) for path in sorted(library.rglob(f"{FOLDER}/*.npy"))]
+    share = np.mean([depth > 0 for depth in maps])
+    capsys.readouterr()
+    assert run(command, library, "--check") == 0
+    assert f"30 maps read, 0 damaged, {share:.3f} of their values known" in lines(capsys)
+    path = library / "scene-0003" / FOLDER / "0002.npy"
+    damage(path)
+    before = made(library)
+    assert run(command, library, "--check") == 1 and made(library) == before
+    printed = lines(capsys)
+    (named,) = [line for line in printed if line.startswith("damaged: ")]
+    assert named.startswith(f"damaged: {path}: ") and reason in named
+    assert any(line.startswith("30 maps read, 1 damaged") for line in printed)
+    path.unlink()
+    assert run(command, library) == 0 and run(command, library, "--check") == 0
+
+
+def test_many_maps_are_read_in_worker_processes(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(command, library)
+    halve(library / "scene-0001" / FOLDER / "0004.npy")
+    monkeypatch.setattr(command, "FEWEST_FOR_PROCESSES", 10)
+    readers = []
+    monkeypatch.setattr(np, "load", lambda *arguments, **options: readers.append(arguments))
+    capsys.readouterr()
+    assert run(command, library, "--check") == 1
+    assert any(line.startswith("30 maps read, 1 damaged") for line in lines(capsys)) and not readers
