@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -91,6 +92,8 @@ def export(
     `device` defaults to the GPU, if there is one; the whole model has to fit there in fp32. `progress` is called with
     each step's name.
     """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance = {tolerance} must be finite and 0 or more")
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise FileExistsError(f"--out {str(out)!r} exists already; remove it, or name another folder")

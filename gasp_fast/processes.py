@@ -17,6 +17,7 @@ from importlib.metadata import Distribution
 from itertools import islice
 from typing import TypeVar
 
+MOST_WORKERS = 1024
 _IMPORTED = time.monotonic()
 
 Piece = TypeVar("Piece")
@@ -26,6 +27,12 @@ Result = TypeVar("Result")
 def usable_cores() -> int:
     """Number of cores that this process may run on: fewer than the machine has where a scheduler limits it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_workers(workers: int, option: str) -> None:
+    """Raise where `--workers` is no sensible number of processes or threads."""
+    if not 1 <= workers <= MOST_WORKERS:
+        raise ValueError(f"{option} {workers}: 1 to {MOST_WORKERS:,} processes")
 
 
 def processor_name() -> str:

@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if options.traceback or not distributed.lost_process(error):
             raise
-        cause = f"process {os.environ.get('RANK', 0)} lost another, which ended or froze: {str(error).splitlines()[0]}"
+        cause = f"process {os.environ.get('RANK', 0)} lost another, which ended or froze: {one_line(error)}"
         print(f"gasp_fast.train: {cause}", file=sys.stderr, flush=True)
         return 1
     finally:

@@ -23,9 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gasp_fast.config.limits import check_whole
+from gasp_fast.files import one_line
+
 from .base import Backbone
 
 ADAPTERS = "adapter_model.safetensors"
+LARGEST_RANK = 16_384  # no projection of a supported model is wider
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +41,8 @@ class AdapterConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank = {self.rank} must be at least 1")
-        if self.alpha is not None and self.alpha < 1:
-            raise ValueError(f"lora.alpha = {self.alpha} must be at least 1, or null for twice the rank")
+        check_whole(self, ("rank",), "lora.", most=LARGEST_RANK)
+        check_whole(self, ("alpha",), "lora.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout} must lie in 0 <= dropout < 1")
 
@@ -68,10 +70,10 @@ def load_adapters(model: nn.Module, folder: Path) -> Any:
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: its adapters do not fit the base model ({_first_line(error)})") from error
+        raise ValueError(f"{folder}: its adapters do not fit the base model ({one_line(error)})") from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{folder}: its adapters cannot be loaded ({_first_line(error)})") from error
-    _check_names(adapted, load_file(folder / ADAPTERS), folder)
+        raise ValueError(f"{folder}: its adapters cannot be loaded ({one_line(error)})") from error
+    _check_adapter_names(adapted, load_file(folder / ADAPTERS), folder)
     return adapted
 
 
@@ -81,13 +83,13 @@ def read_adapters(model: nn.Module, folder: Path) -> None:
 
     try:
         stored = load_file(folder / ADAPTERS)
-        _check_names(model, stored, folder)
+        _check_adapter_names(model, stored, folder)
         set_peft_model_state_dict(model, stored)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: its adapters do not fit this run ({_first_line(error)})") from error
+        raise ValueError(f"{folder}: its adapters do not fit this run ({one_line(error)})") from error
 
 
-def _check_names(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
+def _check_adapter_names(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
     """peft leaves adapters without stored tensors as they are, and ignores tensors without a place in the model."""
     from peft import get_peft_model_state_dict
 
@@ -96,10 +98,6 @@ def _check_names(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -
     for problem, names in (("lacks", expected - stored.keys()), ("has unknown", unknown)):
         if names:
             raise ValueError(f"{folder / ADAPTERS} {problem} {len(names)} tensors of adapters, such as {min(names)}")
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 class AdapterMatrix(nn.Linear):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gasp_fast.config.limits import check_whole
 from gasp_fast.files import one_line
 
 from .attention_kernel import attention_kernel
@@ -18,6 +19,7 @@ from .liger import choose_liger, use_liger
 
 # Major compute capability -> the FlashAttention that is at least as fast there as SDPA.
 FLASH_ATTENTION = {8: "flash_attention_2", 9: "flash_attention_3", 10: "flash_attention_4"}
+LARGEST_FRAME = 1 << 25  # pixels; 7680 x 4320 is just below
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,6 +36,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("model.source is empty; name the folder of a saved model, or a hub name")
+        check_whole(self, ("frame_pixels",), "model.", most=LARGEST_FRAME)
 
 
 def usable_device(name: str | None) -> str:

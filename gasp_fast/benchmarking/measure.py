@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gasp_fast.files import one_line
+
 from .variants import VARIANTS, Loss, Variant, floor, reference
 from .workloads import Problem, Workload
 
@@ -87,7 +89,7 @@ def checked(variant: Variant, workload: Workload, device: torch.device) -> Row:
     try:
         loss, gradient = forward_and_backward(variant.loss, problem)
     except Exception as error:  # another library may raise anything
-        row.note = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:60]}"
+        row.note = f"fails: {type(error).__name__}: {one_line(error)[:60]}"
         return row
     exact = replace(problem, embeddings=problem.embeddings.double())
     true_loss, true_gradient = forward_and_backward(reference(variant.solves), exact)

@@ -15,8 +15,9 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+from gasp_fast.files import one_line
 from gasp_fast.processes import print_anything
 
 GROUPS = {  # in the order of use; a command's module has its name, with _ for -
@@ -42,6 +43,13 @@ class CommandHelpFormatter(argparse.RawDescriptionHelpFormatter):
         if no_default or not action.option_strings or "default" in text or f"({action.default}" in text:
             return text
         return f"{text} (default: %(default)s)"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are short, also where they quote a value."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(ValueError(message)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gasp-fast {name}: {package} is not installed; {cure}", file=sys.stderr)
         return 1
     except (ValueError, TypeError, OSError) as error:
-        print(f"gasp-fast {name}: {error}", file=sys.stderr)
+        print(f"gasp-fast {name}: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"gasp-fast {name}: interrupted", file=sys.stderr)
@@ -86,7 +94,7 @@ def load(name: str) -> Any:
 
 def parser_of(name: str, command: Any) -> argparse.ArgumentParser:
     description, _, examples = (command.__doc__ or "").partition("\nexamples:\n")
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"gasp-fast {name}",
         description=description.strip(),
         epilog=f"examples:\n{examples.rstrip()}" if examples else None,

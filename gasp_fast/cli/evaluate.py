@@ -122,6 +122,10 @@ def _config(arguments: argparse.Namespace) -> EvaluationConfig:
     from gasp_fast.evaluation.dataset import EvaluationSetConfig
     from gasp_fast.evaluation.evaluate import EvaluationConfig
 
+    if arguments.pictures < 0:
+        raise ValueError(f"--pictures {arguments.pictures}: give the number of sequences to draw, or 0")
+    if arguments.frame_pixels is not None and arguments.frame_pixels < 1:
+        raise ValueError(f"--frame-pixels {arguments.frame_pixels}: at least 1")
     data = EvaluationSetConfig(
         sequences=arguments.sequences,
         frames=arguments.frames,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gasp_fast.processes import usable_cores
+from gasp_fast.processes import check_workers, usable_cores
 
 HELP = "turn tracks into questions and answers (the fairness baseline)"
 
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.data.annotations.read import AnnotationReader
     from gasp_fast.data.questions.from_tracks import VQAConfig, make_vqa, omitted_path
 
+    check_workers(arguments.workers, "--workers")
     config = VQAConfig(turns=arguments.turns, longest_side=arguments.longest_side, seed=arguments.seed)
     part = parse_part(arguments.shard)
     settings = AnnotationReader(arguments.tracks).settings

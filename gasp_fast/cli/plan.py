@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gasp_fast.planning.plan import Plan
     from gasp_fast.planning.readings import Reading
 
+MOST_SEQUENCES = 1_000_000_000  # of an epoch; there are no more GPUs or tokens of a frame either
 HELP = "estimate memory, time and GPU-hours of a recipe"
 
 
@@ -56,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     for name in ("gpus", "frame_tokens", "sequences"):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if value is not None and not 1 <= value <= MOST_SEQUENCES:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1 and at most {MOST_SEQUENCES:,}")
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     shape, gpu = shape_from_source(config.model.source), GPUS[arguments.gpu]
     assumptions, notes = Assumptions(), []

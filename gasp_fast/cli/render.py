@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gasp_fast.processes import usable_cores
+from gasp_fast.processes import check_workers, usable_cores
 
 HELP = "render synthetic rooms with exact depth and poses, and questions about them"
 
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.data.synthetic.questions import write_qa
     from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 
+    check_workers(arguments.workers, "--workers")
     config = SyntheticConfig(frames=arguments.frames, width=arguments.size, height=arguments.size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:

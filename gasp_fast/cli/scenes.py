@@ -30,7 +30,7 @@ from gasp_fast.data.scenes.library import find_scenes
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import LARGEST_GRID
-from gasp_fast.processes import in_processes, usable_cores
+from gasp_fast.processes import check_workers, in_processes, usable_cores
 
 HELP = "list scenes, check their geometry, draw their tracks"
 LEGEND = (
@@ -75,8 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.jobs < 1:
-        raise ValueError(f"--jobs {arguments.jobs}: at least 1")
+    check_workers(arguments.jobs, "--jobs")
+    if arguments.first < 0:
+        raise ValueError(f"--first {arguments.first}: frames are counted from 0")
     if not 1 <= arguments.grid <= LARGEST_GRID:
         raise ValueError(f"--grid {arguments.grid}: 1 to {LARGEST_GRID} query points along an axis")
     console = Console()

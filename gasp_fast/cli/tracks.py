@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
-from gasp_fast.processes import usable_cores
+from gasp_fast.processes import check_workers, usable_cores
 from gasp_fast.progress import duration, progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from gasp_fast.data.annotations.settings import AnnotationSettings
 
 SAMPLE = 20_000  # sequences drawn for the statistics of a dry run
-MOST_WORKERS = 1024
 SHOWN_SKIPPED = 10  # scenes that are left out and named; skipped.json has all
 HELP = "compute the tracks of training sequences once and store them in shards; resumable, parallel"
 
@@ -81,8 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.data.annotations.write import prepare, write_shards
 
     part = parse_part(arguments.shard)
-    if not 1 <= arguments.workers <= MOST_WORKERS:
-        raise ValueError(f"--workers {arguments.workers}: 1 to {MOST_WORKERS:,} processes")
+    check_workers(arguments.workers, "--workers")
+    if not 0 <= arguments.held_out <= 1:
+        raise ValueError(f"--held-out {arguments.held_out}: give the share of the scenes to hold out, from 0 to 1")
     if arguments.verify:
         return _verify(AnnotationReader(arguments.out))
     settings, skipped = _settings(arguments, alone=part == WHOLE)

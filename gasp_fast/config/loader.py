@@ -34,6 +34,7 @@ Keys = tuple[str, ...]  # ("train", "clip") is the path train.clip
 
 BASE = "base"  # the reserved key that names the file to build on
 COMMAND_LINE = "command line"
+LARGEST_WHOLE = (1 << 63) - 1
 _PLACEHOLDER = re.compile(r"\$\{|'\?\?\?'")  # in the repr of a value
 
 
@@ -179,7 +180,10 @@ def _set(config: Any, keys: Keys, setting: Setting, kind: Any) -> Any:
             merged = OmegaConf.merge(config, _nested(keys, value))
         except (OmegaConfBaseException, TypeError, OverflowError):  # a list for a mapping; 1 with 400 zeros
             continue
-        if _same(value, OmegaConf.select(merged, _dotted(keys))):
+        read = OmegaConf.select(merged, _dotted(keys))
+        if _same(value, read):
+            if _beyond_64_bits(read):
+                raise ValueError(f"{_shown(keys, setting)} does not fit 64 bits; give a whole number below 2**63")
             return merged
     cure = "; quote it: YAML reads on, off, yes and no as true or false" if isinstance(setting.value, bool) else ""
     raise ValueError(f"{_shown(keys, setting)} must be {_type_name(kind)}{cure if kind is not bool else ''}")
@@ -192,6 +196,13 @@ def _same(written: Any, read: Any) -> bool:
     if isinstance(written, list):
         return len(written) == len(read) and all(map(_same, written, read))
     return bool(written == read) and isinstance(written, bool) == isinstance(read, bool)
+
+
+def _beyond_64_bits(read: Any) -> bool:
+    """Whether a whole number, or one in a list, is too large for tensors and arrays, which take it much later."""
+    if OmegaConf.is_config(read):
+        return any(map(_beyond_64_bits, read))
+    return isinstance(read, int) and not -LARGEST_WHOLE <= read <= LARGEST_WHOLE
 
 
 def _build(config: DictConfig, keys: Keys, settings: dict[Keys, Setting], path: str) -> Any:

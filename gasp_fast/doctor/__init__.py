@@ -17,8 +17,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from gasp_fast.files import one_line
+
 from . import gpu, hardware, packages, trials
-from .finding import BROKEN, MISSING, OK, Finding, one_line
+from .finding import BROKEN, MISSING, OK, Finding
 
 LOSS_SELF_TEST = "loss self-test"  # name of the finding that says whether the loss works
 

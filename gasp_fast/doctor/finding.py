@@ -17,9 +17,3 @@ class Finding:
     name: str
     found: str
     cure: str = ""  # the command that fixes it; empty if nothing is wrong, or if no command fixes it
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of an error, short enough for a list."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

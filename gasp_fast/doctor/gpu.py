@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from gasp_fast.files import one_line
+
 from . import installed, packages, trials
-from .finding import BROKEN, MISSING, OK, Finding, one_line
+from .finding import BROKEN, MISSING, OK, Finding
 from .installed import satisfies
 
 INDEX = "https://download.pytorch.org/whl/cu{}"  # one index for each version of CUDA

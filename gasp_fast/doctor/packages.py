@@ -9,8 +9,10 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
+from gasp_fast.files import one_line
+
 from . import installed, trials
-from .finding import BROKEN, MISSING, OK, Finding, one_line
+from .finding import BROKEN, MISSING, OK, Finding
 from .installed import OURS, satisfies
 
 

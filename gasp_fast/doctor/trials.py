@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gasp_fast.files import one_line
+
 from . import hardware, installed
-from .finding import BROKEN, MISSING, OK, Finding, one_line
+from .finding import BROKEN, MISSING, OK, Finding
 
 TOLERANCE = 1e-5  # relative error of the float32 loss and gradient that every backend keeps
 

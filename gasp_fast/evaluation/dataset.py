@@ -17,11 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from gasp_fast.collator import Sample
+from gasp_fast.config.limits import MOST, check_whole
 from gasp_fast.data.scenes.library import SceneEntry, find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import LARGEST_GRID, build_tracks
-from gasp_fast.data.tracks.sequences import MOST, is_held_out
+from gasp_fast.data.tracks.sequences import is_held_out
 
 OPEN_SCENES = 16  # scenes kept open at a time
 
@@ -44,6 +45,7 @@ class EvaluationSetConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: must lie in 1..{most}")
         if self.frames < 2:
             raise ValueError(f"frames = {self.frames}: a match needs 2 frames")
+        check_whole(self, ("max_gap",), most=MOST)
         if self.max_gap < self.frames - 1:
             raise ValueError(
                 f"max_gap = {self.max_gap}: {self.frames} frames need gaps up to {self.frames - 1}; "

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from gasp_fast.collator import Sample
+from gasp_fast.config.limits import check_whole
 from gasp_fast.data.errors import one_line
-from gasp_fast.loss.config import LossConfig
+from gasp_fast.loss.config import LEAST_TEMPERATURE, MOST_TEMPERATURE, LossConfig
 from gasp_fast.loss.function import PCK_RADIUS
 
 from .dataset import EvaluationSet, EvaluationSetConfig
@@ -43,8 +44,11 @@ class EvaluationConfig:
         for kind in self.features:
             if kind not in KINDS:
                 raise ValueError(f"features = {kind!r} is unknown; choose among {', '.join(KINDS)}")
-        if self.batch < 1:
-            raise ValueError(f"batch = {self.batch}: at least 1 sequence is needed")
+        check_whole(self, ("batch",))
+        if not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
+            raise ValueError(
+                f"temperature = {self.temperature} must be from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
+            )
 
 
 @dataclass(frozen=True)

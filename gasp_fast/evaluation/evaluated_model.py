@@ -22,9 +22,9 @@ from gasp_fast.backbones.adapters import load_adapters
 from gasp_fast.backbones.base import loading, local_folder
 from gasp_fast.backbones.base_model import usable_device
 from gasp_fast.backbones.fingerprint import check_base
-from gasp_fast.run_folder import EXPORT, HEADS, base_of, check_intact, weights_folder
+from gasp_fast.run_folder import ABOUT, CONFIG, EXPORT, HEADS, base_of, check_intact, configuration_of, weights_folder
 from gasp_fast.supervision.head_files import read_heads
-from gasp_fast.supervision.heads import CorrespondenceHeads
+from gasp_fast.supervision.heads import CorrespondenceHeads, parse_layers
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def load_evaluated_model(
     heads = None
     if folder is not None and (folder / HEADS).is_file():
         heads = read_heads(folder / HEADS)
+    if folder is not None and (folder / ABOUT).is_file():  # a checkpoint
+        _check_heads_complete(folder, heads, backbone.layer_count)
     origin = None if heads is None else "trained"
     if heads is None and initial_heads:
         projections = {layer: backbone.query_projection(model, layer) for layer in range(backbone.layer_count)}
@@ -118,6 +120,29 @@ def _try_out(backbone: Backbone, model: nn.Module) -> None:
     inputs = backbone.encode([Conversation([frame], [{"role": "user", "content": "?"}])]).inputs
     device = next(model.parameters()).device
     model(**{name: value.to(device) for name, value in inputs.items() if name != "labels"}, use_cache=False)
+
+
+def _check_heads_complete(checkpoint: Path, heads: CorrespondenceHeads | None, layer_count: int) -> None:
+    """Raise if a checkpoint lacks a head that its configuration names: others would silently take its place."""
+    config = configuration_of(checkpoint)
+    named, loss = config.get("heads"), config.get("loss")
+    if not (isinstance(named, dict) and isinstance(named.get("layers"), str) and isinstance(loss, dict)):
+        return  # what it was trained with is unknown
+    if not (loss.get("corr_weight") or loss.get("depth_weight")):
+        return  # trained without heads
+    file, layers = checkpoint / HEADS, named["layers"]
+    cure = "get the whole checkpoint again, or use another"
+    if heads is None:
+        raise OSError(f"{file} is missing, but the checkpoint was trained with heads.layers = {layers!r}; {cure}")
+    try:
+        expected = parse_layers(layers, layer_count)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / CONFIG}: heads.{error}") from error
+    if lacking := [layer + 1 for layer in expected if layer not in heads.layers]:
+        raise ValueError(
+            f"{file} has no head of layer {lacking[0]}, but the checkpoint was trained with heads.layers = {layers!r}; "
+            f"{cure}"
+        )
 
 
 def _check_heads_fit(heads: CorrespondenceHeads, backbone: Backbone, source: str) -> None:

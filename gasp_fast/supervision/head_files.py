@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gasp_fast.files import write_atomically
+from gasp_fast.files import one_line, write_atomically
 
 from .heads import CorrespondenceHead, CorrespondenceHeads
 from .layer_capture import HeadInput
@@ -41,8 +41,7 @@ def read_heads(path: str | os.PathLike[str]) -> CorrespondenceHeads:
             about = {"compute": json.loads(metadata.get("compute", '"fp32"')), "input": "output"}
         heads = _heads_of(tensors, about["compute"], about["input"])
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: its tensors are not those of correspondence heads ({reason})") from error
+        raise ValueError(f"{path}: its tensors are not those of correspondence heads ({one_line(error)})") from error
     return heads
 
 

@@ -8,6 +8,7 @@ and took six times as long on an H200 as those of bf16 ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,8 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gasp_fast.config.limits import check_whole
+
 from .layer_capture import HeadInput
 from .precision import Compute, PrecisionLinear
+
+LARGEST_SIZE = 65_536  # of the layers of a head: four times the width of the widest supported models
+_PART = r"\s*\d{1,6}(-\d{1,6})?\s*"
+LAYERS = re.compile(rf"all|{_PART}(,{_PART})*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,13 @@ class HeadsConfig:
     out_size: int | None = None  # None: the hidden size (svd: the outputs of the query projection)
     compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # precision of the products; weights are fp32
     embeddings: Literal["auto", "fp32", "bf16"] = "auto"  # type of what the loss compares; auto: model.dtype, for both
+
+    def __post_init__(self) -> None:
+        if not LAYERS.fullmatch(self.layers):
+            raise ValueError(
+                f"heads.layers = {self.layers!r} is not understood; write all, a layer (7) or a range (18-25)"
+            )
+        check_whole(self, ("mid_size", "out_size"), "heads.", most=LARGEST_SIZE)
 
     def precisions(self, dtype: Literal["fp32", "bf16"]) -> tuple[Compute, Literal["fp32", "bf16"]]:
         """Of the products, and of the embeddings, in a model that computes in `dtype`."""

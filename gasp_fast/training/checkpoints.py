@@ -7,7 +7,8 @@
     random.safetensors                                random number generators of all processes
     about.json                                        step, schedule, score, how the run was divided, sums not yet
                                                       logged, number of samples, fingerprints of the data and of the
-                                                      base model, counters of evaluations on held-out scenes
+                                                      base model, counters of evaluations on held-out scenes,
+                                                      trained parameters without optimiser state
     config.yaml                                       configuration of the run (`same_run.py`)
     manifest.json                                     size and SHA-256 of each file
 
@@ -18,6 +19,7 @@ the ZeRO stage.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -51,6 +53,7 @@ _LATER_KINDS: dict[str, Any] = {  # of those that checkpoints of earlier version
     "data": dict,
     "base": (dict, type(None)),
     "held_out": (dict, type(None)),
+    "without_state": list,
 }
 
 
@@ -97,7 +100,7 @@ def _named(out: Path, resume: str) -> Path | None:
             raise ValueError(f"run.out = {str(out)!r} holds checkpoints and run.resume = never; give another run.out")
         return None
     folder = Path(resume)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # no error where the name is too long
         raise OSError(f"run.resume = {resume!r}: no such folder; give a checkpoint-N folder, auto or never")
     if folder.resolve().parent != out.resolve() and ((out / LOG).exists() or checkpoint_folders(out)):
         raise ValueError(
@@ -160,8 +163,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         refused = isinstance(error, UnpicklingError)  # torch's text explains how to run the file's code after all
-        reason = "it holds more than tensors" if refused else str(error).strip().partition("\n")[0][:300]
-        reason = reason or type(error).__name__
+        reason = "it holds more than tensors" if refused else one_line(error)
         raise ValueError(f"{path} does not fit this run or is damaged ({reason}); resume from another") from error
 
 

@@ -12,13 +12,15 @@ from typing import Literal
 
 from gasp_fast.backbones.adapters import AdapterConfig
 from gasp_fast.backbones.base_model import ModelConfig
+from gasp_fast.config.limits import MOST, check_whole
 from gasp_fast.config.loader import keys_of
+from gasp_fast.data.tracks.build import LARGEST_GRID
 from gasp_fast.loss.config import LossConfig
 from gasp_fast.supervision.geometric import LayerReduction
 from gasp_fast.supervision.heads import HeadsConfig
 
 from .objective import Average
-from .optim import OptimisationConfig
+from .optim import MOST_STEPS, OptimisationConfig
 from .stream import DataConfig
 
 
@@ -69,16 +71,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("run.out is empty; name a folder for the run")
-        for name in ("log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} = {getattr(self, name)} must be at least 1")
-        for name in ("bad_steps", "min_free_gb"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"run.{name} = {getattr(self, name)} must be 0 or more")
+        check_whole(self, ("log_every", "save_every", "keep"), "run.", most=MOST_STEPS)
+        check_whole(self, ("bad_steps",), "run.", least=0, most=MOST_STEPS)
+        if not self.min_free_gb >= 0:
+            raise ValueError(f"run.min_free_gb = {self.min_free_gb} must be 0 or more")
         if not 0 <= self.max_skipped <= 1:
             raise ValueError(f"run.max_skipped = {self.max_skipped} is a share of the samples; give 0 to 1")
-        if not 1 <= self.timeout < math.inf:
-            raise ValueError(f"run.timeout = {self.timeout} must be 1 second or more")
+        if not 1 <= self.timeout <= MOST:
+            raise ValueError(f"run.timeout = {self.timeout} must be 1 second or more, and at most {MOST:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,9 @@ class EvaluateConfig:
     patience: int | None = None  # evaluations without a better one after which the run ends; null: it does not
 
     def __post_init__(self) -> None:
-        for name in ("every", "sequences", "grid", "patience"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"evaluate.{name} = {value} must be at least 1")
+        check_whole(self, ("every", "patience"), "evaluate.", most=MOST_STEPS)
+        check_whole(self, ("sequences", "frames", "max_gap"), "evaluate.")
+        check_whole(self, ("grid",), "evaluate.", most=LARGEST_GRID)
         if self.patience is not None and not self.scenes:
             raise ValueError(f"evaluate.patience = {self.patience} needs evaluate.scenes to evaluate on; name some")
         if self.frames < 2:

@@ -22,7 +22,7 @@ import torch
 from accelerate.tracking import get_available_trackers
 
 from gasp_fast.backbones import unwrap
-from gasp_fast.files import replacing
+from gasp_fast.files import one_line, replacing
 from gasp_fast.loss.matches import Matches
 from gasp_fast.run_folder import SKIPPED
 
@@ -63,7 +63,10 @@ def check_trackers(config: RunConfig) -> None:
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
     """Lock `out`: no other run can write into it meanwhile. The lock ends with the process, however that ends."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"run.out cannot be made: {one_line(error)}; name another folder") from error
     folder = os.open(out, os.O_RDONLY)
     try:
         try:

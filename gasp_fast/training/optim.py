@@ -15,6 +15,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from gasp_fast.config.limits import LARGEST_SEED, MOST, check_whole
+
+LARGEST_BATCH = 65_536  # sequences: a step deals them out one by one
+MOST_STEPS = 1_000_000_000  # and most tokens of a forward pass
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimisationConfig:
@@ -40,11 +45,11 @@ class OptimisationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps is None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"train.epochs = {self.epochs} must be finite and above 0, or train.steps given")
-        for name in ("steps", "batch_size", "micro_batch_size", "tokens_at_once"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"train.{name} = {getattr(self, name)} must be at least 1")
+        if not 0 < self.epochs <= MOST:
+            raise ValueError(f"train.epochs = {self.epochs} must be finite and above 0, at most {MOST:,}")
+        check_whole(self, ("steps", "tokens_at_once"), "train.", most=MOST_STEPS)
+        check_whole(self, ("batch_size", "micro_batch_size"), "train.", most=LARGEST_BATCH)
+        check_whole(self, ("seed",), "train.", least=0, most=LARGEST_SEED)
         if self.tokens_at_once is not None and self.micro_batch_size is not None:
             raise ValueError(
                 f"train.tokens_at_once = {self.tokens_at_once} and train.micro_batch_size = {self.micro_batch_size} "
@@ -55,7 +60,7 @@ class OptimisationConfig:
                 "train.packing = true packs nothing with train.micro_batch_size = 1; use a larger one, or "
                 "train.tokens_at_once"
             )
-        if not re.fullmatch(r"auto|off|full|non_reentrant|reentrant|every:[1-9]\d*", self.checkpointing):
+        if not re.fullmatch(r"auto|off|full|non_reentrant|reentrant|every:[1-9]\d{0,5}", self.checkpointing):
             raise ValueError(
                 f"train.checkpointing = {self.checkpointing!r} must be auto, off, full, reentrant, or every:N such as "
                 "every:2"

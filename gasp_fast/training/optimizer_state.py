@@ -52,16 +52,24 @@ def write_state(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     save_file(held, _file(folder, number))
 
 
-def read_state(folder: Path, model: nn.Module, optimizer: Any, complete: bool) -> None:
+def without_state(model: nn.Module, optimizer: Any) -> list[str]:
+    """The trained parameters that no step has used, so that AdamW has no state of them. ZeRO has one of all."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return []
+    return [name for name, parameter in _trained(model).items() if not optimizer.state.get(parameter)]
+
+
+def read_state(folder: Path, model: nn.Module, optimizer: Any, without: Iterable[str] | None = ()) -> None:
     """Give the optimiser of a new run the state in `folder`; all processes read the parts that they need.
 
-    With `complete`, every trained parameter must have a state there.
+    Every trained parameter must have a state there, but for those `without`, which must have none. None: unknown, as
+    for full training in checkpoints of earlier versions; then any parameter may have none.
     """
     trained = _trained(model)
     with ExitStack() as opened:
         files = [opened.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("optimizer-*.safetensors"))]
         stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-        _check_names(stored.keys(), trained.keys(), complete)
+        _check_state_names(stored.keys(), trained.keys(), without)
 
         def read(name: str, part: str) -> Tensor:
             tensor: Tensor = stored[f"{name}.{part}"].get_tensor(f"{name}.{part}")
@@ -99,15 +107,17 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return shape
 
 
-def _check_names(stored: Iterable[str], trained: Iterable[str], complete: bool) -> None:
-    """A parameter has all of its tensors, or where the state need not be complete, none."""
+def _check_state_names(stored: Iterable[str], trained: Iterable[str], without: Iterable[str] | None) -> None:
+    """A parameter has all of its tensors; one of `without`, or where these are unknown any, may have none."""
     stored, trained = set(stored), set(trained)
-    owners = {name.rpartition(".")[0] for name in stored} | (trained if complete else set())
-    expected = {f"{name}.{part}" for name in owners for part in (*MOMENTS, "step")}
+    owners = {name.rpartition(".")[0] for name in stored}
+    allowed = trained - set(without or ())
+    required = owners if without is None else owners | allowed
+    expected = {f"{name}.{part}" for name in required for part in (*MOMENTS, "step")}
     if missing := expected - stored:
         raise ValueError(f"{min(missing)} is missing")
-    if unknown := owners - trained:
-        raise ValueError(f"it holds a state of {min(unknown)}, which is not trained")
+    if unknown := owners - allowed:
+        raise ValueError(f"it holds a state of {min(unknown)}, which is not trained or had none when it was saved")
 
 
 # ---- ZeRO -----------------------------------------------------------------------------------------------------------

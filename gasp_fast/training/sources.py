@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
+from gasp_fast.config.limits import MOST, check_whole
 from gasp_fast.data.annotations.inventory import Inventory
 from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.errors import one_line
@@ -270,14 +271,10 @@ class QAConfig:
     timeout: float = 30.0  # seconds to decode a video
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit = {self.limit} must be at least 1, or null for all questions")
-        if self.frames < 1:
-            raise ValueError(f"frames = {self.frames} must be at least 1")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout = {self.timeout} must be above 0 (seconds)")
-        if self.longest_side is not None and self.longest_side < 1:
-            raise ValueError(f"longest_side = {self.longest_side} must be at least 1 (pixels), or null")
+        check_whole(self, ("frames", "longest_side"))
+        check_whole(self, ("limit",), most=1 << 40)
+        if not 0 < self.timeout <= MOST:
+            raise ValueError(f"timeout = {self.timeout} must be above 0 and at most {MOST:,} (seconds)")
 
 
 class VideoQuestions(Samples):

@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .distributed import Processes, fill_deepspeed, make_accelerator
 from .model import SupervisedModel
 from .optim import make_optimizer, rate_change, trained_groups
-from .optimizer_state import gathered_state, read_state, write_state
+from .optimizer_state import gathered_state, read_state, without_state, write_state
 from .random_state import gathered_random_states
 from .stream import Share
 from .weights import TrainedWeights, gather_weights, write_weights
@@ -78,7 +78,11 @@ class TrainState:
 
     def facts(self) -> dict[str, Any]:
         """What about.json says of it."""
-        return {"schedule": self.schedule.last_epoch, "learning_rate": float(self.schedule.get_last_lr()[0])}
+        return {
+            "schedule": self.schedule.last_epoch,
+            "learning_rate": float(self.schedule.get_last_lr()[0]),
+            "without_state": without_state(self.model, self.optimizer.optimizer),
+        }
 
     def load(self, folder: Path) -> None:
         """Continue from the optimiser and the schedule in a checkpoint, whose weights the model already has.
@@ -89,8 +93,10 @@ class TrainState:
         about = checkpoints.read_about(folder)
         if "schedule" in about:
             with checkpoints.readable(folder / "optimizer-1.safetensors"):
-                lora = self.config.train.mode == "lora"
-                read_state(folder, self.model, self.optimizer.optimizer, complete=lora)
+                unknown: list[str] | None = (
+                    [] if self.config.train.mode == "lora" else None
+                )  # in checkpoints of earlier versions
+                read_state(folder, self.model, self.optimizer.optimizer, about.get("without_state", unknown))
             done, stopped = about["schedule"], about["learning_rate"]
         else:
             done, stopped = self._load_earlier(folder)

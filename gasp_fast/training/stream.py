@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gasp_fast.backbones import Backbone
 from gasp_fast.backbones.packing import pack
 from gasp_fast.collator import Collator, CollatorConfig, Sample
+from gasp_fast.config.limits import LARGEST_SEED, check_whole
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.planning.dealing import DealtStep, Division, deal
 from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
 from gasp_fast.planning.training_setup import SequenceSize, micro_batches
-from gasp_fast.processes import in_time
+from gasp_fast.processes import in_time, usable_cores
 
 from .objective import Average, averaged, unit_of_matches
 from .optim import OptimisationConfig
@@ -34,6 +36,7 @@ from .signals import end_with_trainer
 from .skipped import Skipped
 from .sources import Outline, QAConfig, Samples, ScenesConfig, TrackedScenes, TrainingSample, VideoQuestions
 
+FEWEST_FOR_LIMIT = 64  # loader processes that every machine may start: a recipe is also planned on small ones
 BLANK = 56  # pixels along each side of the blank frame: small, but large enough for every processor
 PATIENCE = 1.0  # seconds; while a batch is awaited, the loader checks so often whether a worker has died
 
@@ -65,8 +68,13 @@ class DataConfig:
             if name == "scenes" and self.scenes.only_counted:
                 key = "scenes.only_counted = true"
             raise ValueError(f"data.{key} leaves no source to train on; give one a root and a weight above 0")
-        if self.workers < 0:
-            raise ValueError(f"data.workers = {self.workers} must be 0 or more")
+        most = max(FEWEST_FOR_LIMIT, 4 * usable_cores())
+        if not 0 <= self.workers <= most:
+            raise ValueError(
+                f"data.workers = {self.workers} must be 0 or more, and at most {most} here: this machine has "
+                f"{usable_cores()} cores, and each loader process holds hundreds of megabytes"
+            )
+        check_whole(self.collator, ("seed",), "data.collator.", least=0, most=LARGEST_SEED)
 
     @property
     def used(self) -> dict[str, ScenesConfig | QAConfig]:
@@ -104,6 +112,9 @@ class SampleStream(Dataset[Sample]):
         once: Callable[[Callable[[], TrackedScenes]], TrackedScenes] = lambda read: read(),
     ) -> None:
         """`once` lets one process read the scenes for all of them, as `Processes.decided_by_first` does."""
+        for name, source in config.used.items():
+            if not os.path.isdir(source.root):
+                raise OSError(f"data.{name}.root = {source.root}: no such folder")
         self.sources: dict[str, Samples] = {
             name: once(partial(TrackedScenes, source, max(1, config.workers)))
             if isinstance(source, ScenesConfig)

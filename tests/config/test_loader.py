@@ -250,20 +250,21 @@ def test_a_value_that_only_looks_like_a_placeholder_is_text(write: Any) -> None:
 
 text = st.text(st.characters(codec="utf-8"), max_size=12).filter(lambda text: "${" not in text and text != "???")
 numbers = st.floats(allow_nan=False)
+whole = st.integers(1 - 2**63, 2**63 - 1)
 optimizers = st.builds(
     Optimizer,
     lr=st.floats(min_value=0, exclude_min=True, allow_nan=False),
     betas=st.tuples(numbers, numbers),
     kind=st.sampled_from(["adamw", "no", "sgd"]),
 )
-grids = st.lists(st.integers(), max_size=3).map(tuple)
+grids = st.lists(whole, max_size=3).map(tuple)
 recipes = st.builds(
     Recipe,
     name=text,
-    steps=st.integers(),
+    steps=whole,
     layers=st.none() | text,
     resume=st.booleans(),
-    save=st.integers() | st.just("epoch"),
+    save=whole | st.just("epoch"),
     optimizer=optimizers,
     tags=st.lists(text, max_size=3).map(tuple),
     warm=st.none() | optimizers,

@@ -288,6 +288,65 @@ def test_moments_that_differ_from_the_model_are_errors(resume, newest, change, t
     assert status == 1 and f"{newest}/optimizer-1.safetensors" in last and LAYER in last and told in last
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_missing_optimiser_state_is_an_error_and_does_not_begin_anew(config, mode):
+    settings = config(train={"steps": 2, "mode": mode})
+    train(settings)
+    folder = Path(settings.run.out) / "checkpoint-2"
+    (folder / MANIFEST).unlink()
+    gone = []
+
+    def lose_all_of_one(tensors):
+        gone.append(next(name.rpartition(".")[0] for name in sorted(tensors) if "q_proj" in name))
+        for part in ("exp_avg", "exp_avg_sq", "step"):
+            del tensors[f"{gone[0]}.{part}"]
+
+    edit_tensors(folder / "optimizer-1.safetensors", lose_all_of_one)
+    assert json.loads((folder / "about.json").read_text())["without_state"] == []
+    changed = replace(settings, run=replace(settings.run, resume=str(folder)))
+    with pytest.raises(ValueError, match=rf"optimizer-1\.safetensors does not fit .*{gone[0]}\.exp_avg is missing"):
+        train(changed)
+
+
+def test_a_parameter_that_no_step_has_used_resumes_without_a_state(config):
+    settings = config(train={"steps": 1, "mode": "full"})
+    train(settings)
+    folder = Path(settings.run.out) / "checkpoint-1"
+    (folder / MANIFEST).unlink()
+
+    def lose(tensors):
+        for name in [name for name in tensors if name.startswith("model.lm_head.weight.")]:
+            del tensors[name]
+
+    edit_tensors(folder / "optimizer-1.safetensors", lose)
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps({**about, "without_state": ["model.lm_head.weight"]}))
+    path = Path(settings.run.out) / "again.yaml"
+    path.write_text(to_yaml(settings))
+    assert main([str(path), "train.steps=2", "run.allow_changes=[train.steps]", f"run.resume={folder}"]) == 0
+    whole = load_file(Path(settings.run.out) / "checkpoint-2" / "optimizer-1.safetensors")
+    assert int(whole["model.lm_head.weight.step"]) == 1  # begun anew
+    assert {int(value) for name, value in whole.items() if name.endswith(".step")} == {1, 2}
+
+
+def test_heads_that_do_not_fit_are_named_by_their_tensor(resume, newest):
+    edit_tensors(newest / "heads.safetensors", lambda tensors: tensors.pop("by_layer.1.first.weight"))
+    status, printed = resume[1](f"run.resume={newest}")
+    last = printed.splitlines()[-1]
+    assert status == 1 and f"{newest}/heads.safetensors" in last and "by_layer.1.head.first.weight" in last
+
+
+def test_a_checkpoint_that_lacks_heads_is_not_evaluated(newest):
+    file = newest / "heads.safetensors"
+    tensors = load_file(file)
+    save_file({name: value for name, value in tensors.items() if ".2." not in name}, file, {"compute": '"fp32"'})
+    with pytest.raises(ValueError, match=r"heads\.safetensors has no head of layer 3, .*heads\.layers = 'all'; get"):
+        load_evaluated_model(newest)
+    file.unlink()
+    with pytest.raises(OSError, match=r"heads\.safetensors is missing, .*heads\.layers = 'all'; get"):
+        load_evaluated_model(newest)
+
+
 def test_moments_of_a_weight_that_is_not_trained_are_an_error(resume, newest):
     def add(tensors):
         for part in ("exp_avg", "exp_avg_sq", "step"):
@@ -334,5 +393,5 @@ def test_several_processes_agree_on_the_checkpoint(config, tmp_path):
     assert without_clock(log_of(out)) == whole
     (out / "checkpoint-3" / MANIFEST).unlink()
     file.unlink()
-    status, printed = run("train.steps=4", "run.allow_changes=[train.steps]")
+    status, printed = run("train.steps=4", "run.allow_changes=[train.steps]", f"run.resume={file.parent}")
     assert status != 0 and f"{file} is missing" in printed

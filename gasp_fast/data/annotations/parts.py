@@ -11,6 +11,7 @@ from typing import TypeVar
 
 Piece = TypeVar("Piece")
 WHOLE = (0, 1)  # the part that is everything
+LONGEST_PART = 30  # characters
 MOST_GROUPS = 12  # of numbers in a message
 
 
@@ -30,9 +31,10 @@ def in_part(pieces: Sequence[Piece], part: tuple[int, int]) -> list[Piece]:
 def parse_part(text: str) -> tuple[int, int]:
     """`"2/8"` → `(2, 8)`."""
     first, slash, step = text.partition("/")
-    if not (slash and first.isdecimal() and step.isdecimal() and int(first) < int(step)):
+    if len(text) > LONGEST_PART or not (slash and first.isdecimal() and step.isdecimal() and int(first) < int(step)):
         raise ValueError(
-            f"--shard {text}: give I/N with 0 <= I < N, such as 0/4. I is counted from 0, as by sbatch --array=0-3"
+            f"--shard {text[:LONGEST_PART]}: give I/N with 0 <= I < N, such as 0/4. I is counted from 0, as by "
+            "sbatch --array=0-3"
         )
     return int(first), int(step)
 

@@ -10,10 +10,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from gasp_fast.config.limits import MOST
 from gasp_fast.data.errors import difference, one_line, shown
 from gasp_fast.data.scenes.library import SceneEntry
 from gasp_fast.data.tracks.build import LARGEST_GRID
-from gasp_fast.data.tracks.sequences import MOST, SequenceConfig, SequenceSampler
+from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler
 from gasp_fast.files import create_atomically, read_json, write_atomically
 
 VERSION = 1  # of the settings file and of shards

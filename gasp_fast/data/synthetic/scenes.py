@@ -59,7 +59,7 @@ class SyntheticConfig:
         if not 2 <= self.frames <= MOST_FRAMES:
             raise ValueError(f"frames = {self.frames}: a scene has 2 to {MOST_FRAMES:,} frames")
         if min(self.width, self.height) < 16:
-            raise ValueError(f"width x height = {self.width} x {self.height}: at least 16 x 16 pixels")
+            raise ValueError(f"size {self.width} x {self.height}: at least 16 x 16 pixels")
         check_size(self.width, self.height)
         if not 20 <= self.field_of_view <= 120:
             raise ValueError(f"field_of_view = {self.field_of_view}: give degrees between 20 and 120")

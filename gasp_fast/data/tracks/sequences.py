@@ -19,7 +19,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-MOST = 1_000_000  # of anything that is counted in a configuration
+from gasp_fast.config.limits import MOST
 
 
 @dataclass(frozen=True, kw_only=True)
