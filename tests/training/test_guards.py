@@ -70,7 +70,7 @@ def run_main(config, tmp_path, capsys):
         (["data.vqa.weight=.inf"], "data.vqa.weight = inf must be finite"),
         (["data.scenes.only_counted=true"], "data.scenes.only_counted = true leaves no source to train on; give one"),
         (["data.scenes.only_counted=true", "data.scenes.weight=0"], "only_counted = true has no scenes to count; give"),
-        (["data.qa.limit=0"], "data.qa: limit = 0 must be at least 1, or null for all questions"),
+        (["data.qa.limit=0"], "data.qa: limit = 0 must be at least 1"),
         (["data.qa.frames=0"], "data.qa: frames = 0 must be at least 1"),
         (["data.qa.timeout=-1"], "data.qa: timeout = -1.0 must be above 0"),
         (["data.vqa.longest_side=0"], "data.vqa: longest_side = 0 must be at least 1"),
