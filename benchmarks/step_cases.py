@@ -22,10 +22,11 @@ from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.supervision.heads import HeadsConfig
 from gasp_fast.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from gasp_fast.training.loader import make_loader
 from gasp_fast.training.model import SupervisedModel
 from gasp_fast.training.optim import OptimisationConfig
 from gasp_fast.training.sources import ScenesConfig
-from gasp_fast.training.stream import DataConfig, SampleStream, Share, make_loader
+from gasp_fast.training.stream import DataConfig, SampleStream, Share
 from gasp_fast.training.workload import BatchFlops
 
 WARM_UP, ROUNDS = 2, 6

@@ -54,8 +54,8 @@ from gasp_fast.run_folder import LOG
 
 from . import held_out
 from .config import TrainConfig
+from .loader import LoadedBatches
 from .skipped import KINDS, Skipped, SkippedFile, in_numbers, join
-from .stream import LoadedBatches
 from .summary import read_log, summarise
 
 # The order is that of `unlogged` in checkpoints. The first process counts `steps`, and those of them that have labelled

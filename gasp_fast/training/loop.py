@@ -34,6 +34,7 @@ from . import checkpoints, guards, same_run
 from .config import TrainConfig
 from .distributed import Processes
 from .held_out import HeldOut, HeldOutSequences
+from .loader import LoadedBatches, make_loader
 from .log import HostCopy, Meter, RunLog, finite, score_of
 from .model import SupervisedModel
 from .saving import CheckpointWriter
@@ -41,7 +42,7 @@ from .signals import Interrupted, StopSignals, kept_from_children
 from .sizes import PredictedSizes
 from .start_up import StartUp
 from .state import TrainState
-from .stream import Dealer, LoadedBatches, SampleStream, Share, make_loader
+from .stream import Dealer, SampleStream, Share
 from .workload import BatchFlops
 
 Batch = dict[str, Any]

@@ -17,8 +17,9 @@ from gasp_fast.data.annotations.settings import AnnotationSettings
 from gasp_fast.data.annotations.write import annotate
 from gasp_fast.data.scenes.library import find_scenes, survey
 from gasp_fast.data.tracks.sequences import SequenceConfig
+from gasp_fast.training.loader import make_loader
 from gasp_fast.training.skipped import KINDS
-from gasp_fast.training.stream import SampleStream, Share, make_loader
+from gasp_fast.training.stream import SampleStream, Share
 
 TRIES = 25
 STEPS = 3

@@ -14,8 +14,9 @@ import torch
 
 from gasp_fast.backbones.tiny import SIZES_7B, build_tiny
 from gasp_fast.planning.shapes import LLAVA_NEXT_VIDEO_7B, QWEN2_5_VL_7B, shape_from_source
+from gasp_fast.training.loader import make_loader
 from gasp_fast.training.model import build_model
-from gasp_fast.training.stream import SampleStream, Share, make_loader
+from gasp_fast.training.stream import SampleStream, Share
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

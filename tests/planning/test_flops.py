@@ -16,8 +16,9 @@ from gasp_fast.planning.flops import flops_by_part, model_flops
 from gasp_fast.planning.shapes import PATCHES, ModelShape
 from gasp_fast.planning.step_design import FIRST_MEASURED
 from gasp_fast.planning.training_setup import SequenceSize
+from gasp_fast.training.loader import make_loader
 from gasp_fast.training.model import build_model
-from gasp_fast.training.stream import SampleStream, Share, make_loader
+from gasp_fast.training.stream import SampleStream, Share
 from gasp_fast.training.workload import BatchFlops
 
 

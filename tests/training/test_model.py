@@ -15,8 +15,9 @@ from gasp_fast.config.loader import to_yaml
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHead, HeadsConfig
 from gasp_fast.training.held_out import heads_of
+from gasp_fast.training.loader import SteadyCollator
 from gasp_fast.training.model import build_heads, build_model, language_loss
-from gasp_fast.training.stream import SampleStream, SteadyCollator
+from gasp_fast.training.stream import SampleStream
 from gasp_fast.training.weights import gather_weights, write_weights
 
 CPU = torch.device("cpu")

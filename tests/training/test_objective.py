@@ -18,9 +18,10 @@ from gasp_fast.config.loader import to_yaml
 from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
+from gasp_fast.training.loader import SteadyCollator
 from gasp_fast.training.model import build_model
 from gasp_fast.training.objective import Average, averaged, mean_of_sequences, unit_of_matches
-from gasp_fast.training.stream import SampleStream, SteadyCollator
+from gasp_fast.training.stream import SampleStream
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -23,8 +23,9 @@ from gasp_fast.planning.gpus import GPUS
 from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
 from gasp_fast.planning.shapes import LLAVA_NEXT_VIDEO_7B, QWEN2_5_VL_7B
 from gasp_fast.training.config import TrainConfig
+from gasp_fast.training.loader import make_loader
 from gasp_fast.training.sizes import PredictedSizes
-from gasp_fast.training.stream import Dealer, SampleStream, Share, StreamBatches, make_loader
+from gasp_fast.training.stream import Dealer, SampleStream, Share, StreamBatches
 from gasp_fast.training.workload import training_setup
 
 SEQUENCES = SequenceConfig(min_frames=2, max_frames=6, window=4, per_scene=4)

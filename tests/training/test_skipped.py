@@ -18,9 +18,10 @@ from gasp_fast.data.video.write import write_clip
 from gasp_fast.run_folder import SKIPPED
 from gasp_fast.train import main, train
 from gasp_fast.training.guards import check_left_out
+from gasp_fast.training.loader import ReplacingCollator, SteadyCollator, make_loader
 from gasp_fast.training.log import in_words
 from gasp_fast.training.skipped import Skipped, SkippedFile, join
-from gasp_fast.training.stream import ReplacingCollator, SampleStream, Share, SteadyCollator, make_loader
+from gasp_fast.training.stream import SampleStream, Share
 
 LONG = "and so on " * 30_000  # more tokens than the models take
 

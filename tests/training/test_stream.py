@@ -370,7 +370,7 @@ def test_a_resumed_run_loads_the_steps_that_are_left():
 
 def test_loader_processes_load_the_same_batches(config):
     from gasp_fast.backbones import load_backbone
-    from gasp_fast.training.stream import make_loader
+    from gasp_fast.training.loader import make_loader
 
     settings = config(mixed=True)
     backbone = load_backbone(settings.model.source)
