@@ -2,8 +2,8 @@
 
 A root holds JSON lists of `{id, conversations: [{from, value}], data_source, video}`, directly or in "config" folders
 (`0_30_s_academic_v0_1`, …); `video` is relative to the JSON's folder, or else to the root. The dataset has over a
-million records, so they are stored as one block of bytes and one array of offsets: small, quick to pickle, and shared
-between forked workers. (Reference counts would make every worker copy a list of dictionaries.)
+million records, so they are stored as one block of bytes, which loader workers share (`shared_bytes.py`), and one array
+of offsets.
 
 Collections of this size contain damaged files. An invalid record is skipped at loading, and named.
 
@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 from gasp_fast.data.errors import reading, shown
 from gasp_fast.data.video.read import read_video
 from gasp_fast.files import parse_json, read_json
+
+from .shared_bytes import SharedBytes
 
 LONGEST_TEXT = 1 << 20  # characters of a turn: more than any model takes, and a second of work for a tokenizer
 CONTROL_TOKEN = re.compile(r"<\|\w{1,40}\|>")
@@ -113,17 +115,21 @@ class VideoQA:
     def __post_init__(self) -> None:
         self.root = Path(self.root)
         self._files = self._lists()
-        parts: list[bytes] = []
         places: list[tuple[int, int]] = []
-        for file, path in enumerate(self._files):
-            for number, record in self._read_list(path):
-                parts.append(record)
-                places.append((file, number))
-        if not parts:
+        ends = [0]
+
+        def records() -> Iterator[bytes]:
+            for file, path in enumerate(self._files):
+                for number, record in self._read_list(path):
+                    places.append((file, number))
+                    ends.append(ends[-1] + len(record))
+                    yield record
+
+        self._text = SharedBytes(records())
+        if not places:
             first = "".join(f"; the first: {name}: {reason}" for name, reason in islice(self.skipped.items(), 1))
             raise ValueError(f"{self.root}: none of {len(self.skipped)} records can be used{first}")
-        self._text: NDArray[np.uint8] = np.frombuffer(b"".join(parts), np.uint8)
-        self._offsets: NDArray[np.int64] = np.cumsum([0, *map(len, parts)])
+        self._offsets: NDArray[np.int64] = np.array(ends)
         self._places: NDArray[np.int32] = np.array(places, np.int32)  # [records, 2]: file, number in it
 
     def __len__(self) -> int:
@@ -132,7 +138,7 @@ class VideoQA:
     def record(self, index: int) -> QARecord:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.root}, which has {len(self)}")
-        return QARecord.from_json(json.loads(self._text[self._offsets[index] : self._offsets[index + 1]].tobytes()))
+        return QARecord.from_json(json.loads(self._text[self._offsets[index] : self._offsets[index + 1]]))
 
     def video_path(self, index: int) -> Path:
         """The path of a record's video, which may not exist."""
@@ -147,7 +153,7 @@ class VideoQA:
 
     def digest(self) -> str:
         """A hash of all records. Opens no video."""
-        return blake2b(self._text.data, digest_size=16).hexdigest()
+        return blake2b(self._text.view(), digest_size=16).hexdigest()
 
     def sample(self, index: int, frames: int = 16, timeout: float = 30.0, longest_side: int | None = None) -> QASample:
         """Record `index` with evenly spread frames. An unreadable video is an `OSError`, and not tried again."""
