@@ -17,24 +17,28 @@ from gasp_fast.data.questions.shared_bytes import SharedBytes
 BLOCK = os.urandom(1 << 20)
 
 
-def own_memory() -> int:
-    """Bytes of this process that it shares with none."""
+def anonymous_memory() -> int:
+    """Bytes of this process that are of no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
+def mapped_files() -> set[str]:
+    """The inodes of the nameless files that this process maps."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:questions" in line}
+
+
 def read(shared: SharedBytes, answers: Connection) -> None:
-    before = own_memory()
-    digest = sha256(shared.view()).hexdigest()
-    answers.send((digest, shared[3:9], own_memory() - before, own_memory()))
+    answers.send((sha256(shared.view()).hexdigest(), shared[3:9], mapped_files(), anonymous_memory()))
 
 
-def in_a_process(shared: SharedBytes, method: str) -> tuple[str, bytes, int, int]:
+def in_a_process(shared: SharedBytes, method: str) -> tuple[str, bytes, set[str], int]:
     context = multiprocessing.get_context(method)
     here, there = context.Pipe()
     process = context.Process(target=read, args=(shared, there))
     process.start()
-    answer: tuple[str, bytes, int, int] = here.recv()
+    answer: tuple[str, bytes, set[str], int] = here.recv()
     process.join()
     return answer
 
@@ -42,10 +46,11 @@ def in_a_process(shared: SharedBytes, method: str) -> tuple[str, bytes, int, int
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_a_worker_reads_the_bytes_and_holds_no_copy(method: str) -> None:
     large, small = SharedBytes([BLOCK] * 64), SharedBytes([BLOCK[:10], b""])
-    digest, part, grown, own = in_a_process(large, method)
+    digest, part, mapped, memory = in_a_process(large, method)
     assert digest == sha256(BLOCK * 64).hexdigest() and part == BLOCK[3:9]
+    assert mapped and mapped <= mapped_files()
     *_, least = in_a_process(small, method)
-    assert grown < 8 << 20 and own - least < 8 << 20
+    assert memory - least < 8 << 20
 
 
 def test_sent_and_copied_they_are_the_same_bytes() -> None:
