@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
-from gasp_fast.config.limits import MOST, check_whole
+from gasp_fast.config.limits import LARGEST_SEED, MOST, check_whole
 from gasp_fast.data.annotations.inventory import Inventory
 from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.errors import one_line
@@ -273,6 +273,7 @@ class QAConfig:
     def __post_init__(self) -> None:
         check_whole(self, ("frames", "longest_side"))
         check_whole(self, ("limit",), most=1 << 40)
+        check_whole(self, ("seed",), least=0, most=LARGEST_SEED)
         if not 0 < self.timeout <= MOST:
             raise ValueError(f"timeout = {self.timeout} must be above 0 and at most {MOST:,} (seconds)")
 

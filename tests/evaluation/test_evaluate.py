@@ -238,9 +238,9 @@ def test_a_refused_evaluation_leaves_nothing_that_refuses_the_next(models, copie
     with pytest.raises(ValueError, match=r"5 of 5 sequences cannot be read.*depth"):
         evaluate(models["qwen-gqa"], damaged, config, tmp_path / "out")
     assert not list(tmp_path.glob("out/**/plan.json"))
-    too_hot = EvaluationConfig(data=dataset.config, temperature=-1.0)
-    with pytest.raises(ValueError, match="temperature"):
-        evaluate(models["qwen-gqa"], dataset, too_hot, tmp_path / "out")
+    without_heads = replace(models["qwen-gqa"], heads=None)
+    with pytest.raises(ValueError, match="heads"):
+        evaluate(without_heads, dataset, replace(config, features=("head",)), tmp_path / "out")
     assert not list(tmp_path.glob("out/**/plan.json"))
     evaluate(models["qwen-gqa"], dataset, config, tmp_path / "out")
 

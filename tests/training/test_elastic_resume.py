@@ -108,6 +108,22 @@ def test_a_run_continues_in_any_layout(runs):
     assert_every_layout_holds_the_same_state(runs)
 
 
+@pytest.mark.slow
+def test_full_training_continues_in_another_layout(config, tmp_path):
+    """Moments of rarely used weights amplify the rounding of sums: 9e-6 was measured, where a step moves by 1e-3."""
+    base = config(mixed=True, train={"steps": STEPS, "mode": "full"}, run={"save_every": SAVED})
+    runs = Runs(base, tmp_path)
+    launch("train_on_two_processes.py", runs.config("zero2", "zero2"))
+    alone, again = runs.continued("zero2", "alone"), runs.continued("zero2", "zero3")
+    train(runs.settings(alone, "alone"))
+    launch("train_on_two_processes.py", runs.config(again, "zero3"))
+    expected = load_file(runs.folder("zero2") / "model.safetensors")
+    for name in (alone, again):
+        ours, theirs = (without_clock(log_of(runs.root / run)) for run in (name, "zero2"))
+        assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
+        assert largest_difference(load_file(runs.folder(name) / "model.safetensors"), expected) < 1e-4
+
+
 def assert_every_layout_holds_the_same_state(runs):
     """Loaded in another layout and saved again, every bit is the same."""
     pairs = [("alone", "ddp"), ("alone", "zero1"), ("alone", "zero2"), ("alone", "zero3"), ("zero3", "zero2")]

@@ -240,7 +240,7 @@ def test_leftovers_of_killed_runs_are_deleted_before_the_disk_is_judged(
 def test_the_log_of_a_job_has_a_line_of_progress_a_minute(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "LINE_EVERY", 0.0)
+    monkeypatch.setattr("gasp_fast.progress.LINE_EVERY", 0.0)
     assert run(command, library, "--out", tmp_path, *OPTIONS) == 0
     printed = capsys.readouterr().out
     assert "reading scenes: 2 of 3, about 0 s left" in printed
