@@ -20,6 +20,7 @@ from torch import Tensor
 from gasp_fast.backbones import Backbone, Conversation, TokenGrid
 from gasp_fast.backbones.base import RGBImage
 from gasp_fast.backbones.chat import Message
+from gasp_fast.config.limits import LARGEST_SEED, check_whole
 from gasp_fast.data.depth.pooling import pool_depth
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks
@@ -48,8 +49,8 @@ class CollatorConfig:
     def __post_init__(self) -> None:
         if self.anchors not in get_args(Anchors):
             raise ValueError(f"anchors = {self.anchors!r} is unknown; choose one of {', '.join(get_args(Anchors))}")
-        if self.pairs < 1:
-            raise ValueError(f"pairs = {self.pairs} must be at least 1")
+        check_whole(self, ("pairs",))
+        check_whole(self, ("seed",), least=0, most=LARGEST_SEED)
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep = {self.keep} is a share of the tracks; give 0 < keep <= 1")
 

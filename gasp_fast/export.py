@@ -108,7 +108,7 @@ def export(
 
     progress("loading the trained model")
     model = _load_trained(checkpoint, backbone).to(device)
-    if checkpoint.mode == "lora":
+    if base is not None and checkpoint.mode == "lora":
         check_base(checkpoint.folder, checkpoint.base)  # again: it may have been downloaded only now
     progress("computing its logits")
     trained_logits = _logits(model, inputs)

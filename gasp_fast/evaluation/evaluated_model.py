@@ -109,7 +109,8 @@ def _load_adapted(
     check_base(folder, named)
     backbone = load_backbone(named if base else local_folder(named), frame_pixels)
     model = backbone.load_model(dtype=dtype)
-    check_base(folder, named)  # again: it may have been downloaded only now
+    if base is not None:
+        check_base(folder, named)  # again: it may have been downloaded only now
     return backbone, load_adapters(model, folder).merge_and_unload()
 
 

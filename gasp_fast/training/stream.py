@@ -17,7 +17,6 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from gasp_fast.collator import CollatorConfig, Sample
-from gasp_fast.config.limits import LARGEST_SEED, check_whole
 from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.planning.dealing import DealtStep, Division, deal
 from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
@@ -64,7 +63,6 @@ class DataConfig:
                 f"data.workers = {self.workers} must be 0 or more, and at most {most} here: this machine has "
                 f"{usable_cores()} cores, and each loader process holds hundreds of megabytes"
             )
-        check_whole(self.collator, ("seed",), "data.collator.", least=0, most=LARGEST_SEED)
 
     @property
     def used(self) -> dict[str, ScenesConfig | QAConfig]:

@@ -276,16 +276,16 @@ def test_what_a_killed_run_left_is_removed_before_disk_space_is_judged(resume, m
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [(lose, "exp_avg is missing"), (rename, "exp_avg is missing"), (reshape, "has the shape")],
 )
-def test_moments_that_differ_from_the_model_are_errors(resume, newest, change, told):
+def test_moments_that_differ_from_the_model_are_errors(resume, newest, change, expected):
     edit_tensors(
         newest / "optimizer-1.safetensors", lambda tensors: change(tensors, f"{LAYER}.lora_B.default.weight.exp_avg")
     )
     status, printed = resume[1](f"run.resume={newest}")
     last = printed.splitlines()[-1]
-    assert status == 1 and f"{newest}/optimizer-1.safetensors" in last and LAYER in last and told in last
+    assert status == 1 and f"{newest}/optimizer-1.safetensors" in last and LAYER in last and expected in last
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

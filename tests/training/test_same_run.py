@@ -66,7 +66,7 @@ def shifted(tensors):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "refused"),
     [
         ("train.learning_rate=2e-3", "train.learning_rate = 0.001, now 0.002"),
         ("train.head_lr_scale=1", "train.head_lr_scale = 4.0, now 1.0"),
@@ -97,13 +97,13 @@ def shifted(tensors):
         ("data.collator.anchors=first", "data.collator.anchors = 'all', now 'first'"),
     ],
 )
-def test_a_change_of_what_is_computed_is_refused_with_the_key_that_allows_it(run, override, told):
+def test_a_change_of_what_is_computed_is_refused_with_the_key_that_allows_it(run, override, refused):
     out, again = run
     before = configs(out)
     status, printed = again(override)
     key = override.partition("=")[0]
     assert status == 1 and "\n" not in printed
-    assert f"{out}/checkpoint-2 was written by another run: {told}: " in printed
+    assert f"{out}/checkpoint-2 was written by another run: {refused}: " in printed
     assert f"run.allow_changes=[{key}] lets that change from step 2 on" in printed
     assert configs(out) == before and not (out / "checkpoint-4").exists()
 
@@ -401,7 +401,7 @@ def earlier(run):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "refused"),
     [
         (["train.learning_rate=1"], "train.learning_rate = 0.001, now 1.0"),
         (["train.steps=8"], "train.steps = 4, now 8"),
@@ -410,12 +410,12 @@ def earlier(run):
     ],
 )
 def test_an_earlier_checkpoint_is_compared_with_the_configuration_of_its_run(
-    earlier, assets, tmp_path, overrides, told
+    earlier, assets, tmp_path, overrides, refused
 ):
     _, again = earlier
     other = str(altered(assets.models["qwen2_5_vl"], tmp_path / "other", shifted))
     status, printed = again(*[override.replace("OTHER", other) for override in overrides])
-    assert status == 1 and told in printed
+    assert status == 1 and refused in printed
     assert again()[0] == 0
 
 
