@@ -1,6 +1,9 @@
 """Speed limits on the CPU: time relative to bare products and to dense PyTorch, interleaved in one run.
 
-Noise mostly makes a ratio worse, so a limit is met if one of a few tries meets it.
+Noise mostly makes a ratio worse, so a limit is met if one of a few tries meets it. The bare products are the steady
+measure. Dense PyTorch is not: its N×N matrices come from memory that the C library sometimes keeps from the call before
+and sometimes fetches anew from the system, and the second takes it a third longer (72 or 95 ms for cpu-narrow, in one
+process). Its limits hold for the first.
 """
 
 import statistics
@@ -33,7 +36,7 @@ def ratios(name: str) -> dict[str, float]:
     [
         ("cpu-wide", 1.35, 1.35, 1.5),
         ("cpu-wide-bf16", 1.6, 1.8, 2.5),
-        ("cpu-narrow", None, None, 1.7),
+        ("cpu-narrow", 1.3, 1.4, 1.5),
     ],
 )
 def test_bars(name, three, one, eager):
@@ -43,7 +46,6 @@ def test_bars(name, three, one, eager):
     for _ in range(TRIES):
         measured = ratios(name)
         seen.append({key: round(value, 2) for key, value in measured.items()})
-        fast_enough = three is None or (measured["three"] <= three and measured["one"] <= one)
-        if fast_enough and measured["eager"] >= eager:
+        if measured["three"] <= three and measured["one"] <= one and measured["eager"] >= eager:
             return
     pytest.fail(f"{name}: at most {three} × three products, {one} × one, at least {eager} × eager; measured {seen}")
