@@ -130,7 +130,9 @@ def _check_heads_complete(checkpoint: Path, heads: CorrespondenceHeads | None, l
     if not (isinstance(named, dict) and isinstance(named.get("layers"), str) and isinstance(loss, dict)):
         return  # what it was trained with is unknown
     if not (loss.get("corr_weight") or loss.get("depth_weight")):
-        return  # trained without heads
+        return  # trained without geometry
+    if named.get("kind") in ("tied", "qk"):
+        return  # the model's own projections were supervised
     file, layers = checkpoint / HEADS, named["layers"]
     cure = "get the whole checkpoint again, or use another"
     if heads is None:

@@ -62,8 +62,9 @@ def flops_by_part(setup: TrainingSetup, sequence: SequenceSize) -> dict[str, Flo
     # A frozen tower of which checkpointing asks a gradient computes one, for nothing.
     needless = 2 * vision if setup.checkpointing and not setup.design.frozen_tower else 0.0
     lm_head = 2.0 * sequence.labelled * shape.hidden * shape.vocabulary
-    heads = 2.0 * sequence.tracked * setup.head_weights * setup.supervised_layers
-    loss = 2.0 * sequence.anchors * sequence.tracked * setup.head_sizes[1] * setup.supervised_layers
+    live, compared = setup.live_sizes
+    heads = 2.0 * sequence.tracked * (setup.head_weights + shape.hidden * live) * setup.supervised_layers
+    loss = 2.0 * sequence.anchors * sequence.tracked * (setup.head_sizes[1] + compared) * setup.supervised_layers
     return {
         "decoder": Flops(decoder, weights * decoder, again * (decoder - last)),
         "attention": Flops(attention, 2 * attention, (0.5 + again) * attention),

@@ -52,8 +52,10 @@ class TrainingSetup:
 
     shape: ModelShape
     adapter_rank: int | None  # None: the model's own weights are trained, without adapters
-    supervised_layers: int  # each has a head; 0 without the geometric loss
-    head_sizes: tuple[int, int]  # outputs of a head's two linear layers
+    supervised_layers: int  # 0 without the geometric loss
+    head_sizes: tuple[int, int]  # outputs of the two linear layers of a layer's correspondence head; 0 without
+    live_sizes: tuple[int, int] = (0, 0)  # outputs of a layer's own projections that run again; of these, compared
+    comparisons: int = 1  # of all anchors with all candidates, in a layer
     head_precision: Literal["fp32", "tf32", "bf16"]  # of the products in heads
     embedding_precision: Literal["fp32", "bf16"]  # of the products in the geometric loss
     precision: Literal["fp32", "bf16"]  # of the model's products, and of frozen weights
@@ -90,7 +92,7 @@ class TrainingSetup:
 
     @property
     def head_weights(self) -> int:
-        """Of the two matrices of one head."""
+        """Of the two matrices of one correspondence head."""
         middle, out = self.head_sizes
         return middle * (self.shape.hidden + out)
 

@@ -50,7 +50,7 @@ def work_of_sequence(setup: TrainingSetup, sequence: SequenceSize) -> list[Work]
     forward, backward = _between_products(setup)
     loss_rate = "loss" if setup.embedding_precision == "bf16" else "loss_fp32"
     rows = float(sequence.tracked) * setup.supervised_layers
-    similarities = sequence.anchors * rows
+    similarities = sequence.anchors * rows * setup.comparisons
     return [
         Work("decoder", flops["decoder"]),
         Work("attention", flops["attention"], "attention"),

@@ -1,5 +1,7 @@
 """`GeometricSupervision`: heads on hidden states and their loss, computed and differentiated some layers at a time.
 
+A head is a correspondence head (`heads.py`), or the layer's own projections (`live_projections.py`).
+
 A supervised layer takes the hidden state `[B, S, hidden]` of its decoder layer, selects the rows of the `N` visual
 tokens, norms them if its head reads them so, embeds them with its head and compares the embeddings. The result is a
 scalar, so its gradients can be computed before the model's backward pass: those with respect to the rows and to the
@@ -19,7 +21,7 @@ same modules, whatever their batches contain.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -33,7 +35,8 @@ from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
 
 from .heads import CorrespondenceHead, CorrespondenceHeads
-from .layer_capture import LayerCapture, normed
+from .layer_capture import HeadInput, LayerCapture, normed
+from .live_projections import LiveProjections
 from .similarity import mean_cosines
 
 # Hidden rows and embeddings of the layers that share a call of the loss; heads and loss need two to three times as much
@@ -45,7 +48,7 @@ LayerReduction = Literal["mean", "sum"]
 
 
 class GeometricSupervision(nn.Module):
-    """One supervised layer for each head, by the index of its decoder layer.
+    """One supervised layer for each head, by the index of its decoder layer; then one for each of `live`.
 
     With `learnable_temperature`, `config.temperature` is the initial value of a parameter shared by all layers.
     `embeddings` is the type in which the loss compares them; None: as the heads return them. The losses of the layers
@@ -54,38 +57,72 @@ class GeometricSupervision(nn.Module):
 
     def __init__(
         self,
-        heads: CorrespondenceHeads,
+        heads: CorrespondenceHeads | None,
         config: LossConfig | None = None,
         learnable_temperature: bool = False,
         embeddings: torch.dtype | None = None,
         group_bytes: int = GROUP_BYTES,
         layer_reduction: LayerReduction = "mean",
+        live: Sequence[LiveProjections] = (),
     ) -> None:
         super().__init__()
         self.config = LossConfig() if config is None else config
-        self.reads = heads.reads
-        share = 1 / len(heads.layers) if layer_reduction == "mean" else 1.0
-        self.by_layer = SupervisedLayers(heads, embeddings, group_bytes, share)
+        self.reads: HeadInput = "output" if heads is None else heads.reads
+        by_layer: dict[str, SupervisedLayer | LiveProjections] = {}
+        if heads is not None:
+            all_heads: Any = heads.by_layer.items()
+            by_layer = {name: SupervisedLayer(int(name), head, heads.reads, embeddings) for name, head in all_heads}
+        by_layer |= {f"{some.layer}-{some.kind}": some for some in live}
+        if not by_layer:
+            raise ValueError("no layer is supervised; give heads, or live projections")
+        share = 1 / len(by_layer) if layer_reduction == "mean" else 1.0
+        self.by_layer = SupervisedLayers(by_layer, group_bytes, share)
         self.log_temperature = None
         if learnable_temperature:  # [1], not []: DeepSpeed cannot send 0-dim parameters
             self.log_temperature = nn.Parameter(torch.tensor([self.config.temperature]).log())
 
     @property
+    def heads(self) -> CorrespondenceHeads | None:
+        """The correspondence heads themselves, without the loss; the modules are shared."""
+        heads = {one.layer: one.head for one in self.by_layer.supervised if isinstance(one, SupervisedLayer)}
+        return CorrespondenceHeads(heads, self.reads) if heads else None
+
+    @property
     def layers(self) -> list[int]:
-        return [int(name) for name in self.by_layer]
+        """The decoder layer of each supervised one, in the order of the losses."""
+        return [one.layer for one in self.by_layer.supervised]
+
+    @property
+    def highest(self) -> int:
+        """The highest decoder layer whose output is supervised, itself or through layers above; -1: none."""
+        return max(one.layer - (one.reads == "layer_input_normed") for one in self.by_layer.supervised)
+
+    @property
+    def live_weights(self) -> list[nn.Parameter]:
+        """Weights of the model's projections that are supervised themselves."""
+        return [
+            weight for one in self.by_layer.supervised if isinstance(one, LiveProjections) for weight in one.weights()
+        ]
+
+    def capture(self, decoder_layers: Sequence[nn.Module], final_norm: nn.Module) -> LayerCapture:
+        """A capture of what the heads read."""
+        of_heads = [one.layer for one in self.by_layer.supervised if isinstance(one, SupervisedLayer)]
+        live = [one.layer for one in self.by_layer.supervised if isinstance(one, LiveProjections)]
+        return LayerCapture(decoder_layers, final_norm, of_heads, read=self.reads, inputs=live)
 
     def forward(self, capture: LayerCapture, positions: Tensor, matches: Matches) -> dict[str, Tensor]:
         """`loss`, the mean or the sum over layers; and `corr`, `depth`, `pck`, `cosine` [L] without gradient.
 
-        `capture` is one of what the heads read (`reads`). `positions` [N] are the visual tokens that `matches` number,
-        as flat indices into `B * S`. PCK is the share of matches whose arg-max is within two patches; NaN if the
-        matches have no `token_xy`. The cosine is the mean of pairs of tokens (`similarity.py`).
+        `capture` holds what the heads read (`self.capture`). `positions` [N] are the visual tokens that `matches`
+        number, as flat indices into `B * S`. PCK is the share of matches whose arg-max is within two patches; NaN if
+        the matches have no `token_xy`. The cosine is the mean of pairs of tokens (`similarity.py`).
         """
         if self.log_temperature is None:  # filled on the device; `torch.tensor` would copy it there and wait
             temperature = torch.full((), self.config.temperature, device=positions.device)
         else:
             temperature = self.log_temperature.exp()[0].to(positions.device)
-        states, norms = [capture.hidden(layer) for layer in self.layers], [capture.norm(layer) for layer in self.layers]
+        states = [capture.hidden(one.layer, one.reads) for one in self.by_layer.supervised]
+        norms = [capture.norm(one.layer, one.reads) for one in self.by_layer.supervised]
         loss, corr, depth, pck, cosine = self.by_layer(positions, matches, temperature, self.config, norms, *states)
         return {"loss": loss, "corr": corr, "depth": depth, "pck": pck, "cosine": cosine}
 
@@ -101,12 +138,16 @@ class SupervisedLayers(nn.ModuleDict):
     """
 
     def __init__(
-        self, heads: CorrespondenceHeads, embeddings: torch.dtype | None, group_bytes: int, share: float
+        self, by_layer: Mapping[str, SupervisedLayer | LiveProjections], group_bytes: int, share: float
     ) -> None:
-        by_layer: dict[str, Any] = dict(heads.by_layer.items())
-        super().__init__({name: SupervisedLayer(head, embeddings) for name, head in by_layer.items()})
+        super().__init__(by_layer)
         self.group_bytes = group_bytes
         self.share = share  # of each layer in the loss
+
+    @property
+    def supervised(self) -> list[SupervisedLayer | LiveProjections]:
+        layers: Any = self.values()
+        return list(layers)
 
     def forward(
         self,
@@ -118,13 +159,13 @@ class SupervisedLayers(nn.ModuleDict):
         *states: Tensor,
     ) -> tuple[Tensor, ...]:
         """The loss of hidden states [B, S, hidden]; corr, depth, PCK and cosine [L] of each, without gradient."""
-        layers: list[Any] = list(self.values())
+        layers = self.supervised
         shares = torch.full((len(layers),), self.share, device=positions.device)  # [L]
         terms = []
         for group in self._groups(layers, states, len(positions)):
             inputs = layers[group], norms[group], matches, config, shares[group]
             if torch.is_grad_enabled():
-                weights = [weight for layer in layers[group] for weight in layer.parameters()]
+                weights = [weight for layer in layers[group] for weight in layer.weights()]
                 weights += [weight for norm in norms[group] if norm is not None for weight in norm.parameters()]
                 terms.append(_GroupLoss.apply(*inputs, positions, temperature, *states[group], *weights))
             else:
@@ -132,9 +173,11 @@ class SupervisedLayers(nn.ModuleDict):
         loss, *metrics = zip(*terms, strict=True)  # of each group
         return torch.stack(loss).sum(), *map(torch.cat, metrics)
 
-    def _groups(self, layers: Sequence[SupervisedLayer], states: Sequence[Tensor], tokens: int) -> Iterator[slice]:
-        """Neighbours of one width, in as few groups as fit `group_bytes`, about equal and of at least one layer."""
-        for width, same in groupby(range(len(layers)), key=lambda at: layers[at].width):
+    def _groups(
+        self, layers: Sequence[SupervisedLayer | LiveProjections], states: Sequence[Tensor], tokens: int
+    ) -> Iterator[slice]:
+        """Neighbours of one kind and width, in as few groups as fit `group_bytes`, about equal, none of them empty."""
+        for (_, width), same in groupby(range(len(layers)), key=lambda at: (type(layers[at]), layers[at].width)):
             first, *others = same
             count, end = 1 + len(others), first + 1 + len(others)
             bytes_ = tokens * (states[first].shape[-1] + width) * states[first].element_size()  # of one layer
@@ -144,19 +187,25 @@ class SupervisedLayers(nn.ModuleDict):
 
 
 class SupervisedLayer(nn.Module):
-    """A head, and the type in which the loss takes its embeddings."""
+    """A correspondence head, what it reads, and the type in which the loss takes its embeddings."""
 
-    def __init__(self, head: CorrespondenceHead, embeddings: torch.dtype | None) -> None:
+    parts = 1
+
+    def __init__(self, layer: int, head: CorrespondenceHead, reads: HeadInput, embeddings: torch.dtype | None) -> None:
         super().__init__()
-        self.head, self.embeddings = head, embeddings
+        self.layer, self.head, self.reads, self.embeddings = layer, head, reads, embeddings
 
     @property
     def width(self) -> int:
         return self.head.second.out_features
 
-    def forward(self, rows: Tensor) -> Tensor:
-        embeddings: Tensor = self.head(rows)  # [N, width]
-        return embeddings if self.embeddings is None else embeddings.to(self.embeddings)
+    def weights(self) -> list[nn.Parameter]:
+        return list(self.head.parameters())
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, None]:
+        """Rows [N, hidden] to embeddings [1, N, width], of anchors and candidates alike."""
+        embeddings: Tensor = self.head(rows)
+        return (embeddings if self.embeddings is None else embeddings.to(self.embeddings))[None], None
 
 
 def _rows(states: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
@@ -165,7 +214,7 @@ def _rows(states: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
 
 
 def _loss_of_rows(
-    layers: Sequence[SupervisedLayer],
+    layers: Sequence[SupervisedLayer | LiveProjections],
     norms: Sequence[nn.Module | None],
     matches: Matches,
     config: LossConfig,
@@ -175,22 +224,23 @@ def _loss_of_rows(
 ) -> tuple[Tensor, ...]:
     """The sum of the losses of a group of layers, each times its share; and corr, depth, PCK and cosine [G] of each.
 
-    `rows` are G tensors [N, hidden], `shares` [G].
+    `rows` are G tensors [N, hidden], `shares` [G]. The layers are alike, in particular in their `parts`.
     """
-    parts = zip(layers, norms, rows, strict=True)
-    embeddings = [layer(normed(some, norm)) for layer, norm, some in parts]  # G of [N, width]
-    # Only the layers of one stack are computed together.
-    stack = torch.stack(embeddings) if len(layers) > 1 else embeddings[0][None]
+    made = [layer(normed(some, norm)) for layer, norm, some in zip(layers, norms, rows, strict=True)]
+    embeddings, keys = zip(*made, strict=True)  # G of [parts, N, width]
+    parts = layers[0].parts
+    stack = _stacked(embeddings)
     out = gasp_loss(
         stack,
         matches,
+        keys=None if keys[0] is None else _stacked(keys),
         temperature=temperature,
         negatives=config.negatives,
         other_targets=config.other_targets,
         corr_weight=config.corr_weight,
         depth_weight=config.depth_weight,
         eps=config.eps,
-        layer_weights=shares,
+        layer_weights=shares if parts == 1 else (shares / parts).repeat_interleave(parts),
         return_metrics=True,
         backend=config.backend,
         workspace=config.workspace,
@@ -198,7 +248,13 @@ def _loss_of_rows(
     assert out.metrics is not None
     corr, depth = out.corr_per_layer, out.depth_per_layer
     pck = torch.full_like(corr, torch.nan) if out.metrics.pck is None else out.metrics.pck
-    return out.loss, corr, depth, pck, mean_cosines(stack, matches)
+    metrics = corr, depth, pck, mean_cosines(stack, matches)  # [G * parts]
+    return out.loss, *(metrics if parts == 1 else (metric.view(-1, parts).mean(1) for metric in metrics))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """G of [parts, N, width] in one stack [G * parts, N, width]: only the layers of a stack are computed together."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 class _GroupLoss(torch.autograd.Function):
@@ -207,7 +263,7 @@ class _GroupLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        layers: Sequence[SupervisedLayer],
+        layers: Sequence[SupervisedLayer | LiveProjections],
         norms: Sequence[nn.Module | None],
         matches: Matches,
         config: LossConfig,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gasp_fast.config.limits import check_whole
 
 from .layer_capture import HeadInput
+from .live_projections import AttentionHeads, HeadKind
 from .precision import Compute, PrecisionLinear
 
 LARGEST_SIZE = 65_536  # of the layers of a head: four times the width of the widest supported models
@@ -29,9 +30,11 @@ LAYERS = re.compile(rf"all|{_PART}(,{_PART})*")
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """Correspondence heads, one on each supervised decoder layer."""
+    """What is supervised of each decoder layer: by default, a correspondence head on its output."""
 
     layers: str = "all"  # or 18-25, 7, 1-4,25-28: counted from 1, both ends included
+    kind: HeadKind = "correspondence"  # or the layer's own projections, live: tied, qk, or correspondence_and_qk
+    attention_heads: AttentionHeads = "mean"  # of qk: mean of all heads, or a loss for each group that shares keys
     input: HeadInput = "output"  # what a head reads of its layer: output, output_normed or layer_input_normed
     init: Literal["svd", "random"] = "svd"  # svd: from the layer's own query projection
     bias: Literal["copy", "zero"] = "copy"  # of a head that starts as svd: the query projection's bias, or zero
@@ -46,6 +49,22 @@ class HeadsConfig:
                 f"heads.layers = {self.layers!r} is not understood; write all, a layer (7) or a range (18-25)"
             )
         check_whole(self, ("mid_size", "out_size"), "heads.", most=LARGEST_SIZE)
+        if self.attention_heads != "mean" and self.live != "qk":
+            raise ValueError(
+                f"heads.attention_heads = {self.attention_heads} is about queries and keys, but heads.kind is "
+                f"{self.kind}; set heads.kind=qk or correspondence_and_qk"
+            )
+
+    @property
+    def own(self) -> bool:
+        """Whether there are correspondence heads, with weights of their own."""
+        return self.kind in ("correspondence", "correspondence_and_qk")
+
+    @property
+    def live(self) -> Literal["tied", "qk"] | None:
+        """Which of the model's projections are supervised: see `live_projections.py`."""
+        live: dict[str, Literal["tied", "qk"]] = {"tied": "tied", "qk": "qk", "correspondence_and_qk": "qk"}
+        return live.get(self.kind)
 
     def precisions(self, dtype: Literal["fp32", "bf16"]) -> tuple[Compute, Literal["fp32", "bf16"]]:
         """Of the products, and of the embeddings, in a model that computes in `dtype`."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 HeadInput = Literal["output", "output_normed", "layer_input_normed"]
+Place = tuple[int, HeadInput]  # a layer, and what is read of it
 
 
 class LayerCapture:
@@ -40,9 +41,10 @@ class LayerCapture:
         model(**inputs)
     visual = capture.tokens(17, positions)  # [N, D]
 
-    `layers` are indices from 0; None captures all decoder layers. With `on_state`, each state is passed to
-    `on_state(layer, state)` as soon as it is computed and is not kept. Use it only without a backward pass: the
-    recomputation of gradient checkpointing would call it again.
+    `layers` are indices from 0; None captures all decoder layers. What is read of each is `read`; `inputs` are layers
+    of which `layer_input_normed` is captured besides. With `on_state`, each state is passed to `on_state(layer, state)`
+    as soon as it is computed and is not kept. Use it only without a backward pass: the recomputation of gradient
+    checkpointing would call it again.
     """
 
     def __init__(
@@ -52,25 +54,30 @@ class LayerCapture:
         layers: Iterable[int] | None = None,
         on_state: Callable[[int, Tensor], None] | None = None,
         read: HeadInput = "output",
+        inputs: Iterable[int] = (),
     ) -> None:
         self._on_state = on_state
+        self._read: HeadInput = read
         count = len(decoder_layers)
-        chosen = list(range(count)) if layers is None else sorted(set(layers))
-        for layer in chosen:
+        self._layers = list(range(count)) if layers is None else sorted(set(layers))
+        places: list[Place] = [(layer, read) for layer in self._layers]
+        places += [(layer, "layer_input_normed") for layer in inputs]
+        self._entered: dict[Place, nn.Module] = {}  # the module whose input is kept
+        self._norms: dict[Place, nn.Module] = {}
+        for layer, what in places:
             if not 0 <= layer < count:
                 raise ValueError(f"layers contains {layer}, but the model has decoder layers 0 to {count - 1}")
-        entered = decoder_layers if read == "layer_input_normed" else [*decoder_layers[1:], final_norm]
-        self._entered = {layer: entered[layer] for layer in chosen}  # the module whose input is kept
-        self._norms: dict[int, nn.Module] = {}
-        if read != "output":
-            self._norms = {n: final_norm if m is final_norm else _input_norm(m) for n, m in self._entered.items()}
-        self._states: dict[int, Tensor] = {}
+            entered = decoder_layers if what == "layer_input_normed" else [*decoder_layers[1:], final_norm]
+            self._entered[layer, what] = module = entered[layer]
+            if what != "output":
+                self._norms[layer, what] = final_norm if module is final_norm else _input_norm(module)
+        self._states: dict[Place, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> LayerCapture:
         self.clear()
-        for layer, module in self._entered.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
+        for place, module in self._entered.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(place), with_kwargs=True))
         return self
 
     def __exit__(
@@ -80,37 +87,43 @@ class LayerCapture:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, layer: int) -> Any:
+    def _hook(self, place: Place) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             state = args[0] if args else kwargs["hidden_states"]
             if self._on_state is None:
-                self._states.setdefault(layer, state)  # the first one of a forward pass
+                self._states.setdefault(place, state)  # the first one of a forward pass
             else:
-                self._on_state(layer, state)
+                self._on_state(place[0], state)
 
         return hook
 
     @property
     def layers(self) -> list[int]:
-        return list(self._entered)
+        return list(self._layers)
 
-    def hidden(self, layer: int) -> Tensor:
-        """Output of a decoder layer, or its input, before any norm: `[B, S, D]`, part of the forward pass's graph."""
-        if layer not in self._entered:
-            raise ValueError(f"layer = {layer} is not captured; this capture holds layers {self.layers}")
-        if layer not in self._states:
+    def hidden(self, layer: int, read: HeadInput | None = None) -> Tensor:
+        """Output of a decoder layer, or its input, before any norm: `[B, S, D]`, part of the forward pass's graph.
+
+        `read` is what is read of the layer; None: what the capture was made to read.
+        """
+        place = layer, read or self._read
+        if place not in self._entered:
+            held = [layer for layer, what in self._entered if what == place[1]]
+            raise ValueError(f"layer = {layer} is not captured; this capture holds layers {held}")
+        if place not in self._states:
             raise ValueError(
                 f"layer = {layer} has no hidden state yet; run the model inside the capture's context first"
             )
-        return self._states[layer]
+        return self._states[place]
 
-    def norm(self, layer: int) -> nn.Module | None:
+    def norm(self, layer: int, read: HeadInput | None = None) -> nn.Module | None:
         """The norm through which the state is read; None: it is read as it is."""
-        return self._norms.get(layer)
+        return self._norms.get((layer, read or self._read))
 
-    def tokens(self, layer: int, positions: Tensor) -> Tensor:
+    def tokens(self, layer: int, positions: Tensor, read: HeadInput | None = None) -> Tensor:
         """What is read at flat positions `[N]` into `B * S`: rows of `hidden(layer)`, normed if so chosen, `[N, D]`."""
-        return normed(self.hidden(layer).flatten(0, 1).index_select(0, positions), self.norm(layer))
+        rows = self.hidden(layer, read).flatten(0, 1).index_select(0, positions)
+        return normed(rows, self.norm(layer, read))
 
     def clear(self) -> None:
         """Drop the states: before another forward pass in the same context, or to free their memory."""

@@ -94,7 +94,9 @@ class EvaluateConfig:
     frames: int = 8  # of a sequence
     grid: int = 8  # query points along each axis of the first frame
     max_gap: int = 24  # largest number of frames between the first and a later frame of a sequence
-    features: Literal["auto", "head", "qk", "hidden"] = "auto"  # auto: head; without heads, hidden
+    features: Literal["auto", "head", "qk", "hidden"] = (
+        "auto"  # auto: head; without correspondence heads qk; without geometry hidden
+    )
     best: Literal["pck", "peak", "moved", "rho"] = "pck"  # pck: mean of all layers; the others: of the best layer
     patience: int | None = None  # evaluations without a better one after which the run ends; null: it does not
 
@@ -133,3 +135,8 @@ class TrainConfig:
                 raise ValueError(
                     f"run.allow_changes names {name!r}, which is no key; keys are {', '.join(keys[:3])}, …"
                 )
+        if self.loss.learnable_temperature and not self.heads.own:
+            raise ValueError(
+                "loss.learnable_temperature is saved with correspondence heads, but there are none with heads.kind = "
+                f"{self.heads.kind}; set loss.learnable_temperature=false"
+            )

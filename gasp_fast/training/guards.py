@@ -24,6 +24,7 @@ from accelerate.tracking import get_available_trackers
 from gasp_fast.backbones import unwrap
 from gasp_fast.files import one_line, replacing
 from gasp_fast.loss.matches import Matches
+from gasp_fast.planning.training_setup import Sharding
 from gasp_fast.run_folder import SKIPPED
 
 from .config import RunConfig, TrainConfig
@@ -47,6 +48,15 @@ def check_disk(config: RunConfig) -> None:
         raise GuardError(
             f"run.min_free_gb = {config.min_free_gb:g}, but only {free:.1f} GB are free in run.out = {config.out!r}; "
             "free some space or lower it"
+        )
+
+
+def check_supervision(config: TrainConfig, sharding: Sharding) -> None:
+    """ZeRO-3 has the weights of a projection only while its layer runs, and supervision runs it once more."""
+    if sharding.stage == 3 and config.loss.geometric and config.heads.live:
+        raise GuardError(
+            f"heads.kind = {config.heads.kind} needs the weights of the model's projections after their layer has run, "
+            "which ZeRO-3 divides again; use configs/deepspeed/zero2.json"
         )
 
 
@@ -118,7 +128,9 @@ class LearningGuard:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and ("lora_B" in name or (name.startswith("supervision.") and "weight" in name))
         }
-        self.highest = -1 if model.supervision is None else max(model.supervision.layers)
+        self.highest = -1 if model.supervision is None else model.supervision.highest
+        live = [] if model.supervision is None else model.supervision.live_weights
+        self.live = {id(weight) for weight in live}  # those of projections that are supervised themselves
         self.before = self._sums()
         self.saw_matches = False
         self.answers = 0  # labelled tokens so far
@@ -145,7 +157,7 @@ class LearningGuard:
 
     def _is_reached(self, name: str, saw_answers: bool) -> bool:
         """Whether a loss so far depends on the weight: heads need matches, adapters a loss at their layer or above."""
-        if name.startswith("supervision."):
+        if name.startswith("supervision.") or id(self.watched[name]) in self.live:
             return self.saw_matches
         layer = re.search(r"layers\.(\d+)\.", name)
         return saw_answers or (self.saw_matches and layer is not None and int(layer[1]) <= self.highest)

@@ -106,7 +106,7 @@ class HeldOut:
         assert self.sequences is not None
         start = time.perf_counter()
         model, device = self.model, self.processes.device
-        heads = heads_of(model)
+        heads = None if model.supervision is None else model.supervision.heads
         precision = torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
         with undisturbed(model, device), gathered_together(heads), precision:
             own = self.sequences.outcomes(model.backbone, model.model, heads, self.share, device)
@@ -202,14 +202,6 @@ def gathered_together(module: nn.Module | None) -> Iterator[None]:
         yield
 
 
-def heads_of(model: SupervisedModel) -> CorrespondenceHeads | None:
-    """The heads themselves, without the loss; the modules are shared."""
-    if model.supervision is None:
-        return None
-    layers: Any = model.supervision.by_layer
-    return CorrespondenceHeads({int(name): layer.head for name, layer in layers.items()}, model.supervision.reads)
-
-
 # ---- what to evaluate, in words and in numbers ----------------------------------------------------------------------
 
 
@@ -231,12 +223,12 @@ def share_held_out(config: TrainConfig, scenes: Path) -> float:
 
 
 def kind_of_features(config: TrainConfig) -> Literal["head", "qk", "hidden"]:
-    """What is matched. Heads exist only with a geometric loss."""
-    kind = config.evaluate.features
-    if kind == "head" and not config.loss.geometric:
+    """What is matched: what is supervised, if nothing else is chosen."""
+    kind, heads = config.evaluate.features, config.loss.geometric and config.heads.own
+    if kind == "head" and not heads:
         raise ValueError("evaluate.features = 'head', but this run has no heads; write hidden or qk")
     if kind == "auto":
-        return "head" if config.loss.geometric else "hidden"
+        return "head" if heads else "qk" if config.loss.geometric else "hidden"
     return kind
 
 

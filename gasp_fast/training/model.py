@@ -38,7 +38,8 @@ from gasp_fast.loss.matches import Matches
 from gasp_fast.planning.shapes import shape_from_model
 from gasp_fast.supervision.geometric import GeometricSupervision
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, HeadsConfig, parse_layers
-from gasp_fast.supervision.layer_capture import HeadInput, LayerCapture
+from gasp_fast.supervision.layer_capture import LayerCapture
+from gasp_fast.supervision.live_projections import LiveProjections
 from gasp_fast.supervision.precision import Compute
 
 from .config import TrainConfig
@@ -79,10 +80,10 @@ class SupervisedModel(nn.Module):
         if token_index is None:
             token_index = self.backbone.index_tokens({**inputs, "labels": labels})
         layers: Any = self.backbone.decoder_layers(self.model)
-        supervised = [] if self.supervision is None else self.supervision.layers
-        read: HeadInput = "output" if self.supervision is None else self.supervision.reads
+        norm = self.backbone.final_norm(self.model)
+        reading = LayerCapture(layers, norm, []) if self.supervision is None else self.supervision.capture(layers, norm)
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            with LayerCapture(layers, self.backbone.final_norm(self.model), supervised, read=read) as capture:
+            with reading as capture:
                 states = self.backbone.last_states(self.model, inputs, token_index)  # [B, S, D]
             lm = language_loss(self.model, states, token_index)
             if shares is not None:
@@ -125,26 +126,46 @@ def stored_dtype(config: TrainConfig) -> torch.dtype:
 def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> SupervisedModel:
     """Add the heads, adapters and checkpointing of `config` to a base model."""
     start = time.perf_counter()
-    supervision, loss = None, config.loss
-    if loss.geometric:
-        compute, embeddings = config.heads.precisions(config.model.dtype)
-        heads = build_heads(config.heads, backbone, model, device, compute)
-        supervision = GeometricSupervision(
-            heads, loss, loss.learnable_temperature, DTYPES[embeddings], layer_reduction=loss.layer_reduction
-        )
+    heads = None
+    if config.loss.geometric and config.heads.own:  # before the adapters: from the model's own query projections
+        heads = build_heads(config.heads, backbone, model, device, config.heads.precisions(config.model.dtype)[0])
     head_seconds = time.perf_counter() - start
     use_unmasked_attention(model)
     if config.train.mode == "lora":
         model = add_adapters(backbone, model, config.lora)
     else:
         model.requires_grad_(True)
+    supervision = supervision_of(config, backbone, model, heads) if config.loss.geometric else None
     setup = setup_here(config, shape_from_model(unwrap(model)), backbone, device)
     layers = backbone.decoder_layers(model)
     kept = [layers[number] for number in config.train.kept_layers(len(layers), setup.kept_layers)]
     use_checkpointing(model, config.train.checkpointing if setup.checkpointing else "off", kept)
-    supervised = SupervisedModel(backbone, model, supervision, loss.lm_weight, DTYPES[config.model.dtype])
+    supervised = SupervisedModel(backbone, model, supervision, config.loss.lm_weight, DTYPES[config.model.dtype])
     supervised.head_seconds = head_seconds
     return supervised
+
+
+def supervision_of(
+    config: TrainConfig, backbone: Backbone, model: nn.Module, heads: CorrespondenceHeads | None
+) -> GeometricSupervision:
+    """The supervision of a model, by correspondence heads, by its own projections, or by both."""
+    embeddings, live, loss = DTYPES[config.heads.precisions(config.model.dtype)[1]], config.heads.live, config.loss
+    projections = []
+    if live is not None:
+        head_dim = backbone.attention_shape.head_dim
+        for layer in parse_layers(config.heads.layers, backbone.layer_count):
+            attention = backbone.attention(model, layer)
+            projections.append(
+                LiveProjections(layer, attention, head_dim, live, config.heads.attention_heads, embeddings)
+            )
+    return GeometricSupervision(
+        heads,
+        loss,
+        loss.learnable_temperature,
+        embeddings,
+        layer_reduction=loss.layer_reduction,
+        live=projections,
+    )
 
 
 def build_heads(

@@ -44,6 +44,7 @@ FIXED = {
     "train.seed": AT_BEGINNING,
     "lora.rank": SHAPES,
     "heads.layers": SHAPES,
+    "heads.kind": "other weights are trained",
     "heads.mid_size": SHAPES,
     "heads.out_size": SHAPES,
     "heads.init": AT_BEGINNING,

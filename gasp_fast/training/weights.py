@@ -61,7 +61,7 @@ def write_weights(model: SupervisedModel, folder: Path, weights: TrainedWeights)
         model.backbone.processor.save_pretrained(folder)
     if weights.heads:
         supervision: Any = model.supervision
-        compute = next(iter(supervision.by_layer.values())).head.first.compute
+        compute = next(iter(supervision.heads.by_layer.values())).first.compute
         write_heads(folder / HEADS, weights.heads, compute, supervision.reads)
 
 
@@ -74,7 +74,7 @@ def read_weights(model: SupervisedModel, folder: Path) -> None:
         # The configuration is the run's: without config.json, transformers would build a model of default size.
         stored = load_complete(type(inner), folder, unused=False, dtype=torch.float32, config=deepcopy(inner.config))
         inner.load_state_dict(stored.state_dict())
-    if model.supervision is not None:
+    if model.supervision is not None and model.supervision.heads is not None:
         with readable(path := folder / HEADS):
             named = {re.sub(r"^(by_layer\.\d+)\.", r"\1.head.", name): value for name, value in load_file(path).items()}
             model.supervision.load_state_dict(named)

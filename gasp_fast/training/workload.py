@@ -31,7 +31,7 @@ from gasp_fast.planning.training_setup import (
     TrainingSetup,
     longest_sequence,
 )
-from gasp_fast.supervision.heads import parse_layers
+from gasp_fast.supervision.heads import HeadsConfig, parse_layers
 
 from .config import TrainConfig
 from .distributed import read_deepspeed
@@ -44,13 +44,15 @@ if TYPE_CHECKING:
 def training_setup(config: TrainConfig, shape: ModelShape) -> TrainingSetup:
     """What `config` trains on a model of this shape, and how. auto recomputes all layers until memory is known."""
     heads = config.heads
-    out = heads.out_size or (shape.query_width if heads.init == "svd" else shape.hidden)
+    head_sizes, live_sizes, comparisons = supervised_sizes(heads, shape)
     head_precision, embedding_precision = heads.precisions(config.model.dtype)
     return TrainingSetup(
         shape=shape,
         adapter_rank=config.lora.rank if config.train.mode == "lora" else None,
         supervised_layers=len(parse_layers(heads.layers, shape.layers)) if config.loss.geometric else 0,
-        head_sizes=(heads.mid_size or shape.hidden // 2, out),
+        head_sizes=head_sizes,
+        live_sizes=live_sizes,
+        comparisons=comparisons,
         head_precision=head_precision,
         embedding_precision=embedding_precision,
         precision=config.model.dtype,
@@ -62,6 +64,20 @@ def training_setup(config: TrainConfig, shape: ModelShape) -> TrainingSetup:
         packing=config.train.packing,
         sharding=Sharding.of(read_deepspeed(config.deepspeed)),
     )
+
+
+def supervised_sizes(heads: HeadsConfig, shape: ModelShape) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """`head_sizes`, `live_sizes` and `comparisons` of a `TrainingSetup`."""
+    out = heads.out_size or (shape.query_width if heads.init == "svd" else shape.hidden)
+    own = (heads.mid_size or shape.hidden // 2, out) if heads.own else (0, 0)
+    query, key, groups = shape.query_width, shape.key_width, shape.key_width // shape.head_dim
+    if heads.live is None:
+        return own, (0, 0), 1
+    if heads.live == "tied":
+        return own, (query, query), 1
+    if heads.attention_heads == "groups":
+        return own, (query + key, key), heads.own + groups
+    return own, (query + key, query if query == key else shape.head_dim), heads.own + 1
 
 
 def keep_fitting_layers(

@@ -14,7 +14,6 @@ from gasp_fast.collator import Collator, Sample
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHead, HeadsConfig
-from gasp_fast.training.held_out import heads_of
 from gasp_fast.training.loader import SteadyCollator
 from gasp_fast.training.model import build_heads, build_model, language_loss
 from gasp_fast.training.stream import SampleStream
@@ -132,7 +131,7 @@ def test_heads_can_start_without_the_bias_of_the_query_projection(config, family
 def test_a_checkpoint_records_what_its_heads_read(config, tmp_path):
     model = build_model(config(heads={"input": "output_normed"}), CPU)
     write_weights(model, tmp_path, gather_weights(model, True))
-    assert read_heads(tmp_path / "heads.safetensors").reads == heads_of(model).reads == "output_normed"
+    assert read_heads(tmp_path / "heads.safetensors").reads == model.supervision.reads == "output_normed"
 
 
 @pytest.mark.slow

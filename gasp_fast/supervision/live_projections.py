@@ -1,0 +1,85 @@
+"""`LiveProjections`: supervision of the queries and keys of the model itself, without weights of its own.
+
+A decoder layer's attention projects the normed input of the layer to queries and keys. Supervision of the layer's
+output teaches them nothing that the output does not ask for. Here the projections run once more, on the rows of tracked
+tokens, with their adapters and without rotary embedding, and the loss compares what they make:
+
+    tied   queries with queries, all heads side by side: what a correspondence head is at the beginning, but live
+    qk     queries of anchors with keys of candidates, as attention compares them
+
+The weights are the model's. Their gradients are computed with those of the rows (`geometric.py`) and added to the ones
+that reach them through the layer, so nothing depends on how the layer itself is checkpointed.
+
+Queries have more heads than keys where keys are shared by groups of query heads. `mean` compares the mean of all query
+heads with the mean of all key heads; where there are as many keys as queries, the heads are compared side by side, as
+one long vector. `groups` compares each key head with the mean of the query heads that it serves, in a loss of its own;
+the losses of the groups are averaged.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .layer_capture import HeadInput
+
+HeadKind = Literal["correspondence", "tied", "qk", "correspondence_and_qk"]
+AttentionHeads = Literal["mean", "groups"]
+
+
+class LiveProjections(nn.Module):
+    """What is compared of one decoder layer. Has no parameters: `weights` are the model's."""
+
+    reads: HeadInput = "layer_input_normed"
+
+    def __init__(
+        self,
+        layer: int,
+        attention: nn.Module,  # with linear layers q_proj and k_proj
+        head_dim: int,
+        kind: Literal["tied", "qk"],
+        heads: AttentionHeads = "mean",
+        embeddings: torch.dtype | None = None,  # the type in which the loss compares them; None: as they are
+    ) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.kind, self.heads, self.embeddings = layer, head_dim, kind, heads, embeddings
+        model: Any = attention
+        # In a tuple, where torch does not see them: a module registered here as well would be saved twice.
+        self._projections: tuple[Any, ...] = (model.q_proj,) if kind == "tied" else (model.q_proj, model.k_proj)
+
+    @property
+    def width(self) -> int:
+        """Of all that is projected."""
+        return sum(projection.out_features for projection in self._projections)
+
+    @property
+    def parts(self) -> int:
+        """Losses of which the layer's is the mean."""
+        groups = self.kind == "qk" and self.heads == "groups"
+        return self._projections[1].out_features // self.head_dim if groups else 1
+
+    def weights(self) -> list[nn.Parameter]:
+        return [weight for projection in self._projections for weight in projection.parameters()]
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows [N, hidden] to what anchors show, `[parts, N, D]`, and candidates; None: the same."""
+        projected = [projection(rows) for projection in self._projections]  # [N, heads * head_dim] each
+        if self.embeddings is not None:
+            projected = [some.to(self.embeddings) for some in projected]
+        if self.kind == "tied":
+            return projected[0][None], None
+        queries, keys = (some.unflatten(-1, (-1, self.head_dim)) for some in projected)  # [N, heads, head_dim]
+        if self.heads == "groups":
+            queries = queries.unflatten(1, (keys.shape[1], -1)).mean(2)  # [N, key heads, head_dim]
+            return queries.transpose(0, 1), keys.transpose(0, 1)
+        queries, keys = comparable(queries, keys)
+        return queries[None], keys[None]
+
+
+def comparable(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """`[N, heads, head_dim]` in one width: side by side where there are as many of each, else means over the heads."""
+    if queries.shape[1] == keys.shape[1]:
+        return queries.flatten(1), keys.flatten(1)
+    return queries.mean(1), keys.mean(1)
