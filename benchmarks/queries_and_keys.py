@@ -254,9 +254,7 @@ def photographs(scenes: Path, work: Path) -> tuple[Path, Path]:
     """Folders with links: to all scenes but the last, and to the last one."""
     folders = sorted(path for path in scenes.iterdir() if path.is_dir())
     if len(folders) < 2:
-        raise SystemExit(
-            f"--photographs {scenes}: holds {len(folders)} scenes; two are needed, to learn and to measure"
-        )
+        raise SystemExit(f"--photographs {scenes}: {len(folders)} scenes; one to learn and one to measure are needed")
     seen, unseen = work / "photographs-seen", work / "photographs-unseen"
     for folder, chosen in ((seen, folders[:-1]), (unseen, folders[-1:])):
         folder.mkdir(parents=True, exist_ok=True)
