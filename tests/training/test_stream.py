@@ -193,7 +193,11 @@ def break_the_meta(library):
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(swap_poses, "other names or poses"), (delete_a_pose, "9 frames instead of 10"), (break_the_meta, "not JSON")],
+    [
+        (swap_poses, "other names, poses or cameras"),
+        (delete_a_pose, "9 frames instead of 10"),
+        (break_the_meta, "not JSON"),
+    ],
 )
 @pytest.mark.parametrize("ready", [True, False], ids=["annotated", "tracked on the fly"])
 def test_a_scene_that_changed_after_its_annotation_is_replaced_and_named(

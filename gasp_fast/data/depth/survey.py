@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, read_index
 from gasp_fast.data.scenes.folder import SceneFolder
-from gasp_fast.data.scenes.library import scene_digest
+from gasp_fast.data.scenes.library import has_digest
 from gasp_fast.data.scenes.open import open_scene
 
 BYTES_OF_PIXEL = 2  # of a map in float16, which holds nearly all scenes
@@ -51,8 +51,8 @@ def depth_state(root: Path) -> DepthState:
     index = read_index(path)
     gone = [fit.file for fit in index.frames.values() if fit.file and not files.is_file(root / FOLDER / fit.file)]
     why = ""
-    if index.scene and index.scene != scene_digest(scene):
-        why = "its frames or poses have changed"
+    if index.scene and not has_digest(scene, index.scene):
+        why = "its frames, poses or cameras have changed"
     elif gone:
         why = f"{FOLDER}/{gone[0]} is missing"
     elif not index.scene and not index.usable:  # before indices named their scene, such a scene was tried every time

@@ -70,19 +70,34 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def scene_digest(scene: Scene) -> str:
-    """A hash of frame names and poses: it changes when a frame is added, removed, renamed or moved. Decodes nothing."""
-    digest = blake2b(digest_size=8)
+    """A hash of frame names, poses and cameras: it changes when a frame is added, removed, renamed or moved, or when
+    its camera does. Decodes nothing."""
+    digest = _hash_of_poses(scene, size=10)
+    for frame in scene.frames:
+        digest.update(np.ascontiguousarray(frame.intrinsics, np.float64).tobytes())
+        digest.update(repr((frame.camera_size, frame.distortion)).encode())
+    return digest.hexdigest()
+
+
+def has_digest(scene: Scene, digest: str) -> bool:
+    """Whether `scene` is the one of a digest. Earlier versions wrote shorter ones, of names and poses alone."""
+    earlier = _hash_of_poses(scene, size=8).hexdigest()
+    return digest == (earlier if len(digest) == len(earlier) else scene_digest(scene))
+
+
+def _hash_of_poses(scene: Scene, size: int) -> blake2b:
+    digest = blake2b(digest_size=size)
     for index, name in enumerate(scene.frame_names):
         # On disk, names are bytes: those that are not UTF-8 are read as halves of surrogate pairs.
         digest.update(name.encode(errors="surrogateescape") + b"\0")
         digest.update(np.ascontiguousarray(scene.pose(index), np.float64).tobytes())
-    return digest.hexdigest()
+    return digest
 
 
 def check_unchanged(scene: Scene, entry: SceneEntry) -> None:
-    """Raises unless the frames and poses of `scene` are those of its `entry`. Opens no file."""
-    if scene_digest(scene) != entry.digest:
-        what = "other names or poses"
+    """Raises unless the frames, poses and cameras of `scene` are those of its `entry`. Opens no file."""
+    if not has_digest(scene, entry.digest):
+        what = "other names, poses or cameras"
         if len(scene) != entry.frames:
             what = f"{len(scene)} frames instead of {entry.frames}"
         raise SceneChangedError(f"{scene.root}: the scene has changed ({what}); make its annotations again")

@@ -99,7 +99,7 @@ def lose_a_map(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [(move_a_camera, "its frames or poses have changed"), (lose_a_map, "computed_depth/0003.npy is missing")],
+    [(move_a_camera, "its frames, poses or cameras have changed"), (lose_a_map, "computed_depth/0003.npy is missing")],
 )
 def test_depth_that_does_not_belong_to_its_scene_is_computed_again(
     library: Path, change, why: str, capsys: pytest.CaptureFixture[str]

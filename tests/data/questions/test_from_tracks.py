@@ -279,4 +279,4 @@ def test_a_scene_that_changed_after_its_annotation_gives_no_questions(
     list(make_vqa(changed, cache.folder, tmp_path / "out"))
     omitted = [line for path in (tmp_path / "out").glob("omitted-*") for line in path.read_text().splitlines()]
     assert len(omitted) == 10
-    assert all("scene-000001: the scene has changed (other names or poses)" in line for line in omitted)
+    assert all("scene-000001: the scene has changed (other names, poses or cameras)" in line for line in omitted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,27 @@ def test_the_error_for_a_folder_without_scenes_names_the_files_of_each_format(tm
         find_scenes(tmp_path / "nowhere")
 
 
-def test_the_digest_depends_on_frames_their_names_and_their_poses(scene_boxes) -> None:
+def test_the_digest_depends_on_frames_their_names_their_poses_and_their_cameras(scene_boxes) -> None:
     frames = scene_boxes.frames
     moved = replace(frames[0], pose=frames[0].pose + np.eye(4, k=3) * 1e-9)
-    others = [frames[1:], (replace(frames[0], name="x"), *frames[1:]), (moved, *frames[1:]), frames[::-1]]
+    zoomed = replace(frames[0], intrinsics=frames[0].intrinsics + np.eye(3) * 1e-9)
+    sized, bent = replace(frames[0], camera_size=(7, 5)), replace(frames[0], distortion=(1e-9, 0.0, 0.0, 0.0))
+    others = [frames[1:], (replace(frames[0], name="x"), *frames[1:]), frames[::-1]]
+    others += [(other, *frames[1:]) for other in (moved, zoomed, sized, bent)]
     digests = {scene_digest(replace(scene_boxes, frames=tuple(other))) for other in (frames, *others)}
-    assert len(digests) == 5
+    assert len(digests) == 8
+
+
+def test_digests_of_earlier_versions_still_tell_names_and_poses(scene_boxes) -> None:
+    hashed = blake2b(digest_size=8)
+    for frame in scene_boxes.frames:
+        hashed.update(frame.name.encode() + b"\0" + frame.pose.astype(np.float64).tobytes())
+    entry = SceneEntry("boxes", len(scene_boxes), hashed.hexdigest())
+    check_unchanged(scene_boxes, entry)
+    first, second, *rest = scene_boxes.frames
+    with pytest.raises(ValueError, match="the scene has changed"):
+        swapped = (replace(first, pose=second.pose), replace(second, pose=first.pose), *rest)
+        check_unchanged(replace(scene_boxes, frames=swapped), entry)
 
 
 def test_a_scene_that_is_not_what_its_entry_says_is_named_with_the_change(scene_boxes) -> None:
@@ -75,7 +91,7 @@ def test_a_scene_that_is_not_what_its_entry_says_is_named_with_the_change(scene_
         check_unchanged(replace(scene_boxes, frames=scene_boxes.frames[1:]), entry)
     first, second, *rest = scene_boxes.frames
     swapped = (replace(first, pose=second.pose), replace(second, pose=first.pose), *rest)
-    with pytest.raises(ValueError, match=r"boxes: the scene has changed \(other names or poses\)"):
+    with pytest.raises(ValueError, match=r"boxes: the scene has changed \(other names, poses or cameras\)"):
         check_unchanged(replace(scene_boxes, frames=swapped), entry)
 
 
