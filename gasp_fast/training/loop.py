@@ -105,8 +105,6 @@ class TrainingLoop:
 
         Raises `Interrupted` after the step in which a signal was read, when the checkpoint of that step is complete.
         """
-        start_up = StartUp() if start_up is None else start_up
-        run = self.config.run
         done, batches = self.begin(resume)
         stop, step = 0, done
         self.signals.step_in_hand = True
@@ -117,32 +115,9 @@ class TrainingLoop:
         ):
             last = done if self.held_out.out_of_patience else self.steps
             for step in range(done + 1, last + 1):
-                micro_batches = self.next_step(step, batches)
-                log.skipped.add(self.meter.add_loading(batches))
-                first, saved = step == done + 1, step % run.save_every == 0 or step == self.steps
-                evaluated = self.held_out.due(step, self.steps)
-                if first:
-                    guards.check_positions(self.model, micro_batches[0])
-                    start_up.add("data")
-                self.launched.append(self.train_step(step, micro_batches))
-                log.progress(step)
-                alone_and_stopped = self.processes.world_size == 1 and self.why_stop()
-                stop = self.finish(log, waiting=0 if first or saved or evaluated or alone_and_stopped else 1)
-                if first:
-                    start_up.add("first step")
-                    log.note(str(start_up))
-                self.check_learning(step)
-                if stop:
-                    self.finish(log, waiting=0)
-                if stop == UNSAVED:
-                    self.writer.finish()  # raises what kept the checkpoint from being written
-                if evaluated:
-                    saved |= self.evaluate(step, log)
-                if saved or stop:
-                    self.save(step)
+                stop = self.take(step, batches, log, (start_up or StartUp()) if step == done + 1 else None)
                 ended = step == self.steps or self.held_out.out_of_patience
-                if stop and not ended:
-                    log.interrupted = True
+                log.interrupted = bool(stop) and not ended
                 if stop or ended:
                     break
         if log.interrupted:
@@ -151,6 +126,37 @@ class TrainingLoop:
             raise Interrupted(f"step {step}: {name}; saved {saved_as}; continue with the same command")
         if step < self.steps and self.processes.first:
             print(f"gasp_fast.train: {self.held_out.last_words(step, self.out)}", file=sys.stderr, flush=True)
+
+    def take(self, step: int, batches: LoadedBatches, log: RunLog, start_up: StartUp | None) -> int:
+        """A step and all that belongs to it: checks, log lines, evaluation, checkpoint. `start_up`: of the first step.
+
+        Returns why a process wants to stop; 0: none does.
+        """
+        micro_batches = self.next_step(step, batches)
+        log.skipped.add(self.meter.add_loading(batches))
+        saved = step % self.config.run.save_every == 0 or step == self.steps
+        evaluated = self.held_out.due(step, self.steps)
+        if start_up is not None:
+            guards.check_positions(self.model, micro_batches[0])
+            start_up.add("data")
+        self.launched.append(self.train_step(step, micro_batches))
+        log.progress(step)
+        alone_and_stopped = self.processes.world_size == 1 and self.why_stop()
+        at_once = start_up is not None or saved or evaluated or alone_and_stopped
+        stop = self.finish(log, waiting=0 if at_once else 1)
+        if start_up is not None:
+            start_up.add("first step")
+            log.note(str(start_up))
+        self.check_learning(step)
+        if stop:
+            self.finish(log, waiting=0)
+        if stop == UNSAVED:
+            self.writer.finish()  # raises what kept the checkpoint from being written
+        if evaluated:
+            saved |= self.evaluate(step, log)
+        if saved or stop:
+            self.save(step)
+        return stop
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> Launched:
         """Launch one optimiser step, and the copies of its numbers to the host."""
