@@ -123,15 +123,40 @@ def gasp_loss(
                 config, (corr, depth), matches.index, bool(key_layers), tau, *tensors
             )
 
+    wanted = Wanted(reduction, layer_weights, return_metrics)
+    return _output(config, matches, wanted, loss, corr, depth, best, confidence)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a caller wants the terms of matches."""
+
+    reduction: str
+    layer_weights: Tensor  # [L]
+    metrics: bool
+
+
+def _output(
+    config: LossConfig,
+    matches: Matches,
+    wanted: Wanted,
+    loss: Tensor | None,  # []; None: not computed yet
+    corr: Tensor,  # [L, M], like the next three
+    depth: Tensor,
+    best: Tensor,
+    confidence: Tensor,
+) -> GaspOutput:
+    """The terms of matches, reduced."""
+    reduction = wanted.reduction
     metrics: LayerMetrics | None
     if config.backend == "triton" and reduction != "sum" and not traced():
         corr_layers, depth_layers, metrics = _means_in_one_pass(matches, corr, depth, best, confidence)
     else:
-        metrics = _metrics(matches, best, confidence) if return_metrics else None
+        metrics = _metrics(matches, best, confidence) if wanted.metrics else None
         shares = MatchShares.of(matches.index, reduction, corr.dtype)
         corr_layers, depth_layers = layer_losses(corr, depth, shares)  # [L]
-    metrics = metrics if return_metrics else None
-    layer_weights = layer_weights.to(corr.dtype)
+    metrics = metrics if wanted.metrics else None
+    layer_weights = wanted.layer_weights.to(corr.dtype)
     if reduction == "none":
         loss = layer_weights[:, None] * (config.corr_weight * corr + config.depth_weight * depth)
         return GaspOutput(loss, corr, depth, corr_layers.detach(), depth_layers.detach(), metrics, config.backend)
