@@ -9,10 +9,10 @@ from gasp_fast.config.loader import load_config
 from gasp_fast.planning.assumptions import Assumptions
 from gasp_fast.planning.gpus import GPUS
 from gasp_fast.planning.micro_batch_time import host_seconds
-from gasp_fast.planning.shapes import LLAVA_NEXT_VIDEO_7B
-from gasp_fast.planning.step_time import OVERHEADS, communication_bytes
+from gasp_fast.planning.shapes import LLAVA_NEXT_VIDEO_7B, QWEN2_5_VL_7B
+from gasp_fast.planning.step_time import OVERHEADS, communication_bytes, deal_some_steps
 from gasp_fast.training.config import TrainConfig
-from gasp_fast.training.workload import plan_run
+from gasp_fast.training.workload import frame_tokens_of, plan_run, sequence_mix, training_setup
 
 
 def test_bytes_sent_between_gpus_by_hand() -> None:
@@ -66,6 +66,17 @@ def test_micro_batches_by_tokens_spare_a_late_host_and_keep_gpus_equally_busy() 
     assert plans["tokens"].dealt.useful_share > 0.95 > plans["four"].dealt.useful_share
     assert plans["tokens"].seconds["idle"] == 0 < plans["one"].seconds["idle"]
     assert plans["tokens"].step_seconds < 0.8 * min(plans["one"].step_seconds, plans["four"].step_seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["qwen2_5_vl_7b", "llava_next_video_7b"])
+def test_gpus_are_busy_with_the_papers_mixture_on_32_of_them(recipe: str) -> None:
+    shape = QWEN2_5_VL_7B if recipe.startswith("qwen") else LLAVA_NEXT_VIDEO_7B
+    config, assumptions = load_config(TrainConfig, ROOT / f"configs/{recipe}.yaml"), Assumptions()
+    assert config.data.qa.root and config.data.scenes.root  # geometry and questions
+    mix = sequence_mix(config, frame_tokens_of(config, shape, assumptions), assumptions)
+    dealt = deal_some_steps(training_setup(config, shape), mix, 32, GPUS["h200"], assumptions, steps=1_000)
+    assert dealt.useful_share >= 0.95
 
 
 def test_a_factor_changes_its_part_and_no_other() -> None:
