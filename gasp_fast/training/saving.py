@@ -80,14 +80,15 @@ class CheckpointWriter:
     def _write(self, folder: Path, snapshot: Snapshot, about: dict[str, Any]) -> Exception | None:
         """Write a checkpoint; returns what kept it from being written."""
         try:
-            check_disk(self.run)
             with complete_or_absent(folder) as unfinished:
                 snapshot.write(unfinished)
                 write_atomically(unfinished / CONFIG, to_yaml(self.config).encode())
                 write_atomically(unfinished / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
             rotate(self.out, self.run.keep, self.run.keep_best)
+            if about["step"] < about["steps"]:
+                check_disk(self.run)  # only now that what has been trained is saved
         except GuardError as error:
-            return error
+            return GuardError(f"{error}; {folder} is complete, and the same command continues from it")
         except (OSError, SafetensorError) as error:
             return OSError(f"{folder} cannot be written: {one_line(error)}")
         return None

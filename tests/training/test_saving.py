@@ -10,6 +10,7 @@ import pytest
 from support.runs import launch, log_of, weights_of, without_clock, write_config
 
 from gasp_fast.train import train
+from gasp_fast.training.guards import GuardError
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.state import Snapshot
 
@@ -75,6 +76,20 @@ def test_a_disk_that_is_full_ends_the_run_after_one_of_the_next_steps(config, tm
         train(settings)
     assert log_of(settings.run.out)[-1]["step"] < 24
     assert not list(Path(settings.run.out).glob("*checkpoint-*"))
+
+
+@pytest.mark.parametrize("save_async", [False, True])
+def test_a_disk_that_is_nearly_full_ends_the_run_with_what_it_has_trained(config, monkeypatch, save_async):
+    settings = config(train={"steps": 40}, run={"save_every": 2, "save_async": save_async})
+    plenty, usage = [True], shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path) if plenty[0] else usage(path)._replace(free=1))
+    after(monkeypatch, lambda: plenty.__setitem__(0, False))
+    with pytest.raises(GuardError, match=r"only 0.0 GB are free .*checkpoint-2 is complete, and the same command"):
+        train(settings)
+    assert log_of(settings.run.out)[-1]["step"] < 20
+    monkeypatch.undo()
+    train(replace(settings, run=replace(settings.run, save_async=False)))
+    assert [record["step"] for record in log_of(settings.run.out)] == list(range(1, 41))
 
 
 def test_an_error_waits_for_the_checkpoint_that_is_being_written(config, tmp_path, monkeypatch):
