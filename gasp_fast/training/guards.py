@@ -40,6 +40,10 @@ class GuardError(ValueError):
     """The run must not start, or must not continue."""
 
 
+def disk_is_low(config: RunConfig) -> bool:
+    return shutil.disk_usage(config.out).free / 1e9 < config.min_free_gb
+
+
 def check_disk(config: RunConfig) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

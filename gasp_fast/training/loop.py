@@ -46,7 +46,9 @@ from .stream import Dealer, SampleStream, Share
 from .workload import BatchFlops
 
 Batch = dict[str, Any]
-UNSAVED = 1000  # not a signal: a checkpoint could not be written
+# Reasons to stop that are no signals.
+UNSAVED = 1000  # a checkpoint could not be written
+LOW_DISK = 999  # the disk is nearly full: what has been trained must be saved while it fits
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Launched:
     learning_rate: float
     grad_norm: HostCopy | None  # None: DeepSpeed computed none
     sums: HostCopy | None  # of the meter; None: the step has no log line
-    stop: HostCopy  # why a process wants to stop: a signal that it has received, or `UNSAVED`; 0: it does not
+    stop: (
+        HostCopy  # why a process wants to stop: a signal that it has received, `UNSAVED` or `LOW_DISK`; 0: it does not
+    )
 
 
 class TrainingLoop:
@@ -130,7 +134,7 @@ class TrainingLoop:
     def take(self, step: int, batches: LoadedBatches, log: RunLog, start_up: StartUp | None) -> int:
         """A step and all that belongs to it: checks, log lines, evaluation, checkpoint. `start_up`: of the first step.
 
-        Returns why a process wants to stop; 0: none does.
+        Returns the signal with which to end the run; 0: none.
         """
         micro_batches = self.next_step(step, batches)
         log.skipped.add(self.meter.add_loading(batches))
@@ -156,7 +160,9 @@ class TrainingLoop:
             saved |= self.evaluate(step, log)
         if saved or stop:
             self.save(step)
-        return stop
+        if stop == LOW_DISK:
+            self.writer.finish()  # like `save`, raises if it still is
+        return 0 if stop == LOW_DISK else stop
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> Launched:
         """Launch one optimiser step, and the copies of its numbers to the host."""
@@ -167,7 +173,10 @@ class TrainingLoop:
         learning_rate, grad_norm = self.update()
         logged = step == 1 or step % self.config.run.log_every == 0 or step == self.steps
         sums = self.meter.take() if logged else None
-        stop = HostCopy(self.processes.largest(self.why_stop()))
+        why = self.why_stop()
+        if logged and self.processes.first and not why and guards.disk_is_low(self.config.run):
+            why = LOW_DISK
+        stop = HostCopy(self.processes.largest(why))
         return Launched(step, micro_batches, learning_rate, grad_norm, sums, stop)
 
     def why_stop(self) -> int:

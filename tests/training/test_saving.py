@@ -80,16 +80,36 @@ def test_a_disk_that_is_full_ends_the_run_after_one_of_the_next_steps(config, tm
 
 @pytest.mark.parametrize("save_async", [False, True])
 def test_a_disk_that_is_nearly_full_ends_the_run_with_what_it_has_trained(config, monkeypatch, save_async):
-    settings = config(train={"steps": 40}, run={"save_every": 2, "save_async": save_async})
-    plenty, usage = [True], shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path) if plenty[0] else usage(path)._replace(free=1))
-    after(monkeypatch, lambda: plenty.__setitem__(0, False))
-    with pytest.raises(GuardError, match=r"only 0.0 GB are free .*checkpoint-2 is complete, and the same command"):
+    """However long it is until the next checkpoint."""
+    settings = config(train={"steps": 40}, run={"save_every": 1000, "save_async": save_async})
+    usage, step_of = shutil.disk_usage, TrainingLoop.train_step
+
+    def train_step(self, step, micro_batches):
+        if step == 3:
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=4e9))
+        return step_of(self, step, micro_batches)
+
+    monkeypatch.setattr(TrainingLoop, "train_step", train_step)
+    with pytest.raises(GuardError, match=r"only 4.0 GB are free .*checkpoint-\d is complete, and the same command"):
         train(settings)
-    assert log_of(settings.run.out)[-1]["step"] < 20
+    (saved,) = Path(settings.run.out).glob("*checkpoint-*")
+    assert saved.name == f"checkpoint-{log_of(settings.run.out)[-1]['step']}" and saved.name <= "checkpoint-5"
     monkeypatch.undo()
-    train(replace(settings, run=replace(settings.run, save_async=False)))
+    train(settings)
     assert [record["step"] for record in log_of(settings.run.out)] == list(range(1, 41))
+
+
+def test_training_goes_on_when_the_disk_has_space_again(config, monkeypatch):
+    settings = config(train={"steps": 6}, run={"save_every": 1000})
+    usage, low = shutil.disk_usage, iter([False, False, True, *[False] * 50])  # at the start, and in two steps
+
+    def judged(path):
+        return usage(path)._replace(free=4e9) if next(low) else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", judged)
+    train(settings)
+    assert log_of(settings.run.out)[-1]["step"] == 6
+    assert len(list(Path(settings.run.out).glob("checkpoint-*"))) == 2
 
 
 def test_an_error_waits_for_the_checkpoint_that_is_being_written(config, tmp_path, monkeypatch):
