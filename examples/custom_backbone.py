@@ -18,7 +18,7 @@ import torch
 
 from gasp_fast import gasp_loss
 from gasp_fast.backbones import Backbone, TokenGrid, load_backbone, register
-from gasp_fast.backbones.base import RGBImage
+from gasp_fast.backbones.frames import RGBImage
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.collator import Collator
 from gasp_fast.supervision.heads import CorrespondenceHeads

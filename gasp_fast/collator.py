@@ -3,6 +3,9 @@
 The frames go through the model's processor. `Backbone.frame_grid` describes how that processor resizes and crops, so
 it maps the tracks from pixels of the frames to tokens. Points that a crop cuts off are dropped. A query point that two
 grids share, as a grid of 24 x 24 has all points of one of 8 x 8, is supervised once.
+
+A model may merge several frames into one grid of tokens (`Backbone.frames_per_grid`). To `Matches` such a grid is one
+frame: a point that is seen in any of its frames lies in its tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gasp_fast.backbones import Backbone, Conversation, TokenGrid
-from gasp_fast.backbones.base import RGBImage
 from gasp_fast.backbones.chat import Message
+from gasp_fast.backbones.frames import RGBImage
 from gasp_fast.config.limits import LARGEST_SEED, check_whole
 from gasp_fast.data.depth.pooling import pool_depth
 from gasp_fast.data.scenes.scene import Scene
@@ -108,12 +111,15 @@ class Collator:
         }
 
     def _matches(self, sample: Sample, grids: Sequence[TokenGrid]) -> Matches:
-        """The matches of one sequence, over its own visual tokens. `grids` are those of its frames."""
-        frame_offsets = np.concatenate([[0], np.cumsum([grid.tokens for grid in grids])])  # [F + 1]
-        from_frame, to_frame = self._frame_pairs(len(grids), sample.tracks[0].query_frame, sample.position)  # [P], [P]
+        """The matches of one sequence, over its own visual tokens. `grids` has an entry for each token grid."""
+        grid_offsets = np.concatenate([[0], np.cumsum([grid.tokens for grid in grids])])  # [G + 1]
+        grid_of = np.arange(len(sample.frames)) // self.backbone.frames_per_grid  # [F]
+        from_frame, to_frame = self._frame_pairs(grid_of, sample.tracks[0].query_frame, sample.position)  # [P], [P]
+        frame_grids, starts = [grids[int(g)] for g in grid_of], grid_offsets[grid_of]  # of each frame
+        patch_depth = None if sample.depth is None else _patch_depth(sample, frame_grids, grid_of)
         anchor, target, depth, track = [], [], [], []
         first = 0  # number of a grid's first track
-        for tokens, depths in self._supervised_tracks(sample.tracks, grids, frame_offsets):  # [T, F]
+        for tokens, depths in self._supervised_tracks(sample.tracks, frame_grids, starts):  # [T, F]
             from_token, to_token = tokens[:, from_frame], tokens[:, to_frame]  # [T, P]
             matched = (from_token >= 0) & (to_token >= 0)
             anchor.append(from_token[matched])
@@ -123,30 +129,35 @@ class Collator:
             first += len(tokens)
         shared_by = {"match": None, "anchor": anchor, "track": track}[self.unit]
         return Matches(
-            frame_offsets=_tensor(frame_offsets, np.int64),
+            frame_offsets=_tensor(grid_offsets, np.int64),
             anchor=_tensor(np.concatenate(anchor), np.int64),
             target=_tensor(np.concatenate(target), np.int64),
             target_depth=_tensor(np.concatenate(depth), np.float32),
-            patch_depth=None if sample.depth is None else _tensor(_patch_depth(sample, grids), np.float32),
+            patch_depth=None if patch_depth is None else _tensor(patch_depth, np.float32),
             token_xy=_tensor(np.concatenate([grid.xy() for grid in grids]), np.int64),
             weight=None if shared_by is None else _tensor(_equal_shares(np.concatenate(shared_by)), np.float32),
         )
 
     def _supervised_tracks(
-        self, by_grid: Sequence[Tracks], grids: Sequence[TokenGrid], frame_offsets: NDArray[np.integer]
+        self, by_grid: Sequence[Tracks], grids: Sequence[TokenGrid], starts: NDArray[np.integer]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.floating]]]:
         """Tokens and depths `[T, F]` of each grid's tracks: the share `keep` of them, without points seen before."""
         points = np.zeros(0, np.int64)
         for tracks in by_grid:
-            tokens, own = _track_tokens(tracks, grids, frame_offsets), _point_numbers(tracks)
+            tokens, own = _track_tokens(tracks, grids, starts), _point_numbers(tracks)
             chosen = np.sort(most_visible((tokens >= 0).T, self.config.keep))
             chosen = chosen[~np.isin(own[chosen], points)]
             points = np.concatenate([points, own[chosen]])
             yield tokens[chosen], tracks.depth[chosen]
 
-    def _frame_pairs(self, frames: int, query: int, position: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The ordered pairs of frames that are supervised, as (anchor frames, target frames)."""
-        from_frame, to_frame = np.nonzero(~np.eye(frames, dtype=bool))
+    def _frame_pairs(
+        self, grid_of: NDArray[np.integer], query: int, position: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ordered pairs of frames that are supervised, as (anchor frames, target frames).
+
+        Two frames that share a grid `grid_of [F]` are no pair: their points lie among the same tokens.
+        """
+        from_frame, to_frame = np.nonzero(grid_of[:, None] != grid_of)
         if self.config.anchors == "first":
             return from_frame[from_frame == query], to_frame[from_frame == query]
         if self.config.anchors == "pairs" and self.config.pairs < len(from_frame):
@@ -156,10 +167,13 @@ class Collator:
         return from_frame, to_frame
 
 
-def _track_tokens(tracks: Tracks, grids: Sequence[TokenGrid], frame_offsets: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The token of each tracked point in each frame, `[T, F]`; -1 where the point is not visible or has no token."""
+def _track_tokens(tracks: Tracks, grids: Sequence[TokenGrid], starts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The token of each tracked point in each frame, `[T, F]`; -1 where the point is not visible or has no token.
+
+    `grids` and `starts` `[F]` are each frame's grid and the number of its first token.
+    """
     tokens = np.stack([grid.locate(tracks.uv[:, f]) for f, grid in enumerate(grids)], axis=1)
-    return np.where(tracks.visible & (tokens >= 0), tokens + frame_offsets[:-1], -1)
+    return np.where(tracks.visible & (tokens >= 0), tokens + starts, -1)
 
 
 def _point_numbers(tracks: Tracks) -> NDArray[np.int64]:
@@ -178,16 +192,26 @@ def _equal_shares(unit: NDArray[np.integer]) -> NDArray[np.float64]:
     return 1 / matches[number]
 
 
-def _patch_depth(sample: Sample, grids: Sequence[TokenGrid]) -> NDArray[np.float32]:
-    """Mean known depth of every token's patch, `[N]`; 0 where none is known."""
+def _patch_depth(sample: Sample, grids: Sequence[TokenGrid], grid_of: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Mean known depth of every token's patch, `[N]`; 0 where none is known. `grids` are those of the frames.
+
+    Where frames share a grid (`grid_of [F]`), the mean over those of them that know a depth there.
+    """
     assert sample.depth is not None
     sizes = [(frame.shape[1], frame.shape[0]) for frame in sample.frames]
-    pooled = []
+    pooled: list[NDArray[np.float32]] = []  # of each frame, [tokens]
     # Consecutive frames of one size have the same grid and are pooled in one call: usually the whole sequence.
     for (size, grid), run in groupby(zip(sizes, grids, sample.depth, strict=True), key=lambda frame: frame[:2]):
         maps = [depth for _, _, depth in run]
-        pooled.append(pool_depth(maps, [size] * len(maps), grid.x_edges(), grid.y_edges()).ravel())
-    return np.concatenate(pooled)
+        pooled += list(pool_depth(maps, [size] * len(maps), grid.x_edges(), grid.y_edges()).reshape(len(maps), -1))
+    return np.concatenate([_mean_known(pooled, np.flatnonzero(grid_of == g)) for g in np.unique(grid_of)])
+
+
+def _mean_known(depths: Sequence[NDArray[np.float32]], frames: NDArray[np.integer]) -> NDArray[np.float32]:
+    if len(frames) == 1:
+        return depths[int(frames[0])]
+    shared = np.stack([depths[int(frame)] for frame in frames])  # [frames, tokens]
+    return (shared.sum(0, dtype=np.float64) / np.maximum((shared > 0).sum(0), 1)).astype(np.float32)
 
 
 def _check(sample: Sample, index: int) -> None:

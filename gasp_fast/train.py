@@ -73,6 +73,7 @@ def train(
                 partial(same_run.check_same_run, config, stream, steps, processes.world_size, resume)
             )
         model = build_model(config, processes.device)
+        guards.check_seen_parts(stream, model.backbone)
         if resume is not None:
             read_weights(model, resume)
         if config.train.mode == "lora":

@@ -3,6 +3,7 @@
 base.py              `Backbone`: what a model family defines; the registry; `load_backbone`
 qwen2_5_vl.py        Qwen2.5-VL
 llava_next_video.py  LLaVA-NeXT-Video
+frames.py            frames, and the forms in which a model can get them
 token_grid.py        the pixel -> token map: which visual token covers which pixels of a frame
 token_index.py       where the visual and the labelled tokens of a batch are, computed in the data worker
 packing.py           the sequences of a batch in one row, without padding

@@ -28,19 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gasp_fast.files import one_line
 
 from .chat import IGNORE, ChatFormat, Message
+from .frames import FramesAs, RGBImage, check_frames
 from .packing import attention_arguments
 from .token_grid import TokenGrid
 from .token_index import TokenIndex
-
-RGBImage = NDArray[np.uint8]  # [H, W, 3]
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ class Encoded:
     """A batch of model inputs, and the positions of its visual tokens."""
 
     inputs: dict[str, Tensor]  # keyword arguments of the model's forward, labels included
-    grids: list[list[TokenGrid]]  # per sequence, one per frame
-    positions: list[Tensor]  # per sequence int64 [tokens of all its frames], flat indices into B * S, frame by frame
+    grids: list[list[TokenGrid]]  # per sequence, one per frame, or per `frames_per_grid` frames
+    positions: list[Tensor]  # per sequence int64 [tokens of all its grids], flat indices into B * S, grid by grid
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,9 @@ class Backbone(ABC):
     # tower can have layers of the same names.
     lora_targets: ClassVar[str] = r".*language_model.*\.(q|k|v|o)_proj"
     llama_layers: ClassVar[bool] = False  # whether norms, rotary embedding and MLPs of the decoder are as in Llama
-    host_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the vision tower whose numbers the host reads
+    host_inputs: tuple[str, ...] = ()  # arguments of the vision tower whose numbers the host reads
+    frames_as: FramesAs = "images"  # the form in which the model gets frames
+    frames_per_grid: int = 1  # frames f and g have one token grid if f // frames_per_grid == g // frames_per_grid
 
     def __init__(self, source: str, config: Any, processor: Any) -> None:
         self.source = source
@@ -153,6 +152,14 @@ class Backbone(ABC):
             "leave it out"
         )
 
+    def pass_frames_as(self, frames_as: FramesAs) -> None:
+        """Choose in what form the model gets frames, before their pixels are limited. "images": the only one."""
+        if frames_as != "images":
+            raise ValueError(
+                f"frames_as = {frames_as!r} does not apply to {self.model_type}, whose frames always have a token grid "
+                "each; leave it out, or give images"
+            )
+
     # ---- model inputs ------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -175,14 +182,17 @@ class Backbone(ABC):
             raise ValueError("batch is empty; encode needs at least one conversation")
         rendered = []
         for index, conversation in enumerate(batch):
-            _check_frames(conversation.frames, index)
+            check_frames(conversation.frames, index)
             visual = self.visual_content(len(conversation.frames)) if conversation.frames else []
             rendered.append(self.chat.render(conversation.messages, visual, add_generation_prompt))
         frames = [conversation.frames for conversation in batch if conversation.frames]
         visual_arguments = self.visual_arguments(frames) if frames else {}
         inputs = self.run_processor([prompt.text for prompt in rendered], visual_arguments)
         self._check_length(inputs["input_ids"])
-        grids = [[self.frame_grid(f.shape[1], f.shape[0]) for f in conversation.frames] for conversation in batch]
+        grids = [
+            [self.frame_grid(frame.shape[1], frame.shape[0]) for frame in conversation.frames[:: self.frames_per_grid]]
+            for conversation in batch
+        ]
         positions = self._positions(inputs["input_ids"], grids)
         inputs["labels"] = self.chat.labels(
             rendered, inputs["input_ids"], inputs["attention_mask"], self.visual_token_id
@@ -251,7 +261,7 @@ class Backbone(ABC):
             if len(visual) != expected:
                 raise ValueError(
                     f"sequence {row}: {type(self.processor).__name__} made {len(visual)} visual tokens of "
-                    f"{len(frames)} frames, but {type(self).__name__}.frame_grid gives {expected}; its pixel -> token "
+                    f"{len(frames)} grids, but {type(self).__name__}.frame_grid gives {expected}; its pixel -> token "
                     "map does not hold for this processor's settings"
                 )
             positions.append(visual)
@@ -289,10 +299,13 @@ def supported_models() -> list[str]:
     return sorted(BACKBONES)
 
 
-def load_backbone(source: str | os.PathLike[str], frame_pixels: int | None = None) -> Backbone:
+def load_backbone(
+    source: str | os.PathLike[str], frame_pixels: int | None = None, frames_as: FramesAs = "images"
+) -> Backbone:
     """The backbone of a model folder or hub name: its configuration and processor, in the class of its `model_type`.
 
     `frame_pixels` limits the pixels of a frame after resizing. Models with one fixed input size refuse it.
+    `frames_as` chooses the form in which the model gets frames. Models with one form refuse another.
     """
     from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 
@@ -312,6 +325,7 @@ def load_backbone(source: str | os.PathLike[str], frame_pixels: int | None = Non
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, local_files_only=local)
         backbone = BACKBONES[model_type](source, config, processor)
+    backbone.pass_frames_as(frames_as)
     if frame_pixels is not None:
         backbone.limit_frame_pixels(frame_pixels)
     return backbone
@@ -380,11 +394,3 @@ def unwrap(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
-
-
-def _check_frames(frames: Sequence[RGBImage], sequence: int) -> None:
-    for index, frame in enumerate(frames):
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            raise ValueError(
-                f"frame {index} of sequence {sequence} is {frame.dtype} {list(frame.shape)}; frames are uint8 [H, W, 3]"
-            )

@@ -14,6 +14,7 @@ from gasp_fast.files import one_line
 
 from .attention_kernel import attention_kernel
 from .base import Backbone, load_backbone, unwrap
+from .frames import FRAMES_PER_GRID, FramesAs
 from .frozen import exempt_frozen_parts
 from .liger import choose_liger, use_liger
 
@@ -31,12 +32,17 @@ class ModelConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the computation; trained weights are always stored in fp32
     attention: Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = "auto"
     frame_pixels: int | None = None  # most pixels of a frame after resizing, for models that keep the aspect ratio
+    frames_as: FramesAs = "images"  # for Qwen: frames as images, or as a video with a token grid for each pair or frame
     liger: bool | Literal["auto"] = "auto"  # Liger's fused layers in the decoder; auto: on a GPU, where it is installed
 
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("model.source is empty; name the folder of a saved model, or a hub name")
         check_whole(self, ("frame_pixels",), "model.", most=LARGEST_FRAME)
+
+    def grids_of(self, frames: int) -> int:
+        """The number of token grids of so many frames."""
+        return -(-frames // FRAMES_PER_GRID[self.frames_as])
 
 
 def usable_device(name: str | None) -> str:
@@ -51,7 +57,7 @@ def usable_device(name: str | None) -> str:
 
 def load_base_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, nn.Module]:
     """Load the backbone and its model in `dtype`, on the CPU. `device` is where the model will run."""
-    backbone = load_backbone(config.source, config.frame_pixels)
+    backbone = load_backbone(config.source, config.frame_pixels, config.frames_as)
     model = backbone.load_model(dtype, choose_attention(config, device))
     use_fast_modules(backbone, model, config, device)
     return backbone, model

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Backbone, RGBImage, register
+from .base import Backbone, register
+from .frames import RGBImage, one_size
 from .token_grid import TokenGrid
 
 
@@ -53,14 +53,7 @@ class LlavaNextVideo(Backbone):
         return [{"type": "video"}]
 
     def visual_arguments(self, batch: Sequence[Sequence[RGBImage]]) -> dict[str, Any]:
-        for index, frames in enumerate(batch):
-            sizes = {f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames}
-            if len(sizes) > 1:
-                raise ValueError(
-                    f"sequence {index} has frames of sizes {', '.join(sorted(sizes))}; the frames of one video must "
-                    "have one size, so resize them first"
-                )
-        return {"videos": [np.stack(list(frames)) for frames in batch], "do_sample_frames": False}
+        return {"videos": [one_size(frames, index) for index, frames in enumerate(batch)], "do_sample_frames": False}
 
     def run_processor(self, texts: list[str], visual: dict[str, Any]) -> dict[str, Tensor]:
         """`pixel_values_videos` is `[1, F, 3, H, W]`, with the `F` frames of all sequences."""

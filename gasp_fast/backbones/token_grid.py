@@ -32,6 +32,11 @@ class TokenGrid:
     def tokens(self) -> int:
         return self.columns * self.rows
 
+    @property
+    def rectangle(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom: what the model sees of the frame."""
+        return self.left, self.top, self.right, self.bottom
+
     def locate(self, uv: ArrayLike) -> NDArray[np.int64]:
         """The token under each point `uv [..., 2]` (x, y), -1 where the point is outside the grid or not a number."""
         uv = np.asarray(uv, dtype=np.float64)

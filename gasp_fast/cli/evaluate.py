@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frame-pixels", type=int, metavar="N", help="most pixels of a frame (Qwen; default: the processor's)"
     )
+    parser.add_argument(
+        "--frames-as",
+        choices=("images", "video_doubled"),
+        help="how Qwen gets frames, as model.frames_as (default: as the run does, else images)",
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
     parser.add_argument(
         "--dtype",
@@ -94,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
         frame_pixels=arguments.frame_pixels,
+        frames_as=arguments.frames_as,
         initial_heads="head" in config.features,
         base=arguments.base,
     )

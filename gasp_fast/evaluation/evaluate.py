@@ -160,6 +160,7 @@ def _settings(
         "weights": evaluated.fingerprint,
         "heads": evaluated.heads_origin,
         **({"base": evaluated.base} if evaluated.base else {}),
+        **({"frames_as": evaluated.backbone.frames_as} if evaluated.backbone.frames_as != "images" else {}),
         "dtype": str(next(evaluated.model.parameters()).dtype),
         "scenes": {entry.name: entry.digest for entry in dataset.scenes},
     }

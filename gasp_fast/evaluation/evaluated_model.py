@@ -22,6 +22,7 @@ from gasp_fast.backbones.adapters import load_adapters
 from gasp_fast.backbones.base import loading, local_folder
 from gasp_fast.backbones.base_model import usable_device
 from gasp_fast.backbones.fingerprint import check_base
+from gasp_fast.backbones.frames import FramesAs
 from gasp_fast.run_folder import ABOUT, CONFIG, EXPORT, HEADS, base_of, check_intact, configuration_of, weights_folder
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads, parse_layers
@@ -51,21 +52,29 @@ def load_evaluated_model(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     frame_pixels: int | None = None,
+    frames_as: FramesAs | None = None,
     initial_heads: bool = False,
     base: str | None = None,
 ) -> EvaluatedModel:
     """Loads a model; `initial_heads` gives one without heads those that training would start from.
 
     `base` overrides the base model that a run or an adapter names. A base model that only they name is not downloaded.
+    `frames_as` overrides the form in which a run's model got its frames; without a run it is "images".
     """
     device = usable_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     folder = _weights_folder(Path(source))
+    frames_as = frames_as or _frames_of_run(folder)
     if folder is not None and (folder / "adapter_config.json").is_file():
-        backbone, model = _load_adapted(folder, dtype, frame_pixels, base)
+        backbone, model = _load_adapted(folder, dtype, frame_pixels, frames_as, base)
     else:
-        backbone = load_backbone(source if folder is None else folder, frame_pixels)
+        backbone = load_backbone(source if folder is None else folder, frame_pixels, frames_as)
         model = backbone.load_model(dtype=dtype)
+    if backbone.frames_per_grid > 1:
+        raise ValueError(
+            f"frames_as = {frames_as!r}, as in {_name_of(str(source))}, merges frames into one grid of tokens, whose "
+            "points cannot be scored frame by frame; give --frames-as video_doubled"
+        )
     with loading(source):
         backbone.replace_slow_modules(model)
         model = model.eval().requires_grad_(False).to(device)
@@ -86,6 +95,12 @@ def load_evaluated_model(
     return EvaluatedModel(name, backbone, model, heads, origin, fingerprint, base)
 
 
+def _frames_of_run(folder: Path | None) -> Any:
+    """`model.frames_as` of the run that a checkpoint is of."""
+    model = {} if folder is None else configuration_of(folder).get("model")
+    return str(model.get("frames_as", "images")) if isinstance(model, dict) else "images"
+
+
 def _weights_folder(source: Path) -> Path | None:
     """The folder with weights: `source` itself, or the last checkpoint of a run; None for a hub name."""
     if not source.is_dir():
@@ -100,14 +115,14 @@ def _weights_folder(source: Path) -> Path | None:
 
 
 def _load_adapted(
-    folder: Path, dtype: torch.dtype, frame_pixels: int | None, base: str | None
+    folder: Path, dtype: torch.dtype, frame_pixels: int | None, frames_as: FramesAs, base: str | None
 ) -> tuple[Backbone, nn.Module]:
     """The base model of an adapter, with the adapter merged into it."""
     named = base or base_of(folder)
     if named is None:
         raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base MODEL")
     check_base(folder, named)
-    backbone = load_backbone(named if base else local_folder(named), frame_pixels)
+    backbone = load_backbone(named if base else local_folder(named), frame_pixels, frames_as)
     model = backbone.load_model(dtype=dtype)
     if base is not None:
         check_base(folder, named)  # again: it may have been downloaded only now

@@ -130,6 +130,11 @@ class TrainConfig:
     deepspeed: str | None = None  # a DeepSpeed file such as configs/deepspeed/zero2.json; None: plain PyTorch or DDP
 
     def __post_init__(self) -> None:
+        if self.evaluate.scenes and self.model.frames_as == "video_pairs":
+            raise ValueError(
+                "evaluate.scenes scores points frame by frame, but model.frames_as = 'video_pairs' merges frames into "
+                "one grid of tokens; evaluate the finished run with gasp-fast evaluate --frames-as video_doubled"
+            )
         for name in self.run.allow_changes:
             if name not in (keys := keys_of(TrainConfig)):
                 raise ValueError(

@@ -1,10 +1,10 @@
 """Checks that stop a run that cannot succeed. Each error is one line that names the cause and the cure.
 
-Before the first step: no other run writes into the folder, adapters are on the expected modules, and the model places
-the tokens of the first batch correctly. Before the run and before each checkpoint: the disk has free space. After a few
-steps: every weight that a loss depends on has moved. At every step: a gradient that is not finite is reported and its
-step skipped; after too many of them the run stops and saves the batch. Samples that cannot be used are replaced; if
-they are too large a share of all, the run stops.
+Before the first step: no other run writes into the folder, adapters are on the expected modules, the model places the
+tokens of the first batch correctly, and questions about frames are about what it sees of them. Before the run and
+before each checkpoint: the disk has free space. After a few steps: every weight that a loss depends on has moved. At
+every step: a gradient that is not finite is reported and its step skipped; after too many of them the run stops and
+saves the batch. Samples that cannot be used are replaced; if they are too large a share of all, the run stops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from accelerate.tracking import get_available_trackers
 
-from gasp_fast.backbones import unwrap
+from gasp_fast.backbones import Backbone, unwrap
+from gasp_fast.data.questions.scene_frames import Rectangle
 from gasp_fast.files import one_line, replacing
 from gasp_fast.loss.matches import Matches
 from gasp_fast.planning.training_setup import Sharding
@@ -29,10 +30,12 @@ from gasp_fast.run_folder import SKIPPED
 
 from .config import RunConfig, TrainConfig
 from .model import SupervisedModel
+from .sources import VideoQuestions
 from .stream import SampleStream
 from .weights import gathered
 
 FEW_SAMPLES = 200  # the share skipped while a run goes on is one of at least so many: a few at its start say little
+SAME_PART = 0.01  # pixels
 LEARNING_STEPS = 5  # after these, even during warm-up, every head and adapter must have moved
 
 
@@ -193,6 +196,26 @@ def check_left_out(config: RunConfig, stream: SampleStream) -> list[str]:
             raise GuardError(f"{line}; run.max_skipped = {config.max_skipped:g}: repair the data or raise it")
         lines.append(line)
     return lines
+
+
+def check_seen_parts(stream: SampleStream, backbone: Backbone) -> None:
+    """Check that the positions in questions about frames are positions in what this model sees of a frame."""
+    for name, source in stream.sources.items():
+        found = source.seen_part() if isinstance(source, VideoQuestions) else None
+        if found is None:
+            continue
+        (width, height), asked = found
+        seen = backbone.frame_grid(width, height).rectangle
+        if max(abs(a - b) for a, b in zip(seen, asked, strict=True)) > SAME_PART:
+            raise GuardError(
+                f"data.{name}.root = {source.root!r} asks about the part {_edges(asked)} of frames of {width} x "
+                f"{height} pixels (left, top, right, bottom), this model sees {_edges(seen)}; make the questions for "
+                f"it: gasp-fast make-vqa --model {backbone.source}"
+            )
+
+
+def _edges(part: Rectangle) -> str:
+    return ", ".join(f"{edge:.1f}" for edge in part)
 
 
 def check_skipped(config: TrainConfig, count: int, step: int) -> None:

@@ -49,9 +49,10 @@ class PredictedSizes:
 
     def __call__(self, position: int) -> SequenceSize:
         source, outline = self.stream.outline(position)
-        of_source, frames, texts = self.sources[source], outline.frames, outline.texts or self.prompt
+        of_source, texts = self.sources[source], outline.texts or self.prompt
+        frames = self.config.model.grids_of(outline.frames)  # what the model merges into one grid counts as one
         written, answered = _bytes(texts), _bytes(texts[1::2])
-        around = self._tokens_around(frames, len(texts))
+        around = self._tokens_around(outline.frames, len(texts))
         visual, tracked = frames * of_source.frame, not outline.texts and self.config.loss.geometric
         return SequenceSize(
             frames=frames,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from gasp_fast.backbones import messages_from_record
 from gasp_fast.collator import Sample, geometry_sample
@@ -18,10 +18,11 @@ from gasp_fast.data.annotations.inventory import Inventory
 from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.permutation import permuted
-from gasp_fast.data.questions.video_qa import VideoQA
+from gasp_fast.data.questions.scene_frames import FrameReader, Rectangle, SceneFrames
+from gasp_fast.data.questions.video_qa import QASample, VideoQA
 from gasp_fast.data.scenes.library import SceneEntry, find_scenes, folder_name, survey
 from gasp_fast.data.scenes.open_scenes import OpenScenes
-from gasp_fast.data.tracks.build import LARGEST_GRID, Tracks, build_tracks
+from gasp_fast.data.tracks.build import LARGEST_GRID, Order, Tracks, build_tracks
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
 from gasp_fast.planning.assumptions import Assumptions
 
@@ -50,9 +51,9 @@ class Outline:
 class Samples(ABC):
     """A source of samples: `len` of them in an epoch, each made on request."""
 
-    kinds: ClassVar[tuple[str, str]]  # what is at fault where a sample cannot be read, and where it cannot be encoded
-    advice: ClassVar[str]  # where nothing can be read
-    one_frame_size: ClassVar[bool]  # whether the frames of all samples usually have one size
+    kinds: tuple[str, str]  # what is at fault where a sample cannot be read, and where it cannot be encoded
+    advice: str  # where nothing can be read
+    one_frame_size: bool  # whether the frames of all samples usually have one size
     root: str
     found: int  # scenes or records
     left_out: list[Skipped]  # those of them that cannot be used
@@ -129,7 +130,7 @@ class ScenesConfig:
     annotations: tuple[str, ...] = ()  # folders of `gasp-fast tracks`, of the same sequences; empty: track on the fly
     grids: tuple[int, ...] = (8, 24)  # query points along a side, coarse and fine; for tracking on the fly
     keep: float = 0.5  # share of the tracks to keep; for tracking on the fly
-    order: Literal["anchor_first", "chronological"] = "anchor_first"  # of a sequence's frames, as the model sees them
+    order: Order = "anchor_first"  # of a sequence's frames, as the model sees them; or chronological
     held_out: float = 0.0  # share of the scenes that is never trained on
     only_counted: bool = False  # not trained on, but epochs and steps are those of a run that trains on them
     sequences: SequenceConfig = field(default_factory=SequenceConfig)  # for tracking on the fly
@@ -259,14 +260,14 @@ def what_is_missing(cache: AnnotationReader, found: Inventory) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class QAConfig:
-    """Questions and answers about videos, in the schema of LLaVA-Video."""
+    """Questions and answers in the schema of LLaVA-Video: about videos, or about frames of `data.scenes.root`."""
 
     root: str = ""  # folder of JSON lists; empty: none
     weight: float = 1.0
     configs: tuple[str, ...] = ()  # its sub-folders to read; empty: all
     limit: int | None = None  # a random subset of so many questions; null: all
     seed: int = 0  # of that subset
-    frames: int = 16  # taken from each video
+    frames: int | None = 16  # taken from each video; null: the records name frames, as those of make-vqa, and all count
     longest_side: int | None = None  # shrink frames to this while decoding
     timeout: float = 30.0  # seconds to decode a video
 
@@ -279,16 +280,18 @@ class QAConfig:
 
 
 class VideoQuestions(Samples):
-    """Questions about videos, as samples without tracks."""
+    """Questions about videos or about frames of scenes, as samples without tracks."""
 
-    kinds = ("video", "question")
-    advice = "; are the archives unpacked beside their JSON lists?"
-    one_frame_size = False
-
-    def __init__(self, config: QAConfig, key: str = "data.qa") -> None:
-        """`key` is the place of `config` in a recipe, for messages."""
+    def __init__(self, config: QAConfig, key: str = "data.qa", scenes: ScenesConfig | None = None) -> None:
+        """`key` is the place of `config` in a recipe, for messages; `scenes` are those whose frames records name."""
         self.config, self.root, self.remarks = config, config.root, []
-        self.records = VideoQA(Path(config.root), config.configs)
+        self.kinds, self.advice = ("video", "question"), "; are the archives unpacked beside their JSON lists?"
+        self.one_frame_size, reader = False, None
+        if config.frames is None:
+            assert scenes is not None
+            self.kinds, self.advice, self.one_frame_size = ("scene", "question"), "", True
+            reader = FrameReader(Path(scenes.root), scenes.held_out)
+        self.records = VideoQA(Path(config.root), config.configs, reader)
         faults = self.records.skipped.items()
         self.left_out = [Skipped("question", f"{self.root}/{name}", reason) for name, reason in faults]
         self.found = len(self.records) + len(faults)
@@ -302,19 +305,36 @@ class VideoQuestions(Samples):
         return self.config.limit or len(self.records)
 
     def load(self, epoch: int, index: int, position: int) -> Sample:
-        config, number = self.config, self._record(index)
-        question = self.records.sample(number, config.frames, timeout=config.timeout, longest_side=config.longest_side)
+        question = self._sample(index, self.config.frames)
         turns = [{"from": turn.speaker, "value": turn.text} for turn in question.record.turns]
         return Sample(frames=list(question.frames), messages=messages_from_record(turns), position=position)
 
     def outline(self, epoch: int, index: int) -> Outline:
-        return Outline(self.config.frames, tuple(turn.text for turn in self.records.record(self._record(index)).turns))
+        record = self.records.record(self._record(index))
+        frames = record.about.frames if isinstance(record.about, SceneFrames) else ()
+        return Outline(self.config.frames or len(frames), tuple(turn.text for turn in record.turns))
 
     def frame_size_of(self, index: int) -> tuple[int, int]:
-        config = self.config
-        question = self.records.sample(self._record(index), 1, timeout=config.timeout, longest_side=config.longest_side)
-        height, width = question.frames[0].shape[:2]
+        named = self.records.record(self._record(index)).about
+        if isinstance(named, SceneFrames) and self.records.reader is not None:
+            return self.records.reader.size(named)
+        height, width = self._sample(index, 1).frames[0].shape[:2]
         return width, height
+
+    def seen_part(self) -> tuple[tuple[int, int], Rectangle] | None:
+        """The size of a frame that a record names, and the part of it that a model must see; None of videos."""
+        if self.records.reader is None:
+            return None
+        for number in range(min(TRIES, len(self))):
+            named = self.records.record(self._record(number)).about
+            with suppress(OSError, ValueError):  # which loading it would raise, and report
+                if isinstance(named, SceneFrames):
+                    return self.records.reader.size(named), named.seen
+        return None
+
+    def _sample(self, index: int, frames: int | None) -> QASample:
+        config, number = self.config, self._record(index)
+        return self.records.sample(number, frames, timeout=config.timeout, longest_side=config.longest_side)
 
     def name(self, index: int) -> str:
         return self.records.name(self._record(index))

@@ -57,6 +57,12 @@ class DataConfig:
             if name == "scenes" and self.scenes.only_counted:
                 key = "scenes.only_counted = true"
             raise ValueError(f"data.{key} leaves no source to train on; give one a root and a weight above 0")
+        for name, source in self.used.items():
+            if isinstance(source, QAConfig) and source.frames is None and not self.scenes.root:
+                raise ValueError(
+                    f"data.{name}.frames = null takes frames of scenes; give data.scenes.root (with "
+                    "data.scenes.weight=0 nothing else of them is trained on)"
+                )
         most = max(FEWEST_FOR_LIMIT, 4 * usable_cores())
         if not 0 <= self.workers <= most:
             raise ValueError(
@@ -106,7 +112,7 @@ class SampleStream(Dataset[Sample]):
         self.sources: dict[str, Samples] = {
             name: once(partial(TrackedScenes, source, max(1, config.workers)))
             if isinstance(source, ScenesConfig)
-            else VideoQuestions(source, f"data.{name}")
+            else VideoQuestions(source, f"data.{name}", config.scenes)
             for name, source in config.used.items()
         }
         lengths = {name: len(source) for name, source in self.sources.items()}

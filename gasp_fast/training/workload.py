@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gasp_fast.backbones import Backbone, unwrap
 from gasp_fast.backbones.chat import IGNORE
+from gasp_fast.backbones.frames import FRAMES_PER_GRID
 from gasp_fast.backbones.liger import choose_liger
 from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.settings import SETTINGS_FILE
@@ -156,37 +157,51 @@ def plans_of_readings(
 
 
 def sequence_mix(config: TrainConfig, frame_tokens: int, assumptions: Assumptions) -> SequenceMix:
-    """The sequences that a run draws: one size for each number of frames, and one for each source of questions."""
+    """The sequences that a run draws: one size for each number of frames of each source."""
     sources = config.data.used.values()
     total = sum(source.weight for source in sources)
     mix: SequenceMix = []
     for source in sources:
-        if isinstance(source, QAConfig):
-            visual, text = source.frames * frame_tokens, assumptions.qa_tokens
-            size = SequenceSize(
-                frames=source.frames, tokens=visual + text, visual=visual, labelled=assumptions.labelled
-            )
-            mix.append((source.weight / total, size))
-            continue
-        counts = range(source.sequences.min_frames, source.sequences.max_frames + 1)
+        counts = frame_counts(config, source)
         for frames in counts:
-            visual = frames * frame_tokens
-            size = SequenceSize(
-                frames=frames,
-                tokens=visual + assumptions.prompt_tokens,
-                visual=visual,
-                tracked=visual if config.loss.geometric else 0,
-                anchors=anchors_of(config, frames, frame_tokens, assumptions) if config.loss.geometric else 0,
-            )
+            size = _size(config, source, frames, frame_tokens, assumptions)
             mix.append((source.weight / total / len(counts), size))
     return mix
 
 
+def frame_counts(config: TrainConfig, source: ScenesConfig | QAConfig) -> Sequence[int]:
+    """The numbers of frames of a source's sequences, all equally likely; of a question about a sequence, its own."""
+    if isinstance(source, QAConfig) and source.frames is not None:
+        return [source.frames]
+    sequences = config.data.scenes.sequences
+    return range(sequences.min_frames, sequences.max_frames + 1)
+
+
+def _size(
+    config: TrainConfig, source: ScenesConfig | QAConfig, frames: int, frame_tokens: int, assumptions: Assumptions
+) -> SequenceSize:
+    """The size of a sequence of so many frames. What the model merges into one grid of tokens counts as one."""
+    frames = config.model.grids_of(frames)
+    visual = frames * frame_tokens
+    if isinstance(source, QAConfig):
+        tokens = visual + assumptions.qa_tokens
+        return SequenceSize(frames=frames, tokens=tokens, visual=visual, labelled=assumptions.labelled)
+    tracked = config.loss.geometric
+    return SequenceSize(
+        frames=frames,
+        tokens=visual + assumptions.prompt_tokens,
+        visual=visual,
+        tracked=visual if tracked else 0,
+        anchors=anchors_of(config, frames, frame_tokens, assumptions) if tracked else 0,
+    )
+
+
 def anchors_of(config: TrainConfig, frames: int, frame_tokens: int, assumptions: Assumptions) -> int:
     """Unique anchor tokens of a sequence: no more than there are points, and no more than there are tokens."""
-    per_frame = min(tracks_of(config.data.scenes), frame_tokens)
+    tracks = tracks_of(config.data.scenes)
     if config.data.collator.anchors == "first":
-        return per_frame
+        return min(tracks, frame_tokens)
+    per_frame = min(tracks * FRAMES_PER_GRID[config.model.frames_as], frame_tokens)  # of all frames that share a grid
     return min(frames * frame_tokens, round(per_frame * frames * assumptions.visible))
 
 
@@ -230,18 +245,19 @@ class BatchFlops:
     def sizes(self, batch: dict[str, Any]) -> list[SequenceSize]:
         """The sizes of the sequences of a batch on the CPU, padding included.
 
-        Where frames have no fixed number of tokens, they are counted by the text between them. The sizes of tracks are
-        assigned to the first sequences, whichever they belong to: the count of a batch is a sum over its sequences.
+        The sizes of tracks are assigned to the first sequences, whichever they belong to: the count of a batch is a sum
+        over its sequences.
         """
         row, padded = batch["token_index"].row, batch["input_ids"].shape  # [B, S]
         lengths = [padded[1]] * padded[0] if row is None else row.lengths
         visual = (batch["input_ids"] == self.visual_token_id).flatten().split(lengths)
         labelled = (batch["labels"] != IGNORE).flatten().split(lengths)
+        frames = self._frames(visual, batch["token_index"].on_host.get("video_grid_thw"))
         tracked = [*_tracked(batch["matches"])]
         tracked += [(0, 0)] * (len(lengths) - len(tracked))
         return [
             SequenceSize(
-                frames=self._frames(visual[number]),
+                frames=frames[number],
                 tokens=length,
                 visual=int(visual[number].sum()),
                 tracked=tracked[number][0],
@@ -251,10 +267,19 @@ class BatchFlops:
             for number, length in enumerate(lengths)
         ]
 
-    def _frames(self, visual: Tensor) -> int:
-        """Frames of a sequence, of which tokens `visual [S]` are visual."""
+    def _frames(self, visual: Sequence[Tensor], videos: Tensor | None) -> list[int]:
+        """Token grids of each sequence, whose tokens `visual [S]` are visual.
+
+        Where they have no fixed number of tokens, images are counted by the text between them. `videos [videos, 3]` are
+        the times, rows and columns of the sequences with frames, where frames are a video.
+        """
         fixed = self.setup.shape.frame_tokens
-        return int(visual.sum()) // fixed if fixed else int((visual & ~visual.roll(1)).sum())
+        if fixed:
+            return [int(tokens.sum()) // fixed for tokens in visual]
+        if videos is None:
+            return [int((tokens & ~tokens.roll(1)).sum()) for tokens in visual]
+        times = iter(videos[:, 0].tolist())
+        return [next(times) if tokens.any() else 0 for tokens in visual]
 
 
 def _tracked(matches: Matches) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from support.damaged_scenes import damage_bytes, damage_json, replace_file
 from gasp_fast.data.annotations.read import AnnotationReader
 from gasp_fast.data.annotations.settings import AnnotationSettings, store_settings
 from gasp_fast.data.annotations.shard import shard_arrays, shard_bytes, shard_path
+from gasp_fast.data.questions.scene_frames import FrameReader, SceneFrames
 from gasp_fast.data.questions.video_qa import VideoQA, record_json
 from gasp_fast.data.scenes.library import SceneEntry
 from gasp_fast.data.tracks.build import Tracks
@@ -56,10 +58,29 @@ def use_questions(folder: Path) -> list[object]:
     return []
 
 
+def write_questions_about_frames(folder: Path) -> Path:
+    frames = SceneFrames("1K/a", "00ff", (3, 1, 2), (0.0, 0.0, 96.0, 72.0))
+    (folder / "qa.json").write_text(json.dumps([record_json(str(i), ("q", "a"), "s", frames) for i in range(3)]))
+    return folder / "qa.json"
+
+
+def use_questions_about_frames(folder: Path) -> list[object]:
+    data = VideoQA(folder, reader=FrameReader(folder / "scenes"))
+    for index in range(len(data)):
+        with suppress(FileNotFoundError):  # of the scene, which is not there
+            data.sample(index)
+    return []
+
+
 @pytest.mark.parametrize(
     ("write", "use"),
-    [(write_annotations, use_annotations), (write_settings, use_annotations), (write_questions, use_questions)],
-    ids=["shards", "settings", "questions"],
+    [
+        (write_annotations, use_annotations),
+        (write_settings, use_annotations),
+        (write_questions, use_questions),
+        (write_questions_about_frames, use_questions_about_frames),
+    ],
+    ids=["shards", "settings", "questions", "questions about frames"],
 )
 def test_damage_is_refused_in_one_line_or_changes_nothing(
     tmp_path: Path,

@@ -145,7 +145,10 @@ WORK = {  # of each command: what is replaced, so that nothing begins; and argum
     "scenes": ("gasp_fast.cli.scenes.in_processes", ["SCENES"]),
     "depth": ("gasp_fast.cli.depth.DepthRun", ["SCENES"]),
     "tracks": ("gasp_fast.data.annotations.write.prepare", ["SCENES", "--out", "out", "--min-frames", "2"]),
-    "make-vqa": ("gasp_fast.data.annotations.read.AnnotationReader", ["SCENES", "--tracks", "tracks", "--out", "out"]),
+    "make-vqa": (
+        "gasp_fast.data.annotations.read.AnnotationReader",
+        ["SCENES", "--tracks", "tracks", "--model", "model", "--out", "out"],
+    ),
     "plan": ("gasp_fast.training.workload.plan_run", ["CONFIG"]),
     "evaluate": (
         "gasp_fast.evaluation.evaluated_model.load_evaluated_model",

@@ -92,8 +92,8 @@ def test_a_baseline_differs_from_the_recipe_only_in_what_it_is_about(prefix: str
     assert differing(gasp, corr) == {"loss.depth_weight", "run.out"} and corr.loss.geometric
     no_geometry = {"loss.depth_weight", "loss.corr_weight", "data.scenes.only_counted", "run.out"}
     assert differing(gasp, sft) == {*no_geometry, "data.qa.limit"}
-    assert differing(gasp, vqa) - {"data.vqa.longest_side"} == {*no_geometry, "data.vqa.root"}
-    assert vqa.data.vqa.longest_side == gasp.data.qa.longest_side
+    assert differing(gasp, vqa) == {*no_geometry, "data.vqa.root", "data.vqa.frames"}
+    assert vqa.data.vqa.frames is None  # all frames of a sequence
     assert not sft.loss.geometric and not vqa.loss.geometric
     assert list(sft.data.used) == ["qa"] and list(vqa.data.used) == ["qa", "vqa"]
 

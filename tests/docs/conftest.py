@@ -31,6 +31,7 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         if document == "docs/data.md":
             shutil.rmtree(folder / "data" / "tracks")
             shutil.rmtree(folder / "data" / "dl3dv-vqa")
+            shutil.rmtree(folder / "data" / "dl3dv-vqa-llava")
             shutil.rmtree(folder / "data" / "dl3dv")
             (folder / "raw").rename(folder / "data" / "dl3dv")
         monkeypatch.chdir(folder)

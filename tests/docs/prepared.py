@@ -24,9 +24,10 @@ LOOK = SyntheticConfig(frames=10, width=96, height=80, samples=1)
 # Options appended to a command of the documents, so that it takes seconds; of two values of an option the last counts.
 SHORT_TRAINING = shlex.split(
     "model.dtype=fp32 train.steps=2 train.batch_size=2 lora.rank=4 heads.layers=all heads.compute=fp32 data.workers=0 "
-    "data.scenes.held_out=0 data.qa.limit=null data.qa.frames=2 data.vqa.frames=2 run.progress=false run.min_free_gb=0 "
+    "data.scenes.held_out=0 data.qa.limit=null data.qa.frames=2 run.progress=false run.min_free_gb=0 "
     "deepspeed=null"
 )
+MAKE_VQA = "make-vqa data/dl3dv --tracks data/tracks/grid8"
 SHORT = {
     "render": "--scenes 2 --frames 10 --size 96",
     "tracks": "--per-scene 2 --min-frames 3 --max-frames 4 --window 4 --workers 1 --held-out 0",
@@ -56,7 +57,8 @@ def prepare(root: Path) -> None:
         "depth data/dl3dv",
         f"tracks data/dl3dv --grid 8 --out data/tracks/grid8 {SHORT['tracks']}",
         f"tracks data/dl3dv --grid 24 --out data/tracks/grid24 {SHORT['tracks']}",
-        f"make-vqa data/dl3dv --tracks data/tracks/grid8 --out data/dl3dv-vqa {SHORT['make-vqa']}",
+        f"{MAKE_VQA} --model Qwen/Qwen2.5-VL-7B-Instruct --out data/dl3dv-vqa {SHORT['make-vqa']}",
+        f"{MAKE_VQA} --model llava-hf/LLaVA-NeXT-Video-7B-hf --out data/dl3dv-vqa-llava {SHORT['make-vqa']}",
         f"evaluate --model MODEL --scenes SCENES --out .report {SHORT['evaluate']}",
     ):
         assert run_command(words.split()) == 0, words

@@ -130,6 +130,26 @@ def test_a_damaged_prediction_file_is_computed_again(models, dataset, config, tm
     assert evaluate(model, dataset, config, tmp_path).report == whole
 
 
+@pytest.mark.parametrize("rope", ["before", "after"])
+def test_frames_of_a_doubled_video_are_scored_frame_by_frame(model_folders, dataset, tmp_path, rope):
+    """The same points at the same tokens as with images, other features, and other predictions on disk."""
+    config = EvaluationConfig(data=dataset.config, features=("qk", "hidden"), rope=rope, batch=2)
+    reports = {}
+    for choice in ("images", "video_doubled"):
+        evaluated = load_evaluated_model(model_folders["qwen-gqa"], frames_as=choice)
+        out = tmp_path / choice
+        reports[choice] = evaluate(evaluated, dataset, config, out)
+        other = load_evaluated_model(model_folders["qwen-gqa"])
+        if choice != "images":
+            with pytest.raises(ValueError, match="frames_as"):
+                evaluate(other, dataset, config, out)
+    for ours, theirs in zip(*(one.predictions for one in reports.values()), strict=True):
+        assert np.array_equal(ours.anchor, theirs.anchor) and np.array_equal(ours.target, theirs.target)
+        assert np.array_equal(ours.gap, theirs.gap)
+    hidden = [np.concatenate([one.confidence["hidden"] for one in r.predictions], 1) for r in reports.values()]
+    assert not np.allclose(hidden[0], hidden[1])
+
+
 def test_predictions_of_other_settings_are_not_reused(models, dataset, config, tmp_path):
     evaluate(models["qwen-gqa"], dataset, config, tmp_path)
     other = EvaluationConfig(data=dataset.config, temperature=0.1)

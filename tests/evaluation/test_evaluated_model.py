@@ -48,6 +48,24 @@ def test_heads_of_another_model_are_refused(models, tmp_path):
         load_evaluated_model(folder)
 
 
+@pytest.mark.parametrize("place", ["checkpoint-1", "."])
+def test_frames_are_passed_as_the_run_passed_them(model_folders, tmp_path, place):
+    folder = shutil.copytree(model_folders["qwen-gqa"], tmp_path / "run" / "checkpoint-1")
+    assert load_evaluated_model(folder).backbone.frames_as == "images"
+    config = tmp_path / "run" / place / "config.yaml"
+    for choice in ("images", "video_doubled"):
+        config.write_text(f"model: {{source: somewhere, frames_as: {choice}}}")
+        assert load_evaluated_model(tmp_path / "run").backbone.frames_as == choice
+        assert load_evaluated_model(folder, frames_as="images").backbone.frames_as == "images"
+    config.write_text("model: {frames_as: video_pairs}")
+    with pytest.raises(ValueError, match=r"merges frames into one grid of tokens.*--frames-as video_doubled"):
+        load_evaluated_model(folder)
+    assert load_evaluated_model(folder, frames_as="video_doubled").backbone.frames_per_grid == 1
+    config.write_text("model: {frames_as: [film]}")
+    with pytest.raises(ValueError, match="is unknown; choose one of images"):
+        load_evaluated_model(folder)
+
+
 def save_adapter(base, folder):
     from peft import LoraConfig, get_peft_model
 

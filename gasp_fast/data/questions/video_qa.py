@@ -1,9 +1,9 @@
-"""Questions and answers about videos, in the schema of LLaVA-Video-178K.
+"""Questions and answers about videos, in the schema of LLaVA-Video-178K, or about frames of scenes.
 
 A root holds JSON lists of `{id, conversations: [{from, value}], data_source, video}`, directly or in "config" folders
-(`0_30_s_academic_v0_1`, …); `video` is relative to the JSON's folder, or else to the root. The dataset has over a
-million records, so they are stored as one block of bytes, which loader workers share (`shared_bytes.py`), and one array
-of offsets.
+(`0_30_s_academic_v0_1`, …); `video` is relative to the JSON's folder, or else to the root. The records of `make-vqa`
+have `images` in place of `video`: the fields of a `SceneFrames`. The dataset has over a million records, so they are
+stored as one block of bytes, which loader workers share (`shared_bytes.py`), and one array of offsets.
 
 Collections of this size contain damaged files. An invalid record is skipped at loading, and named.
 
@@ -31,6 +31,7 @@ from gasp_fast.data.errors import reading, shown
 from gasp_fast.data.video.read import read_video
 from gasp_fast.files import parse_json, read_json
 
+from .scene_frames import FrameReader, SceneFrames
 from .shared_bytes import SharedBytes
 
 LONGEST_TEXT = 1 << 20  # characters of a turn: more than any model takes, and a second of work for a tokenizer
@@ -40,7 +41,7 @@ SPEAKERS = ("human", "gpt")  # by turns, the human first
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance. The first one of the human contains `<image>` at the place of the video."""
+    """One utterance. The first one of the human contains `<image>` at the place of the frames."""
 
     speaker: str  # "human" | "gpt"
     text: str
@@ -48,22 +49,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class QARecord:
-    """One conversation about one video."""
+    """One conversation about one video, or about frames of one scene."""
 
     id: str
     turns: tuple[Turn, ...]
-    video: str  # relative to the folder of its JSON, or to the root
+    about: str | SceneFrames  # a video's path, relative to the folder of its JSON or to the root; or frames of a scene
 
     @classmethod
     def from_json(cls, fields: Any) -> QARecord:
         """Validates a record; an invalid one is a `ValueError` in a few words."""
         if not isinstance(fields, dict):
             raise ValueError("not an object")
-        video, talk = fields.get("video"), fields.get("conversations")
-        if not isinstance(video, str) or not video:
-            raise ValueError("names no video")
-        if PurePosixPath(video).is_absolute() or ".." in PurePosixPath(video).parts:
-            raise ValueError(f"video {video!r} leads out of its folder")
+        names_frames = "images" in fields and "video" not in fields
+        about = SceneFrames.from_json(fields["images"]) if names_frames else _video_of(fields)
+        talk = fields.get("conversations")
         if not isinstance(talk, list) or len(talk) < 2:
             raise ValueError("has no conversation")
         turns = []
@@ -81,34 +80,48 @@ class QARecord:
         identity = fields.get("id", "")
         if not isinstance(identity, str | int | float):
             raise ValueError(f"id = {shown(identity)} is neither text nor a number")
-        return cls(str(identity), tuple(turns), video)
+        return cls(str(identity), tuple(turns), about)
 
     def to_json(self) -> bytes:
         """UTF-8; a `ValueError` for half of a surrogate pair, which no tokenizer takes."""
-        fields = record_json(self.id, [turn.text for turn in self.turns], "", self.video)
+        fields = record_json(self.id, [turn.text for turn in self.turns], "", self.about)
         return json.dumps(fields, ensure_ascii=False).encode()
 
 
-def record_json(identity: str, texts: Sequence[str], data_source: str, video: str) -> dict[str, Any]:
+def record_json(identity: str, texts: Sequence[str], data_source: str, about: str | SceneFrames) -> dict[str, Any]:
     """A record in the schema; `texts` are alternately questions and answers."""
     talk = [{"from": SPEAKERS[place % 2], "value": text} for place, text in enumerate(texts)]
-    return {"id": identity, "conversations": talk, "data_source": data_source, "video": video}
+    visual = {"video": about} if isinstance(about, str) else {"images": about.to_json()}
+    return {"id": identity, "conversations": talk, "data_source": data_source, **visual}
+
+
+def _video_of(fields: dict[str, Any]) -> str:
+    video = fields.get("video")
+    if not isinstance(video, str) or not video:
+        raise ValueError("names no video")
+    if PurePosixPath(video).is_absolute() or ".." in PurePosixPath(video).parts:
+        raise ValueError(f"video {video!r} leads out of its folder")
+    return video
 
 
 @dataclass(frozen=True)
 class QASample:
-    """A record with frames of its video."""
+    """A record with its frames."""
 
     record: QARecord
-    frames: NDArray[np.uint8]  # [F, H, W, 3]
+    frames: NDArray[np.uint8] | list[NDArray[np.uint8]]  # F times [H, W, 3]
 
 
 @dataclass
 class VideoQA:
-    """All records under a root, by number. `configs` are the folders to read; by default all with JSON lists."""
+    """All records under a root, by number. `configs` are the folders to read; by default all with JSON lists.
+
+    With a `reader` they are about frames of scenes, without one about videos; others are skipped.
+    """
 
     root: Path
     configs: Sequence[str] = ()
+    reader: FrameReader | None = None
     skipped: dict[str, str] = field(default_factory=dict)  # names of records skipped at loading, with the reason
     broken: dict[str, str] = field(default_factory=dict)  # paths of videos that could not be read, with the reason
 
@@ -126,6 +139,8 @@ class VideoQA:
                     yield record
 
         self._text = SharedBytes(records())
+        if not places and not self.skipped:
+            raise ValueError(f"{self.root}: no record is left; all are about scenes that are held out")
         if not places:
             first = "".join(f"; the first: {name}: {reason}" for name, reason in islice(self.skipped.items(), 1))
             raise ValueError(f"{self.root}: none of {len(self.skipped)} records can be used{first}")
@@ -142,7 +157,8 @@ class VideoQA:
 
     def video_path(self, index: int) -> Path:
         """The path of a record's video, which may not exist."""
-        video = self.record(index).video
+        video = self.record(index).about
+        assert isinstance(video, str)
         beside = self._files[self._places[index, 0]].parent / video
         return beside if os.path.exists(beside) else self.root / video
 
@@ -155,8 +171,18 @@ class VideoQA:
         """A hash of all records. Opens no video."""
         return blake2b(self._text.view(), digest_size=16).hexdigest()
 
-    def sample(self, index: int, frames: int = 16, timeout: float = 30.0, longest_side: int | None = None) -> QASample:
-        """Record `index` with evenly spread frames. An unreadable video is an `OSError`, and not tried again."""
+    def sample(
+        self, index: int, frames: int | None = 16, timeout: float = 30.0, longest_side: int | None = None
+    ) -> QASample:
+        """Record `index` with its frames: evenly spread ones of a video, or all that it names of a scene.
+
+        An unreadable video is an `OSError`, and not tried again. The other arguments are for videos only.
+        """
+        record = self.record(index)
+        if isinstance(record.about, SceneFrames):
+            assert self.reader is not None
+            return QASample(record, self.reader.read(record.about))
+        assert frames is not None
         path = self.video_path(index)
         if reason := self.broken.get(str(path)):
             raise OSError(reason)
@@ -165,7 +191,7 @@ class VideoQA:
         except OSError as error:
             self.broken[str(path)] = str(error)
             raise
-        return QASample(self.record(index), images)
+        return QASample(record, images)
 
     def _lists(self) -> list[Path]:
         if not self.root.is_dir():
@@ -194,6 +220,18 @@ class VideoQA:
             raise ValueError(f"{path}: holds {type(records).__name__}, not a list of records")
         for number, fields in enumerate(records):
             try:
-                yield number, QARecord.from_json(parse_json(fields, "line") if lines else fields).to_json()
+                record = QARecord.from_json(parse_json(fields, "line") if lines else fields)
+                if not self._leaves_out(record):
+                    yield number, record.to_json()
             except ValueError as error:
                 self.skipped[f"{path.relative_to(self.root)}[{number}]"] = str(error)
+
+    def _leaves_out(self, record: QARecord) -> bool:
+        """Whether a valid record is of a scene that is held out. Raises if it is of the other kind."""
+        if isinstance(record.about, str):
+            if self.reader is not None:
+                raise ValueError("names a video; give the number of its frames to take")
+            return False
+        if self.reader is None:
+            raise ValueError("names frames of a scene; take all of them with frames: null")
+        return self.reader.leaves_out(record.about)

@@ -23,6 +23,7 @@ from gasp_fast.data.scenes.scene import Scene, rigid_inverse
 
 from . import reference
 
+Order = Literal["anchor_first", "chronological"]  # of a sequence's frames, as the model sees them
 BORDER = 4.0  # pixels; closer to the image's edge a point counts as not visible
 LARGEST_GRID = 1024  # query points along an axis
 AGREEMENT = 0.05  # largest relative difference between two depths of one surface

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gasp_fast.data.questions.scene_frames import FrameReader, SceneFrames
 from gasp_fast.data.questions.video_qa import QARecord, VideoQA, record_json
 from gasp_fast.data.video.write import write_clip
 
@@ -142,6 +143,41 @@ def test_an_invalid_record_is_skipped_and_named(tmp_path: Path, changes: dict, r
     assert reason in data.skipped["qa.json[1]"] and data.skipped["qa.json[2]"] == "not an object"
 
 
+FRAMES = {"scene": "1K/a", "digest": "00ff", "frames": [7, 3], "seen": [0, 0.5, 4, 3]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scene": "../a"}, "leads out of its folder"),
+        ({"scene": ""}, "is no path"),
+        ({"digest": 7}, "no text"),
+        ({"frames": []}, "no list of whole numbers"),
+        ({"frames": [1, True]}, "no list of whole numbers"),
+        ({"frames": [-1]}, "outside 0 to"),
+        ({"seen": [0, 0, 1]}, "not left, top, right and bottom"),
+        ({"seen": [0, 0, 1, float("inf")]}, "not left, top, right and bottom"),
+        ({"more": 1}, "without scene, digest, frames and seen"),
+    ],
+)
+def test_a_record_that_names_no_frames_is_skipped_and_named(tmp_path: Path, changes: dict, reason: str) -> None:
+    written = [record_json(str(n), ("Where?", "There."), "", SceneFrames("1K/a", "00ff", (7, 3), (0, 0.5, 4, 3)))
+               for n in range(2)]  # fmt: skip
+    written[1]["images"] = {**FRAMES, **changes}
+    (tmp_path / "qa.json").write_text(json.dumps(written))
+    data = VideoQA(tmp_path, reader=FrameReader(tmp_path))
+    assert len(data) == 1 and data.record(0).about.to_json() == {**FRAMES, "frames": (7, 3), "seen": (0, 0.5, 4, 3)}
+    assert list(data.skipped) == ["qa.json[1]"] and reason in data.skipped["qa.json[1]"]
+
+
+def test_videos_and_frames_of_scenes_are_not_read_in_place_of_each_other(tmp_path: Path) -> None:
+    written = [record("a"), record_json("b", ("Where?", "There."), "", SceneFrames("s", "", (0,), (0, 0, 1, 1)))]
+    (tmp_path / "qa.json").write_text(json.dumps(written))
+    videos, frames = VideoQA(tmp_path), VideoQA(tmp_path, reader=FrameReader(tmp_path))
+    assert [one.record(0).id for one in (videos, frames)] == ["a", "b"] and len(videos) == len(frames) == 1
+    assert "frames: null" in videos.skipped["qa.json[1]"] and "names a video" in frames.skipped["qa.json[0]"]
+
+
 def test_numbers_as_identities_and_unknown_keys_are_accepted() -> None:
     read = QARecord.from_json(record("a", id=17, more=[1, 2]))
     assert read.id == "17"
@@ -201,5 +237,5 @@ def test_many_records_stay_small_and_pickle_as_they_are(tmp_path: Path) -> None:
 def test_a_written_record_is_read_back() -> None:
     written = record_json("a", ("<image>\nWhat is it?", "A box."), "here", "a.mp4")
     read = QARecord.from_json(json.loads(json.dumps(written)))
-    assert (read.id, read.video) == ("a", "a.mp4")
+    assert (read.id, read.about) == ("a", "a.mp4")
     assert [(turn.speaker, turn.text) for turn in read.turns] == [("human", "<image>\nWhat is it?"), ("gpt", "A box.")]
