@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gasp_fast.config.loader import load_config, to_yaml
@@ -290,11 +290,13 @@ def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(recipe=recipes)
+@example(recipe=Recipe(name="0E0"))  # a text here, a number to OmegaConf
 def test_every_configuration_can_be_given_by_overrides_alone(tmp_path: Path, recipe: Recipe) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")
     overrides = []
     for key, value in leaves(yaml.safe_load(to_yaml(recipe))):
         quotes = '"' if isinstance(value, list) else None  # [1e5] is a list of numbers, ["1e5"] one of texts
-        overrides.append(f"{key}={yaml.safe_dump(value, default_flow_style=True, default_style=quotes)}")
+        typed = yaml.safe_dump(value, default_flow_style=True, default_style=quotes)
+        overrides.append(f"{key}={typed.removesuffix(chr(10)).removesuffix(chr(10) + '...')}")
     assert load_config(Recipe, path, overrides) == recipe

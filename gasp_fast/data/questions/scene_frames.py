@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gasp_fast.data.errors import shown
-from gasp_fast.data.scenes.library import SceneChangedError, folder_name, scene_digest
+from gasp_fast.data.scenes.library import SceneChangedError, folder_name, has_digest
 from gasp_fast.data.scenes.open_scenes import OpenScenes
 from gasp_fast.data.scenes.scene import MOST_FRAMES
 from gasp_fast.data.tracks.sequences import is_held_out
@@ -62,7 +62,7 @@ class FrameReader:
         """`held_out` is the share of the scenes that is never trained on."""
         self.library, self.held_out = library, held_out
         self.scenes = OpenScenes(library)
-        self._digests: dict[str, str] = {}  # of the scenes that this process has opened
+        self._unchanged: set[tuple[str, str]] = set()  # names and digests of scenes that this process has compared
 
     def leaves_out(self, named: SceneFrames) -> bool:
         return _is_held_out(self.library, named.scene, self.held_out)
@@ -70,10 +70,10 @@ class FrameReader:
     def read(self, named: SceneFrames) -> list[NDArray[np.uint8]]:
         """The photographs `[H, W, 3]`. A scene that is not what it was when the record was made is an error."""
         scene = self.scenes[named.scene]
-        if named.scene not in self._digests:
-            self._digests[named.scene] = scene_digest(scene)
-        if self._digests[named.scene] != named.digest:
-            raise SceneChangedError(f"{scene.root}: the scene has changed; make its questions again")
+        if (named.scene, named.digest) not in self._unchanged:
+            if not has_digest(scene, named.digest):
+                raise SceneChangedError(f"{scene.root}: the scene has changed; make its questions again")
+            self._unchanged.add((named.scene, named.digest))
         return [scene.image(frame) for frame in named.frames]
 
     def size(self, named: SceneFrames) -> tuple[int, int]:
