@@ -123,7 +123,6 @@ def conclude(out: Path, folders: dict[str, Path], steps: int, seconds: float) ->
     """Writes the page, prints the table, and stops with an error if training failed."""
     from rich.console import Console
 
-    from gasp_fast.backbones import load_backbone
     from gasp_fast.evaluation.gallery import draw_comparison
     from gasp_fast.evaluation.report import read_report, write_comparison
     from gasp_fast.evaluation.tables import terminal_table
@@ -131,12 +130,12 @@ def conclude(out: Path, folders: dict[str, Path], steps: int, seconds: float) ->
     reports = {name: read_report(folder) for name, folder in folders.items()}
     before, after = reports["before"]["pck"]["peak"], reports["full"]["pck"]["peak"]
     drawn = {name: folders[name] for name in ("before", "language only", "full")}
-    pictures = draw_comparison(drawn, out / "scenes", load_backbone(out / "model"), out / "pictures", 2)
+    pictures = draw_comparison(drawn, out / "scenes", out / "pictures", 2)
     pictures += [("True tracks over frames, coloured by depth", sorted((out / "tracks").glob("*.png"))[0])]
     introduction = INTRODUCTION.format(steps=steps, before=before, after=after)
-    page, _ = write_comparison(reports, out, pictures, "GASP training of a small model", introduction)
+    comparison = write_comparison(reports, out, pictures, "GASP training of a small model", introduction)
     Console().print(terminal_table(reports, ["head"]))
-    print(f"\n{seconds / 60:.1f} minutes; results: {page}")
+    print(f"\n{seconds / 60:.1f} minutes; results: {comparison.page}")
     print("next, on a GPU: gasp-fast doctor; python -m gasp_fast.train configs/qwen2_5_vl_7b.yaml --dry-run")
     if after - before < GAIN:
         raise SystemExit(f"demo: PCK@2 went from {before:.3f} to {after:.3f}, a gain below {GAIN}: training failed")

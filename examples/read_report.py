@@ -1,4 +1,4 @@
-"""Reads a report of `gasp-fast evaluate`: prints its main metrics and plots PCK@2 by temporal gap.
+"""Reads a report of `gasp-fast evaluate`: prints its main metrics and plots PCK by temporal gap.
 
     python examples/read_report.py                    # first makes a small report: a tiny model on rendered rooms
     python examples/read_report.py REPORT --out DIR   # reads REPORT/report.json
@@ -17,21 +17,22 @@ from typing import Any
 import numpy as np
 
 from gasp_fast.evaluation.report import read_report
+from gasp_fast.evaluation.tables import pck_name
 
 
 def describe(report: dict[str, Any]) -> list[str]:
-    pck = report["pck"]
+    pck, name = report["pck"], pck_name({"": report})
     moved = report["pck_moved"]["per_layer"][report["layers"].index(pck["peak_layer"])]
     on_moved = "no point moved" if moved is None else f"{moved:.3f} on moved points"
     return [
         f"{report['model']}: {report['sequences']} sequences, features: {report['features']}",
-        f"best layer {pck['peak_layer']} of {max(report['layers'])}: PCK@2 {pck['peak']:.3f}, {on_moved}",
+        f"best layer {pck['peak_layer']} of {max(report['layers'])}: {name} {pck['peak']:.3f}, {on_moved}",
         f'gain over the "same position" guess ({report["identity"]:.3f}): {pck["peak"] - report["identity"]:+.3f}',
     ]
 
 
 def plot(report: dict[str, Any], path: Path) -> Path:
-    """Plots PCK@2 of the best layer by temporal gap; the curve is interrupted at gaps without correspondences."""
+    """Plots PCK of the best layer by temporal gap; the curve is interrupted at gaps without correspondences."""
     from matplotlib.figure import Figure
 
     temporal = report["temporal"]
@@ -40,7 +41,7 @@ def plot(report: dict[str, Any], path: Path) -> Path:
     axis = figure.subplots()
     axis.plot(temporal["gaps"], pck, marker="o", label=f"layer {temporal['layer']}")
     axis.plot(temporal["gaps"], identity, "--", color="0.4", label="same position (identity)")
-    axis.set(xlabel="gap (frames)", ylabel="PCK@2", ylim=(0, 1))
+    axis.set(xlabel="gap (frames)", ylabel=pck_name({"": report}), ylim=(0, 1))
     axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
     return path

@@ -144,7 +144,7 @@ class Collator:
         """Tokens and depths `[T, F]` of each grid's tracks: the share `keep` of them, without points seen before."""
         points = np.zeros(0, np.int64)
         for tracks in by_grid:
-            tokens, own = _track_tokens(tracks, grids, starts), _point_numbers(tracks)
+            tokens, own = track_tokens(tracks, grids, starts), _point_numbers(tracks)
             chosen = np.sort(most_visible((tokens >= 0).T, self.config.keep))
             chosen = chosen[~np.isin(own[chosen], points)]
             points = np.concatenate([points, own[chosen]])
@@ -167,7 +167,7 @@ class Collator:
         return from_frame, to_frame
 
 
-def _track_tokens(tracks: Tracks, grids: Sequence[TokenGrid], starts: NDArray[np.integer]) -> NDArray[np.int64]:
+def track_tokens(tracks: Tracks, grids: Sequence[TokenGrid], starts: NDArray[np.integer]) -> NDArray[np.int64]:
     """The token of each tracked point in each frame, `[T, F]`; -1 where the point is not visible or has no token.
 
     `grids` and `starts` `[F]` are each frame's grid and the number of its first token.

@@ -41,7 +41,7 @@ from .backbones.base import load_complete, loading, local_folder
 from .backbones.base_model import DTYPES, usable_device
 from .backbones.fingerprint import check_base
 from .files import complete_folder, share_as, write_atomically
-from .run_folder import base_of, weights_folder
+from .run_folder import base_of, holds_only_heads, weights_folder
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
 TOLERANCE = 1e-4  # of a logit, in fp32
@@ -158,6 +158,11 @@ def find_checkpoint(source: str | os.PathLike[str], base: str | None = None) -> 
         raise FileNotFoundError(
             f"RUN {str(source)!r} holds neither a checkpoint's weights (adapter_model.safetensors or "
             "model.safetensors) nor checkpoint-N folders; pass a run of gasp_fast.train, or one of its checkpoints"
+        )
+    if holds_only_heads(folder):
+        raise ValueError(
+            f"{folder} was trained with train.mode = heads, which changes no weight of the model: there is nothing to "
+            f"export, use its base model {base or base_of(folder)!r}"
         )
     mode: Literal["lora", "full"] = "lora" if (folder / "adapter_config.json").is_file() else "full"
     named = base or base_of(folder) or (str(folder) if mode == "full" else None)

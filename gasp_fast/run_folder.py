@@ -73,7 +73,16 @@ def weights_folder(source: Path) -> Path | None:
 
 def _holds_weights(folder: Path) -> bool:
     adapters = (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
-    return adapters or ((folder / "config.json").is_file() and any(folder.glob("model*.safetensors")))
+    whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    return adapters or whole or holds_only_heads(folder)
+
+
+def holds_only_heads(folder: Path) -> bool:
+    """Whether it is a checkpoint of `train.mode: heads`, whose model is its base model."""
+    if not ((folder / HEADS).is_file() and (folder / ABOUT).is_file()):
+        return False
+    about = read_json(folder / ABOUT)
+    return isinstance(about, dict) and about.get("mode") == "heads"
 
 
 def configuration_of(checkpoint: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def train(
     guards.check_trackers(config.run)
     out = Path(config.run.out)
     deepspeed = distributed.read_deepspeed(config.deepspeed)
-    guards.check_supervision(config, Sharding.of(deepspeed))
+    guards.check_sharding(config, Sharding.of(deepspeed))
     processes = distributed.start_processes(deepspeed is not None, config.run.timeout)
     with guards.alone_in(out) if processes.first and not try_one_step else nullcontext():
         resume = None if try_one_step else checkpoints.to_resume(out, config.run.resume, processes)

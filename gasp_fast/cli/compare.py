@@ -1,12 +1,13 @@
 """Compare several reports of gasp-fast evaluate in one table and one figure.
 
 Typically the model before training, after training with the correspondence loss only, and after the full recipe, all
-evaluated on the same sequences. Reads report folders; writes index.html and the figures into --out.
+evaluated on the same sequences. Reads report folders; writes index.html and the figures into --out. Each report's
+difference from the first is given with a 95 % interval, from a paired bootstrap over the sequences that both have.
 
 examples:
   gasp-fast compare before after --out comparison
   gasp-fast compare before corr full --names "before,correspondence only,full" --out comparison
-  gasp-fast compare before full --out comparison --scenes scenes --model Qwen/Qwen2.5-VL-7B-Instruct
+  gasp-fast compare before full --out comparison --scenes scenes      # with pictures of the predictions
 """
 
 from __future__ import annotations
@@ -22,40 +23,34 @@ HELP = "compare reports of gasp-fast evaluate"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="folders (or report.json) to compare")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the comparison")
-    parser.add_argument(
-        "--scenes", type=Path, metavar="DIR", help="the scenes of the reports, to draw predictions; needs --model"
-    )
-    parser.add_argument("--model", metavar="DIR", help="one of the models, for its token grid; needs --scenes")
+    parser.add_argument("--scenes", type=Path, metavar="DIR", help="the scenes of the reports, to draw predictions")
     parser.add_argument("--names", metavar="LIST", help="names of the reports, separated by commas (default: models)")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from gasp_fast.evaluation.paired import difference_rows
     from gasp_fast.evaluation.report import read_report, write_comparison
-    from gasp_fast.evaluation.tables import terminal_table
+    from gasp_fast.evaluation.tables import terminal_rows, terminal_table
 
     console = Console()
     contents = [read_report(path, whole=True) for path in arguments.reports]
     folders = [path.parent if path.is_file() else path for path in arguments.reports]
     names = _names(arguments.names, [report["model"] for report in contents], folders)
     reports = dict(zip(names, contents, strict=True))
-    pictures = _pictures(arguments, dict(zip(names, folders, strict=True)))
-    page, warnings = write_comparison(reports, arguments.out, pictures)
+    pictures = []
+    if arguments.scenes is not None:
+        from gasp_fast.evaluation.gallery import draw_comparison
+
+        outs = dict(zip(names, folders, strict=True))
+        pictures = draw_comparison(outs, arguments.scenes, arguments.out / "pictures", 3)
+    comparison = write_comparison(reports, arguments.out, pictures)
     console.print(terminal_table(reports))
-    for warning in warnings:
+    if comparison.differences:
+        console.print(terminal_rows(difference_rows(comparison.differences, reports), {}, ("difference", "metric")))
+    for warning in comparison.warnings:
         console.print(warning, style="yellow", highlight=False, soft_wrap=True)
-    console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
+    console.print(f"comparison: {comparison.page}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _pictures(arguments: argparse.Namespace, folders: dict[str, Path]) -> list[tuple[str, Path]]:
-    if (arguments.scenes is None) != (arguments.model is None):
-        raise ValueError("--scenes and --model are needed together to draw predictions; give both, or neither")
-    if arguments.scenes is None:
-        return []
-    from gasp_fast.backbones import load_backbone
-    from gasp_fast.evaluation.gallery import draw_comparison
-
-    return draw_comparison(folders, arguments.scenes, load_backbone(arguments.model), arguments.out / "pictures", 3)
 
 
 def _names(given: str | None, models: list[str], folders: list[Path]) -> list[str]:

@@ -2,13 +2,14 @@
 
 Reads a model (a folder or hub name, a run of gasp_fast.train with its heads, or a LoRA adapter) and scenes in any
 format that gasp-fast scenes reads. Writes index.html, report.json, figures and pictures into --out (default for a run:
-RUN/report). Run again with the same options, a stopped evaluation resumes. Scenes and sequences that cannot be read are
-left out and named. docs/evaluating.md defines the metrics.
+RUN/report). Run again with the same options, a stopped evaluation resumes; with another --radius, the predictions are
+scored again. Scenes and sequences that cannot be read are left out and named. docs/evaluating.md defines the metrics.
 
 examples:
   gasp-fast evaluate --model runs/full --scenes held-out                          # into runs/full/report
   gasp-fast evaluate --model Qwen/Qwen2.5-VL-7B-Instruct --scenes scenes --out before --features qk,hidden
   gasp-fast evaluate --model runs/full --scenes scenes --held-out 0.05 --out report     # only what training left out
+  gasp-fast evaluate --model runs/full --scenes scenes --features qk --direction both --confidence attention
 """
 
 from __future__ import annotations
@@ -59,11 +60,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rope", choices=("before", "after"), default="before", help="qk before or after the rotary embedding"
     )
+    parser.add_argument(
+        "--direction",
+        choices=("forward", "causal", "both"),
+        default="forward",
+        help="forward: points of the first frame are looked for in later frames; causal: points of later frames in the "
+        "first, as attention does; both side by side",
+    )
+    parser.add_argument(
+        "--confidence",
+        choices=("cosine", "attention"),
+        default="cosine",
+        help="of a prediction: its matching probability; attention: that of qk by a softmax of q.k / sqrt(d)",
+    )
+    parser.add_argument(
+        "--radius", type=float, default=2.0, metavar="X", help="patches within which a prediction is correct"
+    )
     parser.add_argument("--temperature", type=float, default=0.07, metavar="X", help="of the matching probabilities")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in one forward pass")
     parser.add_argument("--pictures", type=int, default=3, metavar="N", help="sequences to draw; 0: none")
     parser.add_argument(
-        "--frame-pixels", type=int, metavar="N", help="most pixels of a frame (Qwen; default: the processor's)"
+        "--frame-pixels",
+        type=int,
+        metavar="N",
+        help="most pixels of a frame (Qwen; default: the run's model.frame_pixels, or else the processor's limit)",
     )
     parser.add_argument(
         "--frames-as",
@@ -86,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.evaluation.evaluate import evaluate
     from gasp_fast.evaluation.evaluated_model import load_evaluated_model
     from gasp_fast.evaluation.gallery import draw_gallery
-    from gasp_fast.evaluation.report import warnings_of, write_report
+    from gasp_fast.evaluation.report import token_grids, warnings_of, write_report
     from gasp_fast.evaluation.tables import terminal_table
     from gasp_fast.run_folder import REPORT, result_folder
 
@@ -114,6 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
     pictures = draw_gallery(evaluated, dataset, config, evaluation, out / "pictures", arguments.pictures)
     page = write_report(evaluation.report, out, pictures)
     console.print(terminal_table({evaluated.name: evaluation.report}))
+    console.print(token_grids(evaluation.report), highlight=False)
+    if config.direction == "causal" and arguments.pictures:
+        console.print("No pictures: they show the forward direction; take --direction both to have them.")
     if evaluated.heads_origin == "initial":
         console.print("The heads are untrained: initialised from W_Q, as at the start of training.")
     if untracked := evaluation.report["sequences_without_tracks"]:
@@ -142,5 +165,12 @@ def _config(arguments: argparse.Namespace) -> EvaluationConfig:
     )
     names = () if arguments.features == "auto" else tuple(name.strip() for name in arguments.features.split(","))
     return EvaluationConfig(
-        data=data, features=names, rope=arguments.rope, temperature=arguments.temperature, batch=arguments.batch
+        data=data,
+        features=names,
+        rope=arguments.rope,
+        direction=arguments.direction,
+        confidence=arguments.confidence,
+        radius=arguments.radius,
+        temperature=arguments.temperature,
+        batch=arguments.batch,
     )

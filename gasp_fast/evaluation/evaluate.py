@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -25,9 +25,12 @@ from gasp_fast.loss.function import PCK_RADIUS
 from .dataset import EvaluationSet, EvaluationSetConfig
 from .evaluated_model import EvaluatedModel
 from .features import KINDS, Kind, Rope
-from .metrics import summary
-from .predict import Predictor
+from .matching import Directions
+from .predict import Confidence, Predictor
 from .predictions import Predictions, PredictionStore
+from .report_content import report_content
+
+LARGEST_RADIUS = 1000  # patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,9 @@ class EvaluationConfig:
     data: EvaluationSetConfig = field(default_factory=EvaluationSetConfig)
     features: tuple[Kind, ...] = ()  # empty: every kind that the model has; the first leads the report
     rope: Rope = "before"
+    direction: Directions = "forward"
+    confidence: Confidence = "cosine"  # attention: that of `qk` is a softmax of q.k / sqrt(d)
+    radius: float = PCK_RADIUS  # patches, within which a prediction is correct
     temperature: float = LossConfig.temperature
     batch: int = 4  # sequences in one forward pass
 
@@ -44,6 +50,13 @@ class EvaluationConfig:
         for kind in self.features:
             if kind not in KINDS:
                 raise ValueError(f"features = {kind!r} is unknown; choose among {', '.join(KINDS)}")
+        for name, choices in (("direction", get_args(Directions)), ("confidence", get_args(Confidence))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is unknown; choose among {', '.join(choices)}")
+        if self.confidence == "attention" and self.features and "qk" not in self.features:
+            raise ValueError("confidence = 'attention' is of queries and keys: add qk to --features, or take cosine")
+        if not 0 <= self.radius <= LARGEST_RADIUS:
+            raise ValueError(f"radius = {self.radius} must be from 0 to {LARGEST_RADIUS} patches")
         check_whole(self, ("batch",))
         if not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
             raise ValueError(
@@ -57,7 +70,7 @@ class Evaluation:
 
     report: dict[str, Any]
     predictions: list[Predictions]
-    layers: dict[Kind, list[int]]  # of each kind of features, from 0
+    layers: dict[str, list[int]]  # of each measured name, from 0
 
 
 def evaluate(
@@ -71,8 +84,11 @@ def evaluate(
 ) -> Evaluation:
     """Runs the model on every sequence without predictions in `out`, then computes the metrics of all sequences."""
     kinds = config.features or tuple(kind for kind in KINDS if kind != "head" or evaluated.heads is not None)
-    predictor = Predictor(evaluated, kinds, config.rope, config.temperature)
-    store = PredictionStore(out, kinds)
+    predictor = Predictor(
+        evaluated, kinds, config.rope, config.temperature, direction=config.direction, confidence=config.confidence,
+        groups=True,
+    )  # fmt: skip
+    store = PredictionStore(out, list(predictor.layers))
     if fresh:
         store.remove()
     store.begin(_settings(evaluated, dataset, config, kinds))
@@ -88,12 +104,14 @@ def evaluate(
             store.save(index, one)
             predictions[index] = one
         progress(len(predictions) + len(unreadable), len(dataset))
-    empty = Predictions.empty({kind: len(layers) for kind, layers in predictor.layers.items()})
+    empty = Predictions.empty({name: len(layers) for name, layers in predictor.layers.items()})
     in_order = [predictions.get(index, empty) for index in range(len(dataset))]
     if reason := _reason_for_no_report(evaluated, dataset, in_order, unreadable):
         store.remove()  # other options may help, and must not be refused
         raise ValueError(reason)
-    report = _report(evaluated, dataset, config, predictor.layers, in_order, unreadable)
+    report = report_content(
+        evaluated, dataset, predictor.layers, in_order, unreadable, _how(evaluated, config), config.radius
+    )
     return Evaluation(report, in_order, predictor.layers)
 
 
@@ -102,11 +120,11 @@ def _reason_for_no_report(
 ) -> str:
     """Why no metrics can be computed; empty if they can."""
     if any(map(len, predictions)):
-        for kind in predictions[0].confidence:
-            undefined = [np.isnan(one.confidence[kind]).any(1) for one in predictions]  # [L] each
+        for name in predictions[0].confidence:
+            undefined = [np.isnan(one.confidence[name]).any(1) for one in predictions]  # [L] each
             if np.any(undefined, axis=0).all():
                 return (
-                    f"{evaluated.name}: the features {kind!r} of every layer are NaN or infinite; check the weights, "
+                    f"{evaluated.name}: the features {name!r} of every layer are NaN or infinite; check the weights, "
                     "give --dtype float32, or leave these features out with --features"
                 )
         return ""
@@ -149,13 +167,11 @@ def _prefetched(dataset: EvaluationSet, indices: list[int], size: int) -> Iterat
 def _settings(
     evaluated: EvaluatedModel, dataset: EvaluationSet, config: EvaluationConfig, kinds: tuple[Kind, ...]
 ) -> dict[str, Any]:
-    """Everything the predictions depend on."""
+    """Everything the predictions depend on. Not the radius, by which they are only scored."""
     return {
         **asdict(config.data),
         "features": list(kinds),
-        "rope": config.rope,
-        "radius": float(PCK_RADIUS),
-        "temperature": config.temperature,
+        **_how(evaluated, config),
         "model": evaluated.name,
         "weights": evaluated.fingerprint,
         "heads": evaluated.heads_origin,
@@ -166,44 +182,12 @@ def _settings(
     }
 
 
-def _report(
-    evaluated: EvaluatedModel,
-    dataset: EvaluationSet,
-    config: EvaluationConfig,
-    layers: dict[Kind, list[int]],
-    predictions: list[Predictions],
-    unreadable: dict[int, str],  # sequence -> reason
-) -> dict[str, Any]:
-    """Content of `report.json`: the metrics of the first kind of features on top, of all under `by_features`."""
-    tracked = [one for one in predictions if len(one)]
-    by_kind = {
-        kind: summary([one.outcomes(kind) for one in tracked], [n + 1 for n in numbers], config.data.max_gap)
-        for kind, numbers in layers.items()
-    }
-    first = next(iter(layers))
+def _how(evaluated: EvaluatedModel, config: EvaluationConfig) -> dict[str, Any]:
+    """The settings of the predictions that a report names."""
     return {
-        "model": evaluated.name,
-        "sequences": len(tracked),
-        "frames": config.data.frames,
-        "grid": config.data.grid,
-        "features": first,
-        **by_kind[first],
-        "questions": sum(map(len, tracked)),  # correspondences: pairs of a query point and a later frame
-        "sequences_without_tracks": len(predictions) - len(unreadable) - len(tracked),
-        "unreadable": {
-            "scenes": dict(dataset.unreadable),  # name -> reason
-            "sequences": [
-                {"sequence": index, "scene": dataset.scene_entry(index).name, "reason": unreadable[index]}
-                for index in sorted(unreadable)
-            ],
-        },
-        "scenes": [entry.name for entry in dataset.scenes],
-        "heads": evaluated.heads_origin,
-        "settings": {
-            **{name: getattr(config.data, name) for name in ("max_gap", "keep", "held_out", "seed")},
-            "rope": config.rope,
-            "radius": float(PCK_RADIUS),
-            "temperature": config.temperature,
-        },
-        "by_features": by_kind,
+        "rope": config.rope,
+        "direction": config.direction,
+        "confidence": config.confidence,
+        "temperature": config.temperature,
+        "frame_pixels": evaluated.frame_pixels,
     }

@@ -23,7 +23,18 @@ from gasp_fast.backbones.base import loading, local_folder
 from gasp_fast.backbones.base_model import usable_device
 from gasp_fast.backbones.fingerprint import check_base
 from gasp_fast.backbones.frames import FramesAs
-from gasp_fast.run_folder import ABOUT, CONFIG, EXPORT, HEADS, base_of, check_intact, configuration_of, weights_folder
+from gasp_fast.run_folder import (
+    ABOUT,
+    CONFIG,
+    EXPORT,
+    HEADS,
+    LOG,
+    base_of,
+    check_intact,
+    configuration_of,
+    holds_only_heads,
+    weights_folder,
+)
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads, parse_layers
 
@@ -40,6 +51,7 @@ class EvaluatedModel:
     fingerprint: str  # changes with the weight files
     base: str | None = None  # of adapters, if it is not the one that their files name
     computes_on: torch.device | None = None  # None: where its weights are
+    frame_pixels: int | None = None  # most pixels of a frame after resizing; None: the processor's own limit
 
     @property
     def device(self) -> torch.device:
@@ -59,14 +71,16 @@ def load_evaluated_model(
     """Loads a model; `initial_heads` gives one without heads those that training would start from.
 
     `base` overrides the base model that a run or an adapter names. A base model that only they name is not downloaded.
-    `frames_as` overrides the form in which a run's model got its frames; without a run it is "images".
+    `frame_pixels` and `frames_as` are by default those of the run which the model is from.
     """
     device = usable_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     folder = _weights_folder(Path(source))
     frames_as = frames_as or _frames_of_run(folder)
-    if folder is not None and (folder / "adapter_config.json").is_file():
-        backbone, model = _load_adapted(folder, dtype, frame_pixels, frames_as, base)
+    if frame_pixels is None and folder is not None:
+        frame_pixels = _frame_pixels_of(folder)
+    if folder is not None and ((folder / "adapter_config.json").is_file() or holds_only_heads(folder)):
+        backbone, model = _load_on_base(folder, dtype, frame_pixels, frames_as, base)
     else:
         backbone = load_backbone(source if folder is None else folder, frame_pixels, frames_as)
         model = backbone.load_model(dtype=dtype)
@@ -92,7 +106,7 @@ def load_evaluated_model(
         _check_heads_fit(heads, backbone, str(source))
         heads = heads.eval().requires_grad_(False).to(device)
     name, fingerprint = _name_of(str(source)), _fingerprint(folder or Path(source))
-    return EvaluatedModel(name, backbone, model, heads, origin, fingerprint, base)
+    return EvaluatedModel(name, backbone, model, heads, origin, fingerprint, base, frame_pixels=frame_pixels)
 
 
 def _frames_of_run(folder: Path | None) -> Any:
@@ -114,19 +128,31 @@ def _weights_folder(source: Path) -> Path | None:
     raise OSError(f"model = {str(source)!r} holds no model, adapter or run; pass a saved model's folder, or a hub name")
 
 
-def _load_adapted(
+def _frame_pixels_of(folder: Path) -> int | None:
+    """`model.frame_pixels` of the run that a checkpoint, adapters or an export belong to; None elsewhere."""
+    exported = folder.name == EXPORT and (folder.parent / LOG).is_file()
+    if not exported and not any((folder / name).is_file() for name in (ABOUT, "adapter_config.json")):
+        return None
+    model = configuration_of(folder).get("model")
+    pixels = model.get("frame_pixels") if isinstance(model, dict) else None
+    if pixels is not None and (type(pixels) is not int or pixels < 1):
+        raise ValueError(f"{folder}: {CONFIG}: model.frame_pixels = {pixels!r} is no number of pixels; correct it")
+    return pixels
+
+
+def _load_on_base(
     folder: Path, dtype: torch.dtype, frame_pixels: int | None, frames_as: FramesAs, base: str | None
 ) -> tuple[Backbone, nn.Module]:
-    """The base model of an adapter, with the adapter merged into it."""
+    """The base model of adapters, with the adapters merged into it; or that of heads that were trained alone."""
     named = base or base_of(folder)
     if named is None:
-        raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base MODEL")
+        raise ValueError(f"{folder} does not name the base model that it was trained on; give it: --base MODEL")
     check_base(folder, named)
     backbone = load_backbone(named if base else local_folder(named), frame_pixels, frames_as)
     model = backbone.load_model(dtype=dtype)
     if base is not None:
         check_base(folder, named)  # again: it may have been downloaded only now
-    return backbone, load_adapters(model, folder).merge_and_unload()
+    return backbone, model if holds_only_heads(folder) else load_adapters(model, folder).merge_and_unload()
 
 
 @torch.inference_mode()

@@ -10,6 +10,9 @@ Three kinds of features:
   heads. With as many key heads as query heads all heads are compared side by side. `rope="before"` takes the outputs
   of the projections, which do not depend on the position; `rope="after"` takes what the attention multiplies.
 
+A consumer can also have `groups`: the same queries and keys of each head group by itself. A group is a key head with
+the query heads that share it; their queries are averaged.
+
 No features are stored. The consumer is called as soon as a layer's features are computed and they are freed when it
 returns, so 28 layers need the memory of one.
 """
@@ -32,8 +35,10 @@ from .evaluated_model import EvaluatedModel
 
 Kind = Literal["head", "qk", "hidden"]
 KINDS: tuple[Kind, ...] = ("head", "qk", "hidden")  # of those measured, the first leads the report
+Captured = Literal["head", "qk", "hidden", "groups"]
 Rope = Literal["before", "after"]
-Consumer = Callable[[Kind, int, Tensor, Tensor], None]  # kind, layer from 0, queries [N, D], keys [N, D]
+# Kind, layer from 0, queries and keys: both [N, D], or [G, N, D] of `G` head groups.
+Consumer = Callable[[Captured, int, Tensor, Tensor], None]
 
 
 def layers_with(kind: Kind, backbone: Backbone, heads: CorrespondenceHeads | None) -> list[int]:
@@ -46,7 +51,7 @@ def layers_with(kind: Kind, backbone: Backbone, heads: CorrespondenceHeads | Non
 
 
 def run_with_features(
-    evaluated: EvaluatedModel, batch: dict[str, Any], consumer: Consumer, kinds: Sequence[Kind], rope: Rope
+    evaluated: EvaluatedModel, batch: dict[str, Any], consumer: Consumer, kinds: Sequence[Captured], rope: Rope
 ) -> None:
     """Runs the model once on a collated batch and calls `consumer` with each layer's features of the visual tokens.
 
@@ -63,12 +68,11 @@ def run_with_features(
     # Where a trainer has switched gradients off, ZeRO-3 must not gather weights into tensors of inference_mode.
     with torch.inference_mode() if torch.is_grad_enabled() else nullcontext(), ExitStack() as hooks:
         for kind in kinds:
-            if kind != "qk":
+            if kind == "head" or kind == "hidden":
                 hooks.enter_context(_hidden_capture(evaluated, positions, consumer, kind))
-        if "qk" in kinds and rope == "before":
-            _capture_projections(hooks, evaluated, positions, consumer)
-        elif "qk" in kinds:
-            _capture_attention(hooks, evaluated, positions, consumer)
+        if "qk" in kinds or "groups" in kinds:
+            capture = _capture_projections if rope == "before" else _capture_attention
+            capture(hooks, evaluated, positions, _queries_and_keys(consumer, kinds, evaluated.backbone.attention_shape))
         evaluated.model(**inputs, use_cache=False, logits_to_keep=1)
 
 
@@ -90,8 +94,21 @@ def _hidden_capture(
     return capture
 
 
-def _capture_projections(hooks: ExitStack, evaluated: EvaluatedModel, positions: Tensor, consumer: Consumer) -> None:
-    """Features `qk` before the rotary embedding: outputs of the query and key projections."""
+QueriesAndKeys = Callable[[int, Tensor, Tensor], None]  # layer, queries [N, Hq * d], keys [N, Hk * d]
+
+
+def _queries_and_keys(consumer: Consumer, kinds: Sequence[Captured], shape: AttentionShape) -> QueriesAndKeys:
+    def give(layer: int, query: Tensor, key: Tensor) -> None:
+        if "qk" in kinds:
+            consumer("qk", layer, *comparable(query, key, shape))
+        if "groups" in kinds:
+            consumer("groups", layer, *by_group(query, key, shape))
+
+    return give
+
+
+def _capture_projections(hooks: ExitStack, evaluated: EvaluatedModel, positions: Tensor, give: QueriesAndKeys) -> None:
+    """Queries and keys before the rotary embedding: outputs of the projections."""
     backbone = evaluated.backbone
 
     def collect(
@@ -99,7 +116,7 @@ def _capture_projections(hooks: ExitStack, evaluated: EvaluatedModel, positions:
     ) -> None:
         outputs[name] = output.flatten(0, 1).index_select(0, positions)  # [N, heads * head_dim]
         if len(outputs) == 2:
-            consumer("qk", layer, *comparable(outputs.pop("q"), outputs.pop("k"), backbone.attention_shape))
+            give(layer, outputs.pop("q"), outputs.pop("k"))
 
     for layer in range(backbone.layer_count):
         attention: Any = backbone.attention(evaluated.model, layer)
@@ -108,11 +125,11 @@ def _capture_projections(hooks: ExitStack, evaluated: EvaluatedModel, positions:
             hooks.callback(projection.register_forward_hook(partial(collect, layer, name, outputs)).remove)
 
 
-def _capture_attention(hooks: ExitStack, evaluated: EvaluatedModel, positions: Tensor, consumer: Consumer) -> None:
-    """Features `qk` after the rotary embedding: the inputs of transformers' attention function.
+def _capture_attention(hooks: ExitStack, evaluated: EvaluatedModel, positions: Tensor, give: QueriesAndKeys) -> None:
+    """Queries and keys after the rotary embedding: the inputs of transformers' attention function.
 
     All models of transformers look their attention function up by name in one table. It is replaced there for the
-    forward pass by a function that gives the consumer its inputs and calls the original.
+    forward pass by a function that hands on its inputs and calls the original.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -129,7 +146,7 @@ def _capture_attention(hooks: ExitStack, evaluated: EvaluatedModel, positions: T
         if module in layer_of:  # query and key [B, heads, S, head_dim]
             batch, place = positions // query.shape[2], positions % query.shape[2]
             q, k = (states[batch, :, place].flatten(1) for states in (query, key))  # [N, heads * head_dim]
-            consumer("qk", layer_of[module], *comparable(q, k, backbone.attention_shape))
+            give(layer_of[module], q, k)
         return original(module, query, key, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[implementation] = attention
@@ -143,4 +160,13 @@ def comparable(query: Tensor, key: Tensor, shape: AttentionShape) -> tuple[Tenso
     return (
         query.unflatten(-1, (shape.query_heads, shape.head_dim)).mean(-2),
         key.unflatten(-1, (shape.key_heads, shape.head_dim)).mean(-2),
+    )
+
+
+def by_group(query: Tensor, key: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    """Queries `[N, Hq * d]` and keys `[N, Hk * d]` of each head group, `[Hk, N, d]`."""
+    groups, width = shape.key_heads, shape.head_dim
+    return (
+        query.unflatten(-1, (groups, shape.query_heads // groups, width)).mean(-2).transpose(0, 1),
+        key.unflatten(-1, (groups, width)).transpose(0, 1),
     )

@@ -1,27 +1,32 @@
 """Chooses representative sequences of an evaluation and draws their predictions.
 
 Sequences are ranked by PCK at the best layer and taken at even ranks (for three: one of each third), each from
-another scene where there are enough scenes.
+another scene where there are enough scenes. Only the forward direction is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from gasp_fast.backbones import Backbone
+from gasp_fast.backbones import TokenGrid
+from gasp_fast.backbones.base import RGBImage
 
 from .dataset import EvaluationSet, EvaluationSetConfig
 from .evaluate import Evaluation, EvaluationConfig
 from .evaluated_model import EvaluatedModel
+from .features import Kind
 from .figures import KIND_NAMES
+from .matching import is_causal
 from .pictures import DrawnSequence, draw_heat_map, draw_predictions
 from .predict import heat_maps
 from .predictions import Predictions, PredictionStore
 from .report import Picture, left_out, read_report
+from .tables import radius_of
 
 
 def draw_gallery(
@@ -34,13 +39,17 @@ def draw_gallery(
 ) -> list[Picture]:
     """Draws correspondences and a heat map of `count` sequences into `folder`; returns captions and files."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind, layers = next(iter(evaluation.layers.items()))
+    name, layers = next(iter(evaluation.layers.items()))
+    if is_causal(name):
+        return []
+    kind = cast(Kind, name)
     number = evaluation.report["pck"]["peak_layer"]
     row = layers.index(number - 1)
     pictures: list[Picture] = []
-    for index in representative_sequences(dataset, evaluation.predictions, kind, row, count):
+    ranks = {index: _pck(one, kind, row, config.radius) for index, one in enumerate(evaluation.predictions) if len(one)}
+    for index in representative_sequences(dataset, evaluation.predictions, ranks, count):
         title = f"{evaluated.name}, layer {number}, {KIND_NAMES[kind]}: {dataset.scene(index).root.resolve().name}"
-        sequence = _drawn_sequence(evaluated.backbone, dataset, index, evaluation.predictions[index], kind, row)
+        sequence = _drawn_sequence(dataset, index, evaluation.predictions[index], kind, row, config.radius)
         caption = _caption(dataset, index)
         path = draw_predictions({"predicted": sequence}, title, folder / f"correspondences-{index:05d}.png")
         pictures.append((caption, path))
@@ -51,17 +60,22 @@ def draw_gallery(
     return pictures
 
 
-def draw_comparison(
-    outs: Mapping[str, Path], scenes: Path, backbone: Backbone, folder: Path, count: int
-) -> list[Picture]:
+def draw_comparison(outs: Mapping[str, Path], scenes: Path, folder: Path, count: int) -> list[Picture]:
     """Draws the predictions of several evaluations of the same sequences, each at its best layer.
 
-    `outs` are output folders of `gasp-fast evaluate` by the model's name; the last one determines the sequences.
-    `backbone` is that of any of the models.
+    `outs` are output folders of `gasp-fast evaluate` by the model's name; the last one determines the sequences and
+    features. Features that the others lack are passed over.
     """
     reports = {name: read_report(out, whole=True) for name, out in outs.items()}
     last = next(reversed(reports))
-    kind = reports[last]["features"]
+    shared = [
+        kind
+        for kind in (reports[last]["features"], *reports[last]["by_features"])
+        if not is_causal(kind) and all(kind in report["by_features"] for report in reports.values())
+    ]
+    if not shared:
+        raise ValueError("pictures show the forward direction, of which the reports share no features; omit --scenes")
+    kind, radius = shared[0], radius_of(reports[last])
     dataset = EvaluationSet(scenes, _dataset_config(reports[last]))
     skipped = {index for report in reports.values() for index in left_out(report)}
     if any(report["scenes"] != [entry.name for entry in dataset.scenes] for report in reports.values()):
@@ -77,9 +91,10 @@ def draw_comparison(
         one if all(len(predictions[name][index]) for name in reports) else Predictions.empty({kind: rows[last] + 1})
         for index, one in enumerate(predictions[last])
     ]
-    for index in representative_sequences(dataset, drawn, kind, rows[last], count) if any(map(len, drawn)) else []:
+    ranks = {index: _pck(one, kind, rows[last], radius) for index, one in enumerate(drawn) if len(one)}
+    for index in representative_sequences(dataset, drawn, ranks, count) if ranks else []:
         sequences = {
-            name: _drawn_sequence(backbone, dataset, index, predictions[name][index], kind, rows[name])
+            name: _drawn_sequence(dataset, index, predictions[name][index], kind, rows[name], radius)
             for name in reports
         }
         title = f"{KIND_NAMES[kind].capitalize()}, {dataset.scene_entry(index).name}"
@@ -102,29 +117,44 @@ def _caption(dataset: EvaluationSet, index: int) -> str:
     return f"Scene {dataset.scene_entry(index).name}, frames {', '.join(map(str, dataset.frames(index)))}"
 
 
+def _pck(predictions: Predictions, kind: str, row: int, radius: float) -> float:
+    return float(predictions.correct(kind, radius)[row].mean())
+
+
 def _drawn_sequence(
-    backbone: Backbone, dataset: EvaluationSet, index: int, predictions: Predictions, kind: str, row: int
+    dataset: EvaluationSet, index: int, predictions: Predictions, kind: str, row: int, radius: float
 ) -> DrawnSequence:
     frames = [dataset.scene(index).image(frame) for frame in dataset.frames(index)]
     return DrawnSequence(
         frames=frames,
         numbers=dataset.frames(index),
-        grids=[backbone.frame_grid(frame.shape[1], frame.shape[0]) for frame in frames],
+        grids=[_in_pixels(grid, frame) for grid, frame in zip(predictions.token_grids(), frames, strict=True)],
         anchor=predictions.anchor,
         target=predictions.target,
         best=predictions.best[kind][row],
-        correct=predictions.correct[kind][row],
+        correct=predictions.correct(kind, radius)[row],
+        radius=radius,
+    )
+
+
+def _in_pixels(grid: TokenGrid, frame: RGBImage) -> TokenGrid:
+    """A grid whose rectangle is in shares of the frame's size, in its pixels."""
+    height, width = frame.shape[:2]
+    return replace(
+        grid, left=grid.left * width, right=grid.right * width, top=grid.top * height, bottom=grid.bottom * height
     )
 
 
 def representative_sequences(
-    dataset: EvaluationSet, predictions: Sequence[Predictions], kind: str, row: int, count: int
+    dataset: EvaluationSet, predictions: Sequence[Predictions], pck: Mapping[int, float], count: int
 ) -> list[int]:
-    """Indices of sequences at even ranks of PCK, among those with at least the median number of correspondences."""
-    tracked = [index for index, one in enumerate(predictions) if len(one)]
-    median = np.median([len(predictions[index]) for index in tracked])
-    candidates = [index for index in tracked if len(predictions[index]) >= median]
-    ranked = sorted(candidates, key=lambda index: (predictions[index].correct[kind][row].mean(), index))
+    """Indices of sequences at even ranks of PCK, among those with at least the median number of correspondences.
+
+    `pck` has the sequences that can be chosen.
+    """
+    median = np.median([len(predictions[index]) for index in pck])
+    candidates = [index for index in pck if len(predictions[index]) >= median]
+    ranked = sorted(candidates, key=lambda index: (pck[index], index))
     chosen: list[int] = []
     for rank in (int((k + 0.5) / count * len(ranked)) for k in range(count)):
         # The nearest rank from a scene that is not chosen yet; if there is none, the nearest that is not chosen.

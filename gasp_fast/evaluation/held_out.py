@@ -22,6 +22,7 @@ from gasp_fast.backbones import Backbone
 from gasp_fast.collator import Collator, CollatorConfig, Sample
 from gasp_fast.data.errors import one_line
 from gasp_fast.loss.config import LossConfig
+from gasp_fast.loss.function import PCK_RADIUS
 from gasp_fast.supervision.heads import CorrespondenceHeads
 
 from .dataset import EvaluationSet, EvaluationSetConfig
@@ -76,7 +77,7 @@ class SequencesInMemory:
         for index in indices:
             data, number = self._place(index)
             (predictions,) = predict([data.frames(number)], [self._read(index)])
-            outcomes[index] = predictions.outcomes(self.kind)
+            outcomes[index] = predictions.outcomes(self.kind, PCK_RADIUS)
         self._layers = [layer + 1 for layer in layers_with(self.kind, backbone, heads)]
         return outcomes
 

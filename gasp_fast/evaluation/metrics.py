@@ -4,13 +4,14 @@ A correspondence is a query point of the anchor frame and its true position in a
 position with a confidence.
 
 - **PCK** of a layer: share of correct predictions within a sequence, then mean and standard deviation over sequences.
-  Correct means at most two patches from the true position on the token grid.
+  Correct means within a radius, by default two patches, of the true position on the token grid.
 - **Moved points** are those whose true position is further than that radius from where they started. Predicting the
   same position is wrong for all of them; its PCK, the share of the other points, is the **identity** baseline.
 - **rho** of a layer: Pearson correlation over all predictions between confidence (the greatest matching probability)
   and correctness (paper, Eq. 13). The **calibration gap** is the mean confidence of correct predictions minus that of
   wrong ones.
 - **Temporal**: PCK of the correspondences at each gap, and the same divided by the PCK at gap 1.
+- **Head groups**: PCK of the queries and keys of one key head, with the query heads that share it.
 
 A metric that is undefined (all correct, constant confidence, no correspondence at that gap) is `None`, in JSON `null`.
 So are all metrics of a layer with a prediction whose confidence is NaN: its features are not finite. Means over layers
@@ -93,6 +94,30 @@ def summary(sequences: Sequence[Outcomes], layers: Sequence[int], max_gap: int) 
         },
         "calibration_gap": {"per_layer": per_layer_of(list(map(calibration_gap, confidence, correct)))},
         "temporal": {"layer": int(defined_layers[best]), **temporal(sequences, best, max_gap)},
+        "per_sequence": {  # what a paired comparison of reports needs
+            "best_layer": pck[:, best].tolist(),
+            "mean": pck.mean(1).tolist(),
+            "moved": [float(one.correct[best, one.moved].mean()) if one.moved.any() else None for one in sequences],
+        },
+    }
+
+
+def group_pck(sequences: Sequence[NDArray[np.bool_]], undefined: NDArray[np.bool_]) -> dict[str, Any]:
+    """PCK of each head group, from correctness `[layers, G, M]` of each sequence; None where `undefined` `[layers, G]`.
+
+    At least one group of one layer is defined. Layers and groups of the peak are indices.
+    """
+    pck = np.mean([one.mean(-1) for one in sequences], axis=0)  # [layers, G]
+    layer, group = np.unravel_index(np.where(undefined, -1.0, pck).argmax(), pck.shape)
+    return {
+        "per_layer": [
+            [None if nan else float(value) for value, nan in zip(*rows, strict=True)]
+            for rows in zip(pck, undefined, strict=True)
+        ],
+        "mean_per_layer": [None if nan.any() else float(row.mean()) for row, nan in zip(pck, undefined, strict=True)],
+        "peak": float(pck[layer, group]),
+        "peak_layer": int(layer),
+        "peak_group": int(group),
     }
 
 

@@ -37,6 +37,7 @@ class DrawnSequence:
     target: NDArray[np.integer]  # [M]
     best: NDArray[np.integer]  # [M], predicted token
     correct: NDArray[np.bool_]  # [M]
+    radius: float  # patches, within which a prediction is correct
 
     def frame_of(self, token: NDArray[np.integer]) -> NDArray[np.integer]:
         """Index of the frame that a token belongs to."""
@@ -62,7 +63,10 @@ class DrawnSequence:
 
 
 def draw_predictions(sequences: Mapping[str, DrawnSequence], title: str, path: Path) -> Path:
-    """One row of predictions for each model, all on the same sequence; last row: true positions."""
+    """One row of predictions for each model, all on the same sequence; last row: true positions.
+
+    Models may have other token grids, and, where they crop, other points.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -71,31 +75,38 @@ def draw_predictions(sequences: Mapping[str, DrawnSequence], title: str, path: P
     norm = Normalize(0, max(0.05, max(displacement.values())))
     shown = first.shown_frames()
     figure, axes, bar = _layout(first, len(shown), rows=len(sequences) + 1)
-    queries = np.array(sorted(displacement))
     truth = replace(first, best=first.target, correct=np.ones_like(first.correct))
     for row, (label, sequence) in zip(axes, [*sequences.items(), ("true", truth)], strict=True):
+        displacement = sequence.displacement()
         _show(row[0], first.frames[0])
-        _dots(row[0], first.pixel(queries), [displacement[int(a)] for a in queries], norm)
+        _dots(row[0], sequence.pixel(np.array(list(displacement))), list(displacement.values()), norm)
         row[0].set_ylabel(label, fontsize=11)
         for axis, frame in zip(row[1:], shown, strict=True):
             share = _draw_frame(axis, sequence, frame, displacement, norm)
             if sequence is not truth:
                 gap = f"{sequence.gap(frame)}: " if row is axes[0] else ""
-                axis.set_title(f"{gap}{share:.0%} correct", fontsize=10)
+                axis.set_title(f"{gap}no point" if share is None else f"{gap}{share:.0%} correct", fontsize=10)
     axes[0][0].set_title(f"query points in frame {first.numbers[0]}", fontsize=10)
     colours = figure.colorbar(ScalarMappable(norm, DISPLACEMENTS), cax=bar)
     colours.set_label("true displacement (share of image width)", fontsize=9)
-    _set_title(figure, f"{title}\ndots: within 2 patches of the true position; crosses: wrong, with a line to it")
+    _set_title(
+        figure,
+        f"{title}\ndots: within {first.radius:g} patches of the true position; crosses: wrong, with a line to it",
+    )
     figure.savefig(path)
     return path
 
 
-def _draw_frame(axis: Any, sequence: DrawnSequence, frame: int, displacement: Mapping[int, float], norm: Any) -> float:
-    """Predictions in one frame; returns the share of correct ones."""
+def _draw_frame(
+    axis: Any, sequence: DrawnSequence, frame: int, displacement: Mapping[int, float], norm: Any
+) -> float | None:
+    """Predictions in one frame; returns the share of correct ones, None without points."""
     here = sequence.frame_of(sequence.target) == frame
+    _show(axis, sequence.frames[frame])
+    if not here.any():
+        return None
     pixel, correct = sequence.pixel(sequence.best[here]), sequence.correct[here]
     colour = np.array([displacement[int(a)] for a in sequence.anchor[here]])
-    _show(axis, sequence.frames[frame])
     wrong, truth = pixel[~correct], sequence.pixel(sequence.target[here])[~correct]
     axis.plot(*np.stack([wrong, truth]).transpose(2, 0, 1), color="black", linewidth=0.7, alpha=0.45)
     axis.scatter(*wrong.T, c=WRONG_EDGE, marker="x", s=34, linewidths=3.2)

@@ -13,6 +13,13 @@ _PER_LAYER = (
     ("rho", "per_layer_std"),
 )  # fmt: skip
 _PER_GAP = ("pck", "pck_std", "normalized", "identity")
+# Not in reports of earlier versions.
+_PER_LAYER_SINCE = (("most_frequent", "per_layer"), ("delta_avg", "per_layer"))
+_NUMBERS_SINCE = (
+    ("pck", "chance"), ("pck", "constant"), ("pck_moved", "chance"), ("pck_moved", "constant"),
+    ("delta_avg", "ceiling"), ("pck_groups", "peak"),
+)  # fmt: skip
+_PER_SEQUENCE = ("best_layer", "mean", "moved")
 
 
 def check_report(report: dict[str, Any]) -> None:
@@ -23,11 +30,20 @@ def check_report(report: dict[str, Any]) -> None:
     _check(report["features"] in report["by_features"], "features")
     for name in ("max_gap", "seed", "keep", "held_out"):
         _check(_is_number(report["settings"][name]), f"settings.{name}")
+    _check(_is_number(report["settings"].get("radius", 0)), "settings.radius")
     for one in report.get("unreadable", {}).get("sequences", []):
         _check(_is_count(one["sequence"]), "unreadable.sequences")
+    for grid in report.get("token_grids", []):
+        _check(_is_count(grid["rows"]) and _is_count(grid["columns"]), "token_grids")
+    for one in report.get("evaluated", []):
+        _check(isinstance(one["scene"], str) and all(map(_is_count, one["frames"])), "evaluated")
     for kind, metrics in report["by_features"].items():
         _check(kind in KIND_NAMES, f"by_features.{kind[:20]}")
         _check_metrics(metrics)
+        _check_later_metrics(metrics)
+        if "evaluated" in report:
+            for name in _PER_SEQUENCE:
+                _check_row(metrics["per_sequence"][name], len(report["evaluated"]), f"per_sequence.{name}")
 
 
 def _check_metrics(metrics: dict[str, Any]) -> None:
@@ -46,6 +62,15 @@ def _check_metrics(metrics: dict[str, Any]) -> None:
     for name, value in (("identity", metrics["identity"]), ("pck", metrics["pck"]["peak"])):
         _check(_is_number(value), name)
     _check_row([metrics["pck"]["mean"]], 1, "pck.mean")
+
+
+def _check_later_metrics(metrics: dict[str, Any]) -> None:
+    """Those that reports of earlier versions do not have."""
+    for group, name in _PER_LAYER_SINCE:
+        if group in metrics:
+            _check_row(metrics[group][name], len(metrics["layers"]), f"{group}.{name}")
+    for group, name in _NUMBERS_SINCE:
+        _check_row([metrics.get(group, {}).get(name)], 1, f"{group}.{name}")
 
 
 def _check_row(values: Any, length: int, name: str) -> None:

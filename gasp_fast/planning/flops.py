@@ -51,7 +51,9 @@ def flops_by_part(setup: TrainingSetup, sequence: SequenceSize) -> dict[str, Flo
     """FLOPs of each part of the model, for one sequence."""
     shape, tokens = setup.shape, sequence.tokens
     again = setup.recomputed
-    weights = 2.0 if setup.full else 1.0  # backward products per forward product
+    # Backward products per forward product: of inputs and weights, of inputs alone, or none.
+    weights = 2.0 if setup.full else 0.0 if setup.heads_only else 1.0
+    through = not setup.heads_only  # whether gradients flow through the model
 
     decoder = 2.0 * tokens * shape.layer_weights * shape.layers
     attention = 2.0 * tokens**2 * shape.query_width * shape.layers
@@ -64,16 +66,17 @@ def flops_by_part(setup: TrainingSetup, sequence: SequenceSize) -> dict[str, Flo
     lm_head = 2.0 * sequence.labelled * shape.hidden * shape.vocabulary
     live, compared = setup.live_sizes
     heads = 2.0 * sequence.tracked * (setup.head_weights + shape.hidden * live) * setup.supervised_layers
+    head_inputs = 2.0 * sequence.tracked * shape.hidden * setup.head_sizes[0] * setup.supervised_layers
     loss = 2.0 * sequence.anchors * sequence.tracked * (setup.head_sizes[1] + compared) * setup.supervised_layers
     return {
         "decoder": Flops(decoder, weights * decoder, again * (decoder - last)),
-        "attention": Flops(attention, 2 * attention, (0.5 + again) * attention),
+        "attention": Flops(attention, 2 * attention * through, (0.5 * through + again) * attention),
         "adapters": Flops(adapters, 2 * adapters, again * adapters),
         "vision": Flops(vision, 2 * vision, vision * setup.checkpointing)
         if setup.full
         else Flops(vision, 0.0, needless),
         "lm head": Flops(lm_head, weights * lm_head),
-        "heads": Flops(heads, 2 * heads),
+        "heads": Flops(heads, 2 * heads - (0.0 if through else head_inputs)),
         "geometric loss": Flops(loss, 2 * loss),
     }
 

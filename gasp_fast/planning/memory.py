@@ -80,16 +80,18 @@ def activation_bytes(setup: TrainingSetup) -> float:
     shape, element = setup.shape, setup.element_bytes
     d, ff, q, kv = shape.hidden, shape.intermediate, shape.query_width, shape.key_width
     statistics = 4 * shape.query_heads + 8
-    if setup.adapter_rank is None:
+    if setup.full:
         return 16 * d + element * (5 * d + 4 * ff + 2 * q + 2 * kv) + statistics
     norms, mlp = (2 * element * d, 2 * ff) if setup.fused_layers else (8 * d, 3 * ff)
-    return norms + element * (d + mlp + 2 * q + 2 * kv + 4 * setup.adapter_rank) + statistics
+    return norms + element * (d + mlp + 2 * q + 2 * kv + 4 * (setup.adapter_rank or 0)) + statistics
 
 
 def _decoder_bytes(setup: TrainingSetup, tokens: int) -> tuple[float, float]:
-    """Saved by the decoder layers, and the working set of one layer."""
+    """Saved by the decoder layers, and the working set of one layer. A frozen model saves nothing."""
     layer_bytes, layers = tokens * activation_bytes(setup), setup.shape.layers
     inputs = float(tokens * _residual_bytes(setup) * setup.shape.hidden * (layers - setup.kept_layers))
+    if setup.heads_only:
+        return 0.0, layer_bytes
     # The last layers are those that are kept. Backward has freed them when it holds a layer's activations again, and
     # their gradients; in a kept layer, only the gradients come on top.
     return layer_bytes * setup.kept_layers + inputs, (0.5 if setup.kept_layers else 1.5) * layer_bytes
@@ -114,7 +116,8 @@ def _vision_bytes(setup: TrainingSetup, visual: int) -> tuple[float, float]:
 def _head_bytes(setup: TrainingSetup, tracked: int) -> tuple[float, float]:
     """Kept until backward (the gradients that were computed in forward), and the working set of a group of layers."""
     hidden, middle, out = setup.shape.hidden, setup.head_sizes[0], setup.head_sizes[1] + setup.live_sizes[0]
-    kept = setup.supervised_layers * tracked * hidden * _residual_bytes(setup) + 4.0 * setup.parameters.heads
+    inputs = 0 if setup.heads_only else setup.supervised_layers * tracked * hidden * _residual_bytes(setup)
+    kept = inputs + 4.0 * setup.parameters.heads
     group = GROUP_BYTES // max(1, tracked * (hidden + out) * _residual_bytes(setup))
     layers = min(setup.supervised_layers, max(1, group))
     element = 2 if setup.head_precision == "bf16" else 4

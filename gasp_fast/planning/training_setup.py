@@ -51,7 +51,8 @@ class TrainingSetup:
     """What is trained, and how."""
 
     shape: ModelShape
-    adapter_rank: int | None  # None: the model's own weights are trained, without adapters
+    adapter_rank: int | None  # None: there are no adapters
+    heads_only: bool = False  # the model is frozen; without this and without adapters, its own weights are trained
     supervised_layers: int  # 0 without the geometric loss
     head_sizes: tuple[int, int]  # outputs of the two linear layers of a layer's correspondence head; 0 without
     live_sizes: tuple[int, int] = (0, 0)  # outputs of a layer's own projections that run again; of these, compared
@@ -70,7 +71,7 @@ class TrainingSetup:
 
     @property
     def full(self) -> bool:
-        return self.adapter_rank is None
+        return self.adapter_rank is None and not self.heads_only
 
     @property
     def checkpointing(self) -> bool:

@@ -59,8 +59,8 @@ def work_of_sequence(setup: TrainingSetup, sequence: SequenceSize) -> list[Work]
         Work("lm head", flops["lm head"]),
         Work("heads", flops["heads"], "heads"),
         Work("geometric loss", flops["geometric loss"], loss_rate, similarities * _loss_bytes(setup), "operands"),
-        # Its rows are gathered; their gradients are written between zeros and added to the layer's.
-        Work("geometric loss", bytes=16 * rows * setup.shape.hidden, speed="operands"),
+        # Its rows are gathered; their gradients, if any, are written between zeros and added to the layer's.
+        Work("geometric loss", bytes=(4 if setup.heads_only else 16) * rows * setup.shape.hidden, speed="operands"),
         Work("geometric loss", seconds=_loss_seconds(setup) if sequence.tracked else 0.0),
         Work("norms, activations", bytes=layers * tokens * (passes * forward + backward)),
     ]
@@ -83,6 +83,8 @@ def operations(setup: TrainingSetup) -> float:
     forward, backward = (76, 138) if design.cast_once else (90, 147)  # of a decoder layer
     if setup.fused_layers:
         forward, backward = forward - 26, backward - 45
+    if setup.heads_only:
+        backward = 0
     tower = 26  # of a vision layer
     if tower_is_differentiated(setup):
         tower = 295 if shape.vision_gated else 81
@@ -112,7 +114,7 @@ def _between_products(setup: TrainingSetup) -> tuple[float, float]:
         forward += CAST * _adapter_inputs(setup)
         backward += CAST * _adapter_inputs(setup)
     scale = setup.element_bytes / 2
-    return scale * forward, scale * backward
+    return scale * forward, 0.0 if setup.heads_only else scale * backward
 
 
 def _adapter_bytes(setup: TrainingSetup) -> float:

@@ -2,7 +2,8 @@
 
     adapter_model.safetensors, adapter_config.json    adapters (train.mode lora)
     model.safetensors …, config.json, processor       all weights (train.mode full): loads with transformers alone
-    heads.safetensors                                 correspondence heads, and the temperature if it learns
+    heads.safetensors                                 correspondence heads, and the temperature if it learns; in
+                                                      train.mode heads the only weights
     optimizer-N.safetensors                           optimiser, by the names of parameters (`optimizer_state.py`)
     random.safetensors                                random number generators of all processes
     about.json                                        step, schedule, score, how the run was divided, sums not yet

@@ -135,6 +135,16 @@ class TrainConfig:
                 "evaluate.scenes scores points frame by frame, but model.frames_as = 'video_pairs' merges frames into "
                 "one grid of tokens; evaluate the finished run with gasp-fast evaluate --frames-as video_doubled"
             )
+        if self.train.mode == "heads" and not self.loss.geometric:
+            raise ValueError(
+                "train.mode = 'heads' trains the correspondence heads only, and without a geometric loss there are "
+                "none; set loss.corr_weight or loss.depth_weight above 0"
+            )
+        if self.train.mode == "heads" and self.heads.live:
+            raise ValueError(
+                f"train.mode = 'heads' leaves the model as it is, but heads.kind = {self.heads.kind} trains its own "
+                "projections; set heads.kind=correspondence"
+            )
         for name in self.run.allow_changes:
             if name not in (keys := keys_of(TrainConfig)):
                 raise ValueError(

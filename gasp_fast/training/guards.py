@@ -58,12 +58,20 @@ def check_disk(config: RunConfig) -> None:
         )
 
 
-def check_supervision(config: TrainConfig, sharding: Sharding) -> None:
-    """ZeRO-3 has the weights of a projection only while its layer runs, and supervision runs it once more."""
-    if sharding.stage == 3 and config.loss.geometric and config.heads.live:
+def check_sharding(config: TrainConfig, sharding: Sharding) -> None:
+    """ZeRO-3 has the weights of a module only while it runs, and gathers them for its backward pass only where its
+    input has a gradient. Supervision runs projections once more, and a frozen model has no gradients."""
+    if sharding.stage != 3:
+        return
+    if config.loss.geometric and config.heads.live:
         raise GuardError(
             f"heads.kind = {config.heads.kind} needs the weights of the model's projections after their layer has run, "
             "which ZeRO-3 divides again; use configs/deepspeed/zero2.json"
+        )
+    if config.train.mode == "heads":
+        raise GuardError(
+            f"deepspeed = {config.deepspeed!r} is ZeRO-3, which does not work with train.mode = heads; use "
+            "configs/deepspeed/zero2.json or deepspeed=null: without a backward pass the model needs little memory"
         )
 
 

@@ -1,5 +1,7 @@
 """The model that is trained: a vision-language model, with or without adapters, and the supervision of its layers.
 
+In `train.mode: heads` the vision-language model is frozen: no gradient flows through it, and it keeps no activations.
+
 The whole loss is computed inside one `forward`, so that DDP and DeepSpeed see all of it.
 
 Every process runs the same modules in the same order at every step, whatever its batch holds. ZeRO-3 gathers the
@@ -120,7 +122,7 @@ def build_model(config: TrainConfig, device: torch.device) -> SupervisedModel:
 
 def stored_dtype(config: TrainConfig) -> torch.dtype:
     """The dtype of the base model's weights: fp32 if they are trained."""
-    return DTYPES[config.model.dtype] if config.train.mode == "lora" else torch.float32
+    return torch.float32 if config.train.mode == "full" else DTYPES[config.model.dtype]
 
 
 def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device: torch.device) -> SupervisedModel:
@@ -134,7 +136,7 @@ def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device:
     if config.train.mode == "lora":
         model = add_adapters(backbone, model, config.lora)
     else:
-        model.requires_grad_(True)
+        model.requires_grad_(config.train.mode == "full")
     supervision = supervision_of(config, backbone, model, heads) if config.loss.geometric else None
     setup = setup_here(config, shape_from_model(unwrap(model)), backbone, device)
     layers = backbone.decoder_layers(model)

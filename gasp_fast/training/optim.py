@@ -25,7 +25,8 @@ MOST_STEPS = 1_000_000_000  # and most tokens of a forward pass
 class OptimisationConfig:
     """How the model is trained."""
 
-    mode: Literal["lora", "full"] = "lora"
+    # What learns besides the heads: adapters, all weights, or nothing (heads), which shows what heads alone can learn.
+    mode: Literal["lora", "full", "heads"] = "lora"
     epochs: float = 3.0  # passes through the scenes; without scenes, through the questions
     steps: int | None = None  # optimiser steps, instead of epochs
     batch_size: int = 32  # sequences of an optimiser step, over all processes

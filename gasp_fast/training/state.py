@@ -94,7 +94,7 @@ class TrainState:
         if "schedule" in about:
             with checkpoints.readable(folder / "optimizer-1.safetensors"):
                 unknown: list[str] | None = (
-                    [] if self.config.train.mode == "lora" else None
+                    None if self.config.train.mode == "full" else []
                 )  # in checkpoints of earlier versions
                 read_state(folder, self.model, self.optimizer.optimizer, about.get("without_state", unknown))
             done, stopped = about["schedule"], about["learning_rate"]
@@ -106,15 +106,15 @@ class TrainState:
 
     def _load_earlier(self, folder: Path) -> tuple[int, float]:
         """The steps that the schedule has counted, and the learning rate after them."""
-        processes, lora = self.processes, self.config.train.mode == "lora"
+        processes, full = self.processes, self.config.train.mode == "full"
         earlier_checkpoints.check_division(folder, processes.world_size, Sharding.of(self.deepspeed).stage)
         settings = [{**group} for group in self.optimizer.param_groups]
         if self.deepspeed is not None:
-            earlier_checkpoints.read_zero_state(folder, self.engine, all_parameters=not lora)
+            earlier_checkpoints.read_zero_state(folder, self.engine, all_parameters=full)
         else:
             # A single process reads into CPU memory, which is larger. Several on a node would each hold a copy there.
             place = processes.device if processes.world_size > 1 else "cpu"
-            earlier_checkpoints.read_plain_state(folder, self.optimizer, place, complete=lora)
+            earlier_checkpoints.read_plain_state(folder, self.optimizer, place, complete=not full)
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update({name: value for name, value in setting.items() if name != "params"})
         return earlier_checkpoints.read_schedule(folder)

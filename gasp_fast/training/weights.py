@@ -35,7 +35,7 @@ def gathered(parameter: nn.Parameter) -> Tensor:
 class TrainedWeights:
     """The trained weights by the names that they have in files; empty on all processes but the first."""
 
-    model: dict[str, Tensor]  # adapters, or all weights
+    model: dict[str, Tensor]  # adapters, or all weights; empty where only heads are trained
     heads: dict[str, Tensor]
 
 
@@ -56,7 +56,7 @@ def write_weights(model: SupervisedModel, folder: Path, weights: TrainedWeights)
     inner: Any = model.model
     if hasattr(inner, "peft_config"):
         inner.save_pretrained(folder, state_dict=weights.model, save_embedding_layers=False)
-    else:
+    elif weights.model:
         inner.save_pretrained(folder, state_dict=weights.model)
         model.backbone.processor.save_pretrained(folder)
     if weights.heads:
@@ -70,7 +70,7 @@ def read_weights(model: SupervisedModel, folder: Path) -> None:
     inner: Any = model.model
     if hasattr(inner, "peft_config"):
         read_adapters(inner, folder)
-    else:
+    elif any(parameter.requires_grad for parameter in inner.parameters()):
         # The configuration is the run's: without config.json, transformers would build a model of default size.
         stored = load_complete(type(inner), folder, unused=False, dtype=torch.float32, config=deepcopy(inner.config))
         inner.load_state_dict(stored.state_dict())

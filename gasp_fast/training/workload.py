@@ -57,7 +57,9 @@ def training_setup(config: TrainConfig, shape: ModelShape) -> TrainingSetup:
         head_precision=head_precision,
         embedding_precision=embedding_precision,
         precision=config.model.dtype,
-        kept_layers=len(config.train.kept_layers(shape.layers)),
+        heads_only=config.train.mode == "heads",
+        # A frozen model keeps no activations, so there is nothing to recompute.
+        kept_layers=shape.layers if config.train.mode == "heads" else len(config.train.kept_layers(shape.layers)),
         fused_layers=config.model.liger is not False,
         batch_size=config.train.batch_size,
         micro_batch_size=config.train.micro_batch_size or 1,
@@ -85,7 +87,7 @@ def keep_fitting_layers(
     config: TrainConfig, setup: TrainingSetup, mix: SequenceMix, gpus: int, memory: float, assumptions: Assumptions
 ) -> TrainingSetup:
     """`setup`, where `train.checkpointing` is auto with as many layers kept as fit `memory` (bytes of a GPU)."""
-    if config.train.checkpointing != "auto":
+    if config.train.checkpointing != "auto" or setup.heads_only:
         return setup
     return replace(setup, kept_layers=most_kept_layers(setup, longest_sequence(mix), gpus, memory, assumptions))
 

@@ -40,8 +40,15 @@ def write_report_file(folder: Path) -> list[Path]:
         for _ in range(3)
     ]
     metrics = summary(sequences, [1, 2], 4)
+    metrics["pck"] |= {"chance": 0.1, "constant": 0.2}
+    metrics["pck_moved"] |= {"chance": 0.1, "constant": 0.2}
+    metrics |= {"most_frequent": {"per_layer": [0.1, 0.2]}, "delta_avg": {"per_layer": [0.1, 0.2], "ceiling": 0.4}}
+    metrics["pck_groups"] = {"per_layer": [[0.1], [0.2]], "mean_per_layer": [0.1, 0.2], "peak": 0.2}
     settings = {"max_gap": 4, "keep": 1.0, "held_out": 0.0, "seed": 0, "rope": "before", "temperature": 0.07}
+    settings["radius"] = 2.0
     report: dict[str, Any] = {"model": "m", "sequences": 3, "frames": 4, "grid": 8, "features": "qk", **metrics}
+    report["token_grids"] = [{"rows": 7, "columns": 7, "frames": 12}]
+    report["evaluated"] = [{"sequence": n, "scene": "a", "frames": [n, n + 1, n + 2, n + 3]} for n in range(3)]
     report |= {"questions": 120, "sequences_without_tracks": 0, "scenes": ["a"], "heads": None, "settings": settings}
     report |= {"unreadable": {"scenes": {}, "sequences": []}, "by_features": {"qk": metrics}}
     (folder / "report.json").write_text(json.dumps(report))

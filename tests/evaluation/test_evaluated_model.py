@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gasp_fast.backbones import chat, tiny
+from gasp_fast.backbones import chat, load_backbone, tiny
 from gasp_fast.evaluation.evaluated_model import load_evaluated_model
 from gasp_fast.supervision.head_files import write_heads
 
@@ -127,6 +127,42 @@ def test_a_folder_whose_files_name_a_hub_model_is_not_looked_up(model_folders, t
     with pytest.raises(OSError, match="cannot be loaded"):
         load_evaluated_model(tmp_path / "adapter", base=str(base))
     assert not connections
+
+
+def tokens(model) -> int:
+    return model.backbone.frame_grid(400, 300).tokens
+
+
+def test_frames_are_as_large_as_in_the_run_that_trained_the_model(model_folders, tmp_path):
+    """Of adapters, of a checkpoint with all weights, and of the run's export; a given number comes first."""
+    base = load_evaluated_model(model_folders["qwen-gqa"])
+    save_adapter(base, tmp_path / "lora" / "checkpoint-1")
+    shutil.copytree(model_folders["qwen-gqa"], tmp_path / "full" / "checkpoint-1")
+    (tmp_path / "full" / "checkpoint-1" / "about.json").write_text("{}")
+    shutil.copytree(model_folders["qwen-gqa"], tmp_path / "full" / "export")
+    (tmp_path / "full" / "log.jsonl").touch()
+    for run in ("lora", "full"):
+        source = model_folders["qwen-gqa"]
+        (tmp_path / run / "config.yaml").write_text(f"model: {{source: {source}, frame_pixels: 6400}}")
+    limit = load_backbone(model_folders["qwen-gqa"], 6400).frame_grid(400, 300).tokens
+    assert 0 < limit < tokens(base)
+    for folder in ("lora", "full", "full/export"):
+        model = load_evaluated_model(tmp_path / folder)
+        assert model.frame_pixels == 6400 and tokens(model) == limit
+    given = load_evaluated_model(tmp_path / "lora", frame_pixels=3200)
+    assert given.frame_pixels == 3200 and tokens(given) < limit
+    shutil.copytree(model_folders["qwen-gqa"], tmp_path / "full" / "other")
+    assert load_evaluated_model(tmp_path / "full" / "other").frame_pixels is None  # not of the run
+
+
+@pytest.mark.parametrize("value", ["many", "-1", "0.5", "true"])
+def test_a_run_with_a_damaged_size_of_frames_is_refused_in_one_line(model_folders, tmp_path, value):
+    save_adapter(load_evaluated_model(model_folders["qwen-gqa"]), tmp_path / "checkpoint-1")
+    source = model_folders["qwen-gqa"]
+    (tmp_path / "config.yaml").write_text(f"model: {{source: {source}, frame_pixels: {value}}}")
+    with pytest.raises(ValueError, match=r"checkpoint-1: config\.yaml: model\.frame_pixels = ") as caught:
+        load_evaluated_model(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("device", ["bogus", "meta", "cuda:99"])

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_names_that_do_not_fit_the_reports_are_refused(reports, tmp_path):
 def test_a_comparison_of_different_evaluation_sets_warns(reports, tmp_path):
     first, second = map(read_report, reports)
     second = {**second, "frames": 6}
-    _, warnings = write_comparison({"a": first, "b": second}, tmp_path)
+    warnings = write_comparison({"a": first, "b": second}, tmp_path).warnings
     assert len(warnings) == 1 and "different frames" in warnings[0]
     only_qk = {**second, "by_features": {"hidden": second["by_features"]["qk"]}}
     with pytest.raises(ValueError, match="share no kind of features"):
@@ -163,11 +164,102 @@ def test_a_report_without_the_numbers_of_a_figure_is_not_compared(reports, tmp_p
         run(compare_command, str(reports[1]), str(tmp_path), "--out", str(tmp_path / "out"))
 
 
-def test_pictures_of_a_comparison_need_the_scenes_of_the_reports(reports, model_folders, tmp_path):
+def test_pictures_of_a_comparison_need_the_scenes_of_the_reports(reports, tmp_path):
     list(render_scenes(tmp_path / "others", 1, config=SyntheticConfig(frames=8, width=112, height=112), workers=1))
-    words = ["--out", str(tmp_path / "out"), "--model", str(model_folders["qwen-gqa"]), "--scenes"]
+    words = ["--out", str(tmp_path / "out"), "--scenes"]
     with pytest.raises(ValueError, match="not the scenes of all reports"):
         run(compare_command, *map(str, reports), *words, str(tmp_path / "others"))
+
+
+def test_pictures_of_models_with_other_token_grids_need_no_model(reports, model_folders, library, tmp_path):
+    """LLaVA crops frames to a square and has other tokens; the predictions say where each token lies."""
+    wide = tmp_path / "wide"
+    list(render_scenes(wide, 2, config=SyntheticConfig(frames=10, width=144, height=96), workers=1))
+    outs = [evaluated(model_folders[name], wide, tmp_path / name, "--pictures", "0") for name in ("qwen-gqa", "llava")]
+    assert run(compare_command, *map(str, outs), "--scenes", str(wide), "--out", str(tmp_path / "out")) == 0
+    assert list((tmp_path / "out" / "pictures").glob("answers-*.png"))
+    assert "different token grids" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_comparison_has_paired_differences_from_its_first_report(reports, tmp_path, capsys):
+    assert run(compare_command, *map(str, reports), "--out", str(tmp_path)) == 0
+    differences = json.loads((tmp_path / "compare.json").read_text())["differences"]
+    first, second = map(read_report, reports)
+    found = {(one["features"], one["metric"]): one for one in differences}
+    assert found.keys() == {(kind, metric) for kind in ("head", "qk") for metric in ("best_layer", "mean", "moved")}
+    for kind in ("head", "qk"):
+        for metric, key in (("best_layer", "peak"), ("mean", "mean")):
+            one = found[kind, metric]
+            expected = second["by_features"][kind]["pck"][key] - first["by_features"][kind]["pck"][key]
+            assert one["difference"] == pytest.approx(expected) and one["low"] <= expected <= one["high"]
+            assert (one["first"], one["second"], one["sequences"]) == ("qwen-gqa", "qwen-mha", 4)
+    printed, page = capsys.readouterr().out, (tmp_path / "index.html").read_text()
+    assert "95 % interval" in printed and "Differences on the same sequences" in page
+
+
+def as_earlier(report: dict[str, Any]) -> dict[str, Any]:
+    """The same report as the first version wrote it."""
+    new = ("most_frequent", "delta_avg", "per_sequence", "pck_groups")
+    report = {name: value for name, value in report.items() if name not in (*new, "token_grids", "evaluated")}
+    report["settings"] = {k: v for k, v in report["settings"].items() if k in ("max_gap", "keep", "held_out", "seed")}
+    report["by_features"] = {
+        kind: {name: value for name, value in metrics.items() if name not in new}
+        for kind, metrics in report["by_features"].items()
+    }
+    for metrics in report["by_features"].values():
+        for name in ("pck", "pck_moved"):
+            metrics[name] = {k: v for k, v in metrics[name].items() if k not in ("chance", "constant")}
+    return report
+
+
+def test_reports_of_the_first_version_are_compared_without_what_they_lack(reports, tmp_path, capsys):
+    earlier = as_earlier(read_report(reports[0]))
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "report.json").write_text(json.dumps(earlier))
+    words = [str(tmp_path / "earlier"), str(reports[0]), "--names", "earlier,now", "--out", str(tmp_path / "out")]
+    assert run(compare_command, *words) == 0
+    printed = capsys.readouterr().out
+    assert "–" in printed and "not strictly comparable" not in printed
+    assert printed.replace("\n", " ").count("a report of an earlier version does not name its sequences") == 1
+
+
+def test_reports_with_other_radii_are_not_compared(model_folders, library, reports, tmp_path):
+    other = evaluated(model_folders["qwen-gqa"], library, tmp_path / "other", "--pictures", "0", "--radius", "1.5")
+    page = (other / "index.html").read_text()
+    assert "PCK@1.5" in page and "PCK@2" not in page
+    with pytest.raises(ValueError, match=r"different radii \(a: 2, b: 1.5\)") as caught:
+        run(compare_command, str(reports[0]), str(other), "--names", "a,b", "--out", str(tmp_path / "out"))
+    assert one_line(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_the_page_shows_the_token_grid_and_every_head_group(reports):
+    page = (reports[0] / "index.html").read_text()
+    assert "Tokens of a frame: 7 × 7 (rows × columns)." in page
+    groups = read_report(reports[0])["by_features"]["qk"]["pck_groups"]
+    table = page[page.index("by head group") :]
+    for layer, row in enumerate(groups["per_layer"]):
+        cells = "".join(f"<td>{value:.3f}</td>" for value in (groups["mean_per_layer"][layer], *row))
+        assert len(row) == 2 and f"{cells}</tr>" in table
+
+
+def test_both_directions_have_their_own_row_and_figure(model_folders, library, tmp_path, capsys):
+    options = ("--pictures", "1", "--direction", "both", "--confidence", "attention")
+    out = evaluated(model_folders["llava"], library, tmp_path / "out", *options)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("head ", "head-causal", "qk ", "qk-causal"))
+    figures = {path.name for path in out.glob("figure-*.png")}
+    assert figures == {"figure-head.png", "figure-head-causal.png", "figure-qk.png", "figure-qk-causal.png"}
+    assert "the probability that attention gives to the prediction" in (out / "index.html").read_text()
+    assert len(list((out / "pictures").glob("*.png"))) == 2
+
+
+def test_a_causal_evaluation_has_no_pictures_and_says_so(model_folders, library, tmp_path, capsys):
+    out = evaluated(model_folders["llava"], library, tmp_path / "out", "--direction", "causal")
+    assert "they show the forward direction" in " ".join(capsys.readouterr().out.split())
+    assert not list(out.glob("pictures/*.png")) and read_report(out, whole=True)["features"] == "head-causal"
+    with pytest.raises(ValueError, match="pictures show the forward direction") as caught:
+        run(compare_command, str(out), str(out), "--names", "a,b", "--scenes", str(library), "--out", str(tmp_path))
+    assert one_line(caught.value)
 
 
 def one_line(error: BaseException) -> bool:
@@ -220,7 +312,8 @@ def test_what_cannot_be_read_is_named_in_the_output_and_on_the_page(model_folder
         assert f"scene {first.name} cannot be read" in text and f"of scene {second.name} cannot be read" in text
     assert list((out / "pictures").glob("heat-*.png"))
     again = evaluated(model_folders["qwen-gqa"], library, tmp_path / "sound", "--pictures", "0")
-    _, warnings = write_comparison({"a": read_report(again), "b": read_report(out)}, tmp_path / "compared")
+    reports = {"a": read_report(again), "b": read_report(out)}
+    warnings = write_comparison(reports, tmp_path / "compared").warnings
     assert any("different unreadable sequences" in warning for warning in warnings)
 
 

@@ -53,6 +53,9 @@ class TotalCounter(FlopCounterMode):
         self.mod_tracker: Any = self.NoModules()
 
 
+WAYS = ("forward", "backward", "recompute")
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_flops_of_a_training_step_are_those_that_torch_counts(config: Any, family: str, mode: str) -> None:
     """Forward and backward, heads and geometric loss included, of a batch of the real loader."""
@@ -88,6 +91,35 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(config: Any, famil
         of_frame = PATCHES * shape.frame_tokens
         unread = 2 * patches * (2 * shape.vision_block_weights + 4 * of_frame * shape.vision_hidden)
     assert counter.get_total_flops() == pytest.approx(batch_flops(batch) + masked + padded - unread, rel=0.03)
+
+
+def test_training_heads_alone_differentiates_heads_and_loss_only(config: Any, family: str) -> None:
+    """Their gradients are computed in the forward pass, and those of their inputs are not needed."""
+    counted, parts = {}, {}
+    for mode in ("lora", "heads"):
+        recipe = config(
+            family,
+            train={"mode": mode, "checkpointing": "full"},
+            loss={"backend": "torch", "lm_weight": 0.0},
+            model={"attention": "eager"},
+        )
+        model = build_model(recipe, torch.device("cpu"))
+        loader = make_loader(recipe.data, SampleStream(recipe.data), model.backbone, Share(0, 1, 2, 2), 1, False)
+        batch, flops = next(iter(loader)), BatchFlops(recipe, model)
+        sizes = flops.sizes(batch)
+        with TotalCounter(display=False) as counter:
+            loss = model.train()(**batch)["loss"]
+        with TotalCounter(display=False) as backward:
+            loss.backward()
+        counted[mode] = counter.get_total_flops()
+        by_size = [flops_by_part(flops.setup, size) for size in sizes]
+        parts[mode] = {name: [sum(getattr(one[name], way) for one in by_size) for way in WAYS] for name in by_size[0]}
+    heads_backward = [parts[mode]["heads"][1] for mode in ("lora", "heads")]
+    saved = parts["lora"]["adapters"][0] + heads_backward[0] - heads_backward[1]
+    assert heads_backward[0] > heads_backward[1] and counted["lora"] - counted["heads"] == saved
+    assert backward.get_total_flops() == 0
+    through = ("decoder", "attention", "adapters", "vision", "lm head")
+    assert all(parts["heads"][name][1:] == [0, 0] for name in through)  # neither backward nor recomputed
 
 
 def test_recomputed_flops_are_those_that_torch_counts_on_top(config: Any, family: str) -> None:

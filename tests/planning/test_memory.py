@@ -56,6 +56,16 @@ def test_activations_are_those_that_autograd_saves(
     assert activation_bytes(setup) == pytest.approx(sum(saved.values()) / tokens - rotations, rel=0.00002)
 
 
+def test_a_frozen_model_saves_no_activations_and_has_no_gradients() -> None:
+    """Of the heads alone: 4 bytes of weight, 4 of gradient, 8 of the optimiser for each number."""
+    setup, heads = setup_of("train.mode=heads", "deepspeed=null", "train.checkpointing=full"), 359_812_096
+    longest = SequenceSize(tokens=14_000, visual=13_800, tracked=13_800, anchors=500, labelled=0, frames=24)
+    memory = memory_by_purpose(setup, longest, 1, Assumptions())
+    assert setup.parameters.trained == heads and memory["frozen weights"] == 2 * 8_292_166_656
+    assert memory["trained weights"] == memory["gradients"] == memory["kept by heads"] == 4 * heads
+    assert memory["optimiser"] == 8 * heads and memory["saved activations"] == 0
+
+
 def test_memory_of_weights_gradients_and_optimiser_by_hand() -> None:
     trained = 80_740_352 + 359_812_096
     one = state_bytes(setup_of(zero("zero1")), 32)

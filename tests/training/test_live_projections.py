@@ -212,6 +212,8 @@ def test_settings_that_contradict_each_other_are_refused(config):
         HeadsConfig(kind="tied", attention_heads="groups")
     with pytest.raises(ValueError, match=r"learnable_temperature .* heads.kind = qk"):
         config(heads={"kind": "qk"}, loss={"learnable_temperature": True})
+    with pytest.raises(ValueError, match=r"train.mode = 'heads' .* heads.kind = correspondence_and_qk trains"):
+        config(heads={"kind": "correspondence_and_qk"}, train={"mode": "heads"})
     with pytest.raises(ValueError, match="no layer is supervised"):
         GeometricSupervision(None)
 

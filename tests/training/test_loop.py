@@ -70,7 +70,7 @@ def assert_same_steps(out, expected):
         assert record["grad_norm"] == pytest.approx(norm, rel=2e-3), (out, record["step"])
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "full", "heads"])
 def test_one_process_takes_the_steps_of_a_plain_loop(config, family, mode):
     settings = config(family, mixed=True, train={"mode": mode, "steps": 4})
     expected = plain_loop(settings)
