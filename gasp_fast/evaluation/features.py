@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from gasp_fast.backbones import AttentionShape, Backbone
 from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import HeadInput, LayerCapture, normed
+from gasp_fast.supervision.live_projections import by_group, comparable
 
 from .evaluated_model import EvaluatedModel
 
@@ -100,9 +101,9 @@ QueriesAndKeys = Callable[[int, Tensor, Tensor], None]  # layer, queries [N, Hq 
 def _queries_and_keys(consumer: Consumer, kinds: Sequence[Captured], shape: AttentionShape) -> QueriesAndKeys:
     def give(layer: int, query: Tensor, key: Tensor) -> None:
         if "qk" in kinds:
-            consumer("qk", layer, *comparable(query, key, shape))
+            consumer("qk", layer, *comparable(query, key, shape.head_dim))
         if "groups" in kinds:
-            consumer("groups", layer, *by_group(query, key, shape))
+            consumer("groups", layer, *by_group(query, key, shape.head_dim))
 
     return give
 
@@ -151,22 +152,3 @@ def _capture_attention(hooks: ExitStack, evaluated: EvaluatedModel, positions: T
 
     ALL_ATTENTION_FUNCTIONS[implementation] = attention
     hooks.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, implementation, original)
-
-
-def comparable(query: Tensor, key: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    """Queries `[N, Hq * d]` and keys `[N, Hk * d]` in one width: unchanged if `Hq = Hk`, else averaged over heads."""
-    if shape.query_heads == shape.key_heads:
-        return query, key
-    return (
-        query.unflatten(-1, (shape.query_heads, shape.head_dim)).mean(-2),
-        key.unflatten(-1, (shape.key_heads, shape.head_dim)).mean(-2),
-    )
-
-
-def by_group(query: Tensor, key: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    """Queries `[N, Hq * d]` and keys `[N, Hk * d]` of each head group, `[Hk, N, d]`."""
-    groups, width = shape.key_heads, shape.head_dim
-    return (
-        query.unflatten(-1, (groups, shape.query_heads // groups, width)).mean(-2).transpose(0, 1),
-        key.unflatten(-1, (groups, width)).transpose(0, 1),
-    )

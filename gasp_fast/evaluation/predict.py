@@ -136,7 +136,7 @@ class Predictor:
         sizes = np.array([frame.shape[1::-1] for frame in sample.frames])  # [F, 2], width and height
         grids = [self._evaluated.backbone.frame_grid(*size) for size in sizes.tolist()]
         (tracks,) = sample.tracks
-        starts = np.cumsum([0, *(grid.tokens for grid in grids)])  # [F + 1]
+        starts = np.cumsum([0, *(grid.tokens for grid in grids[:-1])])  # [F]
         seen = track_tokens(tracks, grids, starts) >= 0  # [T, F]
         track, later = np.nonzero(seen[:, :1] & seen[:, 1:])  # [M], [M]
         at = (tracks.uv / sizes).astype(np.float32)  # [T, F, 2]

@@ -70,16 +70,22 @@ class LiveProjections(nn.Module):
             projected = [some.to(self.embeddings) for some in projected]
         if self.kind == "tied":
             return projected[0][None], None
-        queries, keys = (some.unflatten(-1, (-1, self.head_dim)) for some in projected)  # [N, heads, head_dim]
+        queries, keys = projected
         if self.heads == "groups":
-            queries = queries.unflatten(1, (keys.shape[1], -1)).mean(2)  # [N, key heads, head_dim]
-            return queries.transpose(0, 1), keys.transpose(0, 1)
-        queries, keys = comparable(queries, keys)
+            return by_group(queries, keys, self.head_dim)
+        queries, keys = comparable(queries, keys, self.head_dim)
         return queries[None], keys[None]
 
 
-def comparable(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """`[N, heads, head_dim]` in one width: side by side where there are as many of each, else means over the heads."""
-    if queries.shape[1] == keys.shape[1]:
-        return queries.flatten(1), keys.flatten(1)
-    return queries.mean(1), keys.mean(1)
+def comparable(queries: Tensor, keys: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Queries `[N, Hq * d]` and keys `[N, Hk * d]` in one width: unchanged if `Hq = Hk`, else averaged over heads."""
+    if queries.shape[-1] == keys.shape[-1]:
+        return queries, keys
+    return queries.unflatten(-1, (-1, head_dim)).mean(-2), keys.unflatten(-1, (-1, head_dim)).mean(-2)
+
+
+def by_group(queries: Tensor, keys: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Queries `[N, Hq * d]` and keys `[N, Hk * d]` of each head group, `[Hk, N, d]`: the mean of its query heads."""
+    keys = keys.unflatten(-1, (-1, head_dim))  # [N, Hk, d]
+    queries = queries.unflatten(-1, (keys.shape[-2], -1, head_dim)).mean(-2)
+    return queries.transpose(0, 1), keys.transpose(0, 1)
