@@ -44,7 +44,8 @@ class GuardError(ValueError):
 
 
 def disk_is_low(config: RunConfig) -> bool:
-    return shutil.disk_usage(config.out).free / 1e9 < config.min_free_gb
+    """Of a run whose folder exists; a dry run has none."""
+    return Path(config.out).is_dir() and shutil.disk_usage(config.out).free / 1e9 < config.min_free_gb
 
 
 def check_disk(config: RunConfig) -> None:
