@@ -15,9 +15,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Two test files at a time, one thread each. The timed tests (marker `alone`) run afterwards, by themselves.
+# Two test files at a time, one thread each. In the order of their names: otherwise files of few, long tests come last,
+# one of them alone. The timed tests (marker `alone`) run afterwards, by themselves.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 lint: setup

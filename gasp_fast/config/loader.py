@@ -177,7 +177,8 @@ def _set(config: Any, keys: Keys, setting: Setting, kind: Any) -> Any:
         raise ValueError(f"{_shown(keys, setting)} is a placeholder, which is not filled in; write the value itself")
     for value in [setting.value] if setting.text is None else [setting.value, setting.text]:
         try:
-            merged = OmegaConf.merge(config, _nested(keys, value))
+            # Not `merge`, which copies everything. What a failed try leaves at `keys` is replaced or not used.
+            merged = OmegaConf.unsafe_merge(config, _nested(keys, value))
         except (OmegaConfBaseException, TypeError, OverflowError):  # a list for a mapping; 1 with 400 zeros
             continue
         read = OmegaConf.select(merged, _dotted(keys))
