@@ -103,6 +103,7 @@ def test_a_profile_has_every_part(result: dict[str, Any]) -> None:
     assert sum(parts["rest"] for parts in ours) < 0.15 * sum(sum(parts.values()) for parts in ours)
 
 
+@pytest.mark.alone
 def test_a_plan_reproduces_the_step_it_was_calibrated_with(result: dict[str, Any]) -> None:
     calibrated = [record for record in result["cases"] if "factors" in record]
     assert len(calibrated) == len(SIZES_7B)
