@@ -168,12 +168,17 @@ def moved_matches(matches: Matches) -> Matches:
     """The matches whose target is more than two patches from the anchor's position."""
     assert matches.token_xy is not None
     xy = matches.token_xy.numpy()
-    moved = torch.from_numpy(~within(xy[matches.anchor.numpy()], xy[matches.target.numpy()], radius=2))
+    moved = ~within(xy[matches.anchor.numpy()], xy[matches.target.numpy()], radius=2)
+    return chosen_matches(matches, torch.from_numpy(moved))
+
+
+def chosen_matches(matches: Matches, chosen: torch.Tensor) -> Matches:
+    """The matches for which `chosen` [M] is true, without depth."""
     return Matches(
         frame_offsets=matches.frame_offsets,
         sequence_offsets=matches.sequence_offsets,
-        anchor=matches.anchor[moved],
-        target=matches.target[moved],
+        anchor=matches.anchor[chosen],
+        target=matches.target[chosen],
         token_xy=matches.token_xy,
     )
 

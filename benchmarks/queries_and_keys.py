@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learning import CAMERA, FROZEN, LAYERS, OTHER_CAMERA, recipe
+from learning import CAMERA, FROZEN, LAYERS, OTHER_CAMERA, chosen_matches, recipe
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -180,14 +180,7 @@ class PckSums:
 def in_direction(matches: Matches, later: bool) -> Matches:
     """The matches whose target's frame comes after the anchor's, or before it."""
     frame_of = torch.bucketize(torch.stack([matches.anchor, matches.target]), matches.frame_offsets, right=True)
-    chosen = frame_of[1] > frame_of[0] if later else frame_of[1] < frame_of[0]
-    return Matches(
-        frame_offsets=matches.frame_offsets,
-        sequence_offsets=matches.sequence_offsets,
-        anchor=matches.anchor[chosen],
-        target=matches.target[chosen],
-        token_xy=matches.token_xy,
-    )
+    return chosen_matches(matches, frame_of[1] > frame_of[0] if later else frame_of[1] < frame_of[0])
 
 
 def language(config: TrainConfig, subject: Subject, questions: Path, count: int = 48) -> float:

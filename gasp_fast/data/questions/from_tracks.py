@@ -7,7 +7,7 @@ pixels as in the sequence. The tracks and the number of samples are the same, to
 
 Images are counted from 1. Positions are whole numbers from [0, 0] at the top left to [1000, 1000] at the bottom right
 of what the model sees of an image, separately for each axis, so a processor's resizing does not change them. What its
-crop cuts off cannot be seen: a point there is asked about only as one that is not visible.
+crop removes, it does not see: a point there counts as not visible.
 """
 
 from __future__ import annotations
