@@ -22,6 +22,7 @@ from .open import open_scene
 from .scene import Scene
 
 DEEPEST = 4  # folders between the library and a scene; DL3DV has 1K/<hash>
+DIGEST_SIZE, EARLIER_SIZE = 10, 8  # bytes
 FEWEST_FOR_PROCESSES = 200  # scenes; fewer are opened before other processes have started
 
 
@@ -72,7 +73,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def scene_digest(scene: Scene) -> str:
     """A hash of frame names, poses and cameras: it changes when a frame is added, removed, renamed or moved, or when
     its camera does. Decodes nothing."""
-    digest = _hash_of_poses(scene, size=10)
+    digest = _hash_of_poses(scene, DIGEST_SIZE)
     for frame in scene.frames:
         digest.update(np.ascontiguousarray(frame.intrinsics, np.float64).tobytes())
         digest.update(repr((frame.camera_size, frame.distortion)).encode())
@@ -81,8 +82,8 @@ def scene_digest(scene: Scene) -> str:
 
 def has_digest(scene: Scene, digest: str) -> bool:
     """Whether `scene` is the one of a digest. Earlier versions wrote shorter ones, of names and poses alone."""
-    earlier = _hash_of_poses(scene, size=8).hexdigest()
-    return digest == (earlier if len(digest) == len(earlier) else scene_digest(scene))
+    earlier = len(digest) == 2 * EARLIER_SIZE
+    return digest == (_hash_of_poses(scene, EARLIER_SIZE).hexdigest() if earlier else scene_digest(scene))
 
 
 def _hash_of_poses(scene: Scene, size: int) -> blake2b:
