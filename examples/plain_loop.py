@@ -1,8 +1,7 @@
 """Add the geometric loss to your own PyTorch loop. The lines to add are between the marks.
 
-A batch of `Collator` has two entries besides the model's inputs: `matches`, the pairs of visual tokens that show the
-same point, and `visual_positions`, the positions of the visual tokens in the batch. `LayerCapture` keeps the hidden
-states of all decoder layers of a forward pass; a head maps each to embeddings, and `gasp_loss` compares them.
+`attach` puts a correspondence head on every decoder layer. `gasp.matches` turns point tracks into pairs of visual
+tokens that show the same point. `gasp.loss` compares these tokens at every layer of the forward pass before it.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from toy import room, tiny_model
+from toy import model_inputs, room, tiny_model
 
 # --- gasp_fast: begin
-from gasp_fast import CorrespondenceHead, gasp_loss
-from gasp_fast.collator import Collator
-from gasp_fast.supervision.layer_capture import LayerCapture
+import gasp_fast
 
 # --- gasp_fast: end
 
@@ -24,34 +21,33 @@ STEPS = 21
 
 
 def train(folder: Path) -> None:
-    backbone, model = tiny_model(folder)
-    samples = [room(folder)]
+    model, processor = tiny_model(folder)
+    sample = room(folder)
+    [tracks] = sample.tracks  # uv [T, F, 2] and visible [T, F], from anywhere
     # --- gasp_fast: begin
-    collate = Collator(backbone)
-    capture = LayerCapture(backbone.decoder_layers(model), backbone.final_norm(model))
-    model.gasp_heads = torch.nn.ModuleList(CorrespondenceHead(backbone.hidden_size) for _ in capture.layers)
+    gasp = gasp_fast.attach(model, processor)
+    matches = gasp.matches(sample.frames, tracks.uv, tracks.visible, depth_maps=sample.depth)
     # --- gasp_fast: end
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW([*model.parameters(), *gasp.parameters()], lr=2e-3)
 
     print(f"{'step':>4}  {'loss':>6}  {'text':>6}  {'corr':>6}  {'depth':>6}  {'PCK@2':>6}")
     for step in range(STEPS):
-        batch = collate(samples)
+        batch = model_inputs(processor, [sample])
+        text_loss = model(**batch).loss
         # --- gasp_fast: begin
-        matches, positions = batch.pop("matches"), batch.pop("visual_positions")
-        with capture:
-            text_loss = model(**batch).loss
-        embeddings = [head(capture.tokens(layer, positions)) for layer, head in enumerate(model.gasp_heads)]
-        geometry = gasp_loss(embeddings, matches, return_metrics=True)
-        loss = text_loss + geometry.loss
+        loss = text_loss + gasp.loss(gasp.visual_positions(batch["input_ids"]), matches)
         # --- gasp_fast: end
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % 5 == 0:
-            values = (loss, text_loss, geometry.corr, geometry.depth, geometry.metrics.pck.mean())
+            values = (loss, text_loss, *(gasp.metrics[name].mean() for name in ("corr", "depth", "pck")))
             print(f"{step:4d}", *(f"{value.item():6.3f}" for value in values), sep="  ")
 
-    del model.gasp_heads  # only for training: the saved model has transformers' own modules
+    # --- gasp_fast: begin
+    gasp.save(folder / "trained")  # heads.safetensors
+    gasp.detach()
+    # --- gasp_fast: end
     model.save_pretrained(folder / "trained")
 
 

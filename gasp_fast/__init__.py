@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gasp_fast.attachment.attach import Gasp, attach
+    from gasp_fast.attachment.callback import GaspCallback
     from gasp_fast.data.scenes.open import open_scene
     from gasp_fast.data.tracks.build import build_tracks
     from gasp_fast.loss.frame_matching import FrameMatch, frame_match
@@ -26,10 +28,13 @@ __version__ = "0.1.0"
 _HOME = {
     "CorrespondenceHead": "gasp_fast.supervision.heads",
     "FrameMatch": "gasp_fast.loss.frame_matching",
+    "Gasp": "gasp_fast.attachment.attach",
+    "GaspCallback": "gasp_fast.attachment.callback",
     "GaspLoss": "gasp_fast.loss.module",
     "GaspOutput": "gasp_fast.loss.function",
     "LayerMetrics": "gasp_fast.loss.function",
     "Matches": "gasp_fast.loss.matches",
+    "attach": "gasp_fast.attachment.attach",
     "build_tracks": "gasp_fast.data.tracks.build",
     "frame_match": "gasp_fast.loss.frame_matching",
     "gasp_loss": "gasp_fast.loss.function",
@@ -52,10 +57,13 @@ def __dir__() -> list[str]:
 __all__ = [
     "CorrespondenceHead",
     "FrameMatch",
+    "Gasp",
+    "GaspCallback",
     "GaspLoss",
     "GaspOutput",
     "LayerMetrics",
     "Matches",
+    "attach",
     "build_tracks",
     "frame_match",
     "gasp_loss",

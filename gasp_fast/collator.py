@@ -107,8 +107,14 @@ class Collator:
         return {
             **encoded.inputs,
             "visual_positions": torch.cat(positions) if positions else torch.zeros(0, dtype=torch.long),
-            "matches": Matches.pack(matches) if matches else _no_matches(),
+            "matches": Matches.pack(matches) if matches else no_matches(),
         }
+
+    def matches(self, sample: Sample) -> Matches:
+        """The matches of one sequence with tracks, over its own visual tokens."""
+        _check(sample, 0)
+        frames = sample.frames[:: self.backbone.frames_per_grid]
+        return self._matches(sample, [self.backbone.frame_grid(frame.shape[1], frame.shape[0]) for frame in frames])
 
     def _matches(self, sample: Sample, grids: Sequence[TokenGrid]) -> Matches:
         """The matches of one sequence, over its own visual tokens. `grids` has an entry for each token grid."""
@@ -228,7 +234,8 @@ def _check(sample: Sample, index: int) -> None:
         raise ValueError(f"sample {index} has {count} frames and {len(sample.depth)} depth maps; one each is needed")
 
 
-def _no_matches() -> Matches:
+def no_matches() -> Matches:
+    """Matches over no token."""
     empty = torch.zeros(0)
     return Matches(
         frame_offsets=torch.zeros(2, dtype=torch.long),

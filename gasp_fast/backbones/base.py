@@ -25,6 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -82,22 +83,25 @@ class Backbone(ABC):
         self.source = source
         self.config = config
         self.processor = processor
-        self.chat = ChatFormat(processor, self._reserved_tokens())
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        return ChatFormat(self.processor, self._reserved_tokens())
 
     # ---- the model's modules -----------------------------------------------------------------------------------------
 
     @property
     def layer_count(self) -> int:
         """L, the number of decoder layers."""
-        return self.config.text_config.num_hidden_layers
+        return self.config.get_text_config().num_hidden_layers
 
     @property
     def hidden_size(self) -> int:
-        return self.config.text_config.hidden_size
+        return self.config.get_text_config().hidden_size
 
     @property
     def attention_shape(self) -> AttentionShape:
-        text = self.config.text_config
+        text = self.config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         return AttentionShape(text.num_attention_heads, key_heads, head_dim)

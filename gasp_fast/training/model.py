@@ -28,10 +28,10 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gasp_fast.attachment.build import build_heads, build_supervision
 from gasp_fast.backbones import Backbone, TokenIndex, unwrap
 from gasp_fast.backbones.adapters import add_adapters
 from gasp_fast.backbones.base_model import DTYPES, load_base_model, use_checkpointing
@@ -39,10 +39,7 @@ from gasp_fast.backbones.unmasked_attention import use_unmasked_attention
 from gasp_fast.loss.matches import Matches
 from gasp_fast.planning.shapes import shape_from_model
 from gasp_fast.supervision.geometric import GeometricSupervision
-from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads, HeadsConfig, parse_layers
 from gasp_fast.supervision.layer_capture import LayerCapture
-from gasp_fast.supervision.live_projections import LiveProjections
-from gasp_fast.supervision.precision import Compute
 
 from .config import TrainConfig
 from .workload import setup_here
@@ -130,14 +127,25 @@ def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device:
     start = time.perf_counter()
     heads = None
     if config.loss.geometric and config.heads.own:  # before the adapters: from the model's own query projections
-        heads = build_heads(config.heads, backbone, model, device, config.heads.precisions(config.model.dtype)[0])
+        heads = build_heads(config.heads, backbone, model, device, config.model.dtype)
     head_seconds = time.perf_counter() - start
     use_unmasked_attention(model)
     if config.train.mode == "lora":
         model = add_adapters(backbone, model, config.lora)
     else:
         model.requires_grad_(config.train.mode == "full")
-    supervision = supervision_of(config, backbone, model, heads) if config.loss.geometric else None
+    supervision = None
+    if config.loss.geometric:
+        supervision = build_supervision(
+            config.heads,
+            config.loss,
+            backbone,
+            model,
+            heads,
+            config.model.dtype,
+            learnable_temperature=config.loss.learnable_temperature,
+            layer_reduction=config.loss.layer_reduction,
+        )
     setup = setup_here(config, shape_from_model(unwrap(model)), backbone, device)
     layers = backbone.decoder_layers(model)
     kept = [layers[number] for number in config.train.kept_layers(len(layers), setup.kept_layers)]
@@ -145,52 +153,3 @@ def supervise(config: TrainConfig, backbone: Backbone, model: nn.Module, device:
     supervised = SupervisedModel(backbone, model, supervision, config.loss.lm_weight, DTYPES[config.model.dtype])
     supervised.head_seconds = head_seconds
     return supervised
-
-
-def supervision_of(
-    config: TrainConfig, backbone: Backbone, model: nn.Module, heads: CorrespondenceHeads | None
-) -> GeometricSupervision:
-    """The supervision of a model, by correspondence heads, by its own projections, or by both."""
-    embeddings, live, loss = DTYPES[config.heads.precisions(config.model.dtype)[1]], config.heads.live, config.loss
-    projections = []
-    if live is not None:
-        head_dim = backbone.attention_shape.head_dim
-        for layer in parse_layers(config.heads.layers, backbone.layer_count):
-            attention = backbone.attention(model, layer)
-            projections.append(
-                LiveProjections(layer, attention, head_dim, live, config.heads.attention_heads, embeddings)
-            )
-    return GeometricSupervision(
-        heads,
-        loss,
-        loss.learnable_temperature,
-        embeddings,
-        layer_reduction=loss.layer_reduction,
-        live=projections,
-    )
-
-
-def build_heads(
-    config: HeadsConfig, backbone: Backbone, model: nn.Module, device: torch.device, compute: Compute = "fp32"
-) -> CorrespondenceHeads:
-    """Heads of the chosen layers, on the CPU, the same on every process. `device` decomposes W_Q.
-
-    Call it before the model is sharded, while every process has all of W_Q, and with the same state of the random
-    generator everywhere. Only the first process decomposes, one layer at a time, and sends the head to the others.
-    """
-    heads = {}
-    for layer in parse_layers(config.layers, backbone.layer_count):
-        if config.init == "random":
-            heads[layer] = CorrespondenceHead(backbone.hidden_size, config.mid_size, config.out_size, compute)
-            continue
-        weight, bias = backbone.query_projection(model, layer)
-        bias = bias if config.bias == "copy" else None
-        weight, bias = weight.detach().to(device), None if bias is None else bias.detach().to(device)
-        head = CorrespondenceHead.sized_for(weight, bias, config.mid_size, config.out_size, compute)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            head.approximate(weight, bias)
-        if dist.is_initialized():
-            for parameter in head.parameters():
-                dist.broadcast(parameter.detach(), src=0)
-        heads[layer] = head.cpu()
-    return CorrespondenceHeads(heads, config.input)

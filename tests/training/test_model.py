@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from gasp_fast.attachment.build import build_heads
 from gasp_fast.collator import Collator, Sample
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHead, HeadsConfig
 from gasp_fast.training.loader import SteadyCollator
-from gasp_fast.training.model import build_heads, build_model, language_loss
+from gasp_fast.training.model import build_model, language_loss
 from gasp_fast.training.stream import SampleStream
 from gasp_fast.training.weights import gather_weights, write_weights
 

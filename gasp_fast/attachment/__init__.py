@@ -1,0 +1,6 @@
+"""GASP on a model that is already loaded: in the trainer of this package, and in one of the user's own.
+
+build.py     heads of a model's layers, and their supervision
+attach.py    `attach`, and `Gasp`, which it returns: matches, loss, metrics, weights
+callback.py  `GaspCallback` for the Hugging Face `Trainer` and for those of TRL
+"""

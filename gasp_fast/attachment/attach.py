@@ -1,0 +1,317 @@
+"""`attach` adds correspondence heads and their loss to a Hugging Face model that a trainer of the user's own trains.
+
+    gasp = gasp_fast.attach(model, processor)
+    optimizer = torch.optim.AdamW([*model.parameters(), *gasp.parameters()])
+    ...
+    loss = model(**inputs).loss + gasp.loss(gasp.visual_positions(inputs["input_ids"]), matches)
+
+Hooks keep the hidden states of each forward pass until `loss` has used them. `loss` computes the heads of a few layers
+at a time, with their gradients (`supervision/geometric.py`), so that little memory is added to the model's own.
+
+`Gasp.join` is for trainers that call the model themselves. The heads become a submodule, so that optimisers, DDP and
+DeepSpeed's stages 1 and 2 include them, and `matches` becomes an argument of the forward pass. The loss is then added
+where no trainer can miss it: an identity after the final norm, whose backward pass also starts that of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from gasp_fast.backbones import Backbone, supported_models, unwrap
+from gasp_fast.backbones.base import BACKBONES
+from gasp_fast.backbones.discovered import DiscoveredBackbone, FrameGrid
+from gasp_fast.collator import Anchors, Collator, CollatorConfig, Sample, no_matches
+from gasp_fast.data.tracks.build import Tracks
+from gasp_fast.loss.config import LossConfig
+from gasp_fast.loss.matches import Matches
+from gasp_fast.run_folder import HEADS
+from gasp_fast.supervision.geometric import GeometricSupervision
+from gasp_fast.supervision.head_files import read_heads, write_heads
+from gasp_fast.supervision.heads import CorrespondenceHeads, HeadsConfig
+from gasp_fast.supervision.layer_capture import HeadInput
+
+from .build import ModelDtype, build_heads, build_supervision
+
+SUBMODULE = "gasp"  # the name of the heads in a model that they have joined
+
+
+def attach(
+    model: nn.Module,
+    processor: Any = None,
+    layers: str = "all",
+    init: Literal["svd", "random"] = "svd",
+    *,
+    loss: LossConfig | None = None,
+    input: HeadInput = "output",
+    mid_size: int | None = None,
+    out_size: int | None = None,
+    compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto",
+    embeddings: Literal["auto", "fp32", "bf16"] = "auto",
+    frame_grid: FrameGrid | None = None,
+    visual_token_id: int | None = None,
+) -> Gasp:
+    """Add correspondence heads to the decoder layers of `model`, with adapters (peft) or without.
+
+    `layers` is "all" or a range that counts from 1 ("18-25"). `init="svd"` starts each head from its layer's query
+    projection, "random" from noise. The other settings of the heads are those of `HeadsConfig`, the loss's those of
+    `LossConfig`. `processor` is needed for `Gasp.matches`.
+
+    Families that the package knows have their own pixel -> token map. In other models the parts are found and the map
+    is measured (`backbones/discovered.py`); `frame_grid` and `visual_token_id` state what cannot be found.
+    """
+    config = HeadsConfig(
+        layers=layers,
+        init=init,
+        input=input,
+        mid_size=mid_size,
+        out_size=out_size,
+        compute=compute,
+        embeddings=embeddings,
+    )
+    inner = unwrap(model)
+    if getattr(getattr(inner, "config", None), "get_text_config", None) is None:
+        raise TypeError(f"model is a {type(inner).__name__}; attach takes a transformers model, in wrappers or not")
+    family = getattr(inner.config, "model_type", None)
+    backbone: Backbone
+    if family in supported_models() and frame_grid is None and visual_token_id is None:
+        backbone = BACKBONES[family](inner.name_or_path, inner.config, processor)
+    else:
+        backbone = DiscoveredBackbone(model, processor, frame_grid, visual_token_id)
+    first = next(backbone.decoder_layers(model)[0].parameters())
+    if first.device.type == "meta" or first.numel() == 0:
+        raise ValueError("model: its weights are not in memory (meta device or ZeRO-3); attach before they are divided")
+    dtype: ModelDtype = "bf16" if inner.dtype == torch.bfloat16 else "fp32"
+    heads = build_heads(config, backbone, model, first.device, dtype)
+    supervision = build_supervision(config, LossConfig() if loss is None else loss, backbone, model, heads, dtype)
+    return Gasp(model, backbone, supervision.to(first.device))
+
+
+class Gasp:
+    """What `attach` returns. `backbone` describes the model, `supervision` is the module of heads and loss."""
+
+    def __init__(self, model: nn.Module, backbone: Backbone, supervision: GeometricSupervision) -> None:
+        self.backbone, self.supervision = backbone, supervision
+        # Of the latest loss: `loss`, and `corr`, `depth`, `pck`, `cosine` [L]. Empty if it had no matches.
+        self.metrics: dict[str, Tensor] = {}
+        self.share = 1.0  # of a forward pass in the loss of an optimiser step, in a model that the heads have joined
+        self._joined: nn.Module | None = None
+        self._pending: tuple[Tensor, Matches] | None = None  # of the forward pass that runs, in a joined model
+        layers: Any = backbone.decoder_layers(model)
+        self._norm = backbone.final_norm(model)
+        self._hooks = ExitStack()
+        self._capture = self._hooks.enter_context(supervision.capture(layers, self._norm))
+        decoder: nn.Module = backbone.language_model(model)
+        self._hooks.callback(decoder.register_forward_pre_hook(lambda *_: self._capture.clear()).remove)
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the supervised decoder layers, from 0."""
+        return self.supervision.layers
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the heads. They are part of `model.parameters()` only after `join`."""
+        return list(self.supervision.parameters())
+
+    def to(self, device: torch.device | str) -> Gasp:
+        """Move the heads, after the model has been moved."""
+        self.supervision.to(device)
+        return self
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+
+    def matches(
+        self,
+        images: Sequence[Any],
+        uv: ArrayLike,
+        visible: ArrayLike,
+        depth: ArrayLike | None = None,
+        *,
+        depth_maps: Sequence[ArrayLike] | None = None,
+        anchors: Anchors = "all",
+        query_frame: int = 0,
+        seed: int = 0,
+    ) -> Matches:
+        """The matches that point tracks from anywhere imply for the visual tokens of one sequence.
+
+        `images` are the F frames as the processor gets them (arrays [H, W, 3] or PIL images), `uv` [T, F, 2] the T
+        points in pixels of them (x, y, with pixel centres at integer + 0.5), `visible` [T, F] where each is seen.
+        The depth term needs `depth_maps`, one [h, w] for each frame at any resolution, with 0 where depth is unknown.
+        `depth` [T, F] is each point's depth in each frame; None: as the maps say. `anchors="first"` takes the matches
+        that start in `query_frame` only.
+
+        Join the sequences of a batch with `Matches.pack`.
+        """
+        if self.backbone.processor is None and not isinstance(self.backbone, DiscoveredBackbone):
+            raise ValueError("processor = None: its resize and crop are needed here; pass it to attach")
+        frames = [np.asarray(image) for image in images]
+        uv, visible = np.asarray(uv, dtype=np.float64), np.asarray(visible, dtype=bool)
+        if uv.ndim != 3 or uv.shape[1:] != (len(frames), 2) or visible.shape != uv.shape[:2]:
+            raise ValueError(
+                f"uv {list(uv.shape)} and visible {list(visible.shape)} do not fit {len(frames)} images; they are "
+                "[tracks, images, 2] and [tracks, images]"
+            )
+        maps = None if depth_maps is None else [np.asarray(one, dtype=np.float32) for one in depth_maps]
+        if depth is None:
+            depth = np.zeros(visible.shape) if maps is None else _depth_at(maps, frames, uv, visible)
+        depth = np.asarray(depth, dtype=np.float64)
+        if depth.shape != visible.shape:
+            raise ValueError(f"depth {list(depth.shape)} must be {list(visible.shape)}, like visible")
+        if not 0 <= query_frame < len(frames):
+            raise ValueError(f"query_frame = {query_frame} is none of the {len(frames)} images, 0 to {len(frames) - 1}")
+        query = np.nan_to_num(uv[:, query_frame])
+        tracks = Tracks(np.arange(len(frames)), query, uv, visible, depth, query_frame)
+        collator = Collator(self.backbone, CollatorConfig(anchors=anchors, seed=seed))
+        return collator.matches(Sample(frames=frames, tracks=[tracks], depth=maps))
+
+    def visual_positions(self, input_ids: Tensor) -> Tensor:
+        """The visual tokens of `input_ids` [B, S] as flat indices into `B * S`: all of them, sequence by sequence."""
+        return (input_ids == self.backbone.visual_token_id).flatten().nonzero()[:, 0]
+
+    # ---- the loss ----------------------------------------------------------------------------------------------------
+
+    def loss(self, visual_positions: Tensor, matches: Matches) -> Tensor:
+        """The geometric loss of the model's latest forward pass, mean over layers, with its weights.
+
+        `visual_positions` int64 [N] are the tokens that `matches` number, as flat indices into `B * S`. Each forward
+        pass can be used once; its hidden states are freed here.
+        """
+        if len(visual_positions) != matches.tokens:
+            raise ValueError(
+                f"visual_positions has {len(visual_positions)} tokens and matches are over {matches.tokens}; both must "
+                "be of the same frames, sequence by sequence"
+            )
+        device = self.parameters()[0].device
+        out = self.supervision(self._capture, visual_positions.to(device), matches.to(device))
+        self._capture.clear()
+        self.metrics = {name: value.detach() for name, value in out.items()} if len(matches) else {}
+        return out["loss"]
+
+    # ---- in a trainer that calls the model itself --------------------------------------------------------------------
+
+    def join(self, module: nn.Module) -> None:
+        """Make the heads a submodule of `module`, the model that the trainer calls, before it is wrapped.
+
+        Each forward pass then takes two more arguments: `matches`, and `visual_positions` (None: all visual tokens).
+        Its backward pass adds the gradient of `share` times the loss; what the model returns is unchanged. A pass
+        without matches counts as one with none. State dicts of `module` leave the heads out: see `save` and `load`.
+        """
+        if self._joined is not None:
+            raise RuntimeError(f"the heads have joined a {type(self._joined).__name__} already; call detach() first")
+        self._joined = module
+        self.supervision.to(next(module.parameters()).device)
+        module.add_module(SUBMODULE, self.supervision)
+        hidden = [
+            self.supervision.register_state_dict_post_hook(_leave_out),
+            self.supervision.register_load_state_dict_post_hook(_not_missing),
+            module.register_forward_pre_hook(self._take_matches, with_kwargs=True),
+            self._norm.register_forward_hook(self._add_gradient),
+        ]
+        for hook in hidden:
+            self._hooks.callback(hook.remove)
+
+    def _take_matches(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        kwargs = dict(kwargs)
+        matches, positions = kwargs.pop("matches", None), kwargs.pop("visual_positions", None)
+        if matches is None:
+            matches, positions = no_matches(), torch.zeros(0, dtype=torch.long)
+        elif positions is None:
+            if "input_ids" not in kwargs:
+                raise ValueError("visual_positions = None needs input_ids; pass one of them to the model")
+            positions = self.visual_positions(kwargs["input_ids"])
+        self._pending = positions, matches
+        return args, kwargs
+
+    def _add_gradient(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self._pending is None:  # not within a forward pass of the joined model
+            return None
+        pending, self._pending = self._pending, None
+        loss = self.loss(*pending)
+        return cast(Tensor, _WithGradientOf.apply(output, loss * self.share)) if loss.requires_grad else None
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the heads to `folder/heads.safetensors`, where `gasp-fast evaluate` finds them beside a saved model."""
+        file = Path(folder) / HEADS
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_heads(file, self._heads().state_dict(), self._compute(), self.supervision.reads)
+        return file
+
+    def load(self, folder: str | Path) -> None:
+        """Read the heads that `save` wrote, or those of a checkpoint of `gasp_fast.train`."""
+        file, own = Path(folder) / HEADS, self._heads()
+        stored = read_heads(file)
+        expected, found = (self._describe(heads) for heads in (own, stored))
+        if expected != found:
+            raise ValueError(f"{file} has heads {found}, and attached are {expected}; attach with the same settings")
+        own.load_state_dict(stored.state_dict())
+
+    def detach(self) -> None:
+        """Remove hooks and heads: the model is what it was."""
+        self._hooks.close()
+        self._capture.clear()
+        if self._joined is not None:
+            delattr(self._joined, SUBMODULE)
+            self._joined = None
+
+    def _heads(self) -> CorrespondenceHeads:
+        heads = self.supervision.heads
+        assert heads is not None
+        return heads
+
+    def _compute(self) -> str:
+        head: Any = next(iter(self._heads().by_layer.values()))
+        compute: str = head.first.compute
+        return compute
+
+    @staticmethod
+    def _describe(heads: CorrespondenceHeads) -> str:
+        shapes = {tuple(value.shape) for value in heads.state_dict().values() if value.ndim == 2}
+        layers = [layer + 1 for layer in heads.layers]
+        return f"on the layers {layers}, of the shapes {sorted(shapes)}, reading {heads.reads}"
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """`value` unchanged; its backward pass also starts that of `loss`, with a gradient of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loss: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_ones((), dtype=torch.float32)
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
+
+
+def _not_missing(module: nn.Module, keys: Any) -> None:
+    own = {name for name, _ in module.named_parameters()}
+    missing = [name for name in keys.missing_keys if any(name.endswith(f"{SUBMODULE}.{one}") for one in own)]
+    for name in missing:
+        keys.missing_keys.remove(name)
+
+
+def _depth_at(
+    maps: Sequence[np.ndarray], frames: Sequence[np.ndarray], uv: np.ndarray, visible: np.ndarray
+) -> np.ndarray:
+    """The depth that each map has at each visible point, [T, F]; 0 elsewhere."""
+    depth = np.zeros(visible.shape)
+    for number, (map_, frame) in enumerate(zip(maps, frames, strict=True)):
+        seen = visible[:, number]
+        scale = np.array([map_.shape[1] / frame.shape[1], map_.shape[0] / frame.shape[0]])
+        column, row = np.floor(uv[seen, number] * scale).astype(int).T
+        inside = (column >= 0) & (column < map_.shape[1]) & (row >= 0) & (row < map_.shape[0])
+        depth[np.flatnonzero(seen)[inside], number] = map_[row[inside], column[inside]]
+    return depth

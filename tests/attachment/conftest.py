@@ -1,0 +1,1 @@
+from support.families import *  # noqa: F403 (fixtures)

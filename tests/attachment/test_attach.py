@@ -1,0 +1,240 @@
+"""`attach` on real transformers models: the loss and gradients of its definition, and a model that is left as it was."""
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import torch
+from PIL import Image
+
+import gasp_fast
+from gasp_fast.backbones.discovered import DiscoveredBackbone
+from gasp_fast.collator import Collator, Sample
+from gasp_fast.data.tracks.build import Tracks
+from gasp_fast.supervision.head_files import read_heads
+from gasp_fast.supervision.heads import CorrespondenceHeads
+from gasp_fast.supervision.layer_capture import LayerCapture
+
+FRAMES, POINTS = 3, 60
+
+
+@pytest.fixture
+def model(family):
+    return copy.deepcopy(family.model)
+
+
+@pytest.fixture
+def tracks(noise):
+    """Random points in three frames of one size, with depth maps."""
+    draw = np.random.default_rng(3)
+    frames = noise(FRAMES, 160, 120)
+    uv = draw.uniform(0, (160, 120), (POINTS, FRAMES, 2))
+    depth = draw.uniform(1, 3, (POINTS, FRAMES))
+    maps = [draw.uniform(1, 3, (60, 80)).astype(np.float32) for _ in range(FRAMES)]
+    return frames, uv, draw.random((POINTS, FRAMES)) < 0.8, depth, maps
+
+
+def batch_of(family, talk, tracks):
+    """Inputs of the model, positions of the visual tokens, and their matches, from the package's own collator."""
+    frames, uv, visible, depth, maps = tracks
+    own = Tracks(np.arange(FRAMES), uv[:, 0], uv, visible, depth)
+    batch = Collator(family.backbone)(
+        [Sample(frames=frames, messages=talk(frames).messages, tracks=[own], depth=maps)],
+    )
+    return batch, batch.pop("visual_positions"), batch.pop("matches")
+
+
+def gradients(*parts):
+    return [None if p.grad is None else p.grad.clone() for part in parts for p in part.parameters()]
+
+
+def clear_gradients(*parts):
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.grad = None
+
+
+def assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_and_gradients_are_those_of_heads_on_captured_states(family, model, talk, tracks):
+    batch, positions, matches = batch_of(family, talk, tracks)
+    backbone = family.backbone
+    projections = {n: backbone.query_projection(model, n) for n in range(backbone.layer_count)}
+    torch.manual_seed(5)
+    heads = CorrespondenceHeads.from_query_projections(projections)
+    with LayerCapture(backbone.decoder_layers(model), backbone.final_norm(model)) as capture:
+        text = model(**batch).loss
+    embeddings = torch.stack([heads(n, capture.tokens(n, positions)) for n in heads.layers])
+    expected_loss = gasp_fast.naive_loss(embeddings, matches).loss
+    (text + expected_loss).backward()
+    expected = gradients(model, heads)
+
+    clear_gradients(model)
+    torch.manual_seed(5)
+    gasp = gasp_fast.attach(model, backbone.processor)
+    loss = model(**batch).loss + gasp.loss(gasp.visual_positions(batch["input_ids"]), matches)
+    loss.backward()
+    torch.testing.assert_close(gasp.metrics["loss"], expected_loss.detach(), rtol=1e-5, atol=0)
+    assert set(gasp.metrics) == {"loss", "corr", "depth", "pck", "cosine"} and len(gasp.metrics["pck"]) == 4
+    assert_close(gradients(model, gasp), expected)
+
+    clear_gradients(model, gasp)
+    gasp.join(model)  # and the same where the model takes the matches itself
+    model(**batch, matches=matches).loss.backward()
+    assert_close(gradients(model), expected)  # the heads are in the model now
+    assert all(any(own is p for p in model.parameters()) for own in gasp.parameters())
+
+
+def test_matches_of_tracks_are_those_of_the_collator(shipped, talk, tracks):
+    frames, uv, visible, depth, maps = tracks
+    _, _, expected = batch_of(shipped, talk, tracks)
+    gasp = gasp_fast.attach(copy.deepcopy(shipped.model), shipped.backbone.processor)
+    uv = np.where(visible[..., None], uv, np.nan)  # a tracker may leave out what it does not see
+    found = gasp.matches([Image.fromarray(frame) for frame in frames], uv, visible, depth, depth_maps=maps)
+    for name in ("frame_offsets", "anchor", "target", "target_depth", "patch_depth", "token_xy"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert len(found) > 40
+
+    at_points = gasp.matches(frames, uv, visible, depth_maps=maps)
+    grid = shipped.backbone.frame_grid(160, 120)
+    point = next(t for t in range(POINTS) if visible[t, :2].all() and (grid.locate(uv[t, :2]) >= 0).all())
+    tokens = grid.locate(uv[point, :2])
+    match = (at_points.anchor == int(tokens[0])) & (at_points.target == int(tokens[1]) + grid.tokens)
+    x, y = uv[point, 1]
+    assert float(maps[1][int(y / 2), int(x / 2)]) in at_points.target_depth[match].tolist()
+    without = gasp.matches(frames, uv, visible)
+    assert without.patch_depth is None and torch.equal(without.anchor, expected.anchor)
+    first = gasp.matches(frames, uv, visible, anchors="first")
+    assert 0 < len(first) < len(without) and int(first.anchor.max()) < grid.tokens
+
+
+def test_adapters_may_come_before_or_after_and_checkpointing_changes_nothing(qwen, talk, tracks):
+    batch, positions, matches = batch_of(qwen, talk, tracks)
+    settings = peft.LoraConfig(r=4, target_modules=qwen.backbone.lora_targets, init_lora_weights=False)
+    found = {}
+    for order in ("before", "after", "checkpointed"):
+        torch.manual_seed(1)
+        model = copy.deepcopy(qwen.model).train()
+        if order == "after":
+            gasp = gasp_fast.attach(model, qwen.backbone.processor)
+            torch.manual_seed(1)
+        adapted = peft.get_peft_model(model, settings)
+        if order != "after":
+            state = torch.get_rng_state()
+            torch.manual_seed(1)
+            gasp = gasp_fast.attach(adapted, qwen.backbone.processor)
+            torch.set_rng_state(state)
+        if order == "checkpointed":
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        (adapted(**batch).loss + gasp.loss(positions, matches)).backward()
+        found[order] = gradients(adapted, gasp)
+    assert any(gradient is not None and gradient.any() for gradient in found["before"])
+    assert_close(found["after"], found["before"])
+    assert_close(found["checkpointed"], found["before"])
+
+
+def test_a_joined_model_saves_and_loads_as_before_and_detach_leaves_no_trace(qwen, talk, tracks, tmp_path):
+    batch, _, matches = batch_of(qwen, talk, tracks)
+    model = copy.deepcopy(qwen.model)
+    names, before = list(model.state_dict()), model(**batch).logits
+    gasp = gasp_fast.attach(model, qwen.backbone.processor, layers="2-3")
+    gasp.join(model)
+    assert list(model.state_dict()) == names
+    model.load_state_dict(model.state_dict())  # strict
+    model.save_pretrained(tmp_path / "saved")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "gasp" in name]  # noqa: SIM118 (not a dict)
+    with pytest.raises(RuntimeError, match="already"):
+        gasp.join(model)
+    with torch.no_grad():
+        assert torch.equal(model(**batch, matches=matches).logits, before)  # the output is unchanged
+    assert gasp.metrics["corr"].shape == (2,)
+    model(**batch)  # without matches
+    assert gasp.metrics == {}
+    gasp.detach()
+    assert [name for name, _ in model.named_parameters() if "gasp" in name] == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_forward_pass_is_used_once_and_its_states_are_freed(qwen, talk, tracks):
+    batch, positions, matches = batch_of(qwen, talk, tracks)
+    gasp = gasp_fast.attach(copy.deepcopy(qwen.model), qwen.backbone.processor)
+    with pytest.raises(ValueError, match="run the model"):
+        gasp.loss(positions, matches)
+    model = copy.deepcopy(qwen.model)
+    gasp = gasp_fast.attach(model, qwen.backbone.processor)
+    model(**batch)
+    first = gasp.loss(positions, matches)
+    with pytest.raises(ValueError, match="run the model"):
+        gasp.loss(positions, matches)
+    with torch.no_grad():
+        model(**batch)
+        model(**{**batch, "input_ids": batch["input_ids"]})  # the latest forward pass counts
+        assert torch.allclose(gasp.loss(positions, matches), first)
+    with pytest.raises(ValueError, match=r"visual_positions has \d+ tokens"):
+        gasp.loss(positions[1:], matches)
+
+
+def test_saved_heads_continue_and_others_are_refused(qwen, tmp_path):
+    attach = {"processor": qwen.backbone.processor, "layers": "2-4", "input": "output_normed"}
+    gasp = gasp_fast.attach(copy.deepcopy(qwen.model), **attach)
+    with torch.no_grad():
+        for parameter in gasp.parameters():
+            parameter.normal_()
+    file = gasp.save(tmp_path / "model")
+    assert read_heads(file).reads == "output_normed"
+    again = gasp_fast.attach(copy.deepcopy(qwen.model), **attach)
+    again.load(tmp_path / "model")
+    assert all(map(torch.equal, again.parameters(), gasp.parameters()))
+    for other in ({"layers": "1-3"}, {"mid_size": 8}, {"input": "output"}):
+        refused = gasp_fast.attach(copy.deepcopy(qwen.model), **{**attach, **other})
+        with pytest.raises(ValueError, match="attach with the same settings"):
+            refused.load(tmp_path / "model")
+
+
+def test_wrong_arguments_are_named(qwen, tracks):
+    frames, uv, visible, _, maps = tracks
+    model = copy.deepcopy(qwen.model)
+    with pytest.raises(TypeError, match="model is a Linear"):
+        gasp_fast.attach(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="layers = '9'"):
+        gasp_fast.attach(model, layers="9")
+    without = gasp_fast.attach(model)
+    with pytest.raises(ValueError, match="processor = None"):
+        without.matches(frames, uv, visible)
+    gasp = gasp_fast.attach(model, qwen.backbone.processor)
+    for wrong, message in (
+        ({"uv": uv[:, :2]}, "do not fit 3 images"),
+        ({"visible": visible[:5]}, "do not fit 3 images"),
+        ({"depth": np.ones(3)}, r"depth \[3\] must be"),
+        ({"depth_maps": maps[:2], "depth": np.ones(visible.shape)}, "2 depth maps"),
+        ({"query_frame": 3}, "query_frame = 3"),
+        ({"anchors": "some"}, "anchors = 'some'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gasp.matches(**{"images": frames, "uv": uv, "visible": visible, **wrong})
+    with torch.device("meta"):
+        absent = type(model)(model.config)
+    with pytest.raises(ValueError, match="not in memory"):
+        gasp_fast.attach(absent)
+
+
+def test_a_model_without_a_file_of_its_own_gets_the_same_matches(shipped, families, tracks):
+    """LLaVA 1.5, which only an example registers: found and measured instead."""
+    frames, uv, visible, depth, _ = tracks
+    family = families["llava"]
+    stated = gasp_fast.attach(copy.deepcopy(family.model), family.backbone.processor)
+    found = DiscoveredBackbone(family.model, family.backbone.processor)
+    measured = Collator(found).matches(
+        Sample(frames=frames, tracks=[Tracks(np.arange(FRAMES), uv[:, 0], uv, visible, depth)])
+    )
+    expected = stated.matches(frames, uv, visible)
+    assert torch.equal(measured.anchor, expected.anchor) and torch.equal(measured.target, expected.target)
