@@ -1,4 +1,4 @@
-"""`attach` on real transformers models: the loss and gradients of its definition, and a model that is left as it was."""
+"""`attach` on real transformers models: loss and gradients as defined, and a model that is left as it was."""
 
 import copy
 
@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import gasp_fast
 from gasp_fast.backbones.discovered import DiscoveredBackbone
@@ -96,7 +97,8 @@ def test_matches_of_tracks_are_those_of_the_collator(shipped, talk, tracks):
     _, _, expected = batch_of(shipped, talk, tracks)
     gasp = gasp_fast.attach(copy.deepcopy(shipped.model), shipped.backbone.processor)
     uv = np.where(visible[..., None], uv, np.nan)  # a tracker may leave out what it does not see
-    found = gasp.matches([Image.fromarray(frame) for frame in frames], uv, visible, depth, depth_maps=maps)
+    with np.errstate(invalid="raise"):
+        found = gasp.matches([Image.fromarray(frame) for frame in frames], uv, visible, depth, depth_maps=maps)
     for name in ("frame_offsets", "anchor", "target", "target_depth", "patch_depth", "token_xy"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert len(found) > 40
@@ -148,8 +150,6 @@ def test_a_joined_model_saves_and_loads_as_before_and_detach_leaves_no_trace(qwe
     assert list(model.state_dict()) == names
     model.load_state_dict(model.state_dict())  # strict
     model.save_pretrained(tmp_path / "saved")
-    from safetensors import safe_open
-
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "gasp" in name]  # noqa: SIM118 (not a dict)
     with pytest.raises(RuntimeError, match="already"):

@@ -11,7 +11,7 @@ import gasp_fast
 from gasp_fast.supervision.head_files import read_heads
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import toy  # noqa: E402
+import toy
 
 
 class Setting:
@@ -166,7 +166,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(setting, tmp_path, adapters
     # From a checkpoint elsewhere: named, or refused instead of other heads taken.
     with pytest.raises(OSError, match="resume_from"):
         run(resume=str(half), out="elsewhere")
-    moved, gasp_moved = run(resume=str(half), resume_from=half, out="elsewhere")
+    _, gasp_moved = run(resume=str(half), resume_from=half, out="elsewhere")
     assert all(map(torch.equal, gasp_moved.parameters(), gasp.parameters()))
     other = tmp_path / "other" / "checkpoint-2"
     gasp_again.save(other)

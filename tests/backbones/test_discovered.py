@@ -51,7 +51,7 @@ def test_what_cannot_be_found_is_named_with_the_argument_that_states_it(qwen, fa
     flattened = DiscoveredBackbone(qwen.model, qwen.backbone.processor)  # its processor makes rows of patches
     with pytest.raises(ValueError, match=r"frame_grid = None.*224x160.*pixel_values"):
         flattened.frame_grid(224, 160)
-    with pytest.raises(ValueError, match="frame_grid = None.*image_token"):
+    with pytest.raises(ValueError, match=r"frame_grid = None.*image_token"):
         DiscoveredBackbone(qwen.model, None).frame_grid(224, 160)
     llava = families["llava"]
     padded = copy.deepcopy(llava.backbone.processor)
@@ -64,4 +64,4 @@ def test_what_cannot_be_found_is_named_with_the_argument_that_states_it(qwen, fa
     nameless = copy.deepcopy(llava.model)
     nameless.config.image_token_id = None
     with pytest.raises(ValueError, match="visual_token_id = None"):
-        DiscoveredBackbone(nameless, None).visual_token_id
+        assert DiscoveredBackbone(nameless, None).visual_token_id
