@@ -150,9 +150,9 @@ class DiscoveredBackbone(Backbone):
         if columns * rows != tokens or abs(columns * rows_ - rows * columns_) > 0.01 * columns * rows_:
             self._refuse_grid(width, height, f"{tokens} tokens do not divide {columns_}x{rows_} pixels evenly")
         # The first and last pixel centres have the shares 0 and 1.
-        edges = [0.5 + share * (size - 1) for share, size in ((left, width), (right, width))]
-        edges += [0.5 + share * (size - 1) for share, size in ((top, height), (bottom, height))]
-        return TokenGrid(columns, rows, edges[0], edges[2], edges[1], edges[3])
+        x_edges = [0.5 + float(at) * (width - 1) for at in (left, right)]
+        y_edges = [0.5 + float(at) * (height - 1) for at in (top, bottom)]
+        return TokenGrid(columns, rows, x_edges[0], y_edges[0], x_edges[1], y_edges[1])
 
     def _processed(self, image: RGBImage) -> tuple[int, NDArray[np.float64]]:
         """What the processor makes of one frame: the number of visual tokens, and pixels `[3, H, W]`."""

@@ -92,7 +92,7 @@ def _qwen2_5_vl(config: TinyConfig) -> tuple[Any, Any, Any]:
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     specials += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _tokenizer(specials, config, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer = tiny_tokenizer(specials, config, pad_token="<|endoftext|>", eos_token="<|im_end|>")
     id_of = tokenizer.convert_tokens_to_ids
     block = 2 * config.patch_size
     pixels = {"shortest_edge": 4 * block**2, "longest_edge": config.frame_size**2}
@@ -150,7 +150,9 @@ def _llava_next_video(config: TinyConfig) -> tuple[Any, Any, Any]:
     )
 
     specials = ["<unk>", "<s>", "</s>", "<pad>", "<video>", "<image>"]
-    tokenizer = _tokenizer(specials, config, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer = tiny_tokenizer(
+        specials, config, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
     size = config.frame_size
     pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
     shape: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
@@ -202,7 +204,7 @@ def _decoder(config: TinyConfig, tokenizer: Any, key_heads: int) -> dict[str, An
     }
 
 
-def _tokenizer(specials: Sequence[str], config: TinyConfig, **named: str) -> Any:
+def tiny_tokenizer(specials: Sequence[str], config: TinyConfig, **named: str) -> Any:
     """A byte-level BPE tokenizer, trained on sentences like those of the synthetic questions."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -6,10 +6,12 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors import safe_open
 
 import gasp_fast
+from gasp_fast.backbones import tiny
 from gasp_fast.backbones.discovered import DiscoveredBackbone
 from gasp_fast.collator import Collator, Sample
 from gasp_fast.data.tracks.build import Tracks
@@ -227,14 +229,64 @@ def test_wrong_arguments_are_named(qwen, tracks):
         gasp_fast.attach(absent)
 
 
-def test_a_model_without_a_file_of_its_own_gets_the_same_matches(shipped, families, tracks):
-    """LLaVA 1.5, which only an example registers: found and measured instead."""
-    frames, uv, visible, depth, _ = tracks
-    family = families["llava"]
-    stated = gasp_fast.attach(copy.deepcopy(family.model), family.backbone.processor)
-    found = DiscoveredBackbone(family.model, family.backbone.processor)
-    measured = Collator(found).matches(
-        Sample(frames=frames, tracks=[Tracks(np.arange(FRAMES), uv[:, 0], uv, visible, depth)])
+def paligemma():
+    """A tiny PaliGemma, which the package has no file for, and its processor: 7 x 7 tokens for every frame."""
+    tokenizer = tiny.tiny_tokenizer(
+        ["<image>", "<bos>", "<eos>", "<pad>"], tiny.TinyConfig(), pad_token="<pad>", eos_token="<eos>"
     )
-    expected = stated.matches(frames, uv, visible)
-    assert torch.equal(measured.anchor, expected.anchor) and torch.equal(measured.target, expected.target)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    images = transformers.SiglipImageProcessor(size={"height": 56, "width": 56})
+    images.image_seq_length = 49
+    processor = transformers.PaliGemmaProcessor(image_processor=images, tokenizer=tokenizer)
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 56, "patch_size": 8, "projection_dim": 64, "vision_use_head": False,
+    }  # fmt: skip
+    text = {
+        "model_type": "gemma", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_id=image_id, projection_dim=64
+    )
+    torch.manual_seed(0)
+    return transformers.PaliGemmaForConditionalGeneration(config), processor
+
+
+def test_a_model_without_a_file_of_its_own_is_supervised_at_the_tokens_that_show_the_points(tracks):
+    frames, uv, visible, _, _ = tracks
+    model, processor = paligemma()
+    gasp = gasp_fast.attach(model, processor)
+    assert isinstance(gasp.backbone, DiscoveredBackbone) and gasp.layers == [0, 1]
+    grid, tokens = gasp.backbone.frame_grid(160, 120), [3, 17, 40]
+    painted = [np.full((120, 160, 3), 90, np.uint8) for _ in range(4)]
+    for frame, (x, y) in zip(painted[1:], grid.centres()[tokens].astype(int), strict=True):
+        frame[y - 5 : y + 6, x - 6 : x + 7] = (255, 32, 0)
+
+    def inputs(images):
+        return processor(
+            text=["<image>" * len(images) + "what?"], images=[images], suffix=["a room"], return_tensors="pt"
+        )
+
+    received = {}
+    hook = gasp.backbone.decoder_layers(model)[0].register_forward_pre_hook(
+        lambda module, args, kwargs: received.update(state=args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    batch = inputs(painted)
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    rows = received["state"].flatten(0, 1)[gasp.visual_positions(batch["input_ids"])].reshape(4, 49, -1)
+    assert (rows[1:] - rows[:1]).norm(dim=-1).argmax(-1).tolist() == tokens
+
+    matches = gasp.matches(frames, uv, visible)
+    point = int(np.flatnonzero(visible[:, 0] & visible[:, 1])[0])
+    tokens = grid.locate(uv[point, :2])
+    assert ((matches.anchor == int(tokens[0])) & (matches.target == 49 + int(tokens[1]))).any()
+    batch = inputs(frames)
+    loss = model(**batch).loss + gasp.loss(gasp.visual_positions(batch["input_ids"]), matches)
+    loss.backward()
+    assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.any()
