@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from support.runs import log_of, without_clock
 
@@ -122,6 +123,16 @@ def test_full_training_continues_in_another_layout(config, tmp_path):
         ours, theirs = (without_clock(log_of(runs.root / run)) for run in (name, "zero2"))
         assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
         assert largest_difference(load_file(runs.folder(name) / "model.safetensors"), expected) < 1e-4
+    assert_distributed_checkpoint_reads(runs.folder("zero2"))
+
+
+def assert_distributed_checkpoint_reads(folder):
+    """torch.distributed.checkpoint (DCP) loads weights and optimiser state into tensors of any process."""
+    stored = {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer-1.safetensors")}
+    assert any(name.endswith(".exp_avg") for name in stored)
+    loaded = {name: torch.full_like(tensor, torch.nan) for name, tensor in stored.items()}
+    dcp.load(loaded, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(torch.equal(loaded[name], stored[name]) for name in stored)
 
 
 def assert_every_layout_holds_the_same_state(runs):
