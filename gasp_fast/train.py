@@ -1,15 +1,4 @@
-"""Train a vision-language model with geometric supervision, alone, under torchrun or under deepspeed.
-
-Reads a recipe (those in configs/ are the paper's); every key can be overridden. Writes into run.out: config.yaml with
-all values, run.json (what ran), log.jsonl, skipped.jsonl (samples that could not be used), checkpoint-N/, and at the
-end training.png. The same command resumes a run that was stopped.
-
-examples:
-  python -m gasp_fast.train configs/tiny_cpu.yaml train.steps=100
-  python -m gasp_fast.train configs/qwen2_5_vl_7b.yaml --dry-run
-  python -m gasp_fast.training.launch --nproc-per-node 8 -m gasp_fast.train configs/qwen2_5_vl_7b.yaml
-  deepspeed --module gasp_fast.train configs/qwen2_5_vl_7b.yaml
-"""
+"""Trains a recipe: `python -m gasp_fast.train RECIPE`, alone, under torchrun or under deepspeed."""
 
 from __future__ import annotations
 
@@ -21,7 +10,9 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from gasp_fast.config import train_command
 from gasp_fast.config.loader import load_config
+from gasp_fast.config.recipes import recipe_file
 from gasp_fast.evaluation.dataset import EvaluationSetConfig
 from gasp_fast.evaluation.held_out import SequencesInMemory
 from gasp_fast.files import one_line
@@ -111,40 +102,39 @@ def held_out_sequences(config: TrainConfig) -> SequencesInMemory:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    description, _, examples = str(__doc__).partition("\nexamples:\n")
     parser = argparse.ArgumentParser(
         prog="python -m gasp_fast.train",
-        description=description,
-        epilog=f"examples:\n{examples}",
+        description=train_command.DESCRIPTION,
+        epilog=f"examples:\n{train_command.MODULE_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, report, stop")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # older launchers pass it
-    options = parser.parse_intermixed_args(arguments)
+    train_command.add_arguments(parser)
+    return run(parser.parse_intermixed_args(arguments), since_process=arguments is None)
+
+
+def run(options: argparse.Namespace, since_process: bool, command: str = "gasp_fast.train") -> int:
+    """Train by the arguments of `train_command`; the exit code. `command` begins what is said in errors."""
     distributed.quiet_libraries()
     print_anything()
     try:
         with StopSignals(distributed.launched()) as signals:
-            config = load_config(TrainConfig, options.config, options.overrides)
-            start_up = StartUp(since_process=arguments is None)
+            config = load_config(TrainConfig, recipe_file(options.config), options.overrides)
+            start_up = StartUp(since_process=since_process)
             train(config, try_one_step=options.dry_run, signals=signals, start_up=start_up)
     except Interrupted as interruption:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"gasp_fast.train: {interruption}", file=sys.stderr, flush=True)
+            print(f"{command}: {interruption}", file=sys.stderr, flush=True)
         return INTERRUPTED
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        print(f"gasp_fast.train: {one_line(error)}", file=sys.stderr, flush=True)  # libraries write several lines
+        print(f"{command}: {one_line(error)}", file=sys.stderr, flush=True)  # libraries write several lines
         return 1
     except RuntimeError as error:
         if options.traceback or not distributed.lost_process(error):
             raise
         cause = f"process {os.environ.get('RANK', 0)} lost another, which ended or froze: {one_line(error)}"
-        print(f"gasp_fast.train: {cause}", file=sys.stderr, flush=True)
+        print(f"{command}: {cause}", file=sys.stderr, flush=True)
         return 1
     finally:
         distributed.stop_processes()

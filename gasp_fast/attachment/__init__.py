@@ -4,3 +4,5 @@ build.py     heads of a model's layers, and their supervision
 attach.py    `attach`, and `Gasp`, which it returns: matches, loss, metrics, weights
 callback.py  `GaspCallback` for the Hugging Face `Trainer` and for those of TRL
 """
+
+import gasp_fast.backbones  # noqa: F401 (makes torchvision importable, before callback.py imports transformers)

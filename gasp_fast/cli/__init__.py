@@ -23,15 +23,11 @@ from gasp_fast.processes import print_anything
 GROUPS = {  # in the order of use; a command's module has its name, with _ for -
     "installation": ("doctor",),
     "scenes": ("render", "scenes", "depth", "tracks", "make-vqa"),
-    "training": ("plan",),
+    "training": ("recipes", "plan", "train"),
     "trained models": ("evaluate", "compare", "export"),
     "benchmark and shell": ("bench", "completion"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
-TRAINING = """\
-  train       not a command but a module, so that torchrun and deepspeed can start it:
-              python -m gasp_fast.train CONFIG.yaml [key.path=value ...]
-              python -m gasp_fast.training.launch --nproc-per-node 8 -m gasp_fast.train CONFIG.yaml"""
 
 
 class CommandHelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -71,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         command = load(name)
-        return int(command.run(parser_of(name, command).parse_args(words[1:])))
+        return int(command.run(parser_of(name, command).parse_intermixed_args(words[1:])))
     except ModuleNotFoundError as error:
         package = (error.name or "gasp_fast").split(".")[0]
         if package == "gasp_fast":
@@ -109,7 +105,6 @@ def overview() -> str:
     width = max(map(len, COMMANDS))
     for title, names in GROUPS.items():
         lines += [f"{title}:", *(f"  {name:<{width}}  {one_line_help(name)}" for name in names)]
-        lines += [TRAINING] if "plan" in names else []
     return "\n".join(
         [*lines, "", "gasp-fast COMMAND --help shows what a command reads and writes, its options, and examples."]
     )

@@ -5,8 +5,8 @@ Parameters, FLOPs and activations are counted; efficiencies are those of an H200
 versions differ: measure a step (`benchmarks/step.sh`, then `--measured FILE`).
 
 examples:
-  gasp-fast plan configs/qwen2_5_vl_7b.yaml --gpus 32 --gpu h200
-  gasp-fast plan configs/llava_next_video_7b.yaml --gpus 8 --gpu h100
+  gasp-fast plan qwen2_5_vl_7b --gpus 32 --gpu h200
+  gasp-fast plan llava_next_video_7b --gpus 8 --gpu h100
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HELP = "estimate memory, time and GPU-hours of a recipe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a recipe: configs/*.yaml")
+    parser.add_argument("config", metavar="RECIPE", help="a YAML file, or the name of a recipe of the package")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
     parser.add_argument("--gpus", type=int, default=32, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="type of GPU")
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.config.loader import load_config
+    from gasp_fast.config.recipes import recipe_file
     from gasp_fast.planning.assumptions import Assumptions
     from gasp_fast.planning.calibration import read_measured
     from gasp_fast.planning.plan import PAPER_SEQUENCES
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= MOST_SEQUENCES:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1 and at most {MOST_SEQUENCES:,}")
-    config = load_config(TrainConfig, arguments.config, arguments.overrides)
+    config = load_config(TrainConfig, recipe_file(arguments.config), arguments.overrides)
     shape, gpu = shape_from_source(config.model.source), GPUS[arguments.gpu]
     assumptions, notes = Assumptions(), []
     if arguments.sequences is None and config.train.steps is None and known_epoch(config) is None:

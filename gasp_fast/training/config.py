@@ -60,7 +60,9 @@ class RunConfig:
     keep: int = 3  # newest checkpoints to keep
     keep_best: bool = True  # also keep the best one, which the link `best` names: by evaluate.best; without
     # evaluation by the PCK of training batches (without heads: LM loss) since the previous checkpoint
-    report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio
+    report_to: tuple[str, ...] = ()  # trackers: tensorboard, wandb, trackio; they get all settings and every log line
+    project: str = "gasp_fast"  # in the trackers
+    name: str | None = None  # of the run in the trackers; None: `out`
     bad_steps: int = 3  # how many steps with a gradient that is not finite are skipped before the run stops
     max_skipped: float = 0.1  # share of the samples that may be skipped because they cannot be used; more end the run
     min_free_gb: float = 5.0  # the run stops if the disk of `out` has less free space
@@ -71,6 +73,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("run.out is empty; name a folder for the run")
+        for key in ("project", "name"):
+            if (value := getattr(self, key)) is not None and not value.strip():
+                raise ValueError(f"run.{key} is empty; name it, or leave it out")
         check_whole(self, ("log_every", "save_every", "keep"), "run.", most=MOST_STEPS)
         check_whole(self, ("bad_steps",), "run.", least=0, most=MOST_STEPS)
         if not self.min_free_gb >= 0:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor
 
+from gasp_fast.config.recipes import sharding_file
 from gasp_fast.files import read_json
 from gasp_fast.processes import end_with_parent
 
@@ -170,17 +170,17 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        tree = read_json(Path(path))
+        tree = read_json(sharding_file(path))
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"deepspeed = {path!r} cannot be read ({reason}); configs/deepspeed has some") from None
+        raise OSError(f"deepspeed = {path!r} cannot be read ({reason}); gasp-fast recipes lists some") from None
     except ValueError as error:
-        raise ValueError(f"deepspeed = {error}; configs/deepspeed has some to begin with") from None
+        raise ValueError(f"deepspeed = {error}; begin with zero1, zero2 or zero3") from None
     sections = ("bf16", "fp16", "zero_optimization")
     if not isinstance(tree, dict) or not all(isinstance(tree.get(name, {}), dict) for name in sections):
         raise ValueError(
-            f"deepspeed = {path!r} must be a JSON object, and {', '.join(sections)} in it too; configs/deepspeed has "
-            "some to begin with"
+            f"deepspeed = {path!r} must be a JSON object, and {', '.join(sections)} in it too; begin with zero1, "
+            "zero2 or zero3"
         )
     for kind in ("bf16", "fp16"):
         if tree.get(kind, {}).get("enabled") is True:

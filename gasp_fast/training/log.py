@@ -223,7 +223,8 @@ class RunLog:
     ) -> None:
         self.run, self.accelerator, self.first = config.run, accelerator, accelerator.is_main_process
         self.interrupted = False  # set by the loop
-        accelerator.init_trackers("gasp_fast", flat(asdict(config)), {"wandb": {"name": config.run.out}})
+        name = {"name": config.run.name or config.run.out}
+        accelerator.init_trackers(config.run.project, flat(asdict(config)), {"wandb": name, "trackio": name})
         if self.first:
             join(Path(config.run.out), done)
         accelerator.wait_for_everyone()

@@ -149,6 +149,8 @@ WORK = {  # of each command: what is replaced, so that nothing begins; and argum
         "gasp_fast.data.annotations.read.AnnotationReader",
         ["SCENES", "--tracks", "tracks", "--model", "model", "--out", "out"],
     ),
+    "recipes": ("gasp_fast.config.recipes.recipe_names", []),
+    "train": ("gasp_fast.train.train", ["CONFIG"]),
     "plan": ("gasp_fast.training.workload.plan_run", ["CONFIG"]),
     "evaluate": (
         "gasp_fast.evaluation.evaluated_model.load_evaluated_model",
@@ -205,7 +207,7 @@ def test_every_option_of_every_command_takes_only_what_makes_sense(assets, tmp_p
 def options_of(name: str) -> list[argparse.Action]:
     """The arguments of a command that take a value."""
     actions = cli.parser_of(name, cli.load(name))._actions
-    return [action for action in actions if action.nargs != 0]
+    return [action for action in actions if action.nargs != 0 and action.help is not argparse.SUPPRESS]
 
 
 def outcome(line: list[str], capsys) -> tuple[bool, str]:

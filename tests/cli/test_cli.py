@@ -49,7 +49,7 @@ def test_every_module_of_the_folder_is_a_command_in_the_overview(capsys):
     overview = capsys.readouterr().out
     for name in cli.COMMANDS:
         assert f"  {name} " in overview and cli.load(name).HELP in overview
-    assert "python -m gasp_fast.train CONFIG.yaml" in overview
+    assert "python -m gasp_fast.train under torchrun" in overview
 
 
 def test_the_overview_loads_no_command_and_is_quick():

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from gasp_fast import cli
 from gasp_fast.config.loader import load_config, to_yaml
+from gasp_fast.config.recipes import SHARDINGS, recipe_file, recipe_names, sharding_file
 from gasp_fast.data.mixture import Mixture, Source
 from gasp_fast.supervision.heads import parse_layers
 from gasp_fast.training.config import TrainConfig
@@ -49,7 +51,38 @@ def test_no_two_recipes_write_into_one_folder() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_file_that_a_recipe_builds_on_ships(name: str) -> None:
     preset = recipe(name).deepspeed
-    assert preset is None or (ROOT / preset).is_file()
+    assert preset is None or sharding_file(preset).parent == SHARDINGS
+
+
+def test_a_recipe_is_found_by_path_or_by_name(tmp_path, monkeypatch) -> None:
+    """The names are the same in a checkout, where they may begin with configs/, and in an installation."""
+    assert set(recipe_names()) == {name.removesuffix(".yaml") for name in RECIPES}
+    monkeypatch.chdir(tmp_path)
+    for name in ("qwen2_5_vl_7b", "qwen2_5_vl_7b.yaml", "configs/qwen2_5_vl_7b.yaml"):
+        assert recipe_file(name).samefile(ROOT / "configs/qwen2_5_vl_7b.yaml")
+    assert recipe_file("ablations/qwen_rank_64").is_file() and sharding_file("zero2").is_file()
+    (tmp_path / "qwen2_5_vl_7b").write_text("")
+    assert recipe_file("qwen2_5_vl_7b") == Path("qwen2_5_vl_7b")  # a file comes first
+    with pytest.raises(FileNotFoundError, match=r"qwen2_5_7b: .*the nearest recipe is qwen2_5_vl_7b \("):
+        recipe_file("qwen2_5_7b")
+    with pytest.raises(FileNotFoundError, match="no recipe of this name"):
+        recipe_file("../qwen2_5_vl_7b")
+    assert sharding_file("../zero1") == Path("../zero1")  # no path leads out of the package's folder
+
+
+def test_recipes_are_listed_with_what_they_are_for_and_printed(capsys) -> None:
+    assert cli.main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    for name in recipe_names():
+        [line] = [line for line in listed.splitlines() if line.split(" ")[0] == name]
+        assert len(line.removeprefix(name).strip()) > 20
+    assert cli.main(["recipes", "qwen2_5_vl_7b"]) == 0
+    assert capsys.readouterr().out == (ROOT / "configs/qwen2_5_vl_7b.yaml").read_text()
+
+
+def test_settings_of_trackers_must_be_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"run.name is empty"):
+        load_config(TrainConfig, ROOT / "configs/tiny_cpu.yaml", ["run.name=' '"])
 
 
 def test_both_7b_recipes_are_the_papers() -> None:

@@ -48,7 +48,17 @@ print(json.dumps([took, sorted(heavy)]))
 
 
 def test_the_public_names_are_there():
-    names = ["CorrespondenceHead", "GaspLoss", "Matches", "build_tracks", "frame_match", "gasp_loss", "open_scene"]
+    names = [
+        "CorrespondenceHead",
+        "GaspCallback",
+        "GaspLoss",
+        "attach",
+        "Matches",
+        "build_tracks",
+        "frame_match",
+        "gasp_loss",
+        "open_scene",
+    ]
     code = f"import gasp_fast; print(all(hasattr(gasp_fast, n) and n in dir(gasp_fast) for n in {names}))"
     assert python(code, ROOT).stdout.strip() == "True"
 
@@ -114,6 +124,8 @@ def test_the_wheel_works_outside_the_source_tree(wheel, tmp_path):
     assert out.returncode == 0, out.stderr
     where, backend, finite = out.stdout.split()
     assert where.startswith(str(tmp_path)) and backend == "cpp" and finite == "True"
+    listed = python("from gasp_fast.cli import main; main(['recipes'])", tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert "qwen2_5_vl_7b " in listed.stdout and "deepspeed = zero1, zero2" in listed.stdout, listed.stderr
 
 
 @pytest.mark.slow
