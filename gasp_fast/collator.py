@@ -43,8 +43,8 @@ class CollatorConfig:
     pairs of frames, drawn anew for each sample.
     """
 
-    anchors: Anchors = "all"
-    pairs: int = 32
+    anchors: Anchors = "all"  # where matches start: first (the query frame), all frames, or drawn pairs of frames
+    pairs: int = 32  # for anchors = pairs: ordered pairs of frames of each sequence
     keep: float = 1.0  # share of each grid's tracks to keep, those seen most often within the model's crop
     seed: int = 0  # of the drawn pairs, together with the sample's own position
     prompt: str = "Describe the scene."  # the user's message for frames that come without messages

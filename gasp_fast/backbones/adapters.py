@@ -37,8 +37,8 @@ class AdapterConfig:
     """Adapters on q, k, v and o of the language model. Used where `train.mode` is lora."""
 
     rank: int = 128  # 512 for LLaVA-NeXT-Video
-    alpha: int | None = None  # None: twice the rank
-    dropout: float = 0.0
+    alpha: int | None = None  # null: twice the rank
+    dropout: float = 0.0  # of the adapters' inputs
 
     def __post_init__(self) -> None:
         check_whole(self, ("rank",), "lora.", most=LARGEST_RANK)

@@ -30,6 +30,7 @@ class ModelConfig:
 
     source: str  # folder of a saved model, or hub name
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the computation; trained weights are always stored in fp32
+    # Attention kernel; auto: the newest FlashAttention that is installed, else sdpa.
     attention: Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = "auto"
     frame_pixels: int | None = None  # most pixels of a frame after resizing, for models that keep the aspect ratio
     frames_as: FramesAs = "images"  # for Qwen: frames as images, or as a video with a token grid for each pair or frame

@@ -13,14 +13,14 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-18, 1e18  # beyond, similarities or gra
 class LossConfig:
     """The arguments of `gasp_loss` that stay the same from call to call."""
 
-    corr_weight: float = 0.3
-    depth_weight: float = 1.0
-    temperature: float = 0.07
-    negatives: Literal["sequence", "frame"] = "sequence"
+    corr_weight: float = 0.3  # of the correspondence loss
+    depth_weight: float = 1.0  # of the depth loss
+    temperature: float = 0.07  # divides the cosines
+    negatives: Literal["sequence", "frame"] = "sequence"  # tokens of the whole sequence, or of the target's frame
     other_targets: Literal["negatives", "ignored"] = "negatives"  # an anchor's further targets, in its sum of negatives
     eps: float = 1e-6  # keeps the relative depth error finite
-    backend: Literal["auto", "triton", "cpp", "torch"] = "auto"
-    workspace: int | None = None  # MiB of scratch memory; None = 256 on GPUs of 40 GB and more, 128 below, 24 on a CPU
+    backend: Literal["auto", "triton", "cpp", "torch"] = "auto"  # auto: triton on a GPU, cpp on a CPU
+    workspace: int | None = None  # MiB of scratch memory; null: 256 on GPUs of 40 GB and more, 128 below, 24 on a CPU
 
     def __post_init__(self) -> None:
         for name in ("corr_weight", "depth_weight"):

@@ -38,8 +38,8 @@ class HeadsConfig:
     input: HeadInput = "output"  # what a head reads of its layer: output, output_normed or layer_input_normed
     init: Literal["svd", "random"] = "svd"  # svd: from the layer's own query projection
     bias: Literal["copy", "zero"] = "copy"  # of a head that starts as svd: the query projection's bias, or zero
-    mid_size: int | None = None  # None: half of the hidden size
-    out_size: int | None = None  # None: the hidden size (svd: the outputs of the query projection)
+    mid_size: int | None = None  # null: half of the hidden size
+    out_size: int | None = None  # null: the hidden size (svd: the outputs of the query projection)
     compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # precision of the products; weights are fp32
     embeddings: Literal["auto", "fp32", "bf16"] = "auto"  # type of what the loss compares; auto: model.dtype, for both
 

@@ -31,7 +31,7 @@ class ObjectiveConfig(LossConfig):
     Each term is a mean over the whole optimiser step, over all processes (`objective.py`).
     """
 
-    lm_weight: float = 1.0
+    lm_weight: float = 1.0  # of the language loss
     average: Average = "sequence"  # what counts once in corr and depth: sequence, anchor, track or match
     layer_reduction: LayerReduction = "mean"  # of the losses of the supervised layers: mean or sum
     learnable_temperature: bool = False  # train the temperature, beginning at `temperature`
@@ -62,7 +62,7 @@ class RunConfig:
     # evaluation by the PCK of training batches (without heads: LM loss) since the previous checkpoint
     report_to: tuple[str, ...] = ()  # trackers: tensorboard, wandb, trackio; they get all settings and every log line
     project: str = "gasp_fast"  # in the trackers
-    name: str | None = None  # of the run in the trackers; None: `out`
+    name: str | None = None  # of the run in the trackers; null: `out`
     bad_steps: int = 3  # how many steps with a gradient that is not finite are skipped before the run stops
     max_skipped: float = 0.1  # share of the samples that may be skipped because they cannot be used; more end the run
     min_free_gb: float = 5.0  # the run stops if the disk of `out` has less free space
@@ -132,7 +132,7 @@ class TrainConfig:
     data: DataConfig
     run: RunConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    deepspeed: str | None = None  # a DeepSpeed file such as configs/deepspeed/zero2.json; None: plain PyTorch or DDP
+    deepspeed: str | None = None  # zero1, zero2, zero3, or a DeepSpeed file; null: plain PyTorch or DDP
 
     def __post_init__(self) -> None:
         if self.evaluate.scenes and self.model.frames_as == "video_pairs":

@@ -35,15 +35,15 @@ class OptimisationConfig:
     micro_batch_size: int | None = None
     tokens_at_once: int | None = None
     packing: bool = False  # the sequences of a forward pass lie one after another in one row; none is padded
-    learning_rate: float = 1e-4  # peak
+    learning_rate: float = 1e-4  # peak, after the warmup
     head_lr_scale: float = 4.0  # learning rate of the heads, relative to learning_rate
     warmup: float = 0.1  # share of all steps; then the cosine begins
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW, on matrices
     clip: float = 1.0  # maximum norm of the gradient
     # Decoder layers that recompute their activations in backward: auto (as few as the GPU's memory demands), off
     # (none), full (all; also named non_reentrant), reentrant (all, in torch's older way), every:N (each Nth).
     checkpointing: str = "auto"
-    seed: int = 0
+    seed: int = 0  # of the weights of new adapters and heads, and of dropout
 
     def __post_init__(self) -> None:
         if not 0 < self.epochs <= MOST:

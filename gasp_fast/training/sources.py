@@ -263,7 +263,7 @@ class QAConfig:
     """Questions and answers in the schema of LLaVA-Video: about videos, or about frames of `data.scenes.root`."""
 
     root: str = ""  # folder of JSON lists; empty: none
-    weight: float = 1.0
+    weight: float = 1.0  # relative to the other sources; 0: not read
     configs: tuple[str, ...] = ()  # its sub-folders to read; empty: all
     limit: int | None = None  # a random subset of so many questions; null: all
     seed: int = 0  # of that subset

@@ -118,7 +118,7 @@ def try_command(words: list[str], block: Block) -> None:
         parse(words[2:], block)
     elif arguments is not None:
         recipe_of(arguments, block)
-        if run and words[:3] == ["python", "-m", "gasp_fast.train"]:
+        if run and (words[:3] == ["python", "-m", "gasp_fast.train"] or words[0] == "gasp-fast"):
             code = training.main([*arguments, *SHORT_TRAINING])
             assert code == 0, f"{block.where}: {command}: exit code {code}"
             return
@@ -154,6 +154,8 @@ def training_arguments(words: list[str]) -> list[str] | None:
     """The arguments of `gasp_fast.train`, whichever launcher starts it; None for another command."""
     if "gasp_fast.train" in words:
         return words[words.index("gasp_fast.train") + 1 :]
+    if words[:2] == ["gasp-fast", "train"]:
+        return words[2:]
     return words[2:] if words[0] == "sbatch" else None
 
 

@@ -26,11 +26,11 @@ from gasp_fast.config.limits import MOST
 class SequenceConfig:
     """Parameters of the sequence sampler."""
 
-    min_frames: int = 8
-    max_frames: int = 24
+    min_frames: int = 8  # of a sequence; the number is drawn
+    max_frames: int = 24  # of a sequence
     window: int = 48  # frames before and after the anchor
     per_scene: int = 16  # sequences of each scene in an epoch
-    seed: int = 0
+    seed: int = 0  # of the anchors and frames that are drawn
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_frames <= self.max_frames:
