@@ -12,6 +12,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
@@ -67,6 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
         f"{report.file_difference:.1e} read back from {report.dtype} files (logits reach {report.largest_logit:.1f})",
         highlight=False,
     )
+    if report.layout == "transformers":
+        console.print(
+            "the base model is not here or is stored in another form, so the files are as transformers "
+            f"{version('transformers')} writes them; older versions may not read them",
+            highlight=False,
+        )
     if report.trained_difference == 0:
         console.print("[yellow]The adapters change no logit; check that the run trained anything.")
     elif report.trained_difference is not None:

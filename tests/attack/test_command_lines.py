@@ -157,7 +157,7 @@ WORK = {  # of each command: what is replaced, so that nothing begins; and argum
         ["--model", "model", "--scenes", "SCENES", "--out", "out", "--frames", "2"],
     ),
     "compare": ("gasp_fast.evaluation.report.read_report", ["before", "after", "--out", "out"]),
-    "export": ("gasp_fast.export.find_checkpoint", ["run", "--out", "out"]),
+    "export": ("gasp_fast.export.exporter.find_checkpoint", ["run", "--out", "out"]),
     "bench": ("gasp_fast.benchmarking.measure.run_workload", []),
     "doctor": ("gasp_fast.cli.doctor.examine", []),
     "completion": ("shtab.complete", []),

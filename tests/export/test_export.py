@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from gasp_fast import export as export_module
 from gasp_fast.backbones import Conversation, load_backbone
 from gasp_fast.cli import export as command
 from gasp_fast.export import REPORT, export, find_checkpoint, probe
+from gasp_fast.export import exporter as export_module
 from gasp_fast.supervision.head_files import write_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
 

@@ -3,12 +3,8 @@
 The exported folder needs no gasp_fast: `AutoModelForImageTextToText.from_pretrained(folder)` and
 `AutoProcessor.from_pretrained(folder)` load it.
 
-A checkpoint (`RUN/checkpoint-N/`; RUN means its newest) holds either
-
-    adapter_model.safetensors                     adapters of a LoRA run; RUN/config.yaml names their base model
-    config.json, model.safetensors (or shards)    all weights of a full run
-
-and heads and optimizer state, which are not exported.
+The files are those of the base model, with the trained weights in their places (`base_files.py`), so that every program
+that reads the base model reads the export.
 
 The result is verified. The trained model computes logits for a fixed input (two frames and a question). The merged
 model must give the same logits in fp32, and so must the written files, read back with transformers alone.
@@ -35,13 +31,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .backbones import Backbone, Conversation, load_backbone
-from .backbones.adapters import load_adapters
-from .backbones.base import load_complete, loading, local_folder
-from .backbones.base_model import DTYPES, usable_device
-from .backbones.fingerprint import check_base
-from .files import complete_folder, share_as, write_atomically
-from .run_folder import base_of, holds_only_heads, weights_folder
+from gasp_fast.backbones import Backbone, Conversation, load_backbone
+from gasp_fast.backbones.adapters import load_adapters
+from gasp_fast.backbones.base import load_complete, loading, local_folder
+from gasp_fast.backbones.base_model import DTYPES, usable_device
+from gasp_fast.backbones.fingerprint import check_base
+from gasp_fast.files import complete_folder, share_as, write_atomically
+
+from .base_files import tensor_names, write_like_base
+from .checkpoint import Checkpoint, find_checkpoint
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
 TOLERANCE = 1e-4  # of a logit, in fp32
@@ -63,16 +61,7 @@ class ExportReport:
     file_difference: float  # the same for the model read back from the files (rounded to `dtype`, computed in fp32)
     largest_logit: float  # the scale of both differences
     trained_difference: float | None  # effect of the adapters: trained against base model; None for a full run
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The files of one checkpoint."""
-
-    folder: Path
-    mode: Literal["lora", "full"]
-    base: str  # folder or hub name of the model it was trained from
-    processor: str  # folder or hub name with the processor; a full run saves it with its weights
+    layout: Literal["base", "transformers"]  # of the files: the base model's, or that of the installed transformers
 
 
 def export(
@@ -107,7 +96,8 @@ def export(
         inputs = {name: value.to(device) for name, value in probe(backbone).items()}
 
     progress("loading the trained model")
-    model = _load_trained(checkpoint, backbone).to(device)
+    model, names = _load_trained(checkpoint, backbone)
+    model = model.to(device)
     if base is not None and checkpoint.mode == "lora":
         check_base(checkpoint.folder, checkpoint.base)  # again: it may have been downloaded only now
     progress("computing its logits")
@@ -120,8 +110,11 @@ def export(
 
     with complete_folder(out) as partial:
         progress("writing")
-        merged.to(DTYPES[stored]).save_pretrained(partial)
-        backbone.processor.save_pretrained(partial)
+        if names is None:
+            merged.to(DTYPES[stored]).save_pretrained(partial)
+            backbone.processor.save_pretrained(partial)
+        else:
+            write_like_base(Path(local_folder(checkpoint.base)), partial, merged.state_dict(), names, DTYPES[stored])
         del model, merged  # before the next model is loaded
         gc.collect()
         progress("reading the files back")
@@ -139,44 +132,32 @@ def export(
             file_difference=file_difference,
             largest_logit=float(trained_logits.abs().max()),
             trained_difference=None if base_logits is None else _difference(trained_logits, base_logits),
+            layout="transformers" if names is None else "base",
         )
         write_atomically(partial / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
         share_as(partial / REPORT)
     return report
 
 
-# ---- the checkpoint -------------------------------------------------------------------------------------------------
+# ---- the model ----------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(source: str | os.PathLike[str], base: str | None = None) -> Checkpoint:
-    """The checkpoint `source`, or the newest checkpoint of the run `source`."""
-    source = Path(source)
-    if not source.is_dir():
-        raise FileNotFoundError(f"RUN {str(source)!r} is not a folder; pass a run, or one of its checkpoints")
-    folder = weights_folder(source)
-    if folder is None:
-        raise FileNotFoundError(
-            f"RUN {str(source)!r} holds neither a checkpoint's weights (adapter_model.safetensors or "
-            "model.safetensors) nor checkpoint-N folders; pass a run of gasp_fast.train, or one of its checkpoints"
-        )
-    if holds_only_heads(folder):
-        raise ValueError(
-            f"{folder} was trained with train.mode = heads, which changes no weight of the model: there is nothing to "
-            f"export, use its base model {base or base_of(folder)!r}"
-        )
-    mode: Literal["lora", "full"] = "lora" if (folder / "adapter_config.json").is_file() else "full"
-    named = base or base_of(folder) or (str(folder) if mode == "full" else None)
-    if named is None:
-        raise ValueError(f"{folder} does not name the base model of its adapters; give it: --base MODEL")
-    own = base is None and mode == "full" and (folder / "processor_config.json").is_file()
-    return Checkpoint(folder, mode, named, str(folder) if own else named)
+def _load_trained(checkpoint: Checkpoint, backbone: Backbone) -> tuple[Any, dict[str, str] | None]:
+    """The trained model in fp32, with unmerged adapters, without heads; and its weights' names in the base's files.
 
-
-def _load_trained(checkpoint: Checkpoint, backbone: Backbone) -> Any:
-    """The trained model in fp32, with unmerged adapters, without heads."""
-    if checkpoint.mode == "full":
-        return load_plain_model(checkpoint.folder)
-    return load_adapters(backbone.load_model(torch.float32), checkpoint.folder).eval()
+    No names: the base model of a full run is not here, or its files hold some weights in another form.
+    """
+    if checkpoint.mode == "lora":
+        base = backbone.load_model(torch.float32)
+        names = tensor_names(Path(local_folder(checkpoint.base)), base)
+        return load_adapters(base, checkpoint.folder).eval(), names
+    try:
+        folder = Path(local_folder(checkpoint.base))
+    except OSError:  # the base model is not here
+        return load_plain_model(checkpoint.folder), None
+    own = folder.samefile(checkpoint.folder)
+    names = None if own else tensor_names(folder, load_backbone(folder).load_model(torch.float32))
+    return load_plain_model(checkpoint.folder), names
 
 
 def load_plain_model(folder: Path) -> Any:
