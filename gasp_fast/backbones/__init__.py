@@ -1,8 +1,11 @@
 """Model families: how a vision-language model is loaded, how its inputs are made, and where its modules are.
 
 base.py              `Backbone`: what a model family defines; the registry; `load_backbone`
-qwen2_5_vl.py        Qwen2.5-VL
+qwen2_vl.py, qwen2_5_vl.py, qwen3_vl.py, qwen3_vl_moe.py  Qwen2-VL, Qwen2.5-VL, Qwen3-VL without and with experts
+qwen_vl.py           what these share
 llava_next_video.py  LLaVA-NeXT-Video
+llava_onevision.py   LLaVA-OneVision
+internvl.py          InternVL
 frames.py            frames, and the forms in which a model can get them
 token_grid.py        the pixel -> token map: which visual token covers which pixels of a frame
 token_index.py       where the visual and the labelled tokens of a batch are, computed in the data worker
@@ -16,7 +19,7 @@ frozen.py            frozen parts run once a step, without a graph
 unmasked_attention.py  attention without a mask for right-padded batches and packed rows
 window_attention.py  faster window attention for Qwen's vision tower
 vision_layers.py     its norms, rotary embedding and MLP without slow kernels
-tiny.py              small random models for tests, the demo and the examples
+tiny.py              small random models for tests, the demo and the examples, of tiny_families.py and tiny_parts.py
 torchvision_shim.py  makes torchvision importable beside a CPU build of torch
 """
 

@@ -74,7 +74,7 @@ class Backbone(ABC):
     # Regular expression for q, k, v and o of the language model. It must include the module path, because a vision
     # tower can have layers of the same names.
     lora_targets: ClassVar[str] = r".*language_model.*\.(q|k|v|o)_proj"
-    llama_layers: ClassVar[bool] = False  # whether norms, rotary embedding and MLPs of the decoder are as in Llama
+    llama_layers: bool = False  # whether norms, rotary embedding and MLPs of the decoder are as in Llama
     host_inputs: tuple[str, ...] = ()  # arguments of the vision tower whose numbers the host reads
     frames_as: FramesAs = "images"  # the form in which the model gets frames
     frames_per_grid: int = 1  # frames f and g have one token grid if f // frames_per_grid == g // frames_per_grid
@@ -145,6 +145,11 @@ class Backbone(ABC):
     def visual_token_id(self) -> int:
         """The id that marks a visual token in `input_ids`."""
 
+    @property
+    def inserted_token_ids(self) -> list[int]:
+        """The ids that the processor puts in the place of frames."""
+        return [self.visual_token_id]
+
     @abstractmethod
     def frame_grid(self, width: int, height: int) -> TokenGrid:
         """The pixel -> token map of a frame of `width x height` pixels, after the processor's resize and crop."""
@@ -199,7 +204,7 @@ class Backbone(ABC):
         ]
         positions = self._positions(inputs["input_ids"], grids)
         inputs["labels"] = self.chat.labels(
-            rendered, inputs["input_ids"], inputs["attention_mask"], self.visual_token_id
+            rendered, inputs["input_ids"], inputs["attention_mask"], self.inserted_token_ids
         )
         return Encoded(inputs, grids, positions)
 
@@ -233,16 +238,23 @@ class Backbone(ABC):
         then nothing makes the host wait for a GPU. Override this for a decoder that is not causal, or that takes more
         than this. With `index.row`, the sequences of the row must not see each other (`packing.py`).
         """
+        features = self.visual_features(model, {**inputs, **index.on_host}) if len(index.visual) else None
+        return unwrap(model).base_model(**self.decoder_arguments(model, inputs, index, features))[0]
+
+    def decoder_arguments(
+        self, model: nn.Module, inputs: dict[str, Tensor], index: TokenIndex, features: Tensor | None
+    ) -> dict[str, Any]:
+        """The decoder's arguments, with `features [V, D]` put at the visual tokens; None: there are none."""
         inner = unwrap(model)
         embeddings = inner.get_input_embeddings()(inputs["input_ids"])  # [B, S, D]
-        if len(index.visual):
-            features = self.visual_features(model, {**inputs, **index.on_host}).to(embeddings.dtype)  # [V, D]
+        if features is not None:
+            features = features.to(embeddings.dtype)
             embeddings = embeddings.flatten(0, 1).index_copy(0, index.visual, features).view_as(embeddings)
         apart = {}
         if index.row is not None:
             attention = inner.config.get_text_config()._attn_implementation  # where transformers keeps the choice
             apart = attention_arguments(index.row, attention, embeddings)
-        return inner.base_model(inputs_embeds=embeddings, position_ids=index.rotary, use_cache=False, **apart)[0]
+        return {"inputs_embeds": embeddings, "position_ids": index.rotary, "use_cache": False, **apart}
 
     def visual_features(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The features of the visual tokens of all frames, `[V, D]`, in the order of the tokens."""

@@ -33,7 +33,7 @@ class ModelConfig:
     # Attention kernel; auto: the newest FlashAttention that is installed, else sdpa.
     attention: Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = "auto"
     frame_pixels: int | None = None  # most pixels of a frame after resizing, for models that keep the aspect ratio
-    frames_as: FramesAs = "images"  # for Qwen: frames as images, or as a video with a token grid for each pair or frame
+    frames_as: FramesAs = "images"  # for Qwen2-VL, Qwen2.5-VL: images, or a video with a token grid a pair or frame
     liger: bool | Literal["auto"] = "auto"  # Liger's fused layers in the decoder; auto: on a GPU, where it is installed
 
     def __post_init__(self) -> None:

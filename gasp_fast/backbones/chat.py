@@ -121,20 +121,27 @@ class ChatFormat:
                 list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
             )
 
-    def labels(self, batch: Sequence[Rendered], input_ids: Tensor, attention_mask: Tensor, visual_id: int) -> Tensor:
-        """Labels `[B, S]` for the processor's `input_ids [B, S]`: the answers' ids, IGNORE elsewhere."""
+    def labels(
+        self, batch: Sequence[Rendered], input_ids: Tensor, attention_mask: Tensor, inserted_ids: Sequence[int]
+    ) -> Tensor:
+        """Labels `[B, S]` for the processor's `input_ids [B, S]`: the answers' ids, IGNORE elsewhere.
+
+        `inserted_ids` are what the processor puts in the place of frames.
+        """
+        inserted = torch.tensor(inserted_ids)
         labels = torch.full_like(input_ids, IGNORE)
         for row, rendered in enumerate(batch):
             unexpanded = self.tokenizer(rendered.text, return_offsets_mapping=True)
             ids = torch.tensor(unexpanded["input_ids"])  # [S'], one visual token per placeholder
             in_answer = torch.tensor([_within(span, rendered.answers) for span in unexpanded["offset_mapping"]])
-            is_text = attention_mask[row].bool() & (input_ids[row] != visual_id)  # [S]
-            if not torch.equal(input_ids[row][is_text], ids[ids != visual_id]):
+            kept = ~torch.isin(ids, inserted)
+            is_text = attention_mask[row].bool() & ~torch.isin(input_ids[row], inserted)  # [S]
+            if not torch.equal(input_ids[row][is_text], ids[kept]):
                 raise ValueError(
                     f"sequence {row}: {type(self.processor).__name__} tokenizes its text differently from its own "
                     "tokenizer, so answers cannot be located; was the text truncated?"
                 )
-            labels[row, is_text] = torch.where(in_answer, ids, IGNORE)[ids != visual_id]
+            labels[row, is_text] = torch.where(in_answer, ids, IGNORE)[kept]
         return labels
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 RGBImage = NDArray[np.uint8]  # [H, W, 3]
 FramesAs = Literal["images", "video_pairs", "video_doubled"]
-# How many frames share a grid of tokens. `qwen2_5_vl.py` explains the forms; other families have only the first.
+# How many frames share a grid of tokens. `qwen_vl.py` explains the forms; other families have only the first.
 FRAMES_PER_GRID: dict[FramesAs, int] = {"images": 1, "video_pairs": 2, "video_doubled": 1}
 
 

@@ -59,6 +59,9 @@ def use_liger(backbone: Backbone, model: nn.Module) -> None:
         layer.input_layernorm, layer.post_attention_layernorm = map(
             norm, (layer.input_layernorm, layer.post_attention_layernorm)
         )
+        attention = layer.self_attn
+        if hasattr(attention, "q_norm"):
+            attention.q_norm, attention.k_norm = norm(attention.q_norm), norm(attention.k_norm)
         with torch.device("meta"):
             mlp = LigerSwiGLUMLP(backbone.config.text_config)
         mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj

@@ -8,7 +8,8 @@ Three kinds of features:
 - `qk`: the query and key states of the layer's attention (paper, App. C). Queries of one frame are compared with keys
   of another. With grouped-query attention there are more query heads than key heads, so both are averaged over their
   heads. With as many key heads as query heads all heads are compared side by side. `rope="before"` takes the outputs
-  of the projections, which do not depend on the position; `rope="after"` takes what the attention multiplies.
+  of the projections (and of the norms behind them, as in Qwen3-VL), which do not depend on the position; `rope="after"`
+  takes what the attention multiplies.
 
 A consumer can also have `groups`: the same queries and keys of each head group by itself. A group is a key head with
 the query heads that share it; their queries are averaged.
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from gasp_fast.backbones import AttentionShape, Backbone
 from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import HeadInput, LayerCapture, normed
-from gasp_fast.supervision.live_projections import by_group, comparable
+from gasp_fast.supervision.live_projections import by_group, comparable, head_norm
 
 from .evaluated_model import EvaluatedModel
 
@@ -109,13 +110,15 @@ def _queries_and_keys(consumer: Consumer, kinds: Sequence[Captured], shape: Atte
 
 
 def _capture_projections(hooks: ExitStack, evaluated: EvaluatedModel, positions: Tensor, give: QueriesAndKeys) -> None:
-    """Queries and keys before the rotary embedding: outputs of the projections."""
+    """Queries and keys before the rotary embedding: outputs of the projections, or of the norms behind them."""
     backbone = evaluated.backbone
+    head_dim = backbone.attention_shape.head_dim
 
     def collect(
         layer: int, name: str, outputs: dict[str, Tensor], module: nn.Module, args: Any, output: Tensor
     ) -> None:
-        outputs[name] = output.flatten(0, 1).index_select(0, positions)  # [N, heads * head_dim]
+        # A projection's [B, S, heads * head_dim], or a norm's [B, S, heads, head_dim].
+        outputs[name] = output.flatten(2).flatten(0, 1).index_select(0, positions)  # [N, heads * head_dim]
         if len(outputs) == 2:
             give(layer, outputs.pop("q"), outputs.pop("k"))
 
@@ -123,7 +126,8 @@ def _capture_projections(hooks: ExitStack, evaluated: EvaluatedModel, positions:
         attention: Any = backbone.attention(evaluated.model, layer)
         outputs: dict[str, Tensor] = {}
         for name, projection in (("q", attention.q_proj), ("k", attention.k_proj)):
-            hooks.callback(projection.register_forward_hook(partial(collect, layer, name, outputs)).remove)
+            last = head_norm(attention, f"{name}_norm", head_dim) or projection
+            hooks.callback(last.register_forward_hook(partial(collect, layer, name, outputs)).remove)
 
 
 def _capture_attention(hooks: ExitStack, evaluated: EvaluatedModel, positions: Tensor, give: QueriesAndKeys) -> None:

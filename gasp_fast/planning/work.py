@@ -75,7 +75,7 @@ def work_of_micro_batch(setup: TrainingSetup) -> list[Work]:
 
 
 def operations(setup: TrainingSetup) -> float:
-    """That the host starts in a micro-batch, counted by torch's profiler on small models of both families.
+    """That the host starts in a micro-batch, counted by torch's profiler on small Qwen2.5-VL and LLaVA-NeXT-Video.
 
     Two are estimates: what Liger's layers save, and the loss, whose launches take as long as several operations.
     """
@@ -144,7 +144,7 @@ def _vision(setup: TrainingSetup, sequence: SequenceSize) -> list[Work]:
     products, attention = (1 + recomputed + again * weights, 1 + recomputed + 2.5 * again)
     slow = shape.vision_intermediate % ALIGNED and not design.padded_tower
     d, ff = shape.vision_hidden, shape.vision_intermediate
-    if not shape.vision_gated:  # CLIP: layer norms with fp32 copies, quick GELU
+    if not shape.vision_gated:  # CLIP, for which others are taken: layer norms with fp32 copies, quick GELU
         bytes_ = 76 * d + 14 * ff
     elif design.fused_tower:  # in place only where nothing is kept for backward
         bytes_ = 124 * d + 10 * ff if again else 36 * d + 6 * ff  # two norms 8, rotary 96 or 8, copies 8, sums 12

@@ -7,6 +7,8 @@ tokens, with their adapters and without rotary embedding, and the loss compares 
     tied   queries with queries, all heads side by side: what a correspondence head is at the beginning, but live
     qk     queries of anchors with keys of candidates, as attention compares them
 
+Where the attention normalises queries and keys of each head, as in Qwen3-VL, so does this.
+
 The weights are the model's. Their gradients are computed with those of the rows (`geometric.py`) and added to the ones
 that reach them through the layer, so nothing depends on how the layer itself is checkpointed.
 
@@ -37,7 +39,7 @@ class LiveProjections(nn.Module):
     def __init__(
         self,
         layer: int,
-        attention: nn.Module,  # with linear layers q_proj and k_proj
+        attention: nn.Module,  # with linear layers q_proj and k_proj, and norms q_norm and k_norm or none
         head_dim: int,
         kind: Literal["tied", "qk"],
         heads: AttentionHeads = "mean",
@@ -46,8 +48,9 @@ class LiveProjections(nn.Module):
         super().__init__()
         self.layer, self.head_dim, self.kind, self.heads, self.embeddings = layer, head_dim, kind, heads, embeddings
         model: Any = attention
-        # In a tuple, where torch does not see them: a module registered here as well would be saved twice.
+        # In tuples, where torch does not see them: a module registered here as well would be saved twice.
         self._projections: tuple[Any, ...] = (model.q_proj,) if kind == "tied" else (model.q_proj, model.k_proj)
+        self._norms = tuple(head_norm(attention, name, head_dim) for name in ("q_norm", "k_norm"))
 
     @property
     def width(self) -> int:
@@ -61,11 +64,16 @@ class LiveProjections(nn.Module):
         return self._projections[1].out_features // self.head_dim if groups else 1
 
     def weights(self) -> list[nn.Parameter]:
-        return [weight for projection in self._projections for weight in projection.parameters()]
+        norms = [norm for norm in self._norms[: len(self._projections)] if norm is not None]
+        return [weight for module in (*self._projections, *norms) for weight in module.parameters()]
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows [N, hidden] to what anchors show, `[parts, N, D]`, and candidates; None: the same."""
         projected = [projection(rows) for projection in self._projections]  # [N, heads * head_dim] each
+        projected = [
+            some if norm is None else norm(some.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            for some, norm in zip(projected, self._norms, strict=False)
+        ]
         if self.embeddings is not None:
             projected = [some.to(self.embeddings) for some in projected]
         if self.kind == "tied":
@@ -75,6 +83,17 @@ class LiveProjections(nn.Module):
             return by_group(queries, keys, self.head_dim)
         queries, keys = comparable(queries, keys, self.head_dim)
         return queries[None], keys[None]
+
+
+def head_norm(attention: nn.Module, name: str, head_dim: int) -> nn.Module | None:
+    """The norm of that name, of the queries or keys of each head; None: the attention has none."""
+    norm: Any = getattr(attention, name, None)
+    if norm is not None and norm.weight.shape != (head_dim,):
+        raise ValueError(
+            f"{name} of {type(attention).__name__} has weights {list(norm.weight.shape)}, but only norms of single "
+            f"heads, [{head_dim}], are supported; use heads.kind=correspondence, and features head and hidden"
+        )
+    return norm
 
 
 def comparable(queries: Tensor, keys: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

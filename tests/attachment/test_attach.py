@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import gasp_fast
-from gasp_fast.backbones import tiny
+from gasp_fast.backbones import tiny_parts
 from gasp_fast.backbones.discovered import DiscoveredBackbone
 from gasp_fast.collator import Collator, Sample
 from gasp_fast.data.tracks.build import Tracks
@@ -231,8 +231,8 @@ def test_wrong_arguments_are_named(qwen, tracks):
 
 def paligemma():
     """A tiny PaliGemma, which the package has no file for, and its processor: 7 x 7 tokens for every frame."""
-    tokenizer = tiny.tiny_tokenizer(
-        ["<image>", "<bos>", "<eos>", "<pad>"], tiny.TinyConfig(), pad_token="<pad>", eos_token="<eos>"
+    tokenizer = tiny_parts.tiny_tokenizer(
+        ["<image>", "<bos>", "<eos>", "<pad>"], tiny_parts.TinyConfig(), pad_token="<pad>", eos_token="<eos>"
     )
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     images = transformers.SiglipImageProcessor(size={"height": 56, "width": 56})

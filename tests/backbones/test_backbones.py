@@ -7,26 +7,30 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.families import EVERY_FAMILY, EVERY_QWEN, EVERY_SHIPPED, SHIPPED
 from torch import nn
 
 from gasp_fast.backbones import Backbone, load_backbone, register, supported_models, tiny, unwrap
-from gasp_fast.backbones.qwen2_5_vl import check_mrope
+from gasp_fast.backbones.qwen_vl import check_mrope
 from gasp_fast.supervision.heads import CorrespondenceHeads
 
 
+@EVERY_FAMILY
 def test_the_type_in_config_json_decides(family):
     assert family.backbone.model_type == family.model.config.model_type
     assert family.backbone.layer_count == len(family.backbone.decoder_layers(family.model)) == 4
 
 
 def test_a_third_backbone_is_one_file(families):
-    assert {"qwen2_5_vl", "llava_next_video", "llava"} <= set(supported_models())
+    assert {*SHIPPED, "llava"} <= set(supported_models())
     assert type(families["llava"].backbone).__module__ == "custom_backbone"
 
 
 def test_an_unsupported_type_raises_an_error_that_names_the_supported_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match=r"type 'bert'; supported types are .*llava_next_video, qwen2_5_vl"):
+    with pytest.raises(
+        ValueError, match=r"type 'bert'; supported types are internvl, .*llava_next_video, .*qwen2_5_vl"
+    ):
         load_backbone(tmp_path)
     with pytest.raises(OSError, match="no readable config"):
         load_backbone(tmp_path / "nothing-here")
@@ -40,6 +44,7 @@ def test_two_backbones_cannot_register_one_type():
         register(Other)
 
 
+@EVERY_SHIPPED
 def test_a_pickled_backbone_encodes_the_same(shipped, talk, noise):
     copy = pickle.loads(pickle.dumps(shipped.backbone))
     batch = [talk(noise(2))]
@@ -47,6 +52,7 @@ def test_a_pickled_backbone_encodes_the_same(shipped, talk, noise):
         assert torch.equal(value, copy.encode(batch).inputs[name])
 
 
+@EVERY_SHIPPED
 def test_lora_adapts_q_k_v_o_of_every_decoder_layer_and_nothing_else(shipped):
     model = shipped.backbone.load_model(dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=shipped.backbone.lora_targets))
@@ -62,6 +68,7 @@ def test_a_pattern_without_the_module_path_would_adapt_the_vision_tower_of_llava
     assert any("vision_tower" in name for name, module in adapted.named_modules() if hasattr(module, "lora_A"))
 
 
+@EVERY_SHIPPED
 def test_modules_are_found_inside_wrappers_and_adapters(shipped):
     class Wrapped(nn.Module):
         def __init__(self, module: nn.Module) -> None:
@@ -70,7 +77,9 @@ def test_modules_are_found_inside_wrappers_and_adapters(shipped):
 
     backbone, model = shipped.backbone, shipped.backbone.load_model(dtype=torch.float32)
     weight, bias = backbone.query_projection(model, 2)
-    assert (bias is not None) == (backbone.model_type == "qwen2_5_vl")
+    assert (bias is not None) == (
+        backbone.config.text_config.model_type in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+    )
     wrapped = Wrapped(get_peft_model(model, LoraConfig(r=2, target_modules=backbone.lora_targets)))
     assert unwrap(wrapped) is model
     assert backbone.query_projection(wrapped, 2)[0] is weight
@@ -79,6 +88,7 @@ def test_modules_are_found_inside_wrappers_and_adapters(shipped):
     )
 
 
+@EVERY_SHIPPED
 def test_heads_initialised_at_full_rank_give_the_queries_of_their_layer(shipped):
     backbone = shipped.backbone
     projections = {layer: backbone.query_projection(shipped.model, layer) for layer in (0, 3)}
@@ -90,12 +100,13 @@ def test_heads_initialised_at_full_rank_give_the_queries_of_their_layer(shipped)
         torch.testing.assert_close(head.second(head.first(x)), queries, rtol=1e-4, atol=1e-5)
 
 
+@EVERY_SHIPPED
 def test_attention_shape_is_that_of_the_projections(shipped):
     shape = shipped.backbone.attention_shape
     attention = shipped.backbone.attention(shipped.model, 0)
     assert attention.q_proj.out_features == shape.query_heads * shape.head_dim
     assert attention.k_proj.out_features == shape.key_heads * shape.head_dim
-    assert (shape.key_heads < shape.query_heads) == (shipped.backbone.model_type == "qwen2_5_vl")
+    assert (shape.key_heads < shape.query_heads) == (shipped.backbone.model_type != "llava_next_video")
 
 
 def test_a_saved_tiny_model_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -173,6 +184,7 @@ def positions_used(qwen, inputs):
     return received[0], logits
 
 
+@EVERY_QWEN
 def test_the_mrope_check_accepts_the_processors_output(qwen, pictured):
     check_mrope(qwen.model, pictured)
     qwen.backbone.check_inputs(qwen.model, pictured)
@@ -193,6 +205,7 @@ def test_the_mrope_check_raises_when_an_input_is_missing(qwen, pictured, name):
         check_mrope(qwen.model, pictured)
 
 
+@EVERY_QWEN
 def test_text_alone_needs_no_image_positions(qwen, talk):
     inputs = qwen.backbone.encode([talk([])]).inputs
     inputs.pop("mm_token_type_ids")
@@ -207,12 +220,14 @@ def test_without_token_types_the_model_raises_no_error_and_is_wrong(qwen, pictur
     assert (right - wrong).abs().max() > 1e-4
 
 
+@EVERY_QWEN
 def test_the_mrope_check_raises_for_token_types_of_another_batch(qwen, pictured):
     pictured["mm_token_type_ids"] = pictured["mm_token_type_ids"].roll(1, dims=1)
     with pytest.raises(ValueError, match="mm_token_type_ids disagrees with input_ids"):
         check_mrope(qwen.model, pictured)
 
 
+@EVERY_QWEN
 def test_the_mrope_check_raises_for_another_rule_of_positions(qwen, pictured, monkeypatch):
     plain = torch.arange(pictured["input_ids"].shape[1]).expand(3, *pictured["input_ids"].shape)
     monkeypatch.setattr(qwen.model.model, "get_rope_index", lambda *a, **k: (plain, None))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.families import EVERY_FAMILY
 
 from gasp_fast.backbones import Conversation, messages_from_record
 from gasp_fast.backbones.chat import IGNORE
@@ -20,6 +21,7 @@ def supervised(backbone, encoded, row):
     return backbone.processor.tokenizer.decode(labels[labels != IGNORE])
 
 
+@EVERY_FAMILY
 def test_labels_are_the_answers_and_their_end_and_nothing_else(family, noise):
     encoded = family.backbone.encode([Conversation(noise(2), TALK), Conversation([], TALK[1:3])])
     end = family.backbone.processor.tokenizer.eos_token

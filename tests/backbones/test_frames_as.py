@@ -1,4 +1,4 @@
-"""Qwen gets the frames of a sequence as images, as a video of pairs, or as a video in which each frame comes twice."""
+"""Qwen2-VL and Qwen2.5-VL get frames as images, as a video of pairs, or as a video with each frame twice."""
 
 import copy
 from itertools import pairwise
@@ -12,11 +12,12 @@ from gasp_fast.backbones import load_backbone
 from gasp_fast.backbones.base_model import ModelConfig
 from gasp_fast.backbones.frames import FRAMES_PER_GRID
 from gasp_fast.backbones.packing import pack
-from gasp_fast.backbones.qwen2_5_vl import check_mrope
+from gasp_fast.backbones.qwen_vl import check_mrope
 from gasp_fast.backbones.unmasked_attention import use_unmasked_attention
 from gasp_fast.collator import Collator, CollatorConfig, Sample
 from gasp_fast.data.tracks.build import Tracks
 
+BOTH = pytest.mark.parametrize("qwen", ["qwen2_5_vl", "qwen2_vl"], indirect=True)
 POSITION_INPUTS = ("input_ids", "mm_token_type_ids", "attention_mask", "image_grid_thw", "video_grid_thw")
 
 
@@ -38,6 +39,7 @@ def conversations(noise):
 # ---- tokens and positions -------------------------------------------------------------------------------------------
 
 
+@BOTH
 def test_positions_are_those_of_transformers(qwen, backbone, noise):
     inputs = backbone.encode(conversations(noise)).inputs
     names = [name for name in (*POSITION_INPUTS, "second_per_grid_ts") if name in inputs]
@@ -78,6 +80,7 @@ def test_the_mrope_check_raises_for_a_video_that_is_marked_as_images(qwen, video
         check_mrope(qwen.model, inputs)
 
 
+@BOTH
 def test_a_square_in_a_frame_changes_exactly_one_token_of_the_frames_grid(backbone):
     width, height = 320, 180
     blank = np.full((height, width, 3), 90, np.uint8)
@@ -99,7 +102,9 @@ def test_a_square_in_a_frame_changes_exactly_one_token_of_the_frames_grid(backbo
 
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("qwen", "attention"), [("qwen2_5_vl", "sdpa"), ("qwen2_5_vl", "eager"), ("qwen2_vl", "sdpa")], indirect=["qwen"]
+)
 def test_states_are_those_of_the_whole_model(qwen, backbone, noise, packed, attention):
     """With the faster vision modules, unmasked attention and features put at their tokens."""
     plain = backbone.load_model(torch.float32, attention).eval()

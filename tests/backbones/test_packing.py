@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.families import EVERY_FAMILY
 from transformers import AttentionInterface
 
 from gasp_fast.backbones.packing import attention_arguments, pack
@@ -74,6 +75,7 @@ def logits_alone(family, samples):
     return logits
 
 
+@EVERY_FAMILY
 @torch.no_grad()
 @pytest.mark.parametrize("content", ["frames", "words", "both"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -102,6 +104,7 @@ def test_sequences_that_see_each_other_have_other_logits(family, samples, attent
     assert float((other - right)[lengths[0] :].abs().max()) > 1e-3
 
 
+@EVERY_FAMILY
 def test_positions_are_those_that_the_model_gives_each_sequence(family, samples):
     """Logits depend on differences of positions alone, so they would not show where a sequence begins."""
     batch = pack(collated(family.backbone, samples["both"]))
@@ -109,7 +112,7 @@ def test_positions_are_those_that_the_model_gives_each_sequence(family, samples)
     for found, sample in zip(index.rotary.split(index.row.lengths, -1), samples["both"], strict=True):
         inputs = Collator(family.backbone)([sample])
         expected = torch.arange(inputs["input_ids"].shape[1])[None]
-        if family.backbone.model_type == "qwen2_5_vl" and sample.frames:
+        if family.backbone.model_type.startswith("qwen") and sample.frames:
             names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
             expected, _ = family.model.model.get_rope_index(**{name: inputs[name] for name in names})
         assert torch.equal(found, expected.expand_as(found))
@@ -129,6 +132,7 @@ def test_no_token_is_predicted_from_another_sequence(family, samples):
     assert torch.equal(again.predicting, index.predicting) and torch.equal(again.answers, index.answers)
 
 
+@EVERY_FAMILY
 def test_visual_tokens_are_found_again_in_the_row(family, samples):
     batch = collated(family.backbone, samples["both"])
     row = pack({**batch, "visual_positions": batch["token_index"].visual})

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.families import EVERY_FAMILY
 
 SIZES = [(224, 224), (320, 180), (181, 317), (640, 275), (271, 640), (333, 222), (960, 540)]
 
@@ -13,6 +14,7 @@ def paint(frame: np.ndarray, left: int, top: int, right: int, bottom: int) -> np
     return painted
 
 
+@EVERY_FAMILY
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_a_painted_square_changes_exactly_the_token_that_the_map_names(family, size, talk):
     width, height = size
@@ -40,6 +42,7 @@ def test_a_painted_square_changes_exactly_the_token_that_the_map_names(family, s
     assert sum(token >= 0 for token in expected) >= 12
 
 
+@EVERY_FAMILY
 @pytest.mark.parametrize("size", [(224, 224), (320, 180), (181, 317)], ids=lambda size: f"{size[0]}x{size[1]}")
 def test_the_language_model_receives_a_square_at_the_position_of_its_token(family, size, talk):
     width, height = size
@@ -69,6 +72,7 @@ def layer_zero_input(family, inputs):
     return received[0]
 
 
+@EVERY_FAMILY
 def test_visual_positions_are_where_the_model_scatters_its_features(family, talk, noise):
     batch = [talk(noise(3, 320, 180)), talk([]), talk(noise(3, 181, 317, seed=1), answer=None)]
     encoded = family.backbone.encode(batch)
@@ -122,6 +126,7 @@ def test_points_outside_the_grid_or_not_a_number_are_dropped(qwen):
     assert grid.locate([(0, 0), (319.99, 179.99)]).tolist() == [0, grid.tokens - 1]
 
 
+@EVERY_FAMILY
 def test_every_token_centre_is_located_in_its_own_token(family):
     for width, height in SIZES:
         grid = family.backbone.frame_grid(width, height)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.families import EVERY_FAMILY, EVERY_QWEN
 from transformers import AutoModelForImageTextToText
 
 from gasp_fast.backbones.unmasked_attention import use_unmasked_attention
@@ -17,6 +18,7 @@ def padded_batch(family, talk, noise):
     return inputs
 
 
+@EVERY_FAMILY
 def test_visual_and_labelled_tokens_are_those_of_a_plain_loop(family, talk, noise):
     inputs = padded_batch(family, talk, noise)
     index = family.backbone.index_tokens(inputs)
@@ -32,6 +34,7 @@ def test_visual_and_labelled_tokens_are_those_of_a_plain_loop(family, talk, nois
     assert list(zip(index.predicting.tolist(), index.answers.tolist(), strict=True)) == answers and len(answers) > 10
 
 
+@EVERY_FAMILY
 def test_last_states_are_those_of_the_whole_model(family, talk, noise):
     """Without mask, with features that are put at their positions: what padding gets is not compared."""
     model = copy.deepcopy(family.model)
@@ -48,6 +51,7 @@ def test_last_states_are_those_of_the_whole_model(family, talk, noise):
         assert states.shape[:2] == labels.shape
 
 
+@EVERY_QWEN
 def test_rotary_positions_are_the_models_own(qwen, talk, noise):
     inputs = padded_batch(qwen, talk, noise)
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")

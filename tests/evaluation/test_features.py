@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -36,22 +37,22 @@ def features_of(
 
 
 def by_hand(model: EvaluatedModel, batch: dict[str, Any], rope: str) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """Features from transformers' hidden states, layer weights and rotary tables, by the formulas of the paper."""
+    """Features from what enters each layer, layer weights and rotary tables, by the formulas of the paper."""
     inputs = {k: v for k, v in batch.items() if k not in ("matches", "visual_positions", "labels")}
     language, positions = model.backbone.language_model(model.model), batch["visual_positions"]
     tables: list[tuple[Tensor, Tensor]] = []
     hook = language.rotary_emb.register_forward_hook(lambda module, args, output: tables.append(output))
-    before_norm: list[Tensor] = []
-    last = language.norm.register_forward_pre_hook(lambda module, args: before_norm.append(args[0]))
+    states: list[Tensor] = []
+    entered = [module.register_forward_pre_hook(lambda _, args: states.append(args[0])) for module in language.layers]
+    entered.append(language.norm.register_forward_pre_hook(lambda _, args: states.append(args[0])))
     with torch.inference_mode():
-        states = model.model(**inputs, output_hidden_states=True).hidden_states
-    hook.remove()
-    last.remove()
-    after_layer = [*states[1:-1], before_norm[0]]
+        model.model(**inputs)
+    for handle in (hook, *entered):
+        handle.remove()
     shape = model.backbone.attention_shape
     cos, sin = tables[0]
     features: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-    for layer, (entering, leaving) in enumerate(zip(states[:-1], after_layer, strict=True)):
+    for layer, (entering, leaving) in enumerate(pairwise(states)):
         hidden = leaving.reshape(-1, leaving.shape[-1])[positions]
         features["hidden", layer] = (hidden, hidden)
         block = language.layers[layer]
@@ -61,11 +62,11 @@ def by_hand(model: EvaluatedModel, batch: dict[str, Any], rope: str) -> dict[tup
         embeddings = model.heads.by_layer[str(layer)](of_head.reshape(-1, leaving.shape[-1])[positions])
         features["head", layer] = (embeddings, embeddings)
         pair = []
-        for projection, heads in (
-            (block.self_attn.q_proj, shape.query_heads),
-            (block.self_attn.k_proj, shape.key_heads),
-        ):
-            state = projection(x).reshape(*x.shape[:2], heads, shape.head_dim)
+        for name, heads in (("q", shape.query_heads), ("k", shape.key_heads)):
+            state = getattr(block.self_attn, f"{name}_proj")(x).reshape(*x.shape[:2], heads, shape.head_dim)
+            if hasattr(block.self_attn, f"{name}_norm"):
+                scale = state.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+                state = state * scale * getattr(block.self_attn, f"{name}_norm").weight
             if rope == "after":
                 half = shape.head_dim // 2
                 turned = torch.cat([-state[..., half:], state[..., :half]], -1)
@@ -78,6 +79,7 @@ def by_hand(model: EvaluatedModel, batch: dict[str, Any], rope: str) -> dict[tup
 
 
 @pytest.mark.parametrize("rope", ["before", "after"])
+@pytest.mark.parametrize("model", ["qwen-gqa", "qwen-mha", "llava", "qwen3"], indirect=True)
 def test_features_are_what_the_model_computes(model, batch, rope):
     features, expected = features_of(model, batch, rope), by_hand(model, batch, rope)
     assert features.keys() == expected.keys()
@@ -106,7 +108,7 @@ def test_grouped_queries_are_averaged_and_full_ones_are_whole(models, dataset):
     for name, model in models.items():
         batch = collated(model, dataset, 0)
         width[name] = features_of(model, batch)["qk", 0][0].shape[1]
-    assert width == {"qwen-gqa": 32, "qwen-mha": 128, "llava": 128}
+    assert width == {"qwen-gqa": 32, "qwen-mha": 128, "llava": 128, "qwen3": 48}
 
 
 def test_rotation_changes_queries_and_keys(models, dataset):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.families import EVERY_SHIPPED
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gasp_fast.backbones import Conversation, load_backbone
@@ -27,14 +28,17 @@ def heads_of(backbone: Any, model: Any) -> CorrespondenceHeads:
     return CorrespondenceHeads.from_query_projections({0: backbone.query_projection(model, 0)})
 
 
-@pytest.fixture(scope="session")
-def lora_runs(families: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run of each model family: adapters that change the logits, heads, a configuration."""
-    runs = {}
-    for name in ("qwen2_5_vl", "llava_next_video"):
-        backbone = families[name].backbone
+class Runs(dict[str, Path]):
+    """A finished run of each model family, made when it is first used."""
+
+    def __init__(self, families: Any, root: Path) -> None:
+        super().__init__()
+        self.families, self.root = families, root
+
+    def __missing__(self, name: str) -> Path:
+        """Adapters that change the logits, heads, a configuration."""
+        backbone, run = self.families[name].backbone, self.root / name
         model = backbone.load_model(torch.float32)
-        run = tmp_path_factory.mktemp("run") / name
         torch.manual_seed(1)
         config = LoraConfig(r=4, target_modules=backbone.lora_targets, init_lora_weights=False)
         adapted = get_peft_model(model, config)
@@ -46,9 +50,14 @@ def lora_runs(families: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
             with torch.no_grad():  # the later checkpoint is another model
                 for parameter in (p for key, p in adapted.named_parameters() if "lora_B" in key):
                     parameter.mul_(0.5)
-        (run / "config.yaml").write_text(f"model:\n  source: {families[name].folder}\n")
-        runs[name] = run
-    return runs
+        (run / "config.yaml").write_text(f"model:\n  source: {self.families[name].folder}\n")
+        self[name] = run
+        return run
+
+
+@pytest.fixture(scope="session")
+def lora_runs(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(families, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -71,6 +80,7 @@ def plain(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(str(folder), dtype=torch.float32)
 
 
+@EVERY_SHIPPED
 def test_transformers_alone_gives_the_logits_of_the_newest_adapters(
     shipped: Any, lora_runs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -86,6 +96,7 @@ def test_transformers_alone_gives_the_logits_of_the_newest_adapters(
     assert json.loads((tmp_path / "plain" / REPORT).read_text())["merge_difference"] == report.merge_difference
 
 
+@EVERY_SHIPPED
 def test_an_export_generates_with_its_own_processor(
     shipped: Any, lora_runs: dict[str, Path], tmp_path: Path, noise: Any
 ) -> None:
@@ -101,6 +112,7 @@ def test_an_export_generates_with_its_own_processor(
     assert isinstance(processor.decode(made[0]), str)
 
 
+@EVERY_SHIPPED
 def test_the_files_hold_the_tensors_of_the_base_model_and_no_others(
     shipped: Any, lora_runs: dict[str, Path], tmp_path: Path
 ) -> None:

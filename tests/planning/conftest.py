@@ -11,7 +11,7 @@ from gasp_fast.planning.shapes import ModelShape, shape_from_source
 
 @pytest.fixture(scope="session", params=["qwen2_5_vl", "llava_next_video"])
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ModelShape]:
-    """A tiny backbone of each family, and its shape."""
+    """A tiny backbone, and its shape."""
     config = tiny.TinyConfig(model_type=request.param, hidden_size=256)
     folder = tiny.build_tiny(tmp_path_factory.mktemp("plan") / request.param, config)
     return load_backbone(folder), shape_from_source(str(folder))

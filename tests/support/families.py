@@ -12,13 +12,20 @@ import torch
 from gasp_fast.backbones import Backbone, Conversation, load_backbone, tiny
 
 torch.set_num_threads(1)
-# model_type: `token_pixels`, `vision_method` and `vision_inputs` of the `Family`
-FAMILIES: dict[str, tuple[int, str, tuple[str, ...]]] = {
-    "qwen2_5_vl": (16, "get_image_features", ("pixel_values", "image_grid_thw")),
+QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+# model_type: `token_pixels`, `vision_method` and `vision_inputs` of the `Family`, and maybe `frame_tokens`
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(QWENS, (16, "get_image_features", ("pixel_values", "image_grid_thw"))),
     "llava_next_video": (16, "get_video_features", ("pixel_values_videos",)),
+    "llava_onevision": (16, "get_video_features", ("pixel_values_videos",), 196),
+    "internvl": (16, "get_image_features", ("pixel_values",)),
     "llava": (8, "get_image_features", ("pixel_values",)),
 }
-SHIPPED = ("qwen2_5_vl", "llava_next_video")
+SHIPPED = tuple(name for name in FAMILIES if name != "llava")  # which examples/custom_backbone.py defines
+# A test of what families define runs for every family, any other test for a few.
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, indirect=True)
+EVERY_SHIPPED = pytest.mark.parametrize("shipped", SHIPPED, indirect=True)
+EVERY_QWEN = pytest.mark.parametrize("qwen", QWENS, indirect=True)
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,14 @@ class Family:
     token_pixels: int  # edge of a token in pixels of the resized frame
     vision_method: str  # method of the inner model that computes its visual features
     vision_inputs: tuple[str, ...]  # its arguments; the first are the pixel values
+    frame_tokens: int = 1  # features of a frame, where others may follow those of a sequence's frames
 
     def visual_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The features that the model's vision side computes from the inputs, `[N, D]` in its own order."""
+        """The features of frames that the model's vision side computes from the inputs, `[N, D]` in its own order."""
         compute = getattr(self.model.model, self.vision_method)
         features = compute(*(inputs[name] for name in self.vision_inputs), return_dict=True)
-        return torch.cat([part.reshape(-1, part.shape[-1]) for part in features.pooler_output])
+        parts = [part.reshape(-1, part.shape[-1]) for part in features.pooler_output]
+        return torch.cat([part[: len(part) - len(part) % self.frame_tokens] for part in parts])
 
     def pixels_by_token(self, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
         """The processor's pixel values grouped by token, `[frames, tokens, values]`."""
@@ -59,40 +68,48 @@ def _third_backbone() -> Any:
     return module
 
 
-@pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
-    example = _third_backbone()
-    by_name = {}
-    for name, facts in FAMILIES.items():
-        folder = tmp_path_factory.mktemp("tiny") / name
+class Families(dict[str, Family]):
+    """The families by name, each made when it is first used."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root, self.example = root, _third_backbone()
+
+    def __missing__(self, name: str) -> Family:
+        folder = self.root / name
         if name in SHIPPED:
             tiny.build_tiny(folder, tiny.TinyConfig(model_type=name))
         else:
-            example.tiny_llava(folder)
+            self.example.tiny_llava(folder)
         backbone = load_backbone(folder)
-        by_name[name] = Family(backbone, backbone.load_model(dtype=torch.float32).eval(), folder, *facts)
-    return by_name
+        self[name] = Family(backbone, backbone.load_model(dtype=torch.float32).eval(), folder, *FAMILIES[name])
+        return self[name]
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
-    """Each family that the package ships, and a third one that examples/custom_backbone.py defines."""
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    return Families(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(params=["qwen2_5_vl", "llava_next_video", "llava"])
+def family(request: pytest.FixtureRequest, families: Families) -> Family:
+    """A family of each kind, and one that examples/custom_backbone.py defines."""
     return families[request.param]
 
 
-@pytest.fixture(params=SHIPPED)
-def shipped(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
-    """Each family that the package ships."""
+@pytest.fixture(params=["qwen2_5_vl", "llava_next_video"])
+def shipped(request: pytest.FixtureRequest, families: Families) -> Family:
+    """A family of each kind that the package ships."""
+    return families[request.param]
+
+
+@pytest.fixture(params=["qwen2_5_vl"])
+def qwen(request: pytest.FixtureRequest, families: Families) -> Family:
     return families[request.param]
 
 
 @pytest.fixture
-def qwen(families: dict[str, Family]) -> Family:
-    return families["qwen2_5_vl"]
-
-
-@pytest.fixture
-def llava_video(families: dict[str, Family]) -> Family:
+def llava_video(families: Families) -> Family:
     return families["llava_next_video"]
 
 

@@ -75,7 +75,10 @@ def liger_rotary_pos_emb(
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the stand-in where `import liger_kernel.transformers` finds it. What it replaces is restored afterwards."""
     from transformers.models.llama import modeling_llama
+    from transformers.models.qwen2 import modeling_qwen2
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+    from transformers.models.qwen3_vl import modeling_qwen3_vl
 
     stand_in: Any = ModuleType("liger_kernel.transformers")
     stand_in.LigerRMSNorm, stand_in.LigerSwiGLUMLP = LigerRMSNorm, LigerSwiGLUMLP
@@ -84,5 +87,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     package.transformers = stand_in
     monkeypatch.setitem(sys.modules, "liger_kernel", package)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
-    for modeling in (modeling_llama, modeling_qwen2_5_vl):
+    for modeling in (modeling_llama, modeling_qwen2, modeling_qwen2_vl, modeling_qwen2_5_vl, modeling_qwen3_vl):
         monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)

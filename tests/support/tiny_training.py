@@ -27,20 +27,14 @@ torch.set_num_threads(1)
 FAMILIES = ("qwen2_5_vl", "llava_next_video")
 
 
-@dataclass(frozen=True)
-class Assets:
-    """The inputs of a small run."""
+class Models(dict[str, Path]):
+    """Tiny models by family, each made when it is first used."""
 
-    models: dict[str, Path]
-    scenes: Path
-    questions: Path
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
 
-
-@pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
-    root = tmp_path_factory.mktemp("assets")
-    models = {}
-    for name in FAMILIES:
+    def __missing__(self, name: str) -> Path:
         tiny = TinyConfig(
             model_type=name,
             hidden_size=64,
@@ -49,7 +43,22 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
             vision_intermediate_size=84,  # an MLP that is padded, like that of Qwen2.5-VL-7B
             query_heads=2,
         )
-        models[name] = build_tiny(root / name, tiny)
+        self[name] = build_tiny(self.root / name, tiny)
+        return self[name]
+
+
+@dataclass(frozen=True)
+class Assets:
+    """The inputs of a small run."""
+
+    models: Models
+    scenes: Path
+    questions: Path
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    root = tmp_path_factory.mktemp("assets")
     look = SyntheticConfig(frames=10, width=96, height=80, samples=1)
     folders = []
     for seed in range(4):
@@ -57,7 +66,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
         folders[-1].parent.mkdir(exist_ok=True)
         write_scene(make_scene(seed, look), folders[-1])
     list(write_qa(folders, root / "questions", workers=1))
-    return Assets(models, root / "scenes", root / "questions")
+    return Assets(Models(root), root / "scenes", root / "questions")
 
 
 @pytest.fixture
@@ -106,9 +115,9 @@ def plain_step(model, batch, weights=(0.3, 1.0), other_targets="negatives"):
     inner = model.model
     layers = model.backbone.decoder_layers(inner)
     states, normed = [], []
-    handles = [
-        layer.register_forward_hook(lambda m, a, out: states.append(out if torch.is_tensor(out) else out[0]))
-        for layer in layers
+    handles = [  # what enters the module behind a layer: Qwen3-VL adds to the outputs of its first layers
+        module.register_forward_pre_hook(lambda m, args: states.append(args[0]))
+        for module in (*layers[1:], model.backbone.final_norm(inner))
     ]
     handles += [layer.input_layernorm.register_forward_hook(lambda m, a, out: normed.append(out)) for layer in layers]
     inner(**inputs, use_cache=False)

@@ -64,19 +64,20 @@ def plain_live_losses(model, batch, heads):
     shape, projected, handles = model.backbone.attention_shape, {}, []
     for layer in set(model.supervision.layers):
         attention = model.backbone.attention(model.model, layer)
-        for name in ("q_proj", "k_proj"):
+        for name in "qk":
 
             def keep(_, __, output, place=(layer, name)):
-                projected[place] = output.flatten(0, 1)[positions]  # [N, heads * head_dim]
+                projected[place] = output.flatten(0, 1)[positions].flatten(1)  # [N, heads * head_dim]
 
-            handles.append(getattr(attention, name).register_forward_hook(keep))
+            last = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
+            handles.append(last.register_forward_hook(keep))
     model.model(**inputs, use_cache=False)
     for handle in handles:
         handle.remove()
     losses = []
     for layer in sorted(set(model.supervision.layers)):
-        q = projected[layer, "q_proj"].view(-1, shape.query_heads, shape.head_dim)
-        k = projected[layer, "k_proj"].view(-1, shape.key_heads, shape.head_dim)
+        q = projected[layer, "q"].view(-1, shape.query_heads, shape.head_dim)
+        k = projected[layer, "k"].view(-1, shape.key_heads, shape.head_dim)
         group = shape.query_heads // shape.key_heads
         if heads["kind"] == "tied":
             pairs = [(q.flatten(1), q.flatten(1))]
@@ -96,12 +97,32 @@ def plain_live_losses(model, batch, heads):
 @pytest.mark.parametrize("heads", KINDS[:3], ids=str)
 @pytest.mark.parametrize("model", ["grouped", "llava_next_video"])
 def test_a_step_is_the_plain_loss_on_the_models_projections(config, grouped_model, model, heads, mode, checkpointing):
-    parts = {"heads": heads, "loss": {"lm_weight": 0.0}}
     if model == "grouped":
-        family, parts["model"] = "qwen2_5_vl", {"source": str(grouped_model)}
+        compare_steps(config, "qwen2_5_vl", heads, mode, checkpointing, model={"source": str(grouped_model)})
     else:
-        family = model
+        compare_steps(config, model, heads, mode, checkpointing)
+
+
+@pytest.mark.parametrize(("heads", "mode"), [(KINDS[0], "full"), (KINDS[2], "full"), (KINDS[1], "lora")], ids=str)
+def test_queries_and_keys_are_compared_behind_the_norms_of_their_heads(config, heads, mode):
+    compare_steps(config, "qwen3_vl", heads, mode, "non_reentrant")
+
+
+def test_norms_of_all_heads_at_once_are_refused():
+    attention = torch.nn.Module()
+    attention.q_proj, attention.q_norm = torch.nn.Linear(8, 32), torch.nn.RMSNorm(32)
+    with pytest.raises(
+        ValueError, match=r"q_norm of Module has weights \[32\], but only norms of single heads, \[16\]"
+    ):
+        LiveProjections(0, attention, 16, "tied")
+
+
+def compare_steps(config, family, heads, mode, checkpointing, **parts):
+    parts |= {"heads": heads, "loss": {"lm_weight": 0.0}}
     reference = with_random_adapters(build_model(config(family, train={"mode": mode}, **parts), CPU)).train()
+    for name, parameter in reference.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data.uniform_(0.2, 2)
     batch = batch_of(config(family, **parts), reference)
     losses = plain_live_losses(reference, batch, heads)
     expected = sum(loss for loss, _ in losses) / len(losses)
@@ -109,6 +130,7 @@ def test_a_step_is_the_plain_loss_on_the_models_projections(config, grouped_mode
 
     settings = config(family, train={"mode": mode, "checkpointing": checkpointing}, **parts)
     streamed = with_random_adapters(build_model(settings, CPU)).train()
+    streamed.load_state_dict(reference.state_dict())
     out = streamed(**batch)
     out["loss"].backward()
     torch.testing.assert_close(out["loss"], expected, rtol=1e-5, atol=1e-6)
@@ -118,6 +140,9 @@ def test_a_step_is_the_plain_loss_on_the_models_projections(config, grouped_mode
     found = {name: p.grad for name, p in streamed.named_parameters() if p.grad is not None}
     assert any("q_proj" in name and gradient.any() for name, gradient in wanted.items())
     assert any("k_proj" in name and gradient.any() for name, gradient in wanted.items())
+    assert any("q_norm" in name and gradient.any() for name, gradient in wanted.items()) == (
+        mode == "full" and family == "qwen3_vl"
+    )
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=2e-6, msg=name)
     for name in found.keys() - wanted.keys():

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.families import SHIPPED
+from support.tiny_training import FAMILIES
 
 from gasp_fast.backbones.base_model import DTYPES, use_checkpointing
 from gasp_fast.collator import Collator
@@ -28,6 +30,15 @@ def gradients(model):
 @pytest.mark.parametrize("checkpointing", ["off", "non_reentrant", "reentrant"])
 @pytest.mark.parametrize("layers", ["all", "2-3"])
 def test_a_streamed_step_is_the_plain_step(config, family, plain_step, checkpointing, layers):
+    compare_steps(config, family, plain_step, checkpointing, layers)
+
+
+@pytest.mark.parametrize("family", [name for name in SHIPPED if name not in FAMILIES], indirect=True)
+def test_a_streamed_step_is_the_plain_step_in_every_family(config, family, plain_step):
+    compare_steps(config, family, plain_step, "non_reentrant", "all")
+
+
+def compare_steps(config, family, plain_step, checkpointing, layers):
     settings = config(family, heads={"layers": layers}, train={"checkpointing": "off"})
     reference = build_model(settings, CPU).train()
     batch = batch_of(settings, reference)
