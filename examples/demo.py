@@ -32,10 +32,11 @@ rooms. All models were evaluated on rooms that none was trained on: <em>where is
 later frame?</em> <b>before</b> is the untrained model. <b>language only</b> was trained on questions and answers,
 without geometry; <b>correspondence only</b> also with the correspondence loss; <b>full</b> also with the depth
 loss.</p>
-<p>In the picture, dots are correct predictions and crosses are wrong ones. In the table, compare <em>PCK@2</em>, the
-share of points found within two patches, with <em>same</em>, the PCK@2 of predicting the same position in every frame,
-and see <em>moved</em>, the PCK@2 of the points for which that prediction is always wrong. PCK@2 rose from {before:.0%}
-to {after:.0%}. The effect of the depth loss on the PCK@2 of such a small model is within the noise of a single run.</p>
+<p>Point at a first frame below to see where each model looks for that point in later frames. In the tables, compare
+<em>PCK@2</em>, the share of points found within two patches, with <em>same</em>, the PCK@2 of predicting the same
+position in every frame, and see <em>moved</em>, the PCK@2 of the points for which that prediction is always wrong.
+PCK@2 rose from {before:.0%} to {after:.0%}. The effect of the depth loss on the PCK@2 of such a small model is within
+the noise of a single run.</p>
 """
 
 
@@ -114,7 +115,7 @@ def train(out: Path, name: str, changes: list[str], steps: int) -> None:
 def evaluate(out: Path, name: str, model: Path, sequences: int) -> Path:
     folder = out / "reports" / name.replace(" ", "-")
     size = ["--sequences", sequences, "--frames", 6, "--max-gap", 8, "--held-out", HELD_OUT]
-    output = ["--features", "head,hidden", "--pictures", 1]
+    output = ["--features", "head,hidden"]
     command("gasp-fast", "evaluate", "--model", model, "--scenes", out / "scenes", "--out", folder, *size, *output)
     return folder
 
@@ -123,17 +124,17 @@ def conclude(out: Path, folders: dict[str, Path], steps: int, seconds: float) ->
     """Writes the page, prints the table, and stops with an error if training failed."""
     from rich.console import Console
 
-    from gasp_fast.evaluation.gallery import draw_comparison
     from gasp_fast.evaluation.report import read_report, write_comparison
     from gasp_fast.evaluation.tables import terminal_table
+    from gasp_fast.training.curves import draw_curves, read_run
 
     reports = {name: read_report(folder) for name, folder in folders.items()}
     before, after = reports["before"]["pck"]["peak"], reports["full"]["pck"]["peak"]
-    drawn = {name: folders[name] for name in ("before", "language only", "full")}
-    pictures = draw_comparison(drawn, out / "scenes", out / "pictures", 2)
-    pictures += [("True tracks over frames, coloured by depth", sorted((out / "tracks").glob("*.png"))[0])]
+    pictures = [("True tracks over frames, coloured by depth", sorted((out / "tracks").glob("*.png"))[0])]
     introduction = INTRODUCTION.format(steps=steps, before=before, after=after)
-    comparison = write_comparison(reports, out, pictures, "GASP training of a small model", introduction)
+    curves = draw_curves({name: read_run(run_folder(out, name)) for name in RUNS})
+    title = "GASP training of a small model"
+    comparison = write_comparison(reports, out, pictures, title, introduction, sources=folders, curves=curves)
     Console().print(terminal_table(reports, ["head"]))
     print(f"\n{seconds / 60:.1f} minutes; results: {comparison.page}")
     print("next, on a GPU: gasp-fast doctor; python -m gasp_fast.train configs/qwen2_5_vl_7b.yaml --dry-run")

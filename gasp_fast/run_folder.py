@@ -119,9 +119,16 @@ def config_files(run: Path) -> list[Path]:
     return first + [path for _, path in sorted(numbered)]
 
 
-def result_folder(source: str | os.PathLike[str], name: str) -> Path:
-    """The default folder for a result of `source`, which is a run or one of its checkpoints: `name` in the run."""
+def run_of(source: str | os.PathLike[str]) -> Path | None:
+    """The run that `source` is, or of which it is a checkpoint, the export or the report; None if it is none."""
     for folder in (Path(source), Path(source).parent):
         if (folder / CONFIG).is_file() and (folder / LOG).is_file():
-            return folder / name
-    raise ValueError(f"{str(source)!r} is no run of gasp_fast.train that could hold the {name}; give --out DIR")
+            return folder
+    return None
+
+
+def result_folder(source: str | os.PathLike[str], name: str) -> Path:
+    """The default folder for a result of `source`, which is a run or one of its checkpoints: `name` in the run."""
+    if (run := run_of(source)) is None:
+        raise ValueError(f"{str(source)!r} is no run of gasp_fast.train that could hold the {name}; give --out DIR")
+    return run / name

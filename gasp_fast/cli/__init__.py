@@ -23,7 +23,7 @@ from gasp_fast.processes import print_anything
 GROUPS = {  # in the order of use; a command's module has its name, with _ for -
     "installation": ("doctor",),
     "scenes": ("render", "scenes", "depth", "tracks", "make-vqa"),
-    "training": ("recipes", "plan", "train"),
+    "training": ("recipes", "plan", "train", "curves"),
     "trained models": ("evaluate", "compare", "export"),
     "benchmark and shell": ("bench", "completion"),
 }

@@ -1,9 +1,10 @@
 """Measure how well each layer of a model finds points of one frame again in other frames of a video.
 
 Reads a model (a folder or hub name, a run of gasp_fast.train with its heads, or a LoRA adapter) and scenes in any
-format that gasp-fast scenes reads. Writes index.html, report.json, figures and pictures into --out (default for a run:
-RUN/report). Run again with the same options, a stopped evaluation resumes; with another --radius, the predictions are
-scored again. Scenes and sequences that cannot be read are left out and named. docs/evaluating.md defines the metrics.
+format that gasp-fast scenes reads. Writes index.html, report.json and figures into --out (default for a run:
+RUN/report). In index.html, point at a token of a frame and see where each layer looks for it in later frames. Run again
+with the same options, a stopped evaluation resumes; with another --radius, the predictions are scored again. Scenes and
+sequences that cannot be read are left out and named. docs/evaluating.md defines the metrics.
 
 examples:
   gasp-fast evaluate --model runs/full --scenes held-out                          # into runs/full/report
@@ -15,6 +16,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.07, metavar="X", help="of the matching probabilities")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in one forward pass")
-    parser.add_argument("--pictures", type=int, default=3, metavar="N", help="sequences to draw; 0: none")
+    parser.add_argument(
+        "--pictures", type=int, default=3, metavar="N", help="sequences to point at in the page; 0: none"
+    )
     parser.add_argument(
         "--frame-pixels",
         type=int,
@@ -105,10 +109,10 @@ def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.evaluation.dataset import EvaluationSet
     from gasp_fast.evaluation.evaluate import evaluate
     from gasp_fast.evaluation.evaluated_model import load_evaluated_model
-    from gasp_fast.evaluation.gallery import draw_gallery
+    from gasp_fast.evaluation.pointing import pointing_data
     from gasp_fast.evaluation.report import token_grids, warnings_of, write_report
     from gasp_fast.evaluation.tables import terminal_table
-    from gasp_fast.run_folder import REPORT, result_folder
+    from gasp_fast.run_folder import FIGURE, LOG, REPORT, result_folder, run_of
 
     out = arguments.out or result_folder(arguments.model, REPORT)
     console = Console()
@@ -131,12 +135,19 @@ def run(arguments: argparse.Namespace) -> int:
             bar.update(task, completed=done, total=total)
 
         evaluation = evaluate(evaluated, dataset, config, out, fresh=arguments.fresh, progress=show)
-    pictures = draw_gallery(evaluated, dataset, config, evaluation, out / "pictures", arguments.pictures)
-    page = write_report(evaluation.report, out, pictures)
+    pointing = pointing_data(evaluated, dataset, config, evaluation, arguments.pictures)
+    report, related = evaluation.report, []
+    if (run := run_of(arguments.model)) is not None:
+        report["run"] = os.path.relpath(run.resolve(), out.resolve())
+        related = [("training curves of the run", run / FIGURE), ("log of the run", run / LOG)]
+    page = write_report(report, out, pointing, related)
     console.print(terminal_table({evaluated.name: evaluation.report}))
     console.print(token_grids(evaluation.report), highlight=False)
-    if config.direction == "causal" and arguments.pictures:
-        console.print("No pictures: they show the forward direction; take --direction both to have them.")
+    if pointing is None and arguments.pictures:
+        reason = "it shows the forward direction; take --direction both"
+        if config.direction != "causal":
+            reason = "the frames have too many tokens for it; take a lower --frame-pixels or --pictures"
+        console.print(f"The page has no frames to point at: {reason}.")
     if evaluated.heads_origin == "initial":
         console.print("The heads are untrained: initialised from W_Q, as at the start of training.")
     if untracked := evaluation.report["sequences_without_tracks"]:
@@ -152,7 +163,7 @@ def _config(arguments: argparse.Namespace) -> EvaluationConfig:
     from gasp_fast.evaluation.evaluate import EvaluationConfig
 
     if arguments.pictures < 0:
-        raise ValueError(f"--pictures {arguments.pictures}: give the number of sequences to draw, or 0")
+        raise ValueError(f"--pictures {arguments.pictures}: give the number of sequences to point at, or 0")
     if arguments.frame_pixels is not None and arguments.frame_pixels < 1:
         raise ValueError(f"--frame-pixels {arguments.frame_pixels}: at least 1")
     data = EvaluationSetConfig(

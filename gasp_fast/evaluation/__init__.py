@@ -12,8 +12,9 @@ position_error   TAP-Vid's share of points within a few pixels
 evaluate         the whole evaluation, resumable
 held_out         a few sequences, for a model that is being trained
 report_content   all metrics, as they are in report.json
-report, tables, figures    report.json, index.html, tables and curves, for one report or several
+report, tables, figures    report.json, tables and curves, for one report or several
+page, templates/           index.html
+pointing, pointing_page    the part of it that shows where each layer looks for a token
 paired           differences between reports on the same sequences, with a bootstrap interval
 report_check     checks a report.json that is not trusted
-gallery, pictures          example sequences drawn on their frames
 """

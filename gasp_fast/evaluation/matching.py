@@ -94,12 +94,3 @@ class Matcher:
             place = (tokens[chosen] - start).clamp(min=0)
             probability[chosen] = logits.softmax(1).gather(1, place[:, None])[:, 0]
         return torch.where(tokens < 0, torch.nan, probability)
-
-
-def similarities(queries: Tensor, keys: Tensor, token: int, temperature: float) -> Tensor:
-    """Cosine similarity of one query token with every key, divided by the temperature: `[N]`.
-
-    Computed by `frame_match` with every token as a frame of its own: the log-sum-exp over one token is its similarity.
-    """
-    each = torch.arange(len(keys) + 1)
-    return frame_match(queries, torch.tensor([token]), each, temperature=temperature, keys=keys).lse[0, 0]

@@ -15,7 +15,7 @@ from gasp_fast.collator import Collator, CollatorConfig, Sample, track_tokens
 
 from .evaluated_model import EvaluatedModel
 from .features import Captured, Kind, Rope, layers_with, run_with_features
-from .matching import Directions, Matcher, measured_names, similarities
+from .matching import Directions, Matcher, measured_names
 from .predictions import Predictions
 
 Confidence = Literal["cosine", "attention"]
@@ -149,23 +149,3 @@ def _in_shares(grid: TokenGrid, width: int, height: int) -> tuple[float, ...]:
     return (
         grid.columns, grid.rows, grid.left / width, grid.top / height, grid.right / width, grid.bottom / height,
     )  # fmt: skip
-
-
-def heat_maps(
-    evaluated: EvaluatedModel, sample: Sample, kind: Kind, layer: int, token: int, rope: Rope, temperature: float
-) -> list[NDArray[np.float32]]:
-    """Matching probabilities of one query token over every frame of a sample: `[rows, columns]` each."""
-    batch = Collator(evaluated.backbone, CollatorConfig(anchors="first"))([sample])
-    rows: list[Tensor] = []
-
-    def consumer(this_kind: Captured, this_layer: int, queries: Tensor, keys: Tensor) -> None:
-        if this_layer == layer:
-            rows.append(similarities(queries, keys, token, temperature))  # [N]
-
-    run_with_features(evaluated, batch, consumer, [kind], rope)
-    offsets = batch["matches"].frame_offsets.tolist()
-    maps = []
-    for frame, start, end in zip(sample.frames, offsets[:-1], offsets[1:], strict=True):
-        grid = evaluated.backbone.frame_grid(frame.shape[1], frame.shape[0])
-        maps.append(rows[0][start:end].float().softmax(0).reshape(grid.rows, grid.columns).cpu().numpy())
-    return maps

@@ -1,24 +1,31 @@
 """Writes an evaluation as `report.json`, figures and one page; compares several reports.
 
-Files are written atomically. The page contains its pictures, so it can be sent as one file.
+Files are written atomically. A page contains all that it shows, so it can be sent as one file; its links lead to other
+files of the same project.
 """
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gasp_fast.files import one_line, read_json, replacing, write_atomically
+from gasp_fast.drawing import as_svg, save_figure
+from gasp_fast.files import one_line, read_json, write_atomically
 
-from .figures import KIND_NAMES, draw_figure
+from .figures import draw_figure
+from .page import Link, folded, links, picture, plot, pointing_part, write_page
 from .paired import Difference, as_json, difference_rows, paired_differences
+from .pointing_page import FILE as POINTING
+from .pointing_page import page_data, read_pointing
 from .report_check import check_report
-from .tables import FOUND, FURTHER, Report, definitions, group_rows, html_rows, html_table, pck_name
+from .tables import FOUND, FURTHER, KIND_NAMES, Report, bars, definitions, group_rows, html_rows, html_tables, pck_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Picture = tuple[str, Path]  # caption, PNG
 # Two reports that differ in one of these were not evaluated alike.
@@ -26,6 +33,7 @@ COMPARABLE = ("frames", "grid", "scenes", "settings", "token grids", "unreadable
 NAMED_ELSEWHERE = ("direction", "frame_pixels")  # settings that show in the names of features and in the token grids
 MOST_WARNINGS = 20  # of scenes and sequences that cannot be read
 MOST_GRIDS = 3  # sizes of token grids that are shown
+PAGE = "index.html"
 
 
 @dataclass(frozen=True)
@@ -37,27 +45,49 @@ class Comparison:
     warnings: list[str]  # for each report that was made on other data or settings than the first
 
 
-def write_report(report: Report, folder: Path, pictures: Sequence[Picture] = ()) -> Path:
-    """Writes `report.json`, a figure for each kind of features and `index.html`; returns the page."""
+def write_report(
+    report: Report, folder: Path, pointing: Mapping[str, Any] | None = None, related: Sequence[Link] = ()
+) -> Path:
+    """Writes `report.json`, a figure for each kind of features, `pointing.json` and `index.html`; returns the page.
+
+    `related` files are linked where they exist.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    name = str(report["model"])
-    figures = [_figure({name: report}, kind, folder / f"figure-{kind}.png") for kind in report["by_features"]]
-    parts = [_overview(report), html_table({name: report}), *map(_image, figures), *_group_tables({name: report})]
-    if pictures:
-        parts += ["<h2>Example sequences</h2>", *map(_image, pictures)]
-    return _write_page(folder, f"Correspondence evaluation: {name}", parts, {name: report})
+    if pointing is None:
+        (folder / POINTING).unlink(missing_ok=True)
+    else:
+        write_atomically(folder / POINTING, (json.dumps(pointing, allow_nan=False) + "\n").encode())
+    reports = {str(report["model"]): report}
+    parts = [
+        links([*related, ("the numbers: report.json", folder / "report.json")], folder),
+        _overview(report),
+        *bars(reports),
+        *_figures(reports, list(report["by_features"]), folder, "figure"),
+        _pointing(reports, {name: pointing for name in reports if pointing is not None}),
+        "<h2>All numbers</h2>",
+        *html_tables(reports),
+        *_group_tables(reports),
+        _definitions(reports),
+    ]
+    return write_page(folder / PAGE, f"Correspondence evaluation: {report['model']}", parts)
 
 
-def read_report(path: Path, whole: bool = False) -> dict[str, Any]:
-    """Reads a `report.json`, from the file, its folder, or a run (`report/`).
-
-    `whole` checks all that a comparison reads of it.
-    """
+def find_report(path: Path) -> Path:
+    """The `report.json` of a file, of its folder, or of a run (`report/`)."""
     candidates = [path, path / "report.json", path / "report" / "report.json"]
     file = next((one for one in candidates if one.is_file()), None)
     if file is None:
         raise OSError(f"{path}: no report.json here; make one with gasp-fast evaluate")
+    return file
+
+
+def read_report(path: Path, whole: bool = False) -> dict[str, Any]:
+    """Reads a `report.json`, from the file, its folder, or a run.
+
+    `whole` checks all that a comparison reads of it.
+    """
+    file = find_report(path)
     report: dict[str, Any] = read_json(file)
     try:
         _ = report["model"], report["by_features"][report["features"]]["pck"]["per_layer"]
@@ -79,28 +109,44 @@ def write_comparison(
     pictures: Sequence[Picture] = (),
     title: str | None = None,
     introduction: str = "",
+    *,
+    sources: Mapping[str, Path] | None = None,
+    curves: Figure | None = None,
 ) -> Comparison:
     """Writes several reports as one page, with a figure for each kind of features that all of them have.
 
-    `reports` are named as in the legends; `introduction` is HTML below the `title`.
+    `reports` are named as in the legends; `introduction` is HTML below the `title`. `sources` are the reports' files or
+    folders: they have what the page points at, and the page links to theirs. `curves` are of the training runs.
     """
     pck_name(reports)  # raises if it is not the same metric
     kinds = [kind for kind in KIND_NAMES if all(kind in report["by_features"] for report in reports.values())]
     if not kinds:
         present = "; ".join(f"{name}: {', '.join(report['by_features'])}" for name, report in reports.items())
         raise ValueError(f"the reports share no kind of features ({present}); evaluate with the same --features")
+    files = {name: find_report(path) for name, path in (sources or {}).items()}
+    read = {name: read_pointing(file.parent) for name, file in files.items()}
     folder.mkdir(parents=True, exist_ok=True)
     differences, unpaired = paired_differences(reports, kinds)
     warnings = [*_other_settings(reports), *unpaired]
-    figures = [_figure(reports, kind, folder / f"compare-{kind}.png") for kind in kinds]
     content = {"kinds": kinds, "differences": as_json(differences), "reports": reports}
     write_atomically(folder / "compare.json", (json.dumps(content, indent=1) + "\n").encode())
-    parts = [introduction, *(f"<p class=warn>{html.escape(warning)}</p>" for warning in warnings)]
-    parts.append(html_table(reports, kinds))
+    parts = [
+        links([(f"report: {name}", file.parent / PAGE) for name, file in files.items()], folder),
+        introduction,
+        *(f'<p class="warn">{html.escape(warning)}</p>' for warning in warnings),
+        *bars(reports, kinds),
+        *_figures(reports, kinds, folder, "compare"),
+        _pointing(reports, {name: one for name, one in read.items() if one is not None}),
+        "<h2>All numbers</h2>",
+        *html_tables(reports, kinds),
+    ]
     if differences:
         parts += ["<h2>Differences on the same sequences</h2>", html_rows(difference_rows(differences, reports))]
-    parts += map(_image, [*pictures[:1], *figures, *pictures[1:]])
-    page = _write_page(folder, title or "Comparison: " + ", ".join(reports), parts, reports)
+    if curves is not None:
+        save_figure(curves, folder / "training.png")
+        parts += ["<h2>Training</h2>", plot("Curves of the training runs", as_svg(curves))]
+    parts += [*(picture(*one) for one in pictures), _definitions(reports)]
+    page = write_page(folder / PAGE, title or "Comparison: " + ", ".join(reports), parts)
     return Comparison(page, differences, warnings)
 
 
@@ -130,32 +176,7 @@ def _compared(report: Report, other: Report) -> dict[str, Any]:
     }
 
 
-def _group_tables(reports: Mapping[str, Report]) -> list[str]:
-    """PCK of each head group, of the features that have them."""
-    return [
-        f"<h2>{pck_name(reports)} by head group: {KIND_NAMES[kind]}</h2>\n{html_rows(group_rows(metrics))}"
-        for report in reports.values()
-        for kind, metrics in report["by_features"].items()
-        if "pck_groups" in metrics
-    ]
-
-
-def _figure(reports: Mapping[str, Report], kind: str, path: Path) -> Picture:
-    with replacing(path) as partial:
-        draw_figure(reports, kind, partial)
-    return KIND_NAMES[kind].capitalize(), path
-
-
-# ---- the page -------------------------------------------------------------------------------------------------------
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 15px; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
-figure { margin: 2rem 0 } img { max-width: 100%; height: auto } figcaption { color: #555 }
-.warn { background: #fff3cd; padding: .5rem 1rem } dt { font-weight: 600 } dd { margin: 0 0 .4rem 0 }
-"""
+# ---- parts of the page ----------------------------------------------------------------------------------------------
 
 _DEFINITIONS = {
     **FOUND,
@@ -165,23 +186,43 @@ _DEFINITIONS = {
     "first one",
     "ρ": "Pearson correlation of the confidence of a prediction (its matching probability) and whether it is correct: "
     "0 means unrelated, 1 means that confidence separates correct from wrong; a dash: undefined",
-    "{pck} by temporal gap": "relative to the {pck} of neighbouring frames, which the legend gives; compare curves "
-    "whose {pck} at gap 1 is similar, since a model near zero has little to lose",
+    "{pck} by temporal gap": "of the best layer; also relative to the {pck} of neighbouring frames, where a model that "
+    "finds nothing has little to lose and a flat curve",
 }
 
 
-def _write_page(folder: Path, title: str, parts: Sequence[str], reports: Mapping[str, Report]) -> Path:
+def _figures(reports: Mapping[str, Report], kinds: Sequence[str], folder: Path, prefix: str) -> list[str]:
+    """A figure for each kind of features, as PNG file and in the page, where all but the first are folded."""
+    leading = next(iter(reports.values()))["features"]
+    parts: list[str] = []
+    for kind in sorted(kinds, key=lambda kind: kind != leading):
+        figure = draw_figure(reports, kind)
+        save_figure(figure, folder / f"{prefix}-{kind}.png")
+        part = plot("Curves: means over sequences; shades: their standard deviation.", as_svg(figure))
+        parts.append(folded(f"Figure of the {KIND_NAMES[kind]}", part) if parts else part)
+    return parts
+
+
+def _pointing(reports: Mapping[str, Report], pointings: Mapping[str, Any]) -> str:
+    data, note = page_data(reports, pointings)
+    parts = [] if data is None else [pointing_part(data)]
+    return "\n".join([*parts, *([f'<p class="note">{html.escape(note)}</p>'] if note else [])])
+
+
+def _definitions(reports: Mapping[str, Report]) -> str:
     terms = definitions(reports, _DEFINITIONS).items()
-    listed = "".join(f"<dt>{term}</dt><dd>{html.escape(text)}.</dd>\n" for term, text in terms)
-    body = "\n".join([*parts, f"<h2>Definitions</h2>\n<dl>\n{listed}</dl>"])
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
-    )
-    path = folder / "index.html"
-    write_atomically(path, page.encode())
-    return path
+    listed = "".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}.</dd>\n" for term, text in terms)
+    return f"<h2>Definitions</h2>\n<dl>\n{listed}</dl>"
+
+
+def _group_tables(reports: Mapping[str, Report]) -> list[str]:
+    """PCK of each head group, of the features that have them."""
+    return [
+        folded(f"{pck_name(reports)} by head group: {KIND_NAMES[kind]}", html_rows(group_rows(metrics)))
+        for report in reports.values()
+        for kind, metrics in report["by_features"].items()
+        if "pck_groups" in metrics
+    ]
 
 
 def _overview(report: Report) -> str:
@@ -193,7 +234,7 @@ def _overview(report: Report) -> str:
     )
     if report["settings"]["confidence"] == "attention":
         text += " Confidence of queries and keys: the probability that attention gives to the prediction."
-    warnings = [f"<p class=warn>{html.escape(warning)}</p>" for warning in warnings_of(report)]
+    warnings = [f'<p class="warn">{html.escape(warning)}</p>' for warning in warnings_of(report)]
     return "\n".join([f"<p>{html.escape(text)}</p>", *warnings])
 
 
@@ -223,10 +264,3 @@ def warnings_of(report: Report) -> list[str]:
             names = ", ".join(map(str, layers))
             warnings.append(f"{kind}: the features of layers {names} are NaN or infinite; their metrics are undefined")
     return warnings
-
-
-def _image(picture: Picture) -> str:
-    caption, path = picture
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'

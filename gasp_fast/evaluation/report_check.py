@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .figures import KIND_NAMES
+from .tables import KIND_NAMES
 
 # In `by_features`, one number or null for each entry of `layers`, or of `temporal.gaps`.
 _PER_LAYER = (
@@ -24,21 +24,22 @@ _PER_SEQUENCE = ("best_layer", "mean", "moved")
 
 def check_report(report: dict[str, Any]) -> None:
     """Raises a `ValueError`, `KeyError`, `TypeError` or `AttributeError` unless the report is complete."""
-    _check(isinstance(report["model"], str), "model")
+    check(isinstance(report["model"], str), "model")
+    check(isinstance(report.get("run", ""), str), "run")
     for name in ("sequences", "frames", "grid", "sequences_without_tracks"):
-        _check(_is_count(report[name]), name)
-    _check(report["features"] in report["by_features"], "features")
+        check(is_count(report[name]), name)
+    check(report["features"] in report["by_features"], "features")
     for name in ("max_gap", "seed", "keep", "held_out"):
-        _check(_is_number(report["settings"][name]), f"settings.{name}")
-    _check(_is_number(report["settings"].get("radius", 0)), "settings.radius")
+        check(is_number(report["settings"][name]), f"settings.{name}")
+    check(is_number(report["settings"].get("radius", 0)), "settings.radius")
     for one in report.get("unreadable", {}).get("sequences", []):
-        _check(_is_count(one["sequence"]), "unreadable.sequences")
+        check(is_count(one["sequence"]), "unreadable.sequences")
     for grid in report.get("token_grids", []):
-        _check(_is_count(grid["rows"]) and _is_count(grid["columns"]), "token_grids")
+        check(is_count(grid["rows"]) and is_count(grid["columns"]), "token_grids")
     for one in report.get("evaluated", []):
-        _check(isinstance(one["scene"], str) and all(map(_is_count, one["frames"])), "evaluated")
+        check(isinstance(one["scene"], str) and all(map(is_count, one["frames"])), "evaluated")
     for kind, metrics in report["by_features"].items():
-        _check(kind in KIND_NAMES, f"by_features.{kind[:20]}")
+        check(kind in KIND_NAMES, f"by_features.{kind[:20]}")
         _check_metrics(metrics)
         _check_later_metrics(metrics)
         if "evaluated" in report:
@@ -50,17 +51,17 @@ def _check_metrics(metrics: dict[str, Any]) -> None:
     layers, temporal = metrics["layers"], metrics["temporal"]
     gaps = temporal["gaps"]
     for name, numbers in (("layers", layers), ("temporal.gaps", gaps)):
-        _check(isinstance(numbers, list) and bool(numbers) and all(map(_is_count, numbers)), name)
+        check(isinstance(numbers, list) and bool(numbers) and all(map(is_count, numbers)), name)
     for group, name in _PER_LAYER:
         _check_row(metrics[group][name], len(layers), f"{group}.{name}")
     for name in _PER_GAP:
         _check_row(temporal[name], len(gaps), f"temporal.{name}")
     _check_row(temporal["mean_over_layers"]["normalized"], len(gaps), "temporal.mean_over_layers")
-    _check(gaps == list(range(1, len(gaps) + 1)), "temporal.gaps")
+    check(gaps == list(range(1, len(gaps) + 1)), "temporal.gaps")
     for name, layer in (("pck.peak_layer", metrics["pck"]["peak_layer"]), ("temporal.layer", temporal["layer"])):
-        _check(_is_count(layer) and layer in layers, name)
+        check(is_count(layer) and layer in layers, name)
     for name, value in (("identity", metrics["identity"]), ("pck", metrics["pck"]["peak"])):
-        _check(_is_number(value), name)
+        check(is_number(value), name)
     _check_row([metrics["pck"]["mean"]], 1, "pck.mean")
 
 
@@ -75,17 +76,17 @@ def _check_later_metrics(metrics: dict[str, Any]) -> None:
 
 def _check_row(values: Any, length: int, name: str) -> None:
     whole = isinstance(values, list) and len(values) == length
-    _check(whole and all(value is None or _is_number(value) for value in values), name)
+    check(whole and all(value is None or is_number(value) for value in values), name)
 
 
-def _check(sound: bool, name: str) -> None:
+def check(sound: bool, name: str) -> None:
     if not sound:
         raise ValueError(f"{name} is damaged")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e12 and math.isfinite(value)

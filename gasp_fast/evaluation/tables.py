@@ -13,6 +13,12 @@ from gasp_fast.loss.function import PCK_RADIUS
 
 Report = Mapping[str, Any]  # content of report.json
 
+_KINDS = {"head": "correspondence head", "qk": "queries and keys", "hidden": "hidden states"}
+KIND_NAMES = {  # of what is measured: features in the forward or the causal direction
+    name: text
+    for kind, words in _KINDS.items()
+    for name, text in ((kind, words), (f"{kind}-causal", f"{words}, causal"))
+}
 # Columns of the two tables and what they hold. `{pck}` is PCK@2, or another radius.
 FOUND = {
     "{pck}": "share of points found within {radius:g} patches, by the best layer",
@@ -116,8 +122,11 @@ def terminal_rows(rows: Sequence[Sequence[str]], meanings: Mapping[str, str], te
     return table
 
 
-def html_table(reports: Mapping[str, Report], kinds: Sequence[str] | None = None) -> str:
-    return html_rows(table_rows(reports, kinds))
+def html_tables(reports: Mapping[str, Report], kinds: Sequence[str] | None = None) -> list[str]:
+    """The two tables of the terminal."""
+    rows = table_rows(reports, kinds)
+    middle = 2 + len(FOUND)
+    return [html_rows([row[:middle] for row in rows]), html_rows([row[:2] + row[middle:] for row in rows])]
 
 
 def html_rows(rows: Sequence[Sequence[str]]) -> str:
@@ -125,7 +134,25 @@ def html_rows(rows: Sequence[Sequence[str]]) -> str:
     headings, *cells = rows
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in headings)]
     lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def bars(reports: Mapping[str, Report], kinds: Sequence[str] | None = None) -> list[str]:
+    """PCK of each model as a bar, above that of predicting the same position: what a reader sees first."""
+    last = list(reports.values())[-1]
+    kind = last["features"] if kinds is None or last["features"] in kinds else kinds[0]
+    metrics = {name: report["by_features"][kind] for name, report in reports.items()}
+    values = [(name, one["pck"]["peak"], f", layer {one['pck']['peak_layer']}", "") for name, one in metrics.items()]
+    values.append(("same position in every frame", last["by_features"][kind]["identity"], "", "guess"))
+    meaning = definitions(reports, {"{pck}": FOUND["{pck}"]})
+    heading = html.escape("; ".join(f"{name}: {text}. Features: {KIND_NAMES[kind]}" for name, text in meaning.items()))
+    rows = [
+        f"<span>{html.escape(name)}</span>"
+        f'<span class="bar {style}"><span style="width:{100 * value:.1f}%"></span></span>'
+        f'<span class="number">{value:.3f}{layer}</span>'
+        for name, value, layer, style in values
+    ]
+    return [f"<p>{heading}</p>", f'<div class="bars">{"".join(rows)}</div>']
 
 
 def group_rows(metrics: Mapping[str, Any]) -> list[list[str]]:

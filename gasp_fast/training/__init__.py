@@ -35,5 +35,6 @@ start and end
 reports
   log.py          log.jsonl, progress bar, trackers
   summary.py      table and figure of a finished run
+  curves.py       curves of one run or of several
   workload.py     FLOPs of a batch, for the MFU in the log and for `gasp-fast plan`
 """

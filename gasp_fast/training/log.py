@@ -54,9 +54,10 @@ from gasp_fast.run_folder import LOG
 
 from . import held_out
 from .config import TrainConfig
+from .curves import read_log
 from .loader import LoadedBatches
 from .skipped import KINDS, Skipped, SkippedFile, in_numbers, join
-from .summary import read_log, summarise
+from .summary import summarise
 
 # The order is that of `unlogged` in checkpoints. The first process counts `steps`, and those of them that have labelled
 # tokens (`answered`) and matches (`matched`), on whichever process.

@@ -21,6 +21,9 @@ from support.damaged_scenes import damage_bytes, damage_json, replace_file
 from gasp_fast.backbones import tiny
 from gasp_fast.evaluation.evaluated_model import load_evaluated_model
 from gasp_fast.evaluation.metrics import Outcomes, summary
+from gasp_fast.evaluation.page import pointing_part
+from gasp_fast.evaluation.pointing import NOWHERE, VERSION, packed
+from gasp_fast.evaluation.pointing_page import FILE, page_data, read_pointing
 from gasp_fast.evaluation.predictions import Predictions, PredictionStore
 from gasp_fast.evaluation.report import read_report, write_comparison
 from gasp_fast.evaluation.tables import terminal_table
@@ -30,7 +33,7 @@ from gasp_fast.run_folder import LOG
 from gasp_fast.training.log import LogFile
 from gasp_fast.training.summary import summarise
 
-TRIES = {"report": 30, "settings": 200, "measured": 300, "log": 25, "model": 40}
+TRIES = {"report": 30, "pointing": 300, "settings": 200, "measured": 300, "log": 25, "model": 40}
 
 
 def write_report_file(folder: Path) -> list[Path]:
@@ -59,6 +62,31 @@ def use_report(folder: Path) -> None:
     report = read_report(folder / "report.json", whole=True)
     write_comparison({"a": report, "b": report}, folder / "out")
     Console(file=StringIO()).print(terminal_table({"a": report, "b": report}))
+
+
+def write_pointing(folder: Path) -> list[Path]:
+    """Two sequences of two frames with 2 x 2 tokens, one layer of 3 components."""
+    draw = np.random.default_rng(0)
+    layer = {"scale": [0.1] * 3, "agreement": 0.9, "best": packed(np.zeros((4, 1), "<u2"))}
+    layer |= {name: packed(draw.integers(-127, 128, (4, 3)).astype(np.int8)) for name in ("queries", "keys")}
+    sequence = {
+        "scene": "a", "frames": [0, 3], "size": [8, 8], "images": ["/9j/", "/9j/"],
+        "grids": [[2, 2, 0.0, 0.0, 1.0, 1.0]] * 2, "truth": packed(np.array([[0], [3], [NOWHERE], [1]], "<u2")),
+        "matches": packed(np.array([[0, 0, 0], [3, 0, 1]], "<u2")), "features": {"qk": {"1": layer, "2": layer}},
+    }  # fmt: skip
+    content = {"version": VERSION, "temperature": 0.07, "sequences": [sequence, {**sequence, "scene": "b"}]}
+    (folder / FILE).write_text(json.dumps(content))
+    return [folder / FILE]
+
+
+def use_pointing(folder: Path) -> None:
+    if (pointing := read_pointing(folder)) is None:  # not a file
+        return
+    metrics = {"qk": {"pck": {"peak_layer": 1}}}
+    report = {"features": "qk", "by_features": metrics, "settings": {}}
+    data, _ = page_data({"a": report, "b": report}, {"a": pointing, "b": pointing})
+    if data is not None:
+        pointing_part(data)
 
 
 SETTINGS = {"frames": 4, "scenes": {"a": "0"}, "features": ["qk"]}
@@ -126,6 +154,7 @@ def damage_line(path: Path, draw: random.Random) -> str:
     ("name", "write", "use"),
     [
         ("report", write_report_file, use_report),
+        ("pointing", write_pointing, use_pointing),
         ("settings", write_settings, use_settings),
         ("measured", write_measured, use_measured),
         ("log", write_log, use_log),

@@ -1,5 +1,6 @@
 """The demo runs all its steps, and fails if training does not raise PCK."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,12 @@ def test_a_demo_whose_training_has_no_effect_fails_after_all_steps(tmp_path):
     assert not noise, noise
     out = tmp_path / "demo"
     page = (out / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 5  # two of predictions, two figures, the tracks
+    assert page.count("data:image/png;base64,") == 1  # the tracks
+    assert page.count("<svg") == 3 and 'id="pointing-data"' in page  # two kinds of features, the training curves
+    assert len(page) < 5_000_000
+    for link in re.findall(r'<a href="([^"]+)">', page):
+        assert (out / link).is_file(), link
+    assert page.count('<a href="reports/') == 4
     for name in ("before", "language only", "correspondence only", "full"):
         assert f"<td>{name}</td>" in page
     for folder in ("language-only", "correspondence-only", "full"):

@@ -11,6 +11,7 @@ from support.connections import *  # noqa: F403 (fixtures)
 from support.recorded import recorded_scene
 
 from gasp_fast.backbones import tiny
+from gasp_fast.cli import main as gasp_fast
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.evaluation.dataset import EvaluationSet, EvaluationSetConfig
 from gasp_fast.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
@@ -52,6 +53,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(library: Path) -> EvaluationSet:
     return EvaluationSet(library, EvaluationSetConfig(sequences=5, frames=4, grid=5, max_gap=8))
+
+
+@pytest.fixture(scope="session")
+def compared(model_folders: dict[str, Path], library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two reports, `before` and `after`, on the same sequences, and their `comparison`."""
+    root = tmp_path_factory.mktemp("compared")
+    options = ["--sequences", "4", "--frames", "5", "--grid", "5", "--max-gap", "8", "--pictures", "2"]
+    for name, model in (("before", "qwen-gqa"), ("after", "qwen-mha")):
+        where = ["--model", str(model_folders[model]), "--scenes", str(library), "--out", str(root / name)]
+        assert gasp_fast(["evaluate", *where, *options, "--features", "head,qk"]) == 0
+    reports = [str(root / "before"), str(root / "after")]
+    assert gasp_fast(["compare", *reports, "--names", "before,after", "--out", str(root / "comparison")]) == 0
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from gasp_fast.evaluation.dataset import EvaluationSet, EvaluationSetConfig
 from gasp_fast.evaluation.evaluate import EvaluationConfig, evaluate
 from gasp_fast.evaluation.evaluated_model import load_evaluated_model
 from gasp_fast.evaluation.features import KINDS, run_with_features
-from gasp_fast.evaluation.predict import Predictor, heat_maps
+from gasp_fast.evaluation.predict import Predictor
 
 
 @pytest.fixture
@@ -166,19 +166,6 @@ def test_models_without_heads_are_evaluated_on_their_other_features(model_folder
     assert report["features"] == "qk" and set(report["by_features"]) == {"qk", "hidden"} and report["heads"] is None
     with pytest.raises(ValueError, match="there are no heads"):
         evaluate(model, dataset, EvaluationConfig(data=dataset.config, features=("head",)), tmp_path / "b")
-
-
-def test_a_heat_map_is_the_softmax_of_one_row(models, dataset):
-    model, sample = models["qwen-gqa"], dataset.sample(0)
-    maps = heat_maps(model, sample, "qk", 2, 8, "before", 0.07)
-    batch = Collator(model.backbone, CollatorConfig(anchors="first"))([sample])
-    features: dict = {}
-    run_with_features(model, batch, lambda kind, layer, q, k: features.update({layer: (q, k)}), ["qk"], "before")
-    queries, keys = features[2]
-    row = torch.nn.functional.cosine_similarity(queries[8:9], keys) / 0.07
-    assert len(maps) == 4 and maps[0].shape == (7, 7)
-    for f, one in enumerate(maps):
-        assert np.allclose(one.ravel(), row[49 * f : 49 * (f + 1)].softmax(0), atol=1e-5)
 
 
 def test_the_report_is_strict_json(models, dataset, config, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from evaluation import brute_force
 
 from gasp_fast import Matches
-from gasp_fast.evaluation.matching import Matcher, similarities
+from gasp_fast.evaluation.matching import Matcher
 from gasp_fast.evaluation.metrics import Outcomes, calibration_gap, correlation, summary, within
 
 COLUMNS, ROWS, FRAMES = 7, 6, 4
@@ -60,12 +60,6 @@ def test_a_sequence_without_matches_between_others_changes_nothing():
     queries, keys = torch.randn(matches.tokens, 8), torch.randn(matches.tokens, 8)
     best, _ = Matcher(matches, 0.07, keys.device)(queries, keys)
     assert best.tolist() == brute_force.predictions(queries, keys, matches, 0.07)[0]
-
-
-def test_similarities_of_one_token_are_its_cosines_over_temperature():
-    queries, keys = torch.randn(30, 8), torch.randn(30, 8)
-    expected = torch.nn.functional.cosine_similarity(queries[4:5], keys) / 0.1
-    assert torch.allclose(similarities(queries, keys, 4, 0.1), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])

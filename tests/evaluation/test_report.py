@@ -17,7 +17,9 @@ from PIL import Image
 from gasp_fast.cli import compare as compare_command
 from gasp_fast.cli import evaluate as evaluate_command
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
-from gasp_fast.evaluation.report import read_report, write_comparison
+from gasp_fast.evaluation.figures import PALE, draw_figure
+from gasp_fast.evaluation.pointing_page import read_pointing
+from gasp_fast.evaluation.report import read_report, write_comparison, write_report
 from gasp_fast.supervision.head_files import write_heads
 
 KEYS = {"model", "sequences", "frames", "grid", "features", "pck", "pck_moved", "identity", "rho", "temporal"}
@@ -59,21 +61,35 @@ def test_the_report_has_all_documented_keys(reports):
     assert isinstance(report["identity"], float) and report["features"] == "head" and report["heads"] == "initial"
 
 
-def test_the_page_contains_its_pictures_and_needs_no_network(reports):
+def test_the_page_contains_all_it_shows_and_forbids_the_network(reports):
     page = (reports[0] / "index.html").read_text()
-    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
-    assert len(sources) == 2 + 4 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "http" not in re.sub(r'src="[^"]+"', "", page)
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+    text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?(?!data:|report\.json|#)[\w./:]""", text)
+    assert "http:" not in page and "https:" not in page
+    assert page.count("<svg") == page.count("</svg>") == 2  # a figure for each kind of features
+    assert re.findall(r"<text[^>]*>PCK@2 by layer</text>|PCK@2 by layer", page)
 
 
-def test_pictures_are_drawn_for_two_scenes(reports):
-    drawn = sorted(path.name for path in (reports[0] / "pictures").glob("*.png"))
-    assert [name.split("-")[0] for name in drawn] == ["correspondences"] * 2 + ["heat"] * 2
-    scenes = {int(re.sub(r"\D", "", name)) % 3 for name in drawn}
-    assert len(scenes) == 2
-    for name in drawn:
-        assert np.asarray(Image.open(reports[0] / "pictures" / name).convert("L")).std() > 20
+def test_figures_are_also_png_files_and_no_partial_files_remain(reports):
+    for name in ("figure-head.png", "figure-qk.png"):
+        with Image.open(reports[0] / name) as image:
+            assert image.format == "PNG" and np.asarray(image.convert("L")).std() > 20
     assert not list(reports[0].glob("**/.*partial*"))
+
+
+def test_what_the_data_say_cannot_become_html(reports, tmp_path):
+    """Names of models and scenes with markup, in the page and in the data of its script."""
+    evil = "</script><img src=x onerror=alert(1)>&{{data}}"
+    report, pointing = read_report(reports[0]), read_pointing(reports[0])
+    for sequence in pointing["sequences"]:
+        sequence["scene"] = evil
+    page = write_report({**report, "model": evil}, tmp_path, pointing).read_text()
+    assert "<img src=x" not in page and "</script><img" not in page
+    assert page.count("<script") == page.count("</script>") == 2
+    (data,) = re.findall(r'<script type="application/json" id="pointing-data">(.*?)</script>', page)
+    assert json.loads(data)["sequences"][0]["scene"] == json.loads(data)["models"][0]["name"] == evil
 
 
 def test_reports_are_compared_in_one_figure_per_shared_kind(reports, tmp_path, capsys):
@@ -88,23 +104,58 @@ def test_reports_are_compared_in_one_figure_per_shared_kind(reports, tmp_path, c
     assert json.loads((tmp_path / "compare.json").read_text())["reports"].keys() == {"before", "after"}
 
 
-def test_compared_models_share_axes_and_differ_by_colour_and_marker(reports, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    from gasp_fast.evaluation.figures import draw_figure
-
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, format: figures.append(self))
+def test_compared_models_share_axes_and_differ_by_colour_and_marker(reports):
     first, second = map(read_report, reports)
-    draw_figure({"a": first, "b": second}, "head", tmp_path / "x.png")
-    pck, rho, temporal = figures[0].axes
-    lines = {line.get_label(): line for line in pck.lines}
+    figure = draw_figure({"a": first, "b": second}, "head")
+    by_layer, rho, by_gap, relative = figure.axes
+    lines = {line.get_label().split(" (")[0]: line for line in by_layer.lines}
     assert lines["a"].get_color() != lines["b"].get_color() and lines["a"].get_marker() != lines["b"].get_marker()
     assert lines["a"].get_ydata().tolist() == first["by_features"]["head"]["pck"]["per_layer"]
-    assert pck.get_ylim() == (0, 1)
-    assert any(list(line.get_ydata()) == [round(first["identity"], 6)] * 2 for line in pck.lines)
-    assert len(pck.collections) == 2  # a shaded deviation for each model
-    assert temporal.get_ylim()[0] == 0 and rho.get_ylim()[1] == 1
+    assert by_layer.get_ylim() == by_gap.get_ylim() == (0, 1)
+    assert any(list(line.get_ydata()) == [round(first["identity"], 6)] * 2 for line in by_layer.lines)
+    assert len(by_layer.collections) == 2  # a shaded deviation for each model
+    assert relative.get_ylim()[0] == 0 and rho.get_ylim()[1] == 1
+    assert len(figure.legends) == 1 and not any(axis.get_legend() for axis in figure.axes)
+
+
+def test_a_flat_relative_curve_of_a_model_that_finds_nothing_is_pale_beside_its_pck(reports):
+    """Relative to gap 1 it would look best; beside it is its PCK by gap."""
+    metrics = read_report(reports[0])["by_features"]["head"]
+    gaps = metrics["temporal"]["gaps"]
+    flat = {"pck": [0.1] * len(gaps), "pck_std": [0.0] * len(gaps), "normalized": [1.0] * len(gaps)}
+    falling = {"pck": [0.9, *[0.5] * (len(gaps) - 1)], "normalized": [1.0, *[0.5 / 0.9] * (len(gaps) - 1)]}
+    reports = {}
+    for name, values in (("untrained", flat), ("trained", {**flat, **falling})):
+        temporal = {**metrics["temporal"], **values, "identity": [0.6] * len(gaps)}
+        report = read_report_like(metrics | {"temporal": temporal})
+        reports[name] = report
+    by_gap, relative = draw_figure(reports, "head").axes[2:]
+    assert [line.get_alpha() for line in relative.lines[:2]] == [PALE, 1.0]
+    assert by_gap.lines[0].get_ydata().tolist() == flat["pck"] and by_gap.lines[0].get_alpha() == 1.0
+
+
+def read_report_like(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {"sequences": 4, "settings": {"radius": 2.0}, "by_features": {"head": metrics}}
+
+
+def test_a_report_of_a_run_links_to_it_and_a_comparison_shows_its_curves(reports, tmp_path):
+    """Relative links to files that exist; training curves of the runs that reports name."""
+    record = {"lm": 1.0, "corr": 2.0, "depth": None, "grad_norm": 1.0, "tokens_per_s": 1.0, "lr": 1e-3}
+    outs = []
+    for name in ("a & b", "c"):
+        folder = tmp_path / "runs" / name
+        (folder / "report").mkdir(parents=True)
+        lines = [json.dumps({"step": step, "pck_per_layer": [0.5], **record}) for step in range(1, 5)]
+        (folder / "log.jsonl").write_text("\n".join(lines))
+        outs.append(folder)
+        related = [("log", folder / "log.jsonl"), ("training curves", folder / "training.png")]  # without the picture
+        page = write_report({**read_report(reports[0]), "run": ".."}, folder / "report", None, related).read_text()
+        assert re.findall(r'<a href="([^"]*)"', page) == ["../log.jsonl", "report.json"]
+    assert run(compare_command, *map(str, outs), "--names", "a,b", "--out", str(tmp_path / "out")) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    links = re.findall(r'<a href="([^"]*)"', page)
+    assert links == ["../runs/a%20%26%20b/report/index.html", "../runs/c/report/index.html"]
+    assert "Learning rate" in page and page.count("<svg") == 3 and (tmp_path / "out" / "training.png").is_file()
 
 
 def compared_names(out: Path) -> list[str]:
@@ -164,20 +215,12 @@ def test_a_report_without_the_numbers_of_a_figure_is_not_compared(reports, tmp_p
         run(compare_command, str(reports[1]), str(tmp_path), "--out", str(tmp_path / "out"))
 
 
-def test_pictures_of_a_comparison_need_the_scenes_of_the_reports(reports, tmp_path):
-    list(render_scenes(tmp_path / "others", 1, config=SyntheticConfig(frames=8, width=112, height=112), workers=1))
-    words = ["--out", str(tmp_path / "out"), "--scenes"]
-    with pytest.raises(ValueError, match="not the scenes of all reports"):
-        run(compare_command, *map(str, reports), *words, str(tmp_path / "others"))
-
-
-def test_pictures_of_models_with_other_token_grids_need_no_model(reports, model_folders, library, tmp_path):
-    """LLaVA crops frames to a square and has other tokens; the predictions say where each token lies."""
+def test_models_with_other_token_grids_are_compared_with_a_warning(model_folders, tmp_path):
+    """LLaVA crops frames to a square and has other tokens."""
     wide = tmp_path / "wide"
     list(render_scenes(wide, 2, config=SyntheticConfig(frames=10, width=144, height=96), workers=1))
-    outs = [evaluated(model_folders[name], wide, tmp_path / name, "--pictures", "0") for name in ("qwen-gqa", "llava")]
-    assert run(compare_command, *map(str, outs), "--scenes", str(wide), "--out", str(tmp_path / "out")) == 0
-    assert list((tmp_path / "out" / "pictures").glob("answers-*.png"))
+    outs = [evaluated(model_folders[name], wide, tmp_path / name) for name in ("qwen-gqa", "llava")]
+    assert run(compare_command, *map(str, outs), "--out", str(tmp_path / "out")) == 0
     assert "different token grids" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -220,6 +263,7 @@ def test_reports_of_the_first_version_are_compared_without_what_they_lack(report
     assert run(compare_command, *words) == 0
     printed = capsys.readouterr().out
     assert "–" in printed and "not strictly comparable" not in printed
+    assert "Without features to point at: earlier; run gasp-fast" in (tmp_path / "out" / "index.html").read_text()
     assert printed.replace("\n", " ").count("a report of an earlier version does not name its sequences") == 1
 
 
@@ -243,23 +287,22 @@ def test_the_page_shows_the_token_grid_and_every_head_group(reports):
 
 
 def test_both_directions_have_their_own_row_and_figure(model_folders, library, tmp_path, capsys):
-    options = ("--pictures", "1", "--direction", "both", "--confidence", "attention")
+    options = ("--direction", "both", "--confidence", "attention")
     out = evaluated(model_folders["llava"], library, tmp_path / "out", *options)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("head ", "head-causal", "qk ", "qk-causal"))
     figures = {path.name for path in out.glob("figure-*.png")}
     assert figures == {"figure-head.png", "figure-head-causal.png", "figure-qk.png", "figure-qk-causal.png"}
     assert "the probability that attention gives to the prediction" in (out / "index.html").read_text()
-    assert len(list((out / "pictures").glob("*.png"))) == 2
+    assert all(set(one["features"]) == {"head", "qk"} for one in read_pointing(out)["sequences"])
 
 
-def test_a_causal_evaluation_has_no_pictures_and_says_so(model_folders, library, tmp_path, capsys):
+def test_a_causal_evaluation_has_nothing_to_point_at_and_says_so(model_folders, library, tmp_path, capsys):
     out = evaluated(model_folders["llava"], library, tmp_path / "out", "--direction", "causal")
-    assert "they show the forward direction" in " ".join(capsys.readouterr().out.split())
-    assert not list(out.glob("pictures/*.png")) and read_report(out, whole=True)["features"] == "head-causal"
-    with pytest.raises(ValueError, match="pictures show the forward direction") as caught:
-        run(compare_command, str(out), str(out), "--names", "a,b", "--scenes", str(library), "--out", str(tmp_path))
-    assert one_line(caught.value)
+    assert "it shows the forward direction; take --direction both" in " ".join(capsys.readouterr().out.split())
+    assert read_pointing(out) is None and read_report(out, whole=True)["features"] == "head-causal"
+    assert run(compare_command, str(out), str(out), "--names", "a,b", "--out", str(tmp_path / "compared")) == 0
+    assert "Without features to point at: a, b" in (tmp_path / "compared" / "index.html").read_text()
 
 
 def one_line(error: BaseException) -> bool:
@@ -310,21 +353,25 @@ def test_what_cannot_be_read_is_named_in_the_output_and_on_the_page(model_folder
     for text in (printed, page):
         assert "unreadable scenes: 1, unreadable sequences: 2" in text
         assert f"scene {first.name} cannot be read" in text and f"of scene {second.name} cannot be read" in text
-    assert list((out / "pictures").glob("heat-*.png"))
+    assert {one["scene"] for one in read_pointing(out)["sequences"]}.isdisjoint({first.name, second.name})
     again = evaluated(model_folders["qwen-gqa"], library, tmp_path / "sound", "--pictures", "0")
     reports = {"a": read_report(again), "b": read_report(out)}
     warnings = write_comparison(reports, tmp_path / "compared").warnings
     assert any("different unreadable sequences" in warning for warning in warnings)
 
 
-def test_a_page_with_a_layer_of_nan_has_its_curves_and_pictures(model_folders, models, library, tmp_path, capsys):
+def test_a_page_with_a_layer_of_nan_has_the_other_layers_to_point_at(model_folders, models, library, tmp_path, capsys):
     folder = shutil.copytree(model_folders["qwen-gqa"], tmp_path / "model")
     tensors = {name: value.clone() for name, value in models["qwen-gqa"].heads.state_dict().items()}
     tensors["by_layer.3.first.weight"][:] = torch.nan
     write_heads(folder / "heads.safetensors", tensors, "fp32")
     out = evaluated(folder, library, tmp_path / "out", "--pictures", "2")
     assert "head: the features of layers 4 are NaN or infinite" in capsys.readouterr().out
-    assert len(list((out / "pictures").glob("*.png"))) == 4
+    for sequence in read_pointing(out)["sequences"]:
+        assert {kind: list(layers) for kind, layers in sequence["features"].items()} == {
+            "head": ["1", "2", "3"],
+            "qk": ["1", "2", "3", "4"],
+        }
     assert read_report(out)["pck"]["per_layer"][3] is None
 
 

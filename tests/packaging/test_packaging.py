@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TEMPLATES = ROOT / "gasp_fast" / "evaluation" / "templates"
 SMOKE = """
 import torch, gasp_fast
 matches = gasp_fast.Matches(frame_offsets=torch.tensor([0, 3, 6]), anchor=torch.tensor([0]), target=torch.tensor([4]))
@@ -119,6 +120,8 @@ def test_the_wheel_works_outside_the_source_tree(wheel, tmp_path):
         archive.extractall(tmp_path / "site")
     assert "gasp_fast/kernels/engines.py" in names
     assert any(name.startswith("gasp_fast/_rows.") for name in names)
+    templates = {f"gasp_fast/evaluation/templates/{path.name}" for path in TEMPLATES.iterdir()}
+    assert len(templates) == 4 and templates <= set(names)
     assert not any(name.startswith(("tests/", "kernels/", "benchmarks/")) for name in names)
     out = python(SMOKE, tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert out.returncode == 0, out.stderr

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from rich.console import Console
 from support.runs import launch, log_of, weights_of, without_clock
 
@@ -21,9 +20,10 @@ from gasp_fast.evaluation.held_out import SequencesInMemory
 from gasp_fast.run_folder import BEST, checkpoint_folders, weights_folder
 from gasp_fast.train import held_out_sequences, main, train
 from gasp_fast.training.config import EvaluateConfig
+from gasp_fast.training.curves import RunLog, draw_curves
 from gasp_fast.training.held_out import in_words, scalars, share_held_out
 from gasp_fast.training.loop import TrainingLoop
-from gasp_fast.training.summary import as_table, draw
+from gasp_fast.training.summary import as_table
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"sequences": 3, "frames": 3, "grid": 5, "max_gap": 4}
@@ -303,7 +303,7 @@ def test_the_line_names_the_metrics_that_are_defined():
     )
 
 
-def test_the_summary_shows_the_first_and_the_last_evaluation(tmp_path):
+def test_the_summary_shows_the_first_and_the_last_evaluation():
     later = {**METRICS, "pck": 0.75, "moved": 0.5}
     evaluations = [{"step": 10, "held_out": METRICS}, {"step": 20, "held_out": later}]
     numbers = dict.fromkeys(("lm", "corr", "depth", "grad_norm", "tokens_per_s"), 1.0)
@@ -314,9 +314,10 @@ def test_the_summary_shows_the_first_and_the_last_evaluation(tmp_path):
     rows = {" ".join(words[:-2]): words[-2:] for words in lines}
     assert rows["held out: PCK@2, mean of layers"] == ["0.250", "0.750"]
     assert rows["held out: PCK@2 of moved points"] == ["–", "0.500"]
-    plain, evaluated = draw(records, tmp_path / "a.png"), draw(records, tmp_path / "b.png", evaluations)
-    with Image.open(plain) as three, Image.open(evaluated) as four:
-        assert four.width * 3 == three.width * 4
+    figure = draw_curves({"run": RunLog(records, evaluations)})
+    (panel,) = [axis for axis in figure.axes if axis.get_title() == "Correspondence on held-out scenes"]
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
+    assert drawn["PCK@2, mean of layers"] == [0.25, 0.75] and len(drawn) == 4
 
 
 @pytest.mark.slow

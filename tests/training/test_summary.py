@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from gasp_fast.cli import main as gasp_fast
+from gasp_fast.drawing import save_figure
 from gasp_fast.run_folder import CONFIG, FIGURE, LOG, checkpoint_folders, result_folder
 from gasp_fast.training import log
+from gasp_fast.training.curves import RunLog, draw_curves
 from gasp_fast.training.log import Meter, Progress
-from gasp_fast.training.summary import as_table, draw, summarise
+from gasp_fast.training.summary import as_table, summarise
 
 
 def record(step, lm=None, corr=None, depth=None, pck=()):
@@ -49,14 +50,30 @@ def test_the_table_compares_the_first_tenth_with_the_last():
     assert rows["waiting for data"] == ["25.0%", "25.0%"] and "host waiting for the GPU" not in rows
 
 
-def test_a_run_without_geometry_has_neither_its_rows_nor_its_panel(tmp_path):
+def test_a_run_without_geometry_has_neither_its_rows_nor_its_panels():
     plain = [record(n, lm=5 / n) for n in range(1, 5)]
     assert [row[0] for row in words(as_table(plain))] == ["over", "language", "tokens", "waiting"]
-    with (
-        Image.open(draw(plain, tmp_path / "plain.png")) as two,
-        Image.open(draw(GEOMETRIC, tmp_path / "g.png")) as three,
-    ):
-        assert two.width * 3 == three.width * 2
+    without, with_heads = (
+        [axis.get_title() for axis in draw_curves({"run": RunLog(records, [])}).axes] for records in (plain, GEOMETRIC)
+    )
+    assert without == ["Language loss", "Learning rate", "Norm of the gradient, before clipping", ""]
+    assert {"Correspondence loss", "Depth loss", "PCK@2 on training batches"} <= set(with_heads)
+
+
+def test_curves_of_several_runs_lie_over_each_other_and_share_a_legend():
+    """Losses, learning rate and PCK on held-out scenes, each run in its own colour."""
+    evaluations = [{"step": n, "held_out": {"pck": 0.1, "peak": n / 30, "moved": 0.2, "rho": None}} for n in (10, 20)]
+    slower = [{**one, "corr": 2 * one["corr"], "lr": 5e-4} for one in GEOMETRIC[:20]]
+    figure = draw_curves({"a": RunLog(GEOMETRIC, evaluations), "b": RunLog(slower, []), "c": RunLog(GEOMETRIC[:1], [])})
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    colours = [line.get_color() for line in figure.legends[0].get_lines()]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"] and len(set(colours)) == 3
+    rates = {line.get_color(): line.get_ydata().tolist() for line in panels["Learning rate"].lines}
+    assert [rates[colour] for colour in colours] == [[1e-3] * 30, [5e-4] * 20, [1e-3]]
+    raw = {line.get_color(): line.get_ydata()[:3].tolist() for line in panels["Correspondence loss"].lines[::2]}
+    assert raw[colours[1]] == [16.0, 8.0, 16 / 3]
+    held_out = panels["Correspondence on held-out scenes"].lines
+    assert held_out[0].get_ydata().tolist() == [10 / 30, 20 / 30] and held_out[0].get_color() == colours[0]
 
 
 @pytest.mark.parametrize("records", [GEOMETRIC[:1], [record(1, lm=None, corr=None, depth=None, pck=[None, None])]])
@@ -138,7 +155,8 @@ def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes(count):
 
 
 def test_a_picture_that_is_not_finished_replaces_nothing(tmp_path, monkeypatch):
-    path = draw(GEOMETRIC, tmp_path / "training.png")
+    figure = draw_curves({"run": RunLog(GEOMETRIC, [])})
+    path = save_figure(figure, tmp_path / "training.png")
     before = path.read_bytes()
 
     def dies(self, target, **options):
@@ -147,5 +165,21 @@ def test_a_picture_that_is_not_finished_replaces_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", dies)
     with pytest.raises(KeyboardInterrupt):
-        draw(GEOMETRIC, path)
+        save_figure(figure, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_draws_several_runs_into_one_file(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / LOG).write_text("".join(json.dumps(one) + "\n" for one in GEOMETRIC))
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    for name, start in (("c.png", b"\x89PNG"), ("new/c.svg", b"<?xml")):
+        assert gasp_fast(["curves", *runs, "--out", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(start)
+    assert gasp_fast(["curves", *runs, "--out", str(tmp_path / "c.txt")]) == 1
+    assert "ending is one of .png, .svg, .pdf" in capsys.readouterr().err
+    assert gasp_fast(["curves", str(tmp_path), "--out", str(tmp_path / "d.png")]) == 1
+    assert "log.jsonl has no steps" in capsys.readouterr().err
+    assert gasp_fast(["curves", runs[0], runs[0], "--out", str(tmp_path / "d.png")]) == 1
+    assert "name them with --names" in capsys.readouterr().err
