@@ -1,9 +1,10 @@
 """Compute depth for scenes that have none.
 
 Reads scenes with COLMAP's stereo maps, or with sparse points to which the depth of a monocular model is fitted. Writes
-computed_depth/ into each scene. Scenes with depth of their own stay unchanged, and so do those whose depth was computed
-for the frames and poses that they have now: a stopped run continues with the scene in hand. With --shard the scenes are
-divided over the jobs of an array. Exit code 0 if every scene has at least one usable frame, otherwise 1.
+computed_depth/ into each scene, or with --out into another folder. Scenes with depth of their own stay unchanged, and
+so do those whose depth was computed for the frames and poses that they have now: a stopped run continues with the scene
+in hand. A scene that fails is named, and the others go on. With --shard the scenes are divided over the jobs of an
+array. Exit code 0 if every scene has at least one usable frame, otherwise 1.
 
 examples:
   gasp-fast depth scenes                                    # from COLMAP's stereo maps
@@ -11,6 +12,7 @@ examples:
   gasp-fast depth scenes --model DepthAnythingV2 --device cuda --shard 0/8
   gasp-fast depth scenes --check                            # whether every scene has whole maps, of one model
   gasp-fast depth scenes/one --source mvs --force
+  gasp-fast depth /read/only/scenes --out depth             # then: gasp-fast scenes depth/library.json
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from gasp_fast.data.depth.survey import DepthState, depth_state
 from gasp_fast.data.inspection.consistency import check_scene
 from gasp_fast.data.scenes.computed_depth import DepthIndex
 from gasp_fast.data.scenes.library import FEWEST_FOR_PROCESSES, find_scenes
+from gasp_fast.data.scenes.library_file import NAME, Place, place_of, write_library_file
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import without_depth
 from gasp_fast.processes import in_processes, usable_cores
@@ -44,6 +47,12 @@ SHOWN_MISSING = 10  # scenes without depth that --check names
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, metavar="DIR", help="a scene, or a folder of scenes")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="OUT",
+        help="folder for the depth of scenes that are read-only; the file OUT/library.json then stands for the scenes",
+    )
     parser.add_argument(
         "--source",
         choices=("auto", "mvs", "model"),
@@ -68,12 +77,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     part = parse_part(arguments.shard)
+    if arguments.out is not None:
+        arguments.dir = _library_of(arguments.dir, arguments.out)
     names = in_part(find_scenes(arguments.dir), part)
     if not names:
         print(f"{arguments.dir}: fewer scenes than jobs, none for --shard {arguments.shard}")
         return 0
     work = DepthRun(arguments, names)
     return work.check() if arguments.check else work.compute()
+
+
+def _library_of(scenes: Path, out: Path) -> Path:
+    """The library file in `out`, which is read in place of `scenes` from now on."""
+    library = out / NAME
+    place = place_of(scenes)
+    if place != Place(scenes):
+        raise ValueError(f"--out {out}: {scenes} is a library already; name its computed_depth there")
+    if not library.exists():
+        find_scenes(scenes)  # raises where there are none
+        out.mkdir(parents=True, exist_ok=True)
+        write_library_file(library, scenes, Path("."))
+    elif place_of(library).root.resolve() != scenes.resolve():
+        raise ValueError(f"--out {out}: holds depth of {place_of(library).root}; give another folder")
+    print(f"depth goes into {out}; give {library} in place of {scenes} to all commands")
+    return library
 
 
 class DepthRun:
@@ -186,7 +213,7 @@ class DepthRun:
             before = self.states[root]
             self.states[root] = DepthState(before.frames, before.bytes, index.made_by, len(index.usable))
             self._print(root, index)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of the model, such as too little memory
             self._fail(root, error)
 
     def _fail(self, root: Path, error: Exception) -> None:

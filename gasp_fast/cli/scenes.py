@@ -1,8 +1,9 @@
 """List the scenes of a folder with their formats, and check whether their geometry agrees with itself.
 
-Reads a scene, or a folder of scenes, in any of the formats dl3dv, colmap, vggt, rgbd. Writes only the files given by
---picture and --json, and with --pack-poses a file poses.txt into each rgbd scene. A scene without depth cannot be
-checked. Exit code 1 if a scene is wrong or unreadable, else 0.
+Reads a scene, or a folder of scenes, in any of the formats dl3dv (and nerfstudio), colmap, vggt, rgbd, scannet,
+scannetpp, replica, tum. Writes only the files given by --picture and --json, and with --pack-poses a file poses.txt
+into each rgbd or scannet scene. Depth, poses and photographs are compared with each other; a scene without depth cannot
+be checked. Exit code 1 if a scene is wrong or unreadable, else 0; what is doubtful is named.
 
 examples:
   gasp-fast scenes scenes
@@ -25,8 +26,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gasp_fast.data.inspection.consistency import GAPS, SceneReport, check_scene
-from gasp_fast.data.scenes.formats import find_format, rgbd
+from gasp_fast.data.scenes.formats import find_format, rgbd, scannet
+from gasp_fast.data.scenes.formats.pose_files import pack_poses
 from gasp_fast.data.scenes.library import find_scenes
+from gasp_fast.data.scenes.library_file import place_of
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import LARGEST_GRID
@@ -69,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pack-poses",
         action="store_true",
-        help="write the poses of an rgbd scene into one poses.txt, which is then read in place of pose/*.txt",
+        help="write the poses of rgbd and scannet scenes into one poses.txt each, which is read in place of pose/*.txt",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
 
@@ -87,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(results[0].failure)
     reports = [result.report for result in results if result.report]
     failures = {str(root): result.failure for root, result in zip(roots, results, strict=True) if result.failure}
-    _print(console, arguments.dir, reports, failures)
+    _print(console, place_of(arguments.dir).root, reports, failures)
     for result in results:
         if result.picture:
             console.print(f"picture: {result.picture}", highlight=False, soft_wrap=True, markup=False)
@@ -109,8 +112,9 @@ def _check_all(console: Console, roots: list[Path], arguments: argparse.Namespac
 def _check(root: Path, arguments: argparse.Namespace, many: bool) -> Checked:
     """A scene that cannot be read is a failure of that scene; a wrong option stops the command."""
     try:
-        if arguments.pack_poses and find_format(root) is rgbd:
-            rgbd.pack_poses(root)
+        folder = place_of(root).root
+        if arguments.pack_poses and find_format(folder) in (rgbd, scannet):
+            pack_poses(folder)
         scene = open_scene(root)
         report = check_scene(scene)
         if arguments.picture is None or not scene.has_depth:
@@ -150,7 +154,7 @@ def _print(console: Console, folder: Path, reports: list[SceneReport], failures:
             f"{report.known_depth:.0%}" if report.frames_with_depth else "-",
             f"{report.gaps[0].baseline / report.median_depth:.3f}" if report.gaps and report.median_depth else "-",
             *("-" if shares.get(gap) is None else f"{shares[gap]:.3f}" for gap in GAPS),
-            ("[green]sound" if report.gaps else "[yellow]no depth") if report.sound else "[bold red]WRONG",
+            _verdict(report),
         )
     if reports:
         console.print(table)
@@ -158,6 +162,9 @@ def _print(console: Console, folder: Path, reports: list[SceneReport], failures:
     for report in reports:
         name = _short(report.root, folder)
         lines = [(finding, "red") for finding in report.findings]
+        lines += [(warning, "yellow") for warning in report.warnings]
+        if report.marked_unknown:
+            lines.append((f"{report.marked_unknown:.0%} of the depth values stand for unknown (beside 0)", "yellow"))
         if report.skipped:
             lines.append((f"{report.skipped} frames skipped; the first, {report.first_skipped}", "yellow"))
         if not report.frames_with_depth:
@@ -166,6 +173,14 @@ def _print(console: Console, folder: Path, reports: list[SceneReport], failures:
             console.print(Text(f"{name}: {line}", style=style), soft_wrap=True)
     for root, why in failures.items():
         console.print(Text(f"unreadable: {why if root in why else f'{root}: {why}'}", style="red"), soft_wrap=True)
+
+
+def _verdict(report: SceneReport) -> str:
+    if not report.sound:
+        return "[bold red]WRONG"
+    if report.warnings:
+        return "[yellow]doubtful"
+    return "[green]sound" if report.gaps else "[yellow]no depth"
 
 
 def _short(root: str, folder: Path) -> str:

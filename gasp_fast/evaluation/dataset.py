@@ -59,9 +59,12 @@ class EvaluationSet:
     """Sequences by index: the scene, the frame numbers, and the sample for the model."""
 
     def __init__(self, library: Path, config: EvaluationSetConfig) -> None:
+        names = find_scenes(library)
+        if names == ["."] and library.is_dir():  # a single scene has the name of its folder, as in a library
+            library, names = library.resolve().parent, [library.resolve().name]
         self.library = library
         self.config = config
-        self.scenes, self.unreadable = _usable_scenes(library, config)  # the latter: names and reasons
+        self.scenes, self.unreadable = _usable_scenes(library, names, config)  # the latter: names and reasons
         self._open = lru_cache(maxsize=OPEN_SCENES)(open_scene)
 
     def __len__(self) -> int:
@@ -89,9 +92,10 @@ class EvaluationSet:
         return Sample(frames=[scene.image(f) for f in frames], tracks=[tracks] if len(tracks) else [])
 
 
-def _usable_scenes(library: Path, config: EvaluationSetConfig) -> tuple[list[SceneEntry], list[tuple[str, str]]]:
-    """Long enough scenes in a seeded random order, at most one for each sequence, and those that cannot be read."""
-    names = find_scenes(library)
+def _usable_scenes(
+    library: Path, names: list[str], config: EvaluationSetConfig
+) -> tuple[list[SceneEntry], list[tuple[str, str]]]:
+    """Long enough scenes in a seeded random order, at most one for each sequence, and those that are left out."""
     if config.held_out:
         names = [name for name in names if is_held_out(folder_name(library, name), config.held_out)]
     if not names:
@@ -112,7 +116,7 @@ def _usable_scenes(library: Path, config: EvaluationSetConfig) -> tuple[list[Sce
         if len(usable) == config.sequences:
             break
     if usable:
-        return usable, unreadable
+        return usable, unreadable + [(entry.name, _too_short(entry, config)) for entry in short]
     if short:
         longest = max(entry.frames for entry in short)
         raise ValueError(
@@ -120,3 +124,7 @@ def _usable_scenes(library: Path, config: EvaluationSetConfig) -> tuple[list[Sce
             f"lower frames to {longest}, or give longer scenes"
         )
     raise ValueError(f"{library}: no scene can be used; the first, {unreadable[0][0]}: {unreadable[0][1]}")
+
+
+def _too_short(entry: SceneEntry, config: EvaluationSetConfig) -> str:
+    return f"{entry.frames} frames, fewer than the {config.frames} of a sequence"

@@ -83,9 +83,17 @@ def _why_not(first: Report, second: Report) -> str:
         a, b = (_value(report, name) for report in (first, second))
         if a != b:
             return f"they have other query points ({name.removeprefix('settings.')} = {a} and {b})"
+    if shared_digests(first, second) != shared_digests(second, first):
+        return "scenes of the same name have other frames, poses or cameras; evaluate both on the same scenes"
     if len(_places(first).keys() & _places(second).keys()) < 2:
         return "they share fewer than 2 sequences; evaluate both with the same scenes and options"
     return ""
+
+
+def shared_digests(report: Report, other: Report) -> dict[str, str]:
+    """The digests of the scenes that both reports have. Reports of earlier versions have none."""
+    theirs = other.get("scene_digests", {})
+    return {name: digest for name, digest in report.get("scene_digests", {}).items() if name in theirs}
 
 
 def _value(report: Report, name: str) -> Any:

@@ -18,7 +18,7 @@ from gasp_fast.files import one_line, read_json, write_atomically
 
 from .figures import draw_figure
 from .page import Link, folded, links, picture, plot, pointing_part, write_page
-from .paired import Difference, as_json, difference_rows, paired_differences
+from .paired import Difference, as_json, difference_rows, paired_differences, shared_digests
 from .pointing_page import FILE as POINTING
 from .pointing_page import page_data, read_pointing
 from .report_check import check_report
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Picture = tuple[str, Path]  # caption, PNG
 # Two reports that differ in one of these were not evaluated alike.
-COMPARABLE = ("frames", "grid", "scenes", "settings", "token grids", "unreadable sequences")
+COMPARABLE = ("frames", "grid", "scenes", "scene contents", "settings", "token grids", "unreadable sequences")
 NAMED_ELSEWHERE = ("direction", "frame_pixels")  # settings that show in the names of features and in the token grids
 MOST_WARNINGS = 20  # of scenes and sequences that cannot be read
 MOST_GRIDS = 3  # sizes of token grids that are shown
@@ -170,6 +170,7 @@ def _compared(report: Report, other: Report) -> dict[str, Any]:
     grids = report.get("token_grids", []) if "token_grids" in other else []
     return {
         **{field: report.get(field) for field in COMPARABLE},
+        "scene contents": shared_digests(report, other),
         "settings": settings,
         "token grids": {(grid["rows"], grid["columns"]) for grid in grids},
         "unreadable sequences": left_out(report),
@@ -248,7 +249,7 @@ def token_grids(report: Report) -> str:
 def warnings_of(report: Report) -> list[str]:
     """What an evaluation left out, in words."""
     unreadable = report["unreadable"]
-    warnings = [f"scene {name} cannot be read and is left out: {why}" for name, why in unreadable["scenes"].items()]
+    warnings = [f"scene {name} cannot be used and is left out: {why}" for name, why in unreadable["scenes"].items()]
     warnings += [
         f"sequence {one['sequence']} of scene {one['scene']} cannot be read and is left out: {one['reason']}"
         for one in unreadable["sequences"]

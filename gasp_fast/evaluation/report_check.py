@@ -34,6 +34,8 @@ def check_report(report: dict[str, Any]) -> None:
     check(is_number(report["settings"].get("radius", 0)), "settings.radius")
     for one in report.get("unreadable", {}).get("sequences", []):
         check(is_count(one["sequence"]), "unreadable.sequences")
+    for name, digest in report.get("scene_digests", {}).items():
+        check(isinstance(name, str) and isinstance(digest, str), "scene_digests")
     for grid in report.get("token_grids", []):
         check(is_count(grid["rows"]) and is_count(grid["columns"]), "token_grids")
     for one in report.get("evaluated", []):

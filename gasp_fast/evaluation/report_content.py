@@ -56,6 +56,7 @@ def report_content(
             ],
         },
         "scenes": [entry.name for entry in dataset.scenes],
+        "scene_digests": {entry.name: entry.digest for entry in dataset.scenes},  # of frames, poses and cameras
         "heads": evaluated.heads_origin,
         "settings": {
             **{name: getattr(config, name) for name in ("max_gap", "keep", "held_out", "seed")},

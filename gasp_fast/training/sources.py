@@ -263,6 +263,7 @@ class QAConfig:
     """Questions and answers in the schema of LLaVA-Video: about videos, or about frames of `data.scenes.root`."""
 
     root: str = ""  # folder of JSON lists; empty: none
+    videos: str = ""  # folder of videos, if they are not beside the lists; absolute paths in records lead into it
     weight: float = 1.0  # relative to the other sources; 0: not read
     configs: tuple[str, ...] = ()  # its sub-folders to read; empty: all
     limit: int | None = None  # a random subset of so many questions; null: all
@@ -291,7 +292,9 @@ class VideoQuestions(Samples):
             assert scenes is not None
             self.kinds, self.advice, self.one_frame_size = ("scene", "question"), "", True
             reader = FrameReader(Path(scenes.root), scenes.held_out)
-        self.records = VideoQA(Path(config.root), config.configs, reader)
+        self.records = VideoQA(
+            Path(config.root), config.configs, reader, Path(config.videos) if config.videos else None
+        )
         faults = self.records.skipped.items()
         self.left_out = [Skipped("question", f"{self.root}/{name}", reason) for name, reason in faults]
         self.found = len(self.records) + len(faults)

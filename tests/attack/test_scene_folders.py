@@ -14,7 +14,7 @@ from support import damaged_scenes
 from support.box_world import CAMERA, BoxWorld
 from support.scene_formats import FORMAT_NAMES, write_colmap, write_scene_as
 
-from gasp_fast.data.scenes.formats import rgbd
+from gasp_fast.data.scenes.formats.pose_files import pack_poses
 from gasp_fast.data.scenes.open import open_scene
 
 TRIES = 100  # of each format
@@ -32,7 +32,7 @@ def test_damaged_files_never_crash_or_hang_and_errors_name_the_file(tmp_path, ca
     else:
         write_scene_as(name.partition(" ")[0], source, root)
     if name not in FORMAT_NAMES:
-        rgbd.pack_poses(root)
+        pack_poses(root)
         shutil.rmtree(root / "pose")
     done = subprocess.run(
         [sys.executable, damaged_scenes.__file__, str(root), str(tmp_path / "work"), str(TRIES)],

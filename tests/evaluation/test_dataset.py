@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 
+from gasp_fast.data.synthetic.scenes import SyntheticConfig, render_scenes
 from gasp_fast.data.tracks.sequences import is_held_out
 from gasp_fast.evaluation.dataset import EvaluationSet, EvaluationSetConfig
 
@@ -31,3 +34,22 @@ def test_only_held_out_scenes_are_evaluated(library):
         for entry in EvaluationSet(library, EvaluationSetConfig(sequences=5, frames=4, held_out=share)).scenes
     }
     assert used == {name for name in names if is_held_out(name, share)}
+
+
+def test_a_single_scene_has_the_name_of_its_folder(library, monkeypatch):
+    (scene, *_) = sorted(path for path in library.iterdir() if path.is_dir())
+    config = EvaluationSetConfig(sequences=2, frames=4)
+    monkeypatch.chdir(scene)
+    for path in (scene, scene.relative_to(scene)):
+        only = EvaluationSet(path, config)
+        assert [entry.name for entry in only.scenes] == [scene.name] and len(only.scene(0)) == 16
+        assert only.sample(1).frames
+
+
+def test_scenes_that_are_too_short_are_left_out_with_the_reason(library, tmp_path):
+    shutil.copytree(library, tmp_path / "scenes")
+    (short,) = render_scenes(tmp_path / "short", 1, config=SyntheticConfig(frames=3, width=64, height=64), workers=1)
+    shutil.copytree(short, tmp_path / "scenes" / "short")
+    dataset = EvaluationSet(tmp_path / "scenes", EvaluationSetConfig(sequences=5, frames=4))
+    assert dataset.unreadable == [("short", "3 frames, fewer than the 4 of a sequence")]
+    assert "short" not in {entry.name for entry in dataset.scenes}

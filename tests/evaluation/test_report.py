@@ -352,12 +352,21 @@ def test_what_cannot_be_read_is_named_in_the_output_and_on_the_page(model_folder
     printed, page = capsys.readouterr().out, (out / "index.html").read_text()
     for text in (printed, page):
         assert "unreadable scenes: 1, unreadable sequences: 2" in text
-        assert f"scene {first.name} cannot be read" in text and f"of scene {second.name} cannot be read" in text
+        assert f"scene {first.name} cannot be used" in text and f"of scene {second.name} cannot be read" in text
     assert {one["scene"] for one in read_pointing(out)["sequences"]}.isdisjoint({first.name, second.name})
     again = evaluated(model_folders["qwen-gqa"], library, tmp_path / "sound", "--pictures", "0")
     reports = {"a": read_report(again), "b": read_report(out)}
     warnings = write_comparison(reports, tmp_path / "compared").warnings
     assert any("different unreadable sequences" in warning for warning in warnings)
+
+
+def test_reports_on_other_scenes_of_the_same_names_are_not_paired(reports, tmp_path):
+    first = read_report(reports[0], whole=True)
+    other = {**first, "scene_digests": dict.fromkeys(first["scene_digests"], "0" * 20)}
+    warnings = write_comparison({"a": first, "b": other}, tmp_path).warnings
+    assert any("different scene contents" in warning for warning in warnings)
+    assert any("other frames, poses or cameras" in warning for warning in warnings)
+    assert not write_comparison({"a": first, "b": dict(first)}, tmp_path).warnings
 
 
 def test_a_page_with_a_layer_of_nan_has_the_other_layers_to_point_at(model_folders, models, library, tmp_path, capsys):

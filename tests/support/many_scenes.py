@@ -14,13 +14,14 @@ from support.box_world import CAMERA, BoxWorld
 from support.scene_formats import write_colmap, write_dl3dv, write_scene_as
 
 from gasp_fast.data.depth.compute import depth_from_mvs
-from gasp_fast.data.scenes.formats import FORMATS, rgbd
+from gasp_fast.data.scenes.formats import FORMATS, rgbd, scannet
+from gasp_fast.data.scenes.formats.pose_files import pack_poses
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.scenes.scene import without_depth
 
 COMPUTED, PACKED = "dl3dv with computed depth", "rgbd with packed poses"
 KINDS = (*(module.NAME for module in FORMATS), COMPUTED, PACKED)
-ONE_FILE_A_FRAME = (rgbd.NAME,)  # poses lie in one file a frame, which has to be read
+ONE_FILE_A_FRAME = (rgbd.NAME, scannet.NAME)  # poses lie in one file a frame, which has to be read
 
 
 def write_library(kind: str, library: Path, scenes: int, frames: int) -> None:
@@ -35,7 +36,7 @@ def write_library(kind: str, library: Path, scenes: int, frames: int) -> None:
         depth_from_mvs(open_scene(first))
     elif kind == PACKED:
         write_scene_as(rgbd.NAME, source, first)
-        rgbd.pack_poses(first)
+        pack_poses(first)
     else:
         write_scene_as(kind, source, first)
     for number in range(1, scenes):

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from support.dataset_formats import write_replica, write_scannet, write_scannetpp, write_tum
 
-from gasp_fast.data.scenes.formats import FORMATS, colmap, dl3dv, rgbd, vggt
+from gasp_fast.data.scenes.formats import FORMATS, colmap, dl3dv, replica, rgbd, scannet, scannetpp, tum, vggt
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage
 from gasp_fast.data.scenes.lens import NO_DISTORTION
 from gasp_fast.data.scenes.scene import Scene, rigid_inverse
@@ -156,4 +157,8 @@ WRITERS: dict[str, Callable[[Scene, Path], None]] = {
     vggt.NAME: write_vggt,
     dl3dv.NAME: write_dl3dv,
     colmap.NAME: write_colmap,
+    scannet.NAME: write_scannet,
+    scannetpp.NAME: write_scannetpp,
+    replica.NAME: write_replica,
+    tum.NAME: write_tum,
 }

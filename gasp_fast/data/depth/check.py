@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gasp_fast.data.scenes.computed_depth import FOLDER
-from gasp_fast.data.scenes.depth_maps import read_stored
+from gasp_fast.data.scenes.computed_depth import computed_folder
+from gasp_fast.data.scenes.depth_maps import marked_unknown, read_stored
 from gasp_fast.data.scenes.open import open_scene
 
 
@@ -41,18 +41,18 @@ def check_maps(root: Path) -> MapCheck:
         path = frame.depth.path
         try:
             # A map that came with the scene may be coarser than the photograph, empty, or NaN where depth is unknown.
-            size = scene.image_size(index) if path.is_relative_to(root / FOLDER) else None
-            total += _check_map(path, size)
+            size = scene.image_size(index) if path.is_relative_to(computed_folder(scene)) else None
+            total += _check_map(path, size, frame.depth.unknown)
         except (OSError, ValueError) as error:
             total += MapCheck(maps=1, damaged=(str(error),))
     return total
 
 
-def _check_map(path: Path, size: tuple[int, int] | None) -> MapCheck:
+def _check_map(path: Path, size: tuple[int, int] | None, unknown: tuple[float, ...]) -> MapCheck:
     """Raises for a damaged map; `size` is the (width, height) of a computed one, of which more is known."""
     stored = read_stored(path)
     finite = np.isfinite(stored)
-    known = int(np.count_nonzero(finite & (stored > 0)))
+    known = int(np.count_nonzero(finite & (stored > 0) & ~marked_unknown(stored, unknown)))
     if size is not None:
         if stored.shape != size[::-1]:
             shape = f"{stored.shape[1]} x {stored.shape[0]}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, DepthIndex, FrameFit, write_index
+from gasp_fast.data.scenes.computed_depth import INDEX, DepthIndex, FrameFit, computed_folder, write_index
 from gasp_fast.data.scenes.depth_maps import read_depth
 from gasp_fast.data.scenes.formats.colmap import DEPTH_FOLDER, find_model
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage, read_model
@@ -196,7 +196,7 @@ def _write(
     progress: Progress,
 ) -> DepthIndex:
     """Deletes the old index, writes the maps, then the index: a killed run leaves no index of incomplete maps."""
-    folder = scene.root / FOLDER
+    folder = computed_folder(scene)
     (folder / INDEX).unlink(missing_ok=True)
     for leftover in folder.glob("**/.*.partial"):  # of a killed run
         leftover.unlink(missing_ok=True)
@@ -211,7 +211,7 @@ def _write(
             fit = replace(fit, file=f"{name}.npy")
             _save(depth, folder / f"{name}.npy")
         index.frames[name] = fit
-    write_index(scene.root, index)
+    write_index(folder, index)
     return index
 
 

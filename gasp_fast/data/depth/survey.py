@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, read_index
-from gasp_fast.data.scenes.folder import SceneFolder
-from gasp_fast.data.scenes.library import has_digest
+from gasp_fast.data.scenes.computed_depth import FOLDER, INDEX, computed_files, computed_folder, read_index
+from gasp_fast.data.scenes.library import has_digest, in_order_of_characters
 from gasp_fast.data.scenes.open import open_scene
 
 BYTES_OF_PIXEL = 2  # of a map in float16, which holds nearly all scenes
@@ -44,14 +43,15 @@ def depth_state(root: Path) -> DepthState:
     scene = open_scene(root)
     width, height = scene.image_size(0)
     size = len(scene) * width * height * BYTES_OF_PIXEL
-    files = SceneFolder(root)
-    path = root / FOLDER / INDEX
+    folder, files = computed_folder(scene), computed_files(scene)
+    path = folder / INDEX
     if not files.is_file(path):
         return DepthState(len(scene), size, "own" if scene.has_depth else "")
     index = read_index(path)
-    gone = [fit.file for fit in index.frames.values() if fit.file and not files.is_file(root / FOLDER / fit.file)]
+    gone = [fit.file for fit in index.frames.values() if fit.file and not files.is_file(folder / fit.file)]
     why = ""
-    if index.scene and not has_digest(scene, index.scene):
+    # Maps belong to frames by name, whatever the order in which an earlier version sorted the names.
+    if index.scene and not any(has_digest(one, index.scene) for one in (scene, in_order_of_characters(scene))):
         why = "its frames, poses or cameras have changed"
     elif gone:
         why = f"{FOLDER}/{gone[0]} is missing"

@@ -6,7 +6,9 @@ Over a gap of one frame nearly any geometry agrees, because the camera has hardl
 
 Wrong conventions are found by repeating the check with inverted poses, with Blender axes, with both, and with depth
 scaled by factors from 1e-4 to 1e4. A wrong scale shows only where the camera moved sideways, so the wide gaps decide.
-If another convention agrees much better than the one on disk, it is reported as a finding.
+If another convention agrees much better than the one on disk, it is reported as a finding. If depth and poses agree
+with each other, they are compared with the photographs, which show what depth maps cannot (`displacement.py`,
+`registration.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,12 @@ from gasp_fast.data.scenes.formats.dl3dv import BLENDER_FROM_OPENCV
 from gasp_fast.data.scenes.scene import Scene, camera_centre
 from gasp_fast.data.tracks.build import AGREEMENT, BORDER
 
+from .depth_values import marked_share, undeclared_value
+from .displacement import Displacement, displacement
+from .frame_order import order_warnings
+from .registration import DepthOffset, depth_offset
+from .views import frame_pairs
+
 GAPS = (1, 5, 20)
 PAIRS_PER_GAP = 8
 PIXELS_PER_PAIR = 20_000
@@ -33,6 +41,12 @@ SEARCH_PIXELS = 1_000
 SEARCH_PAIRS = 4
 SEARCH_FACTORS = np.exp(np.linspace(math.log(1e-4), math.log(1e4), 65))
 MARGIN = 0.15
+# The photographs of sound recorded scenes are off by up to 0.2 degrees at gap 1 and 0.4 at gap 5, and their depth by
+# 0.9 % of the width. With poses turned by 1 degree each, it is 0.5 and more at gap 1.
+MOST_DEGREES = {1: 0.4, 5: 0.7}  # by gap
+LEAST_VIEW_PIXELS = 1.5
+MOST_OFFSET = 0.01  # of the width of a photograph
+LEAST_GAIN = 0.3
 FEWEST_COMPARED = 0.02  # share of a gap's sampled pixels; with less overlap the gap counts as not agreeing
 
 Convention = Callable[[np.ndarray], np.ndarray]  # from the pose on disk to the pose under the convention
@@ -70,11 +84,15 @@ class SceneReport:
     first_skipped: str
     image_size: tuple[int, int]
     frames_with_depth: int
+    marked_unknown: float = 0.0  # share of pixels with a value that stands for unknown, beside 0
     known_depth: float = 0.0  # share of pixels, over the compared frames that have depth
     median_depth: float = 0.0
     path_length: float = 0.0
     gaps: list[GapAgreement] = field(default_factory=list)
+    displacements: list[Displacement] = field(default_factory=list)
+    depth_offset: DepthOffset | None = None
     findings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what is doubtful but may be meant
 
     @property
     def sound(self) -> bool:
@@ -95,8 +113,10 @@ def check_scene(scene: Scene) -> SceneReport:
         path_length=float(np.linalg.norm(np.diff(centres, axis=0), axis=1).sum()),
     )
     if not scene.has_depth:
+        extent = float(np.linalg.norm(centres - centres.mean(axis=0), axis=1).max())
+        report.warnings += order_warnings(scene, extent or 1.0, [])
         return report
-    pairs = {gap: _pairs(scene, gap) for gap in GAPS if gap < len(scene)}
+    pairs = {gap: frame_pairs(scene, gap, PAIRS_PER_GAP) for gap in GAPS if gap < len(scene)}
     compared_frames = sorted({i for gap in pairs.values() for pair in gap for i in pair} or {0})
     maps = [scene.depth(i) for i in compared_frames if scene.frames[i].depth is not None]
     known = np.concatenate([one[one > 0] for one in maps]) if maps else np.zeros(0)
@@ -105,6 +125,9 @@ def check_scene(scene: Scene) -> SceneReport:
         report.findings.append("none of the compared frames has a pixel of known depth")
         return report
     report.median_depth = float(np.median(known))
+    report.marked_unknown = marked_share(scene, compared_frames)
+    if undeclared := undeclared_value(maps):
+        report.findings.append(undeclared)
 
     for gap, members in pairs.items():
         baseline = float(np.median([np.linalg.norm(centres[i] - centres[j]) for i, j in members]))
@@ -112,7 +135,30 @@ def check_scene(scene: Scene) -> SceneReport:
         report.gaps.append(GapAgreement(gap, baseline, agreed / compared if compared else None, compared))
     if pairs:  # a single frame agrees with itself
         report.findings += _findings(scene, pairs, report)
+        shares = [(gap.gap, gap.share) for gap in report.gaps if gap.share is not None]
+        report.warnings += order_warnings(scene, report.median_depth, shares)
+    if not report.findings:
+        _compare_with_photographs(scene, compared_frames, report)
     return report
+
+
+def _compare_with_photographs(scene: Scene, frames: list[int], report: SceneReport) -> None:
+    report.depth_offset = offset = depth_offset(scene, frames)
+    if offset is not None and offset.share > MOST_OFFSET and offset.gain > LEAST_GAIN:
+        report.findings.append(
+            f"depth lies beside the photographs: moved by {offset.right:+.0f} pixels to the right and "
+            f"{offset.down:+.0f} down, its outlines meet theirs; register depth to colour"
+        )
+    for gap, most in MOST_DEGREES.items():
+        moved = displacement(scene, gap) if gap < len(scene) else None
+        if moved is None:
+            continue
+        report.displacements.append(moved)
+        if moved.degrees > most and moved.view_pixels > LEAST_VIEW_PIXELS and not report.findings:
+            report.findings.append(
+                f"photographs show points {moved.pixels:.1f} pixels ({moved.degrees:.2f} degrees) from where depth and "
+                f"poses project them {gap} frame{'s' * (gap > 1)} later: poses, time stamps or intrinsics are off"
+            )
 
 
 def _findings(scene: Scene, pairs: dict[int, list[tuple[int, int]]], report: SceneReport) -> list[str]:
@@ -162,12 +208,6 @@ class _Sample:
     other_camera: np.ndarray  # [3, 3] in pixels of the other depth map
     other_depth: np.ndarray  # [h, w]
     pixels: int  # number of sampled pixels, of known depth or not
-
-
-def _pairs(scene: Scene, gap: int) -> list[tuple[int, int]]:
-    """Frames `gap` apart, spread evenly over the scene."""
-    firsts = np.unique(np.linspace(0, len(scene) - 1 - gap, PAIRS_PER_GAP).round().astype(int))
-    return [(int(i), int(i) + gap) for i in firsts]
 
 
 def _samples(scene: Scene, pairs: list[tuple[int, int]], pixels: int) -> list[_Sample]:

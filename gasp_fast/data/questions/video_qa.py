@@ -1,7 +1,9 @@
 """Questions and answers about videos, in the schema of LLaVA-Video-178K, or about frames of scenes.
 
 A root holds JSON lists of `{id, conversations: [{from, value}], data_source, video}`, directly or in "config" folders
-(`0_30_s_academic_v0_1`, …); `video` is relative to the JSON's folder, or else to the root. The records of `make-vqa`
+(`0_30_s_academic_v0_1`, …); `video` is relative to the JSON's folder, or else to the root. If a folder of videos is
+stated, it is relative to that first, or absolute and inside of it. `messages` are read like `conversations` (see
+`messages.py`). The records of `make-vqa`
 have `images` in place of `video`: the fields of a `SceneFrames`. The dataset has over a million records, so they are
 stored as one block of bytes, which loader workers share (`shared_bytes.py`), and one array of offsets.
 
@@ -31,6 +33,7 @@ from gasp_fast.data.errors import reading, shown
 from gasp_fast.data.video.read import read_video
 from gasp_fast.files import parse_json, read_json
 
+from .messages import with_conversations
 from .scene_frames import FrameReader, SceneFrames
 from .shared_bytes import SharedBytes
 
@@ -100,7 +103,7 @@ def _video_of(fields: dict[str, Any]) -> str:
     if not isinstance(video, str) or not video:
         raise ValueError("names no video")
     if PurePosixPath(video).is_absolute() or ".." in PurePosixPath(video).parts:
-        raise ValueError(f"video {video!r} leads out of its folder")
+        raise ValueError(f"video {video!r} leads out of its folder; data.qa.videos names a folder of videos elsewhere")
     return video
 
 
@@ -116,12 +119,14 @@ class QASample:
 class VideoQA:
     """All records under a root, by number. `configs` are the folders to read; by default all with JSON lists.
 
+    `videos` is a folder in which videos lie, beside the root; absolute paths must lead into it.
     With a `reader` they are about frames of scenes, without one about videos; others are skipped.
     """
 
     root: Path
     configs: Sequence[str] = ()
     reader: FrameReader | None = None
+    videos: Path | None = None
     skipped: dict[str, str] = field(default_factory=dict)  # names of records skipped at loading, with the reason
     broken: dict[str, str] = field(default_factory=dict)  # paths of videos that could not be read, with the reason
 
@@ -159,8 +164,9 @@ class VideoQA:
         """The path of a record's video, which may not exist."""
         video = self.record(index).about
         assert isinstance(video, str)
-        beside = self._files[self._places[index, 0]].parent / video
-        return beside if os.path.exists(beside) else self.root / video
+        beside = self._files[self._places[index, 0]].parent
+        folders = [self.videos, beside] if self.videos is not None else [beside]
+        return next((folder / video for folder in folders if os.path.exists(folder / video)), self.root / video)
 
     def name(self, index: int) -> str:
         """The file of a record and its number there, for messages."""
@@ -220,11 +226,23 @@ class VideoQA:
             raise ValueError(f"{path}: holds {type(records).__name__}, not a list of records")
         for number, fields in enumerate(records):
             try:
-                record = QARecord.from_json(parse_json(fields, "line") if lines else fields)
+                record = QARecord.from_json(self._in_schema(parse_json(fields, "line") if lines else fields))
                 if not self._leaves_out(record):
                     yield number, record.to_json()
             except ValueError as error:
                 self.skipped[f"{path.relative_to(self.root)}[{number}]"] = str(error)
+
+    def _in_schema(self, fields: Any) -> Any:
+        """The record with `conversations`, and a path relative to `videos` in place of an absolute one inside it."""
+        if isinstance(fields, dict) and "messages" in fields and "conversations" not in fields:
+            fields = with_conversations(fields)
+        video = fields.get("video") if isinstance(fields, dict) else None
+        if self.videos is None or not isinstance(video, str) or not PurePosixPath(video).is_absolute():
+            return fields
+        folder, path = os.path.abspath(self.videos), os.path.normpath(video)
+        if not path.startswith(os.path.join(folder, "")):
+            raise ValueError(f"video {shown(video)} is not in {self.videos}")
+        return {**fields, "video": os.path.relpath(path, folder)}
 
     def _leaves_out(self, record: QARecord) -> bool:
         """Whether a valid record is of a scene that is held out. Raises if it is of the other kind."""

@@ -1,4 +1,4 @@
-"""The folder `computed_depth/` that `gasp-fast depth` writes into a scene without depth.
+"""The folder `computed_depth/` that `gasp-fast depth` writes into a scene without depth, or elsewhere with --out.
 
 It holds one map per usable frame, and an `index.json` with the source and the error of each. A frame whose map does not
 fit is listed as unusable and has no depth. The maps belong to the undistorted image.
@@ -54,10 +54,20 @@ class DepthIndex:
         return [name for name, fit in self.frames.items() if fit.file is not None]
 
 
-def write_index(root: Path, index: DepthIndex) -> Path:
+def computed_folder(scene: Scene) -> Path:
+    """Where the depth computed for `scene` lies, or will lie."""
+    return scene.computed_depth or scene.root / FOLDER
+
+
+def computed_files(scene: Scene) -> SceneFolder:
+    """The files among which it is looked for, without a way out of them."""
+    return SceneFolder(scene.computed_depth or scene.root)
+
+
+def write_index(folder: Path, index: DepthIndex) -> Path:
     """Writes the index beside its maps, atomically."""
-    path = root / FOLDER / INDEX
-    path.parent.mkdir(exist_ok=True)
+    path = folder / INDEX
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(asdict(index), indent=1).encode())
     return path
 
@@ -91,9 +101,8 @@ def _frame_fit(stored: dict[str, Any]) -> FrameFit:
 
 def attach_computed_depth(scene: Scene) -> Scene:
     """`scene` with the maps of its `computed_depth/`; unchanged if it has no such folder."""
-    folder = scene.root / FOLDER
+    folder, files = computed_folder(scene), computed_files(scene)
     path = folder / INDEX
-    files = SceneFolder(scene.root)
     if not files.is_file(files.inside(path)):
         return scene
     index = read_index(path)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +19,25 @@ from gasp_fast.data.errors import one_line, shown
 
 LONGEST_NAME = 255  # bytes of a file or folder name on ordinary file systems
 DEEPEST = 32  # folders below the root that are looked up one in the other
+# Folders out of the scenes into which links may lead, while `following` is in effect.
+_FOLLOWED: ContextVar[tuple[str, ...]] = ContextVar("followed", default=())
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+@contextmanager
+def following(folders: Sequence[Path]) -> Iterator[None]:
+    """Links out of a scene that lead into one of `folders` are followed inside the block."""
+    token = _FOLLOWED.set(tuple(os.path.realpath(folder) for folder in folders))
+    try:
+        yield
+    finally:
+        _FOLLOWED.reset(token)
 
 
 @dataclass(frozen=True)
 class _Listing:
     real: str  # path of the folder with every `..` and link resolved
-    inside: bool  # whether that lies in the scene
+    inside: bool  # whether that lies in the scene, or where links may lead
     entries: Mapping[str, os.DirEntry[str]]  # by name; empty if the folder does not exist, or lies outside
 
 
@@ -35,6 +49,7 @@ class SceneFolder:
         self._root = str(root)
         self._real_root = os.path.realpath(root)
         self._below_root = os.path.join(self._root, ""), os.path.join(self._real_root, "")
+        self._allowed = (self._real_root, *_FOLLOWED.get())
         self._listings: dict[str, _Listing] = {}
 
     def is_file(self, path: Path) -> bool:
@@ -78,11 +93,14 @@ class SceneFolder:
         except ValueError as error:
             raise ValueError(f"{self.root}: {shown(str(path))} is not a path: {one_line(error)}") from error
         if not self._contains(real):
-            raise ValueError(f"{path}: leads out of the scene folder {self.root}; put the file itself inside")
+            raise ValueError(
+                f"{path}: leads out of the scene folder {self.root}; put the file itself inside, or allow "
+                "its folder in follow_links of a library.json"
+            )
         return path
 
     def _contains(self, real: str) -> bool:
-        return real == self._real_root or real.startswith(self._below_root[1])
+        return any(real == root or real.startswith(os.path.join(root, "")) for root in self._allowed)
 
     def _listing(self, folder: str) -> _Listing:
         listing = self._listings.get(folder)

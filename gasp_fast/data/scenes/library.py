@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -16,8 +16,9 @@ import numpy as np
 
 from gasp_fast.processes import in_processes
 
-from .computed_depth import FOLDER
+from .computed_depth import computed_folder
 from .formats import is_scene, known_files
+from .library_file import place_of
 from .open import open_scene
 from .scene import Scene
 
@@ -40,17 +41,18 @@ def find_scenes(library: Path) -> list[str]:
 
     Searches `DEEPEST` levels of folders, but not inside scenes and not in hidden folders (unfinished work).
     """
-    if not library.is_dir():
-        raise FileNotFoundError(f"{library}: no such folder")
-    names = sorted(path.relative_to(library).as_posix() for path in _scenes_under(library, DEEPEST))
+    folder = place_of(library).root
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    names = sorted(path.relative_to(folder).as_posix() for path in _scenes_under(folder, DEEPEST))
     if not names:
-        raise OSError(f"{library}: no scene here or up to {DEEPEST} folders below. Looked for {known_files()}")
+        raise OSError(f"{folder}: no scene here or up to {DEEPEST} folders below. Looked for {known_files()}")
     return names
 
 
 def folder_name(library: Path, name: str) -> str:
     """The name of the scene's own folder. The held-out split depends on it."""
-    return library.resolve().name if name == "." else Path(name).name
+    return place_of(library).root.resolve().name if name == "." else Path(name).name
 
 
 def _scenes_under(folder: Path, depth: int) -> Iterator[Path]:
@@ -86,6 +88,11 @@ def has_digest(scene: Scene, digest: str) -> bool:
     return digest == (_hash_of_poses(scene, EARLIER_SIZE).hexdigest() if earlier else scene_digest(scene))
 
 
+def in_order_of_characters(scene: Scene) -> Scene:
+    """The scene with frames sorted as earlier versions did: `10` before `2`."""
+    return replace(scene, frames=tuple(sorted(scene.frames, key=lambda frame: frame.name)))
+
+
 def _hash_of_poses(scene: Scene, size: int) -> blake2b:
     digest = blake2b(digest_size=size)
     for index, name in enumerate(scene.frame_names):
@@ -101,6 +108,8 @@ def check_unchanged(scene: Scene, entry: SceneEntry) -> None:
         what = "other names, poses or cameras"
         if len(scene) != entry.frames:
             what = f"{len(scene)} frames instead of {entry.frames}"
+        elif has_digest(in_order_of_characters(scene), entry.digest):
+            what = "frame 2 now comes before frame 10; earlier versions sorted names by their characters"
         raise SceneChangedError(f"{scene.root}: the scene has changed ({what}); make its annotations again")
 
 
@@ -133,7 +142,7 @@ def _enter(library: Path, name: str) -> SceneEntry | tuple[str, str]:
         scene = open_scene(root)
         if scene.has_depth:
             return SceneEntry(name, len(scene), scene_digest(scene))
-        stopped = (root / FOLDER).is_dir()
+        stopped = computed_folder(scene).is_dir()
         cure = "gasp-fast depth was stopped here; run it again:" if stopped else "make it with"
         return name, f"no depth; {cure} gasp-fast depth {root}"
     except (OSError, ValueError) as error:

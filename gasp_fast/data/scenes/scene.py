@@ -22,7 +22,7 @@ import numpy as np
 from gasp_fast.data.errors import reading, shown
 from gasp_fast.data.images import open_image
 
-from .depth_maps import DepthFile, read_depth
+from .depth_maps import DepthFile, read_depth, resampled
 from .folder import SceneFolder
 from .frame_cache import DECODED
 from .lens import NO_DISTORTION, Distortion, undistort
@@ -65,6 +65,7 @@ class Scene:
     frames: tuple[Frame, ...]
     skipped: tuple[Skipped, ...] = ()
     sparse_model: Path | None = None  # folder of a COLMAP model of the same world, if there is one
+    computed_depth: Path | None = None  # folder of depth computed for it; None: `computed_depth/` in the scene
     _sizes: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -139,7 +140,9 @@ class Scene:
     def _decode_depth(self, i: int) -> np.ndarray:
         frame = self.frames[i]
         assert frame.depth is not None
-        depth = read_depth(frame.depth.path, frame.depth.scale)
+        depth = read_depth(frame.depth.path, frame.depth.scale, frame.depth.unknown)
+        if frame.depth.camera is not None:
+            depth = resampled(depth, frame.depth.camera, self.intrinsics(i), self.image_size(i))
         if frame.depth.distorted and frame.distortion != NO_DISTORTION:
             width, height = self.image_size(i)
             scale = np.array([depth.shape[1] / width, depth.shape[0] / height, 1.0])

@@ -239,3 +239,57 @@ def test_a_written_record_is_read_back() -> None:
     read = QARecord.from_json(json.loads(json.dumps(written)))
     assert (read.id, read.about) == ("a", "a.mp4")
     assert [(turn.speaker, turn.text) for turn in read.turns] == [("human", "<image>\nWhat is it?"), ("gpt", "A box.")]
+
+
+def messages(question: Any, answer: str = "A cat.", **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **fields}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        messages("<video>What is it?", videos=["good.mp4"]),
+        messages("What is it?", video="good.mp4"),
+        messages([{"type": "video", "video": "good.mp4"}, {"type": "text", "text": "What is it?"}]),
+    ],
+)
+def test_records_with_messages_are_read_like_conversations(root: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    folder = tmp_path / "chat"
+    clip(folder / "good.mp4", 90)
+    (folder / "chat.json").write_text(json.dumps([fields]))
+    data = VideoQA(folder)
+    assert [turn.speaker for turn in data.record(0).turns] == ["human", "gpt"]
+    assert data.record(0).turns[0].text.replace("\n", "") == "<image>What is it?"
+    assert data.record(0).turns[1].text == "A cat." and len(data.sample(0, 4).frames) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (messages("a", video="a.mp4", videos=["b.mp4"]), "names 2 videos; one is read"),
+        (messages("a"), "names 0 videos"),
+        (messages([{"type": "image"}], video="a.mp4"), "message 0 has content that is neither text nor a video"),
+        ({"messages": [{"role": "system", "content": "a"}], "video": "a.mp4"}, "message 0 is not of user or assistant"),
+        ({"messages": "a", "video": "a.mp4"}, "messages is not a list"),
+    ],
+)
+def test_messages_that_cannot_be_read_are_skipped_and_named(tmp_path: Path, fields: dict, reason: str) -> None:
+    (tmp_path / "chat.json").write_text(json.dumps([fields, record("a")]))
+    data = VideoQA(tmp_path)
+    assert len(data) == 1 and reason in data.skipped["chat.json[0]"]
+
+
+def test_absolute_paths_lead_into_the_stated_folder_of_videos(root: Path, tmp_path: Path) -> None:
+    videos = tmp_path / "elsewhere"
+    clip(videos / "deep" / "a.mp4", 30)
+    named = [str(videos / "deep" / "a.mp4"), "deep/a.mp4", "/etc/passwd", f"{videos}/../shared/both.mp4", "../x.mp4"]
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    (folder / "qa.json").write_text(json.dumps([record(str(n), path) for n, path in enumerate(named)]))
+    data = VideoQA(folder, videos=videos)
+    assert [data.video_path(i) for i in range(len(data))] == [videos / "deep" / "a.mp4"] * 2
+    assert len(data.sample(0, 4).frames) == 4
+    assert list(data.skipped) == ["qa.json[2]", "qa.json[3]", "qa.json[4]"]
+    assert "is not in" in data.skipped["qa.json[3]"]
+    without = VideoQA(folder)
+    assert len(without) == 1 and "data.qa.videos" in without.skipped["qa.json[0]"]

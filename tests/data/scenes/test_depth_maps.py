@@ -26,6 +26,23 @@ def test_values_that_are_not_a_depth_become_unknown(tmp_path, suffix):
     assert read_depth(tmp_path / f"d{suffix}").tolist() == [[1, 0, 0], [0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "kind", "largest"), [(".png", np.uint16, 65535), (".npy", np.uint16, 65535), (".npy", np.int16, 32767)]
+)
+def test_the_largest_value_of_sixteen_bits_is_unknown(tmp_path, suffix, kind, largest):
+    stored = np.array([[1, largest - 1], [largest, 0]], kind)
+    path = tmp_path / f"d{suffix}"
+    np.save(path, stored) if suffix == ".npy" else Image.fromarray(stored).save(path)
+    assert read_depth(path).tolist() == [[1, largest - 1], [0, 0]]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int32, np.uint16])
+def test_further_values_can_be_named_as_unknown(tmp_path, kind):
+    np.save(tmp_path / "d.npy", np.array([[1000, 4, 5, 70000 if kind == np.int32 else 6]], kind))
+    assert read_depth(tmp_path / "d.npy", 0.5, (1000.0, 70000.0))[0, :3].tolist() == [0, 2, 2.5]
+    assert read_depth(tmp_path / "d.npy")[0, 0] == 1000
+
+
 def test_geometric_maps_are_read_as_colmap_reads_them(tmp_path):
     pycolmap = pytest.importorskip("pycolmap")
     depth = np.random.default_rng(0).uniform(1, 5, (7, 11)).astype(np.float32)

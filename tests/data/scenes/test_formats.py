@@ -14,8 +14,8 @@ from support.downloads import write_dl3dv_download
 from support.scene_formats import FORMAT_NAMES, LENS, write_depth, write_model, write_scene_as
 
 from gasp_fast.cli import scenes as command
-from gasp_fast.data.scenes.formats import rgbd
 from gasp_fast.data.scenes.formats.colmap_model import ModelImage
+from gasp_fast.data.scenes.formats.pose_files import pack_poses
 from gasp_fast.data.scenes.library import find_scenes, scene_digest
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.tracks.build import build_tracks
@@ -158,6 +158,8 @@ def test_a_lens_that_cannot_be_undistorted_is_refused(scene_world, tmp_path, len
         ("SIMPLE_RADIAL", [300, 180, 108, 0.05], (0.05, 0, 0, 0)),
         ("RADIAL", [300, 180, 108, 0.05, 0.01], (0.05, 0.01, 0, 0)),
         ("OPENCV", [300, 310, 180, 108, *LENS], LENS),
+        ("FULL_OPENCV", [300, 310, 180, 108, *LENS, 0, 0, 0, 0], LENS),
+        ("FULL_OPENCV", [300, 310, 180, 108, *[0] * 8], (0, 0, 0, 0)),
     ],
 )
 def test_colmap_cameras_keep_their_lens(tmp_path, model, params, expected):
@@ -165,6 +167,15 @@ def test_colmap_cameras_keep_their_lens(tmp_path, model, params, expected):
     frame = open_scene(tmp_path).frames[0]
     assert frame.distortion == expected
     assert frame.intrinsics[0, 0] == 300 and frame.intrinsics[0, 2] == 180 and frame.intrinsics[1, 2] == 108
+
+
+@pytest.mark.parametrize("term", range(4))
+def test_further_terms_of_a_full_opencv_camera_are_refused(tmp_path, term):
+    further = [0.0, 0.0, 0.0, 0.0]
+    further[term] = 0.25
+    write_colmap_camera(tmp_path, "FULL_OPENCV", [300, 310, 180, 108, *LENS, *further])
+    with pytest.raises(ValueError, match=rf"FULL_OPENCV of a\.png has k{term + 3} = 0\.25.*image_undistorter"):
+        open_scene(tmp_path)
 
 
 def test_a_colmap_fisheye_is_refused(tmp_path):
@@ -201,12 +212,12 @@ def test_depth_scale_comes_from_meta(scene_boxes_folder, tmp_path):
 def test_packed_poses_give_the_same_scene_and_one_file_to_open(scene_boxes_folder, tmp_path):
     root = shutil.copytree(scene_boxes_folder, tmp_path / "s")
     before = open_scene(root)
-    rgbd.pack_poses(root)
+    pack_poses(root)
     shutil.rmtree(root / "pose")
     after = open_scene(root)
     assert scene_digest(after) == scene_digest(before) and after.frame_names == before.frame_names
     assert find_scenes(tmp_path) == ["s"]
-    rgbd.pack_poses(root)  # nothing to pack: what there is stays
+    pack_poses(root)  # nothing to pack: what there is stays
     assert scene_digest(open_scene(root)) == scene_digest(before)
 
 
@@ -220,7 +231,7 @@ def test_the_command_packs_poses_of_rgbd_scenes_only(scene_boxes_folder, scene_b
 
 def test_a_frame_without_a_packed_pose_is_skipped_and_named(scene_boxes_folder, tmp_path):
     root = shutil.copytree(scene_boxes_folder, tmp_path / "s")
-    rgbd.pack_poses(root)
+    pack_poses(root)
     lines = (root / "poses.txt").read_text().splitlines()
     (root / "poses.txt").write_text("\n".join([*lines[:3], *lines[4:]]))
     scene = open_scene(root)

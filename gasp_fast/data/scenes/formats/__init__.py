@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from . import colmap, dl3dv, rgbd, vggt
+from . import colmap, dl3dv, replica, rgbd, scannet, scannetpp, tum, vggt
 
-FORMATS: tuple[ModuleType, ...] = (vggt, rgbd, dl3dv, colmap)
+FORMATS: tuple[ModuleType, ...] = (vggt, rgbd, scannet, tum, replica, scannetpp, dl3dv, colmap)
 
 
 def find_format(root: Path) -> ModuleType:

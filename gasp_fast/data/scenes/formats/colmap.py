@@ -13,7 +13,7 @@ from gasp_fast.data.scenes.depth_maps import DepthFile
 from gasp_fast.data.scenes.folder import SceneFolder
 from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, check_frame_count
 
-from .colmap_model import has_model, read_model
+from .colmap_model import check_model_files, has_model, read_model
 
 NAME = "colmap"
 FILES = "a model (cameras, images, points3D as .bin or .txt) in sparse/ or sparse/0/"
@@ -46,10 +46,7 @@ def read(root: Path) -> Scene:
     if located is None:
         raise ValueError(f"{root}: no COLMAP model; looked for {FILES}")
     workspace, model = located
-    for file in sorted(model.iterdir()):
-        files.inside(file)
-        if file.exists() and not (file.is_file() or file.is_dir()):  # pycolmap would open a pipe and wait
-            raise OSError(f"{file}: not a regular file")
+    check_model_files(files, model)
     images = read_model(model)
     check_frame_count(model, len(images))
     folder = _image_folder(files, workspace)

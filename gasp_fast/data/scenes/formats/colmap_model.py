@@ -17,6 +17,7 @@ import numpy as np
 from gasp_fast.data.errors import one_line
 from gasp_fast.data.scenes.folder import SceneFolder
 from gasp_fast.data.scenes.lens import NO_DISTORTION, Distortion
+from gasp_fast.data.scenes.natural_order import natural_key
 from gasp_fast.data.scenes.scene import pinhole
 
 # Where each camera model has fx, fy, cx, cy and k1, k2, p1, p2 among its parameters; None: 0.
@@ -26,7 +27,9 @@ _CAMERA_MODELS: dict[str, tuple[tuple[int, int, int, int], tuple[int | None, ...
     "SIMPLE_RADIAL": ((0, 0, 1, 2), (3, None, None, None)),
     "RADIAL": ((0, 0, 1, 2), (3, 4, None, None)),
     "OPENCV": ((0, 1, 2, 3), (4, 5, 6, 7)),
+    "FULL_OPENCV": ((0, 1, 2, 3), (4, 5, 6, 7)),
 }
+_MUST_BE_ZERO = {"FULL_OPENCV": ("k3", "k4", "k5", "k6")}  # the parameters after those above
 _REQUIRED = ("cameras", "images", "points3D")
 
 
@@ -46,8 +49,16 @@ def has_model(files: SceneFolder, folder: Path) -> bool:
     return any(all(files.is_file(folder / f"{part}{suffix}") for part in _REQUIRED) for suffix in (".bin", ".txt"))
 
 
+def check_model_files(files: SceneFolder, folder: Path) -> None:
+    """Raises unless all files of a model lie in the scene and are regular: pycolmap would open a pipe and wait."""
+    for name in files.names(folder):
+        path = files.inside(folder / name)
+        if path.exists() and not (files.is_file(path) or files.is_dir(path)):
+            raise OSError(f"{path}: not a regular file")
+
+
 def read_model(folder: Path, with_points: bool = False) -> list[ModelImage]:
-    """The registered images of the model in `folder`, by name."""
+    """The registered images of the model in `folder`, in the order of their names."""
     import pycolmap
 
     if (folder / "cameras.bin").is_file():
@@ -57,7 +68,7 @@ def read_model(folder: Path, with_points: bool = False) -> list[ModelImage]:
                 _check_records(path, after_record)
     try:
         model = pycolmap.Reconstruction(str(folder))
-        return sorted(_images(model, folder, with_points), key=lambda image: image.name)
+        return sorted(_images(model, folder, with_points), key=lambda image: natural_key(image.name))
     except UnsupportedCameraError:
         raise
     except Exception as error:  # pycolmap raises RuntimeError, IndexError and more
@@ -79,6 +90,13 @@ def _images(model: Any, folder: Path, with_points: bool) -> list[ModelImage]:
                 f"{folder}: camera model {camera.model_name} of {image.name} is not read; undistort the photographs "
                 "first: colmap image_undistorter"
             )
+        further = _MUST_BE_ZERO.get(camera.model_name, ())
+        for name, value in zip(further, camera.params[8:], strict=True):
+            if value != 0:
+                raise UnsupportedCameraError(
+                    f"{folder}: camera model {camera.model_name} of {image.name} has {name} = {value:g}, which is not "
+                    "read (only k1, k2, p1, p2 are); undistort the photographs first: colmap image_undistorter"
+                )
         focal_and_centre, lens = _CAMERA_MODELS[camera.model_name]
         fx, fy, cx, cy = (float(camera.params[k]) for k in focal_and_centre)
         k1, k2, p1, p2 = (0.0 if k is None else float(camera.params[k]) for k in lens)

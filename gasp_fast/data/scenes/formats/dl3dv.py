@@ -16,6 +16,7 @@ import numpy as np
 from gasp_fast.data.errors import shown
 from gasp_fast.data.scenes.depth_maps import DepthFile
 from gasp_fast.data.scenes.folder import SceneFolder
+from gasp_fast.data.scenes.natural_order import natural_key
 from gasp_fast.data.scenes.scene import (
     IMAGE_SUFFIXES,
     Frame,
@@ -30,6 +31,7 @@ from gasp_fast.data.scenes.scene import (
 from gasp_fast.files import read_json
 
 from . import colmap
+from .meta import depth_invalid
 
 NAME = "dl3dv"
 JSON_NAME = "transforms.json"
@@ -38,7 +40,7 @@ FILES = "transforms.json here, in nerfstudio/ or in colmap/"
 # images_4 (960 x 540) first: the resolution of the recipe, with a sixteenth of the pixels of the full photographs.
 IMAGE_FOLDERS = ("images_4", "images_8", "images_2", "images")
 BLENDER_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
-PLAIN_CAMERAS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "SIMPLE_RADIAL")
+PLAIN_CAMERAS = ("OPENCV", "FULL_OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "SIMPLE_RADIAL")
 OTHER_LENS = ("k3", "k4", "k5", "k6")
 
 
@@ -88,7 +90,7 @@ def read(root: Path) -> Scene:
                 (k1, k2, p1, p2),
             )
         )
-    frames.sort(key=lambda frame: frame.name)  # the list may be in any order, names follow the video
+    frames.sort(key=lambda frame: natural_key(frame.name))  # the list may be in any order, names follow the video
     sparse = colmap.find_model(root, files) or colmap.find_model(path.parent, files)
     return build_scene(root, NAME, frames, skipped, sparse and sparse[1], files)
 
@@ -144,7 +146,8 @@ def _depth_file(files: SceneFolder, path: Path, values: dict[str, Any]) -> Depth
         return None
     depth = files.inside(path.parent / stated)
     scale = number_of(path, values, "depth_unit_scale_factor", 1e-3) if depth.suffix.lower() == ".png" else 1.0
-    return DepthFile(depth, scale, distorted=True) if files.is_file(depth) else None
+    unknown = depth_invalid(path, values)
+    return DepthFile(depth, scale, distorted=True, unknown=unknown) if files.is_file(depth) else None
 
 
 def _matrix(transform: object) -> np.ndarray:

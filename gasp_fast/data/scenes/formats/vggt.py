@@ -16,6 +16,8 @@ from gasp_fast.data.scenes.folder import SceneFolder
 from gasp_fast.data.scenes.scene import Frame, Scene, Skipped, build_scene, check_frame_count
 from gasp_fast.files import read_json
 
+from .meta import META, depth_invalid, read_meta
+
 NAME = "vggt"
 FILES = "image_names.json, cam_from_worlds.npy and intrinsics.npy"
 DEPTH_SUFFIXES = (".exr", ".npy")
@@ -33,6 +35,7 @@ def read(root: Path) -> Scene:
     if poses.shape[1] == 3:
         last = np.broadcast_to(np.array([0.0, 0.0, 0.0, 1.0]), (len(names), 1, 4))
         poses = np.concatenate([poses, last], axis=1)
+    unknown = depth_invalid(root / META, read_meta(files))
     frames: list[Frame] = []
     skipped: list[Skipped] = []
     for k, name in enumerate(names):
@@ -42,7 +45,7 @@ def read(root: Path) -> Scene:
             skipped.append(Skipped(key, f"{image} is missing"))
             continue
         candidates = [files.inside(root / "depths" / f"{key}{suffix}") for suffix in DEPTH_SUFFIXES]
-        depth = next((DepthFile(path) for path in candidates if files.is_file(path)), None)
+        depth = next((DepthFile(path, unknown=unknown) for path in candidates if files.is_file(path)), None)
         frames.append(Frame(key, image, intrinsics[k], poses[k], depth=depth))
     return build_scene(root, NAME, frames, skipped, files=files)
 
