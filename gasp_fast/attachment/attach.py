@@ -172,8 +172,8 @@ class Gasp:
         return collator.matches(Sample(frames=frames, tracks=[tracks], depth=maps))
 
     def visual_positions(self, input_ids: Tensor) -> Tensor:
-        """The visual tokens of `input_ids` [B, S] as flat indices into `B * S`: all of them, sequence by sequence."""
-        return (input_ids == self.backbone.visual_token_id).flatten().nonzero()[:, 0]
+        """The tokens of all frames of `input_ids` [B, S] as flat indices into `B * S`, sequence by sequence."""
+        return self.backbone.frame_tokens(input_ids).flatten().nonzero()[:, 0]
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 

@@ -150,6 +150,10 @@ class Backbone(ABC):
         """The ids that the processor puts in the place of frames."""
         return [self.visual_token_id]
 
+    def frame_tokens(self, input_ids: Tensor) -> Tensor:
+        """Which tokens of `input_ids` [B, S] are those of frames, bool [B, S]."""
+        return input_ids == self.visual_token_id
+
     @abstractmethod
     def frame_grid(self, width: int, height: int) -> TokenGrid:
         """The pixel -> token map of a frame of `width x height` pixels, after the processor's resize and crop."""
@@ -269,10 +273,9 @@ class Backbone(ABC):
 
     def _positions(self, input_ids: Tensor, grids: list[list[TokenGrid]]) -> list[Tensor]:
         """Flat positions of each sequence's visual tokens. Sequences, frames and rows appear in that order."""
-        length = input_ids.shape[1]
-        positions = []
+        length, of_frames, positions = input_ids.shape[1], self.frame_tokens(input_ids), []
         for row, frames in enumerate(grids):
-            visual = (input_ids[row] == self.visual_token_id).nonzero()[:, 0] + row * length
+            visual = of_frames[row].nonzero()[:, 0] + row * length
             expected = sum(grid.tokens for grid in frames)
             if len(visual) != expected:
                 raise ValueError(

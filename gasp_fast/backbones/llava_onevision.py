@@ -35,6 +35,11 @@ class LlavaOnevision(Backbone):
     def visual_token_id(self) -> int:
         return self.config.video_token_index
 
+    def frame_tokens(self, input_ids: Tensor) -> Tensor:
+        """Without the newline behind each video."""
+        visual = input_ids == self.visual_token_id  # [B, S]
+        return visual & F.pad(visual[:, 1:], (0, 1))
+
     def frame_grid(self, width: int, height: int) -> TokenGrid:
         processor, vision = self.processor.video_processor, self.config.vision_config
         side, size = vision.image_size, processor.size
@@ -82,9 +87,3 @@ class LlavaOnevision(Backbone):
         newline = inner.image_newline.to(frames.dtype)[None]
         videos = frames.split([length - 1 for length in lengths])
         return torch.cat([part for video in videos for part in (video, newline)])
-
-    def _positions(self, input_ids: Tensor, grids: list[list[TokenGrid]]) -> list[Tensor]:
-        """Of the tokens of frames, without the newline behind them."""
-        visual = input_ids == self.visual_token_id  # [B, S]
-        newline = visual & ~F.pad(visual[:, 1:], (0, 1))
-        return super()._positions(input_ids.masked_fill(newline, -1), grids)

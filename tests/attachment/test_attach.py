@@ -9,6 +9,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
+from support.families import EVERY_FAMILY
 
 import gasp_fast
 from gasp_fast.backbones import tiny_parts
@@ -63,6 +64,18 @@ def assert_close(found, expected):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@EVERY_FAMILY
+def test_every_family_is_supervised_at_the_tokens_of_its_frames(family, talk, tracks):
+    batch, positions, matches = batch_of(family, talk, tracks)
+    model = copy.deepcopy(family.model)
+    gasp = gasp_fast.attach(model, family.backbone.processor)
+    assert torch.equal(gasp.visual_positions(batch["input_ids"]), positions)
+    frames, uv, visible, depth, maps = tracks
+    assert torch.equal(gasp.matches(frames, uv, visible, depth, depth_maps=maps).target, matches.target)
+    (model(**batch).loss + gasp.loss(positions, matches)).backward()
+    assert all(parameter.grad.any() for parameter in gasp.parameters() if parameter.ndim == 2)
 
 
 def test_loss_and_gradients_are_those_of_heads_on_captured_states(family, model, talk, tracks):
