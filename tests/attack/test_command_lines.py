@@ -151,6 +151,7 @@ WORK = {  # of each command: what is replaced, so that nothing begins; and argum
     ),
     "recipes": ("gasp_fast.config.recipes.recipe_names", []),
     "train": ("gasp_fast.train.train", ["CONFIG"]),
+    "curves": ("gasp_fast.training.curves.read_run", ["run", "--out", "curves.png"]),
     "plan": ("gasp_fast.training.workload.plan_run", ["CONFIG"]),
     "evaluate": (
         "gasp_fast.evaluation.evaluated_model.load_evaluated_model",
