@@ -5,7 +5,7 @@ RUN/config-2.yaml, …                         the configurations with which it 
 RUN/run.json, skipped.jsonl                  what ran, each time it was started; samples that could not be used
 RUN/checkpoint-N/                            weights, heads.safetensors, config.yaml; complete or absent
 RUN/best                                     a link to the best checkpoint
-RUN/export/                                  the plain model written by `gasp-fast export RUN`
+RUN/export/, adapters/                       what `gasp-fast export RUN`, or with --adapters, writes
 RUN/report/                                  the report written by `gasp-fast evaluate --model RUN`
 """
 
@@ -25,7 +25,7 @@ from .manifest import MANIFEST, damage
 CONFIG, LOG, FIGURE = "config.yaml", "log.jsonl", "training.png"
 STARTS, SKIPPED = "run.json", "skipped.jsonl"
 HEADS, ABOUT = "heads.safetensors", "about.json"  # in a checkpoint
-EXPORT, REPORT, BEST = "export", "report", "best"
+EXPORT, ADAPTERS, REPORT, BEST = "export", "adapters", "report", "best"
 _NUMBERED, _RESUMED = re.compile(r"checkpoint-(\d+)"), re.compile(r"config-([2-9]|[1-9]\d+)\.yaml")
 
 

@@ -47,7 +47,7 @@ def attach(
     model: nn.Module,
     processor: Any = None,
     layers: str = "all",
-    init: Literal["svd", "random"] = "svd",
+    init: Literal["svd", "random"] | str | Path = "svd",
     *,
     loss: LossConfig | None = None,
     input: HeadInput = "output",
@@ -61,15 +61,17 @@ def attach(
     """Add correspondence heads to the decoder layers of `model`, with adapters (peft) or without.
 
     `layers` is "all" or a range that counts from 1 ("18-25"). `init="svd"` starts each head from its layer's query
-    projection, "random" from noise. The other settings of the heads are those of `HeadsConfig`, the loss's those of
-    `LossConfig`. `processor` is needed for `Gasp.matches`.
+    projection, "random" from noise; a folder continues the heads of its `heads.safetensors`, with their layers, sizes
+    and input. The other settings of the heads are those of `HeadsConfig`, the loss's those of `LossConfig`.
+    `processor` is needed for `Gasp.matches`.
 
     Families that the package knows have their own pixel -> token map. In other models the parts are found and the map
     is measured (`backbones/discovered.py`); `frame_grid` and `visual_token_id` state what cannot be found.
     """
+    given = init if init in ("svd", "random") else None
     config = HeadsConfig(
         layers=layers,
-        init=init,
+        init=cast(Any, given or "svd"),
         input=input,
         mid_size=mid_size,
         out_size=out_size,
@@ -89,9 +91,23 @@ def attach(
     if first.device.type == "meta" or first.numel() == 0:
         raise ValueError("model: its weights are not in memory (meta device or ZeRO-3); attach before they are divided")
     dtype: ModelDtype = "bf16" if inner.dtype == torch.bfloat16 else "fp32"
-    heads = build_heads(config, backbone, model, first.device, dtype)
+    if given is None:
+        heads = _read_fitting(Path(init) / HEADS, backbone)
+    else:
+        heads = build_heads(config, backbone, model, first.device, dtype)
     supervision = build_supervision(config, LossConfig() if loss is None else loss, backbone, model, heads, dtype)
     return Gasp(model, backbone, supervision.to(first.device))
+
+
+def _read_fitting(file: Path, backbone: Backbone) -> CorrespondenceHeads:
+    heads = read_heads(file)
+    head: Any = heads.by_layer[str(heads.layers[-1])]
+    if heads.layers[-1] >= backbone.layer_count or head.first.in_features != backbone.hidden_size:
+        raise ValueError(
+            f"init: the heads of {file} are of layers up to {heads.layers[-1] + 1} and {head.first.in_features} wide "
+            f"states; this model has {backbone.layer_count} layers of {backbone.hidden_size}"
+        )
+    return heads
 
 
 class Gasp:

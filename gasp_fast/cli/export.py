@@ -4,9 +4,13 @@ Reads RUN/checkpoint-N/ and, for adapters, their base model. Writes a new folder
 transformers loads without gasp_fast. The logits of the result are compared with those of the trained model; if they
 differ, nothing is exported.
 
+With --adapters, writes the adapters and the heads alone, for others to attach to the same base model. With
+--push-to-hub, uploads what was written to a private repository on the Hugging Face hub.
+
 examples:
   gasp-fast export runs/full
   gasp-fast export runs/full/checkpoint-500 --out model --dtype fp32 --device cpu
+  gasp-fast export runs/full --adapters --out adapters
 """
 
 from __future__ import annotations
@@ -45,13 +49,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest difference of a logit by merging, in fp32",
     )
 
+    parser.add_argument("--adapters", action="store_true", help="write adapters and heads alone, unmerged")
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="then upload it to this repository; a new one is private"
+    )
+
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.export import export
-    from gasp_fast.run_folder import EXPORT, result_folder
+    from gasp_fast.export.hub import check_name, upload
+    from gasp_fast.run_folder import ADAPTERS, EXPORT, result_folder
 
-    out = arguments.out or result_folder(arguments.run, EXPORT)
+    if arguments.push_to_hub is not None:
+        check_name(arguments.push_to_hub)
+    out = arguments.out or result_folder(arguments.run, ADAPTERS if arguments.adapters else EXPORT)
     console = Console()
+    if arguments.adapters:
+        from gasp_fast.export import export_adapters
+
+        console.print(f"{', '.join(export_adapters(arguments.run, out))}: {out}", highlight=False, soft_wrap=True)
+    else:
+        _export_model(arguments, out, console)
+    if arguments.push_to_hub is not None:
+        with console.status("uploading"):
+            address = upload(out, arguments.push_to_hub)
+        console.print(f"uploaded: {address}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _export_model(arguments: argparse.Namespace, out: Path, console: Console) -> None:
+    from gasp_fast.export import export
+
     with console.status("reading the checkpoint") as status:
         report = export(
             arguments.run,
@@ -78,4 +105,3 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("[yellow]The adapters change no logit; check that the run trained anything.")
     elif report.trained_difference is not None:
         console.print(f"the adapters changed the base model's logits by up to {report.trained_difference:.1e}")
-    return 0

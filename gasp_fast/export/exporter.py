@@ -37,8 +37,10 @@ from gasp_fast.backbones.base import load_complete, loading, local_folder
 from gasp_fast.backbones.base_model import DTYPES, usable_device
 from gasp_fast.backbones.fingerprint import check_base
 from gasp_fast.files import complete_folder, share_as, write_atomically
+from gasp_fast.run_folder import configuration_of
 
 from .base_files import tensor_names, write_like_base
+from .card import CARD, model_card
 from .checkpoint import Checkpoint, find_checkpoint
 
 Stored = Literal["auto", "fp32", "bf16", "fp16"]
@@ -134,8 +136,17 @@ def export(
             trained_difference=None if base_logits is None else _difference(trained_logits, base_logits),
             layout="transformers" if names is None else "base",
         )
-        write_atomically(partial / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
-        share_as(partial / REPORT)
+        usage = [
+            "from transformers import AutoModelForImageTextToText, AutoProcessor",
+            "",
+            f"model = AutoModelForImageTextToText.from_pretrained({out.name!r})",
+            f"processor = AutoProcessor.from_pretrained({out.name!r})",
+        ]
+        config = configuration_of(checkpoint.folder)
+        card = model_card(checkpoint.base, checkpoint.folder.name, config, usage, heads=False)
+        for name, text in ((REPORT, json.dumps(asdict(report), indent=2) + "\n"), (CARD, card)):
+            write_atomically(partial / name, text.encode())
+            share_as(partial / name)
     return report
 
 

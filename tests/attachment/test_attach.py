@@ -16,7 +16,7 @@ from gasp_fast.backbones import tiny_parts
 from gasp_fast.backbones.discovered import DiscoveredBackbone
 from gasp_fast.collator import Collator, Sample
 from gasp_fast.data.tracks.build import Tracks
-from gasp_fast.supervision.head_files import read_heads
+from gasp_fast.supervision.head_files import read_heads, write_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import LayerCapture
 
@@ -213,6 +213,20 @@ def test_saved_heads_continue_and_others_are_refused(qwen, tmp_path):
         refused = gasp_fast.attach(copy.deepcopy(qwen.model), **{**attach, **other})
         with pytest.raises(ValueError, match="attach with the same settings"):
             refused.load(tmp_path / "model")
+
+
+def test_heads_of_a_folder_are_attached_with_their_layers_and_sizes(qwen, tmp_path):
+    gasp = gasp_fast.attach(copy.deepcopy(qwen.model), layers="2-3", input="output_normed", mid_size=8)
+    gasp.save(tmp_path)
+    again = gasp_fast.attach(copy.deepcopy(qwen.model), init=tmp_path)
+    assert again.layers == [1, 2] and again.supervision.reads == "output_normed"
+    assert all(map(torch.equal, again.parameters(), gasp.parameters()))
+    with pytest.raises(OSError, match="no such file"):
+        gasp_fast.attach(copy.deepcopy(qwen.model), init=tmp_path / "nothing")
+    wide = CorrespondenceHeads({0: gasp_fast.CorrespondenceHead(8)})
+    write_heads(tmp_path / "heads.safetensors", wide.state_dict(), "fp32")
+    with pytest.raises(ValueError, match="8 wide states; this model has 4 layers of 128"):
+        gasp_fast.attach(copy.deepcopy(qwen.model), init=tmp_path)
 
 
 def test_wrong_arguments_are_named(qwen, tracks):

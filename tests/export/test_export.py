@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.families import EVERY_SHIPPED
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from gasp_fast import cli
 from gasp_fast.backbones import Conversation, load_backbone
 from gasp_fast.cli import export as command
 from gasp_fast.export import REPORT, export, find_checkpoint, probe
@@ -74,6 +76,10 @@ def adapter_logits(backbone: Any, checkpoint: Path) -> torch.Tensor:
     from peft import PeftModel
 
     return logits(PeftModel.from_pretrained(backbone.load_model(torch.float32), str(checkpoint)), backbone)
+
+
+def command_line(*words: Any) -> int:
+    return cli.main([str(word) for word in words])
 
 
 def plain(folder: Path) -> Any:
@@ -308,3 +314,43 @@ def test_the_command_reports_both_differences(qwen_run: Path, tmp_path: Path, ca
     assert command.run(parser.parse_args([str(qwen_run), "--out", str(tmp_path / "plain")])) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-10 in fp32" in shown and "after merging" in shown and "read back" in shown
+
+
+def test_the_card_names_base_and_settings_but_no_path(qwen: Any, qwen_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(qwen_run, tmp_path / "run")
+    (run / "config.yaml").write_text(f"model:\n  source: {qwen.folder}\ntrain:\n  learning_rate: 0.0003\n")
+    export(run, tmp_path / "plain")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert card.startswith(f'---\nbase_model: "{qwen.folder.name}"\nlibrary_name: transformers\n')
+    assert "| `train.learning_rate` | 0.0003 |" in card and str(tmp_path) not in card
+    assert str(qwen.folder.parent) not in card
+
+
+def test_adapters_and_heads_alone_are_attached_as_the_card_says(qwen: Any, qwen_run: Path, tmp_path: Path) -> None:
+    assert command_line("export", qwen_run, "--adapters", "--out", tmp_path / "small") == 0
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "heads.safetensors"
+    ]  # fmt: skip
+    card = (tmp_path / "small" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace(repr(qwen.folder.name), repr(str(qwen.folder))).replace(
+        "'small'", repr(str(tmp_path / "small"))
+    )
+    names: dict[str, Any] = {}
+    exec(code, names)
+    trained = adapter_logits(qwen.backbone, qwen_run / "checkpoint-10")
+    assert (logits(names["model"], qwen.backbone) - trained).abs().max() < 1e-4
+    assert names["gasp"].layers == [0]
+
+
+def test_an_upload_creates_a_private_repository(
+    qwen_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **how: calls.append((name, how)))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **how: calls.append(how))
+    assert command_line("export", qwen_run, "--adapters", "--out", tmp_path / "small", "--push-to-hub", "me/small") == 0
+    assert calls[0] == ("me/small", {"private": True, "exist_ok": True})
+    assert calls[1]["repo_id"] == "me/small" and calls[1]["folder_path"] == str(tmp_path / "small")
+    assert command_line("export", qwen_run, "--adapters", "--out", tmp_path / "two", "--push-to-hub", "small") == 1
+    assert len(calls) == 2 and not (tmp_path / "two").exists()  # refused before anything is written
