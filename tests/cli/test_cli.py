@@ -207,7 +207,8 @@ def test_bash_completes_commands_options_choices_files_and_folders(scripts, tmp_
     assert "--version" in complete("--")
     assert complete("ev") == ["evaluate"]
     assert complete("evaluate", "--sc") == ["--scenes"]
-    assert set(complete("export", "--")) == {"--help", "--out", "--base", "--dtype", "--device", "--tolerance"}
+    options = {"--help", "--out", "--base", "--dtype", "--device", "--tolerance", "--adapters", "--push-to-hub"}
+    assert set(complete("export", "--")) == options
     assert complete("evaluate", "--rope", "") == ["before", "after"]
     assert complete("evaluate", "--rope", "before", "--dtype", "b") == ["bfloat16"]
     assert complete("evaluate", "--scenes", "my") == ["my scenes"]
