@@ -65,6 +65,7 @@ SUMS = ("loss", "steps", "lm", "answered", "matched", "tokens", "flops")
 LAYER_SUMS = ("corr", "depth", "pck", "cosine")  # a sum for each layer; older checkpoints have no cosine
 # Seconds, skipped samples, and the useful shares of the steps; older checkpoints have none.
 HOST_SUMS = ("data_wait", "device_wait", *KINDS, "useful")
+LITTLE_USEFUL = 0.9  # share of the time of several processes below which the progress bar says so
 MUCH_WAITING = 0.05  # share of the time waiting for data from which on the progress bar says so
 SECONDS_BETWEEN_LINES = 30.0  # where the output is not a terminal, such as a batch system's log file
 
@@ -296,7 +297,7 @@ class Progress:
         self.last_line = -math.inf
         self.bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            rich.progress.BarColumn(bar_width=24),
+            rich.progress.BarColumn(bar_width=10),
             rich.progress.TimeRemainingColumn(),
             rich.progress.TextColumn("{task.fields[text]}"),
             console=console,
@@ -319,16 +320,19 @@ class Progress:
 
 
 def in_words(record: dict[str, Any]) -> str:
-    """The losses, the PCK of the best layer, and the speed, in one line."""
+    """The losses, the PCK of the best layer and the speed, in 45 columns; then what is out of the ordinary."""
     pck = [value for value in record["pck_per_layer"] if value is not None]
-    parts = [f"{name} {record[name]:.3f}" for name in ("lm", "corr", "depth") if record[name] is not None]
+    parts = [f"{name} {record[name]:.2f}" for name in ("lm", "corr", "depth") if record[name] is not None]
     parts += [f"pck {max(pck):.2f}"] if pck else []
-    parts += [f"waits for data {record['data_wait']:.0%}"] if record["data_wait"] >= MUCH_WAITING else []
-    parts += [f"skipped {in_numbers(record['skipped'])}"] if record["skipped"] else []
-    parts += [f"{record['tokens_per_s']:,.0f} tok/s", f"mfu {record['mfu']:.0%}"]
-    if record["useful_share"] is not None and record["useful_share"] < 1:  # several processes
+    on_gpu = record.get("device_wait") is not None
+    parts.append(f"mfu {record['mfu']:.0%}" if on_gpu else f"{record['tokens_per_s'] / 1000:.1f}k tok/s")
+    if record["data_wait"] >= MUCH_WAITING:
+        parts.append(f"waits for data {record['data_wait']:.0%}")
+    if record["useful_share"] is not None and record["useful_share"] < LITTLE_USEFUL:
         parts.append(f"useful {record['useful_share']:.0%}")
-    return " · ".join(parts)
+    if record["skipped"]:
+        parts.append(f"skipped {in_numbers(record['skipped'])}")
+    return " ".join(parts)
 
 
 def score_of(record: dict[str, Any]) -> float | None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,27 @@ def test_without_a_terminal_a_line_is_printed_every_half_minute(monkeypatch):
     bar.stop()
     lines = console.file.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["1/30", "6/30", "11/30", "16/30", "21/30", "26/30", "30/30"]
-    assert "corr 8.000" in lines[0] and "tok/s" in lines[0] and lines[0].endswith("useful 97%")
+    assert "corr 8.00" in lines[0] and "1.0k tok/s" in lines[0] and lines[0].endswith("waits for data 25%")
+
+
+def test_a_line_of_progress_fits_80_columns_and_what_is_unusual_follows():
+    """On a GPU, far into a long run of several processes; the terminal may be no wider."""
+    usual = {
+        **record(123456, 12.345, 12.345, 0.123, [0.987]),
+        "tokens_per_s": 123456.0,
+        "data_wait": 0.01,
+        "mfu": 0.456,
+    }
+    for speed, one in (("123.5k tok/s", usual), ("mfu 46%", {**usual, "device_wait": 0.5})):
+        console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+        bar = Progress(300_000, 0, True, console)
+        bar.update(123_456, one)
+        bar.stop()
+        shown = re.sub(r"\x1b\[[0-9;?]*\w", "", console.file.getvalue()).replace("\r", "\n").splitlines()
+        line = next(line for line in reversed(shown) if "123456/300000" in line)
+        assert line.rstrip().endswith(speed) and len(line.rstrip()) <= 80
+    unusual = {**usual, "useful_share": 0.6, "data_wait": 0.3, "skipped": {"video": 2}}
+    assert log.in_words(unusual).endswith("tok/s waits for data 30% useful 60% skipped 2 videos")
 
 
 def test_without_progress_nothing_is_printed():
