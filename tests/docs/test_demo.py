@@ -27,9 +27,9 @@ def test_a_demo_whose_training_has_no_effect_fails_after_all_steps(tmp_path):
     for link in re.findall(r'<a href="([^"]+)">', page):
         assert (out / link).is_file(), link
     assert page.count('<a href="reports/') == 4
-    for name in ("before", "language only", "correspondence only", "full"):
+    for name in ("before", "language only", "GASP"):
         assert f"<td>{name}</td>" in page
-    for folder in ("language-only", "correspondence-only", "full"):
+    for folder in ("language-only", "GASP"):
         assert (out / "runs" / folder / "checkpoint-2").is_dir() and (out / "runs" / folder / "log.jsonl").read_text()
     assert (out / "export" / "model.safetensors").is_file()
     table = done.stdout.split("=== 6/6")[1]
