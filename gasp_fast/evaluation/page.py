@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import io
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from PIL import Image
 
 from gasp_fast.files import write_atomically
 
@@ -58,10 +61,13 @@ def folded(summary: str, part: str) -> str:
 
 
 def picture(caption: str, path: Path) -> str:
-    """A PNG file inside the page."""
-    data = base64.b64encode(path.read_bytes()).decode()
+    """A picture of photographs inside the page, as a JPEG: the file as PNG would be several times larger."""
+    file = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(file, "JPEG", quality=85)
+    data = base64.b64encode(file.getvalue()).decode()
     text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    return f'<figure><img alt="{text}" src="data:image/jpeg;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def links(targets: Sequence[Link], folder: Path) -> str:

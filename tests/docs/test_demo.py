@@ -21,7 +21,7 @@ def test_a_demo_whose_training_has_no_effect_fails_after_all_steps(tmp_path):
     assert not noise, noise
     out = tmp_path / "demo"
     page = (out / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 1  # the tracks
+    assert page.count('src="data:image/jpeg;base64,') == 1  # the tracks
     assert page.count("<svg") == 3 and 'id="pointing-data"' in page  # two kinds of features, the training curves
     assert len(page) < 5_000_000
     for link in re.findall(r'<a href="([^"]+)">', page):
