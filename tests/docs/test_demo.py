@@ -26,7 +26,7 @@ def test_a_demo_whose_training_has_no_effect_fails_after_all_steps(tmp_path):
     assert len(page) < 5_000_000
     for link in re.findall(r'<a href="([^"]+)">', page):
         assert (out / link).is_file(), link
-    assert page.count('<a href="reports/') == 4
+    assert page.count('<a href="reports/') == 3
     for name in ("before", "language only", "GASP"):
         assert f"<td>{name}</td>" in page
     for folder in ("language-only", "GASP"):
