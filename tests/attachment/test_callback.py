@@ -1,5 +1,8 @@
 """`GaspCallback` in real trainers: the same steps as a loop of one's own, logged, saved and resumed."""
 
+import os
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -224,3 +227,29 @@ def test_sft_trainer_with_adapters_of_its_own_trains_the_heads(setting, tmp_path
     assert (tmp_path / "checkpoint-2" / "heads.safetensors").is_file()
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
     assert all(map(torch.equal, gasp.parameters(), (p for n, p in trainer.model.named_parameters() if "gasp." in n)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [False, True], ids=["ddp", "zero2"])
+def test_two_processes_take_the_step_of_one(setting, tmp_path, deepspeed):
+    """Two samples, accumulated in one process or each in its own: the same weights, heads included."""
+    (tmp_path / "model").symlink_to(setting.folder / "model")
+    (tmp_path / "sample.pickle").write_bytes(pickle.dumps(setting.sample))
+    script = str(Path(__file__).with_name("trainer_step.py"))
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu"}
+
+    def run(launcher, name, *words):
+        command = [sys.executable, *launcher, script, str(tmp_path), str(tmp_path / name), *words]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(tmp_path / name, weights_only=True)
+
+    one = run([], "one.pt", "2")
+    two = run(["-m", "torch.distributed.run", "--nproc-per-node", "2"], "two.pt", "1", *(["ds"] if deepspeed else []))
+    start = dict(setting.model().named_parameters())
+    assert two["corr"] == pytest.approx(one["corr"], rel=1e-5)
+    assert any(name.startswith("gasp.") for name in one["weights"])
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=1e-5, atol=1e-6)
+        assert name not in start or name.endswith("bias") or not torch.equal(value, start[name]), name
