@@ -11,6 +11,7 @@ token_grid.py        the pixel -> token map: which visual token covers which pix
 token_index.py       where the visual and the labelled tokens of a batch are, computed in the data worker
 packing.py           the sequences of a batch in one row, without padding
 chat.py              conversations to prompt text and labels
+saved_model.py       loading of saved models: complete, with one-line errors, never with code
 base_model.py        the base model of a run: attention, fused layers, gradient checkpointing
 attention_kernel.py  the name of the attention kernel that runs
 liger.py             Liger's fused layers for the decoder

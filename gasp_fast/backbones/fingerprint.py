@@ -23,7 +23,7 @@ from pathlib import Path
 from gasp_fast.files import LARGEST_JSON, parse_json, read_json
 from gasp_fast.run_folder import ABOUT
 
-from .base import loading, local_folder
+from .saved_model import loading, local_folder
 
 _VOLATILE = ("_name_or_path", "transformers_version")  # keys of config.json that do not change the model
 _PROCESSOR = (

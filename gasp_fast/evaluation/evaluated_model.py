@@ -19,10 +19,10 @@ from torch import nn
 
 from gasp_fast.backbones import Backbone, Conversation, load_backbone
 from gasp_fast.backbones.adapters import load_adapters
-from gasp_fast.backbones.base import loading, local_folder
 from gasp_fast.backbones.base_model import usable_device
 from gasp_fast.backbones.fingerprint import check_base
 from gasp_fast.backbones.frames import FramesAs
+from gasp_fast.backbones.saved_model import loading, local_folder
 from gasp_fast.run_folder import (
     ABOUT,
     CONFIG,

@@ -215,8 +215,8 @@ class _Features:
     def __call__(self, kind: Captured, layer: int, queries: Tensor, keys: Tensor) -> None:
         if layer not in self._plan.layers[kind]:
             return
-        asked = normalize(queries[self._first].float(), dim=1)  # [T, D]
-        frames = [asked @ normalize(keys[tokens].float(), dim=1).T for tokens in self._later]  # [T, tokens] each
+        first = normalize(queries[self._first].float(), dim=1)  # [T, D]
+        frames = [first @ normalize(keys[tokens].float(), dim=1).T for tokens in self._later]  # [T, tokens] each
         centred = torch.cat([one - one.mean(1, keepdim=True) for one in frames], 1)  # [T, K]
         if not centred.isfinite().all():
             return

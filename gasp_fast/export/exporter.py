@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from gasp_fast.backbones import Backbone, Conversation, load_backbone
 from gasp_fast.backbones.adapters import load_adapters
-from gasp_fast.backbones.base import load_complete, loading, local_folder
 from gasp_fast.backbones.base_model import DTYPES, usable_device
 from gasp_fast.backbones.fingerprint import check_base
+from gasp_fast.backbones.saved_model import load_complete, loading, local_folder
 from gasp_fast.files import complete_folder, share_as, write_atomically
 from gasp_fast.run_folder import configuration_of
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gasp_fast.backbones.adapters import read_adapters
-from gasp_fast.backbones.base import load_complete
+from gasp_fast.backbones.saved_model import load_complete
 from gasp_fast.run_folder import HEADS
 from gasp_fast.supervision.head_files import write_heads
 

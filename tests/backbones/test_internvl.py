@@ -16,7 +16,7 @@ def internvl(families):
 
 @pytest.mark.parametrize("size", [(224, 224), (960, 540), (300, 2000)], ids=str)
 def test_frames_are_not_cut_into_tiles(internvl, noise, size):
-    """The processor does so unless it is told."""
+    """The processor cuts single images into tiles by default."""
     assert internvl.backbone.processor.image_processor.crop_to_patches
     encoded = internvl.backbone.encode([talk(noise(3, *size))])
     assert encoded.inputs["pixel_values"].shape == (3, 3, 224, 224) and len(encoded.positions[0]) == 3 * 196
