@@ -180,7 +180,8 @@ class AddedRows(NamedTuple):
     """Gradients of the tokens that are rows, to be added to what these tokens receive as candidates."""
 
     rows: Tensor  # float32 [G, R, D]
-    of_token: Tensor  # int64 [n], the row of each token; negative: it has none
+    of_token: Tensor  # int64 [n], the row of each token
+    first_row: int  # which of these rows is `rows[:, 0]`; a token of an earlier row, or of none (-1), gets nothing
 
 
 class RowOperations(Protocol):

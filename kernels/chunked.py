@@ -48,6 +48,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import replay
 from .blocks import Blocks, blocks_for
 from .chunk import (
     ChunkMatches,
@@ -60,10 +61,12 @@ from .chunk import (
     TermDefinition,
     TermWeights,
 )
-from .index import MatchIndex
+from .index import MatchIndex, SequenceSpan
 from .products import Products
-from .replay import Recording
+from .replay import Belongings, Recording
 from .row_block import Buffers, Gradients, LayerGroup, Norms, Part, fp16_scale, piece, slices
+
+ALIGNED = 64  # bytes: kernels suppose at most so much of where their arguments begin
 
 
 class RowPass(Protocol):
@@ -233,58 +236,81 @@ class ChunkedEngine:
         gradients: Gradients,
     ) -> Tensor | None:
         """Visit each sequence, group of layers and block once, in a fixed order; return the temperature's gradient."""
-        layers, products = problem.embeddings.shape[0], Products.of(problem.embeddings)
         radial: list[Tensor] = []  # of each block: sum_i e_i . (X K)_i, which is -tau dL/dtau
         if gradients.embeddings is not None and gradients.embeddings is not gradients.keys:
             gradients.embeddings.zero_()  # for tokens that are no anchors
         norms = Norms.of(problem, self.operations)
         if gradients.scale is not None:
             gradients.scale.copy_(fp16_scale(upstream, problem.temperature, norms.tokens))
-        layered = self._layered(problem, row_pass, norms, gradients)
+        call = self._belongings(problem, row_pass, norms, gradients)
         for sequence in problem.rows.sequences:
-            if sequence.row_count == 0:
-                if gradients.keys is not None:
-                    gradients.keys[:, slice(*sequence.tokens)].zero_()
-                continue
-            sizes = products.sizes(layers, sequence, problem.embeddings.shape[-1], gradients.any)
-            blocks = blocks_for(sizes, self.workspace_bytes)
-            buffers = Buffers.allocate(blocks, sizes, products, problem.embeddings)
-            recording: Recording | None = None
-            for group_layers in slices(0, layers, blocks.layers):
-                if recording is not None and group_layers.stop - group_layers.start == blocks.layers:
-                    recording.repeat(group_layers.start)
-                    continue
-                several = group_layers.start + 2 * blocks.layers <= layers
-                recording = Recording(layered) if several and layered is not None else None
-                with recording or nullcontext():
-                    group = LayerGroup.of(
-                        problem, group_layers, sequence, products, self.operations, norms, upstream, gradients,
-                        accumulated=blocks.panel == 0,
-                    )  # fmt: skip
-                    for rows in slices(*sequence.rows, blocks.rows):
-                        self._visit_block(group, rows, row_pass, blocks, buffers, radial)
-                    group.finish()
-                del group  # its accumulator, before the next one is allocated
+            if sequence.row_count > 0:
+                self._visit_sequence(problem, sequence, row_pass, norms, upstream, gradients, radial, call)
+            elif gradients.keys is not None:
+                gradients.keys[:, slice(*sequence.tokens)].zero_()
         if not gradients.temperature:
             return None
         zero = torch.zeros((), device=problem.embeddings.device)
         return -torch.stack(radial).sum() / problem.temperature if radial else zero
 
-    def _layered(self, problem: Problem, row_pass: RowPass, norms: Norms, gradients: Gradients) -> list[Tensor] | None:
-        """All tensors with a part for each layer; None where one group of layers does not repeat what another did.
+    def _visit_sequence(
+        self,
+        problem: Problem,
+        sequence: SequenceSpan,
+        row_pass: RowPass,
+        norms: Norms,
+        upstream: Sequence[Tensor],
+        gradients: Gradients,
+        radial: list[Tensor],
+        call: Belongings | None,
+    ) -> None:
+        """All layers, in groups; with `call`, groups that repeat another one are started from its recording."""
+        layers, products = problem.embeddings.shape[0], Products.of(problem.embeddings)
+        sizes = products.sizes(layers, sequence, problem.embeddings.shape[-1], gradients.any)
+        blocks = blocks_for(sizes, self.workspace_bytes)
+        again, recording = (False, None) if call is None else replay.take(call, (sequence.number, blocks))
+        several = 2 * blocks.layers <= layers
+        buffers: Buffers | None = None
+        for group_layers in slices(0, layers, blocks.layers):
+            whole = group_layers.stop - group_layers.start == min(layers, blocks.layers)
+            if recording is not None and whole:
+                recording.repeat(group_layers.start)
+                continue
+            begun = None
+            if call is not None and recording is None and (again or several):
+                begun = recording = Recording(call)
+            with begun or nullcontext():
+                buffers = buffers or Buffers.allocate(blocks, sizes, products, problem.embeddings)
+                group = LayerGroup.of(
+                    problem, group_layers, sequence, products, self.operations, norms, upstream, gradients,
+                    accumulated=blocks.panel == 0,
+                )  # fmt: skip
+                for rows in slices(*sequence.rows, blocks.rows):
+                    self._visit_block(group, rows, row_pass, blocks, buffers, radial)
+                group.finish()
+            del group  # its accumulator, before the next one is allocated
+        if call is not None:
+            replay.keep(call, (sequence.number, blocks), recording)
+
+    def _belongings(self, problem: Problem, row_pass: RowPass, norms: Norms, gradients: Gradients) -> Belongings | None:
+        """The tensors of a call whose groups of layers can be repeated; None where one does not repeat another.
 
         Besides launches and products, that is where torch computes: fp16 is normalised and scaled, the gradient of the
         temperature is summed, anchors that are no candidates have a gradient of their own, strides are unusual.
         """
-        own_gradient = gradients.embeddings is not None and problem.keys is not problem.embeddings
-        unusual = problem.embeddings.stride(2) != 1 or problem.embeddings.dtype == torch.float16
+        embeddings, keys = problem.embeddings, problem.keys
+        own_gradient = gradients.embeddings is not None and keys is not embeddings
+        unusual = embeddings.stride(2) != 1 or embeddings.dtype == torch.float16
         if not self.replays or not isinstance(row_pass, LossPass) or own_gradient or unusual or gradients.temperature:
             return None
-        tensors = [problem.embeddings, norms.tokens, *row_pass.terms, *(row_pass.weights or ())]
-        if problem.keys is not problem.embeddings:
-            tensors.append(problem.keys)
-        tensors += [tensor for tensor in (norms.rows, gradients.keys) if tensor is not None]
-        return tensors
+        weights = row_pass.weights or ()
+        users = [embeddings] if keys is embeddings else [embeddings, keys]
+        users += [] if gradients.keys is None else [gradients.keys]
+        own = [norms.tokens, *row_pass.terms] if norms.rows is None else [norms.tokens, norms.rows, *row_pass.terms]
+        scratch = [row_pass.positive] if row_pass.pull is None else [row_pass.positive, row_pass.pull]
+        forms = [(t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNED) for t in users]
+        form = (row_pass.definition, *forms, *[weight.stride() for weight in weights])
+        return Belongings(row_pass.index, form, [*users, *own, *weights], [*scratch, problem.temperature])
 
     def _visit_block(
         self, group: LayerGroup, rows: slice, row_pass: RowPass, blocks: Blocks, buffers: Buffers, radial: list[Tensor]

@@ -1,9 +1,19 @@
-"""Repeats for later layers what the first layers of a call started.
+"""Repeats what one group of layers started: for later layers, and for later calls with the same matches.
 
-All groups of as many layers start the same kernels and the same products. Between two groups only addresses differ:
-those of embeddings, norms, weights, terms and gradients move on by a fixed distance a layer, and all other memory is
-the same. To work out views, sizes and arguments again costs the host several times as much as the start of a kernel.
-So the first group is recorded while it runs, and the others repeat the recording with moved addresses.
+All groups of as many layers of a sequence start the same kernels and the same products, in one call and in all calls
+with the same matches, sizes and types. Only addresses differ. To work out views, sizes and arguments again costs the
+host several times as much as the start of a kernel. So one group is recorded while it runs, and others repeat the
+recording with other addresses.
+
+A recording knows each tensor by its place, which is one of three:
+
+- in a tensor of the call: embeddings, norms, weights, terms, gradients. Where these have a part for each layer, the
+  place moves on by a fixed distance a layer.
+- in memory that the group works in (`scratch`). A later call allocates it anew, one piece for each element type.
+- where it is, for what depends on the matches alone.
+
+A tensor that is in none of these was computed for this call. It is kept for the later layers of the call, and the
+recording is not used by other calls.
 
 `launch` and the products of `Products` are recorded, if a recording is in progress on their thread. A group that
 computes anything in another way cannot be repeated; `ChunkedEngine` knows which these are.
@@ -12,13 +22,19 @@ computes anything in another way cannot be repeated; `ChunkedEngine` knows which
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from .index import MatchIndex
+
+ALIGNED = 512  # bytes: where pieces of memory begin, as those of CUDA's allocator do
 
 
 class _Thread(threading.local):
@@ -33,19 +49,63 @@ def current() -> Recording | None:
     return _thread.recording
 
 
+def scratch(memory: Tensor) -> Tensor:
+    """Tells the recording in progress that a group works in this memory, which was just allocated."""
+    if _thread.recording is not None:
+        _thread.recording.add_scratch(memory)
+    return memory
+
+
+class Span(NamedTuple):
+    """The memory of a tensor."""
+
+    begin: int
+    end: int
+    base: int  # number of the tensor of the call, or of the piece of memory to work in
+    layer: int  # bytes from one layer to the next; 0: it is the same for all
+    offset: int  # bytes from the beginning of that piece
+
+    @staticmethod
+    def of(tensor: Tensor, base: int, layer: int = 0, offset: int = 0) -> Span:
+        return Span(tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), base, layer, offset)
+
+
 @dataclass(slots=True)
 class Start:
     """The start of a compiled kernel; of its values, those of tensors are addresses."""
 
     function: Callable[[list[Any]], None]
     values: list[Any]
-    moved: list[tuple[int, int, int]]  # position among the values, address for the first group, bytes a layer
-    kept: list[Tensor]  # so that their memory is not given to others
+    fixed: list[tuple[int, int, int]] = field(default_factory=list)  # position among the values, base, offset
+    moved: list[tuple[int, int, int, int]] = field(default_factory=list)  # the same, and the bytes from layer to layer
 
-    def repeat(self, later: int) -> None:
-        for at, address, distance in self.moved:
-            self.values[at] = address + later * distance
+    def place(self, recording: Recording) -> None:
+        for at, base, offset in self.fixed:
+            self.values[at] = recording.addresses[base] + offset
+
+    def repeat(self, recording: Recording, later: int) -> None:
+        for at, base, offset, layer in self.moved:
+            self.values[at] = recording.addresses[base] + offset + later * layer
         self.function(self.values)
+
+    def release(self) -> None:
+        """Addresses hold no memory."""
+
+
+@dataclass(slots=True)
+class View:
+    """A tensor as a part of another of the same element type; distances in numbers."""
+
+    at: int  # position among the arguments of a call
+    base: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    layer: int
+
+    def of(self, bases: Sequence[Tensor], later: int) -> Tensor:
+        base = bases[self.base]
+        return base.as_strided(self.shape, self.stride, base.storage_offset() + self.offset + later * self.layer)
 
 
 @dataclass(slots=True)
@@ -54,26 +114,53 @@ class Call:
 
     function: Callable[..., None]
     arguments: list[Any]
-    moved: list[tuple[int, Tensor, int]]  # position among the arguments, tensor for the first group, bytes a layer
+    fixed: list[View] = field(default_factory=list)
+    moved: list[View] = field(default_factory=list)
 
-    def repeat(self, later: int) -> None:
-        for at, tensor, distance in self.moved:
-            offset = tensor.storage_offset() + later * distance // tensor.element_size()
-            self.arguments[at] = tensor.as_strided(tensor.shape, tensor.stride(), offset)
+    def place(self, recording: Recording) -> None:
+        for view in self.fixed:
+            self.arguments[view.at] = view.of(recording.bases, 0)
+
+    def repeat(self, recording: Recording, later: int) -> None:
+        for view in self.moved:
+            self.arguments[view.at] = view.of(recording.bases, later)
         self.function(*self.arguments)
+
+    def release(self) -> None:
+        for view in (*self.fixed, *self.moved):
+            self.arguments[view.at] = None
+
+
+@dataclass(frozen=True)
+class Belongings:
+    """The tensors of a call, and what its recordings may be used for."""
+
+    matches: MatchIndex  # recordings last as long as it; later calls find its tensors where they are
+    form: Hashable  # calls with the same matches and form start the same
+    layered: list[Tensor]  # [L, ...] with a part for each layer
+    others: list[Tensor]
 
 
 class Recording:
     """What one group of layers starts, in its order. A context manager: records while it is open.
 
-    `layered` are the tensors `[L, ...]` that have a part of their own for every layer. The group begins at layer 0.
+    The group begins at layer 0 of the call.
     """
 
-    def __init__(self, layered: Sequence[Tensor]) -> None:
-        self.device = layered[0].device
+    def __init__(self, call: Belongings) -> None:
+        self.device = call.layered[0].device
         self.steps: list[Start | Call] = []
-        # Where each begins and ends in memory, and the bytes from one layer to the next.
-        self.spans = [(t.data_ptr(), t.data_ptr() + _extent(t), t.stride(0) * t.element_size()) for t in layered]
+        self.bases = [*call.layered, *call.others]
+        self.addresses = [base.data_ptr() for base in self.bases]
+        self.of_call = len(self.bases)
+        layers = [base.stride(0) * base.element_size() for base in call.layered] + [0] * len(call.others)
+        self.spans = [Span.of(base, at, layer) for at, (base, layer) in enumerate(zip(self.bases, layers, strict=True))]
+        self.pieces: dict[torch.dtype, int] = {}  # memory to work in: so many numbers of each type
+        self.kept: list[Tensor] = []  # what this call needs until all layers are done
+        self.lasting = [Span.of(tensor, 0) for tensor in call.matches.tensors()]
+        ordered = sorted(self.spans)
+        # Of two tensors that share memory, a place in one may be meant as a place in the other.
+        self.lasts = all(a.end <= b.begin for a, b in itertools.pairwise(ordered))
 
     def __enter__(self) -> Recording:
         assert _thread.recording is None
@@ -83,24 +170,62 @@ class Recording:
     def __exit__(self, *error: object) -> None:
         _thread.recording = None
 
-    def bytes_a_layer(self, tensor: Tensor) -> int:
-        """How far a tensor is from that of the next layer; 0: it is the same for all layers."""
+    def add_scratch(self, memory: Tensor) -> None:
+        size, begin = memory.element_size(), self.pieces.setdefault(memory.dtype, 0)
+        base = self.of_call + list(self.pieces).index(memory.dtype)
+        span = Span.of(memory, base, offset=begin * size)
+        self.pieces[memory.dtype] = begin + -(-(span.end - span.begin) // ALIGNED) * ALIGNED // size
+        self.spans.append(span)
+        self.kept.append(memory)
+
+    def span_of(self, tensor: Tensor) -> Span | None:
+        """The part of the call's tensors or of the memory to work in that holds a tensor; None: neither does."""
         address = tensor.data_ptr()
-        distances = {distance for begin, end, distance in self.spans if begin <= address < end}
-        if len(distances) > 1:
+        found = [span for span in self.spans if span.begin <= address < span.end]
+        if len({span.layer for span in found}) > 1:
             raise ValueError("embeddings or keys: layers of two tensors lie in each other's memory; copy one of them")
-        return distances.pop() if distances else 0
+        if found:
+            return found[0]
+        self.kept.append(tensor)
+        if tensor.numel() > 0 and not any(span.begin <= address < span.end for span in self.lasting):
+            self.lasts = False
+        return None
 
     def add_start(self, function: Callable[[list[Any]], None], values: list[Any], tensors: dict[int, Tensor]) -> None:
         """`function(values)`, where values are the addresses of `tensors`, by their position."""
-        distances = ((at, values[at], self.bytes_a_layer(tensor)) for at, tensor in tensors.items())
-        self.steps.append(Start(function, values, [moved for moved in distances if moved[2]], list(tensors.values())))
+        start = Start(function, values)
+        for at, tensor in tensors.items():
+            span = self.span_of(tensor)
+            if span is None:
+                continue
+            offset = span.offset + values[at] - span.begin
+            if span.layer:
+                start.moved.append((at, span.base, offset, span.layer))
+            else:
+                start.fixed.append((at, span.base, offset))
+        self.steps.append(start)
 
     def add_call(self, function: Callable[..., None], *arguments: Any) -> None:
         """`function(*arguments)`."""
-        tensors = ((at, value) for at, value in enumerate(arguments) if isinstance(value, Tensor))
-        distances = ((at, tensor, self.bytes_a_layer(tensor)) for at, tensor in tensors)
-        self.steps.append(Call(function, list(arguments), [moved for moved in distances if moved[2]]))
+        call = Call(function, list(arguments))
+        for at, tensor in enumerate(arguments):
+            span = self.span_of(tensor) if isinstance(tensor, Tensor) else None
+            if span is None:
+                continue
+            size = tensor.element_size()
+            offset = (span.offset + tensor.data_ptr() - span.begin) // size
+            view = View(at, span.base, tensor.shape, tensor.stride(), offset, span.layer // size)
+            (call.moved if span.layer else call.fixed).append(view)
+        self.steps.append(call)
+
+    def place(self, call: Belongings) -> None:
+        """Use the tensors of another call, and new memory to work in."""
+        like = call.layered[0]
+        pieces = [like.new_empty(count, dtype=element) for element, count in self.pieces.items()]
+        self.bases = [*call.layered, *call.others, *pieces]
+        self.addresses = [base.data_ptr() for base in self.bases]
+        for step in self.steps:
+            step.place(self)
 
     def repeat(self, first: int) -> None:
         """The same for as many layers from `first` on."""
@@ -108,7 +233,39 @@ class Recording:
             with torch.cuda.device(self.device):
                 return self.repeat(first)
         for step in self.steps:
-            step.repeat(first)
+            step.repeat(self, first)
+
+    def release(self) -> None:
+        """Hold no memory of the call."""
+        self.bases, self.kept, self.spans = [], [], []
+        for step in self.steps:
+            step.release()
+
+
+_recordings: WeakKeyDictionary[MatchIndex, dict[Hashable, Recording | None]] = WeakKeyDictionary()
+
+
+def take(call: Belongings, group: Hashable) -> tuple[bool, Recording | None]:
+    """Whether an earlier call asked for the same group of layers, and its recording, placed for this call.
+
+    Nobody else gets the recording until `keep` returns it.
+    """
+    known = _recordings.get(call.matches, {})
+    key = call.form, group
+    if key not in known:
+        return False, None
+    recording = known.pop(key)
+    if recording is not None:
+        recording.place(call)
+    return True, recording
+
+
+def keep(call: Belongings, group: Hashable, recording: Recording | None) -> None:
+    """For later calls: the recording, if it can serve them; otherwise only that there was a call."""
+    if recording is not None:
+        recording.release()
+    lasts = recording is not None and recording.lasts
+    _recordings.setdefault(call.matches, {})[call.form, group] = recording if lasts else None
 
 
 def recorded(method: Callable[..., None]) -> Callable[..., None]:

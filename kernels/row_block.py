@@ -18,6 +18,7 @@ from .blocks import Blocks, Scratch, Sizes
 from .chunk import AddedRows, ChunkMatches, FrameStatistics, FrameUpstream, PartMemory, Problem, RowChunk, RowOperations
 from .index import SequenceSpan
 from .products import Products
+from .replay import scratch
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,18 @@ class Buffers:
     def allocate(blocks: Blocks, sizes: Sizes, products: Products, like: Tensor) -> Buffers:
         layers, rows, columns, width = blocks.layers, blocks.rows, blocks.columns, sizes.width
         begin = Scratch.of(sizes, blocks)
-        scratch = like.new_empty(begin.size, dtype=torch.float32)
-        anchors = like.new_empty((layers, rows, width), dtype=products.element)
-        x = similarity = scratch.as_strided((layers, blocks.part, columns), (blocks.part * columns, columns, 1))
+        block = scratch(like.new_empty(begin.size, dtype=torch.float32))
+        anchors = scratch(like.new_empty((layers, rows, width), dtype=products.element))
+        x = similarity = block.as_strided((layers, blocks.part, columns), (blocks.part * columns, columns, 1))
         if not sizes.backward:
             return Buffers(anchors, x, similarity, None, None)
         if sizes.element < 4:
-            x = like.new_empty((layers, rows, columns), dtype=products.element)
+            x = scratch(like.new_empty((layers, rows, columns), dtype=products.element))
         strides = rows * width, width, 1
-        row_gradient, panel = scratch.as_strided((layers, rows, width), strides, begin.row_gradient), None
+        row_gradient, panel = block.as_strided((layers, rows, width), strides, begin.row_gradient), None
         if blocks.panel and not sizes.wide:
             strides = blocks.panel * width, width, 1
-            panel = scratch.as_strided((layers, blocks.panel, width), strides, begin.panel)
+            panel = block.as_strided((layers, blocks.panel, width), strides, begin.panel)
         return Buffers(anchors, x, similarity, row_gradient, panel)
 
     def part(self, group: LayerGroup, rows: slice, block: slice) -> Part:
@@ -170,7 +171,9 @@ class LayerGroup:
         if gradients.keys is not None:
             result = piece(piece(gradients.keys, 0, layers), 1, span)
             if accumulated:
-                total = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
+                total = result
+                if result.dtype != torch.float32:
+                    total = scratch(torch.empty_like(result, dtype=torch.float32))
         return LayerGroup(
             problem, layers, sequence, products, operations, gradients, raw, tokens, token_norms, scale, row_norms,
             boost, factor, result, total,
@@ -312,11 +315,10 @@ class RowBlock:
             gradients.embeddings[group.layers].index_copy_(1, tokens, row_gradient.to(gradients.embeddings.dtype))
 
     def _added_rows(self, row_gradient: Tensor) -> AddedRows:
-        """The gradients of these rows, and the row of each token of the sequence; negative: none of these rows."""
+        """The gradients of these rows, and the row of each token of the sequence."""
         sequence = self.group.sequence
         of_token = piece(self.group.problem.rows.token_row, 0, slice(*sequence.tokens))
-        first = self.rows.start - sequence.rows[0]
-        return AddedRows(row_gradient, of_token - first if first else of_token)
+        return AddedRows(row_gradient, of_token, self.rows.start - sequence.rows[0])
 
     def write_panels(self, x: Tensor, size: int) -> None:
         """The whole gradient of the candidates, `size` of them at a time; this block has all rows and columns."""
@@ -330,7 +332,7 @@ class RowBlock:
             group.products.token_gradient(piece(x, 2, columns), self.anchors, panel, False)
             added = group.added
             if added is not None:
-                added = AddedRows(added.rows, piece(added.of_token, 0, columns))
+                added = added._replace(of_token=piece(added.of_token, 0, columns))
             group.operations.project_gradient(
                 panel, piece(group.raw, 1, columns), piece(group.token_norms, 1, columns), out,
                 group.products.normalised, group.factor, added,

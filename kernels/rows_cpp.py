@@ -121,7 +121,7 @@ def project_gradient(
     if factor is not None or torch.float16 in (embeddings.dtype, out.dtype):  # only float16 has a factor
         rows_torch.project_gradient(gradient, embeddings, inverse_norm, out, of_unit, factor, added)
         return
-    of_token = None if added is None else added.of_token.numpy()
+    of_token = None if added is None else added.of_token.numpy() - added.first_row
     rows = [None] * len(gradient) if added is None else [layer.numpy() for layer in added.rows]
     layers = zip(gradient, _dense_rows(embeddings), inverse_norm, out, rows, strict=True)
     for u, layer, norms, to, of_layer in layers:

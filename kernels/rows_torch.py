@@ -214,7 +214,7 @@ def project_gradient(
     """
     u = gradient
     if added is not None:
-        at = added.of_token
+        at = added.of_token - added.first_row
         u = u + torch.where((at >= 0)[:, None], added.rows[:, at.clamp(min=0)], 0.0)
     if factor is not None:
         u = u * factor[:, None, None]

@@ -31,6 +31,7 @@ from .chunk import (
     RowChunk,
     TermWeights,
 )
+from .replay import scratch
 from .triton_launch import Tile, cdiv, launch, power_of_two, tl
 
 # The passes over similarities: 128 columns are 16 bytes a lane, where frames begin at multiples of 4. With one warp to
@@ -57,7 +58,7 @@ def inverse_norms(embeddings: Tensor) -> Tensor:
     """`1 / max(|e|, 1e-12)`: [..., N, D] of any float type -> float32 [..., N]."""
     stack = embeddings if embeddings.dim() == 3 else embeddings.reshape(-1, *embeddings.shape[-2:])  # [G, N, D]
     groups, tokens, width = stack.shape
-    out = torch.empty(embeddings.shape[:-1], dtype=torch.float32, device=stack.device)
+    out = scratch(torch.empty(embeddings.shape[:-1], dtype=torch.float32, device=stack.device))
     strides = stack.stride()
     launch(
         vectors.inverse_norms, (cdiv(tokens, NORM_TILE.rows), groups), NORM_TILE,
@@ -120,7 +121,9 @@ def loss_terms(
         memory = memory or PartMemory()
         upstream = memory.upstream
         if upstream is None:
-            upstream = FrameUpstream(torch.empty_like(statistics.lse), torch.empty_like(statistics.expected))
+            upstream = FrameUpstream(
+                *(scratch(torch.empty_like(value)) for value in (statistics.lse, statistics.expected))
+            )
             memory.upstream = upstream
     tile = _frame_tile(frames)
     launch(
@@ -208,7 +211,7 @@ def project_gradient(
     launch(
         vectors.project_gradient, (cdiv(tokens, tile.rows), groups), tile,
         gradient, *gradient.stride()[:2], embeddings, *strides, inverse_norm, inverse_norm.stride(0), factor,
-        *((None, 0, 0, None) if added is None else (added.rows, *added.rows.stride()[:2], added.of_token)),
+        *((None, 0, 0, None, 0) if added is None else (added.rows, *added.rows.stride()[:2], *added[1:])),
         out, *out.stride()[:2], tokens, width,
         form=(gradient.dtype, embeddings.dtype, out.dtype, factor is None, added is None),
         OF_UNIT=of_unit, CLAMPED=out.dtype == torch.float16, DENSE=strides[2] == 1,
@@ -218,10 +221,13 @@ def project_gradient(
 
 def _empty_statistics(like: Tensor, cells: tuple[int, int, int], width: int, ignored: bool) -> FrameStatistics:
     """Uninitialised memory for the statistics, which a kernel writes."""
-    lse = like.new_empty(cells)
-    known_lse, peak, best = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int64)
-    expected = lse.new_empty((*cells, width))
-    return FrameStatistics(lse, known_lse, expected, best, peak, torch.empty_like(lse) if ignored else lse)
+
+    def memory(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return scratch(like.new_empty((*cells, *shape), dtype=dtype))
+
+    lse = memory()
+    negative_lse = memory() if ignored else lse
+    return FrameStatistics(lse, memory(), memory(width), memory(dtype=torch.int64), memory(), negative_lse)
 
 
 @dataclass(slots=True)

@@ -58,7 +58,7 @@ def inverse_norms(
 def project_gradient(
     gradient, gradient_g: tl.int64, gradient_n: tl.int64, embeddings, stride_g: tl.int64, stride_n: tl.int64,
     stride_d: tl.int64, inverse_norm, inverse_g: tl.int64, factor, added, added_g: tl.int64, added_n: tl.int64,
-    of_token, out, out_g: tl.int64, out_n: tl.int64, tokens, width,
+    of_token, first_row, out, out_g: tl.int64, out_n: tl.int64, tokens, width,
     OF_UNIT: tl.constexpr, CLAMPED: tl.constexpr, DENSE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def project_gradient(
         by = tl.load(factor + group)
     at = row.to(tl.int64)
     if of_token is not None:
-        at = tl.load(of_token + row, mask=row_mask, other=-1)
+        at = tl.load(of_token + row, mask=row_mask, other=-1) - first_row
     has_row, added_line = (at >= 0)[:, None], group * added_g + at[:, None] * added_n
     row = row.to(tl.int64)[:, None]
     u_line, e_line, out_line = (

@@ -261,7 +261,7 @@ def test_gradients_of_rows_are_added_before_the_jacobian(width, dtype):
     embeddings, gradient = torch.randn(2, 1, 9, width, generator=generator)
     embeddings, rows = embeddings.to(dtype), torch.randn(1, 4, width, generator=generator)
     norms = rows_cpp.inverse_norms(embeddings)
-    added = AddedRows(rows, torch.tensor([-1, 2, 0, -1, -1, 3, -1, 1, -1]))
+    added = AddedRows(rows, torch.tensor([-1, 7, 5, 0, 4, 8, -1, 6, -1]), first_row=5)
     ours, expected = torch.empty(1, 9, width), torch.empty(1, 9, width)
     rows_torch.project_gradient(gradient, embeddings, norms, expected, False, None, added)
     summed = gradient.index_add(1, torch.tensor([2, 7, 1, 5]), rows)

@@ -88,7 +88,7 @@ def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
     gradient = torch.zeros(1, tokens, width)
     rows_triton.add_rows(torch.zeros(1, rows, width), own, gradient)
     rows_triton.gather_rows(embeddings, own, torch.zeros(1, rows, width, dtype=dtype))
-    added = AddedRows(torch.zeros(1, rows, width), index.rows.token_row)
+    added = AddedRows(torch.zeros(1, rows, width), index.rows.token_row, 0)
     for factor, sums in ((None, None), (None, added), (torch.ones(1), added)):
         rows_triton.project_gradient(gradient, embeddings, scale, torch.empty_like(embeddings), False, factor, sums)
     shares, places = (index.corr_share, index.depth_share), torch.zeros(tokens, 2, dtype=torch.int64)

@@ -1,5 +1,7 @@
-"""Layers that repeat the recording of the first ones give the bits that they give by themselves."""
+"""Layers and calls that repeat a recording give the bits that they give by themselves."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,12 +15,12 @@ from gasp_fast.kernels.blocks import Blocks, blocks_for
 from gasp_fast.kernels.chunked import ChunkedEngine
 from gasp_fast.kernels.engines import ENGINES
 from gasp_fast.kernels.products import Products
-from gasp_fast.kernels.replay import Recording, current
+from gasp_fast.kernels.replay import Belongings, Recording, current, keep, take
 
 SEQUENCES = [[5, 1, 3], [4, 3]]
 LAYERS = 3
-# Bytes: columns are cut; rows are cut, and gradients accumulate; one block with panels.
-WORKSPACES = [300, 700, 1 << 20]
+# Bytes: columns are cut; rows are cut, and gradients accumulate; one block.
+WORKSPACES = [150, 300, 1 << 20]
 
 
 @pytest.fixture
@@ -140,14 +142,111 @@ def test_a_recorded_group_computes_nothing_else(monkeypatch, device, workspace, 
     assert computed <= allowed
 
 
+def one_call(matches, embeddings):
+    """The loss, a metric and the gradient; alignment and strides are those of `embeddings`."""
+    leaf = embeddings.detach().requires_grad_()
+    out = gasp_fast.gasp_loss(leaf, matches, backend="triton")
+    out.loss.backward()
+    return [out.loss.detach(), out.corr_per_layer, leaf.grad]
+
+
+@pytest.mark.parametrize(("workspace", "dtype"), [(300, torch.bfloat16), (1 << 20, torch.float32)])
+def test_later_calls_with_the_same_matches_repeat(monkeypatch, repeated, poisoned_memory, device, workspace, dtype):
+    """The first call notes its form, the second records, others repeat: with other embeddings and other memory."""
+    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=1)
+    embeddings = [problem.embeddings.to(device, dtype) * (call + 1) + call for call in range(5)]
+    found = []
+    for replays in (False, True):
+        use_engine(monkeypatch, workspace, replays)
+        matches = problem.matches.to(device)
+        found.append([result for each in embeddings for result in one_call(matches, each)])
+    assert repeated == [0] * len(SEQUENCES) * 3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_calls_of_another_form_do_not_repeat(monkeypatch, repeated, device):
+    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=1)
+    plain = problem.embeddings.to(device, torch.float32)
+    wider = torch.zeros(*plain.shape[:2], 12, device=device)
+    strided, shifted = wider[..., :8].copy_(plain), torch.zeros(plain.numel() + 1, device=device)[1:].view_as(plain)
+    shifted.copy_(plain)
+    use_engine(monkeypatch, 1 << 20, replays=True)
+    matches = problem.matches.to(device)
+    expected = one_call(matches, plain)
+    for each in (strided, shifted, plain.bfloat16(), plain[:, :, :8]):
+        found = one_call(matches, each)
+        tolerance = 0 if each.dtype == plain.dtype else 0.1
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.to(b), b, rtol=tolerance, atol=tolerance)
+    assert repeated == []
+
+
+def test_a_recording_holds_neither_the_memory_of_a_call_nor_its_matches(monkeypatch, repeated, device):
+    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=1)
+    use_engine(monkeypatch, 1 << 20, replays=True)
+    matches = problem.matches.to(device)
+    index = weakref.ref(matches.index)
+    made: list[weakref.ref[torch.Tensor]] = []
+    add_scratch, place = Recording.add_scratch, Recording.place
+
+    def seen_scratch(self: Recording, memory: torch.Tensor) -> None:
+        made.append(weakref.ref(memory))
+        add_scratch(self, memory)
+
+    def seen_place(self: Recording, call: Belongings) -> None:
+        place(self, call)
+        made.extend(weakref.ref(base) for base in self.bases)
+
+    monkeypatch.setattr(Recording, "add_scratch", seen_scratch)
+    monkeypatch.setattr(Recording, "place", seen_place)
+    for _ in range(4):
+        one_call(matches, problem.embeddings.to(device, torch.float32))
+    gc.collect()
+    assert len(repeated) == 2 * len(SEQUENCES) and len(made) > 20
+    assert not [memory for memory in made if memory() is not None]
+    del matches
+    problem = None
+    gc.collect()
+    assert index() is None
+
+
+def belongings(*layered: torch.Tensor) -> Belongings:
+    matches = random_problem(0, SEQUENCES, width=8, matches=12, layers=1).matches.index
+    return Belongings(matches, "form", list(layered), [])
+
+
+def test_tensors_that_share_memory_keep_a_recording_from_lasting():
+    """A place in one may be a place in the other, and those of another call may lie elsewhere."""
+    memory = torch.zeros(4, 20)
+    call = belongings(memory[:, :10], memory[:, 10:])
+    recording = Recording(call)
+    assert not recording.lasts and Recording(belongings(memory[:2], memory[2:])).lasts
+    keep(call, "group", recording)
+    assert take(call, "group") == (True, None)
+
+
+def test_a_tensor_of_nobody_keeps_a_recording_from_lasting():
+    recording = Recording(belongings(torch.zeros(2, 3)))
+    recording.add_call(lambda value: None, torch.zeros(3))
+    assert not recording.lasts
+
+
+def test_one_call_at_a_time_has_a_recording():
+    call = belongings(torch.zeros(2, 3))
+    assert take(call, "group") == (False, None)
+    keep(call, "group", Recording(call))
+    assert take(call, "group")[1] is not None
+    assert take(call, "group") == (False, None)
+
+
 def test_layers_in_each_others_memory_are_refused():
     memory = torch.zeros(100)
-    recording = Recording([memory.as_strided((3, 10), (30, 1)), memory.as_strided((3, 10), (20, 1))])
+    recording = Recording(belongings(memory.as_strided((3, 10), (30, 1)), memory.as_strided((3, 10), (20, 1))))
     with pytest.raises(ValueError, match="copy one of them"):
-        recording.bytes_a_layer(memory[5:])
+        recording.span_of(memory[5:])
 
 
 def test_a_failed_group_ends_the_recording():
-    with pytest.raises(RuntimeError), Recording([torch.zeros(2, 3)]):
+    with pytest.raises(RuntimeError), Recording(belongings(torch.zeros(2, 3))):
         raise RuntimeError
     assert current() is None

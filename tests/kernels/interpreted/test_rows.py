@@ -389,7 +389,7 @@ def test_gradients_of_rows_are_added_and_scaled_before_the_jacobian(
     embeddings = torch.randn(2, 9, width, generator=generator).to(dtype)
     inverse = rows_torch.inverse_norms(embeddings)
     gradient, rows = torch.randn(2, 9, width, generator=generator), torch.randn(2, 4, width, generator=generator)
-    added = AddedRows(rows, torch.tensor([-1, 2, 0, -1, -1, 3, -1, 1, -1]))
+    added = AddedRows(rows, torch.tensor([-1, 7, 5, 0, 4, 8, -1, 6, -1]), first_row=5)
     ours, truth = torch.full((2, 9, width), float("nan")), torch.empty(2, 9, width)
     rows_triton.project_gradient(gradient, embeddings, inverse, ours, False, factor, added)
     rows_torch.project_gradient(gradient, embeddings, inverse, truth, False, factor, added)
