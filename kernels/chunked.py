@@ -63,7 +63,7 @@ from .chunk import (
 )
 from .index import MatchIndex, SequenceSpan
 from .products import Products
-from .replay import Belongings, Recording
+from .replay import CallTensors, Recording
 from .row_block import Buffers, Gradients, LayerGroup, Norms, Part, fp16_scale, piece, slices
 
 ALIGNED = 64  # bytes: kernels suppose at most so much of where their arguments begin
@@ -242,7 +242,7 @@ class ChunkedEngine:
         norms = Norms.of(problem, self.operations)
         if gradients.scale is not None:
             gradients.scale.copy_(fp16_scale(upstream, problem.temperature, norms.tokens))
-        call = self._belongings(problem, row_pass, norms, gradients)
+        call = self._call_tensors(problem, row_pass, norms, gradients)
         for sequence in problem.rows.sequences:
             if sequence.row_count > 0:
                 self._visit_sequence(problem, sequence, row_pass, norms, upstream, gradients, radial, call)
@@ -262,7 +262,7 @@ class ChunkedEngine:
         upstream: Sequence[Tensor],
         gradients: Gradients,
         radial: list[Tensor],
-        call: Belongings | None,
+        call: CallTensors | None,
     ) -> None:
         """All layers, in groups; with `call`, groups that repeat another one are started from its recording."""
         layers, products = problem.embeddings.shape[0], Products.of(problem.embeddings)
@@ -290,9 +290,11 @@ class ChunkedEngine:
                 group.finish()
             del group  # its accumulator, before the next one is allocated
         if call is not None:
-            replay.keep(call, (sequence.number, blocks), recording)
+            replay.store(call, (sequence.number, blocks), recording)
 
-    def _belongings(self, problem: Problem, row_pass: RowPass, norms: Norms, gradients: Gradients) -> Belongings | None:
+    def _call_tensors(
+        self, problem: Problem, row_pass: RowPass, norms: Norms, gradients: Gradients
+    ) -> CallTensors | None:
         """The tensors of a call whose groups of layers can be repeated; None where one does not repeat another.
 
         Besides launches and products, that is where torch computes: fp16 is normalised and scaled, the gradient of the
@@ -310,7 +312,7 @@ class ChunkedEngine:
         scratch = [row_pass.positive] if row_pass.pull is None else [row_pass.positive, row_pass.pull]
         forms = [(t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNED) for t in users]
         form = (row_pass.definition, *forms, *[weight.stride() for weight in weights])
-        return Belongings(row_pass.index, form, [*users, *own, *weights], [*scratch, problem.temperature])
+        return CallTensors(row_pass.index, form, [*users, *own, *weights], [*scratch, problem.temperature])
 
     def _visit_block(
         self, group: LayerGroup, rows: slice, row_pass: RowPass, blocks: Blocks, buffers: Buffers, radial: list[Tensor]

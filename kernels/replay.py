@@ -5,15 +5,15 @@ with the same matches, sizes and types. Only addresses differ. To work out views
 host several times as much as the start of a kernel. So one group is recorded while it runs, and others repeat the
 recording with other addresses.
 
-A recording knows each tensor by its place, which is one of three:
+A recording describes where each tensor lies, which is one of three places:
 
 - in a tensor of the call: embeddings, norms, weights, terms, gradients. Where these have a part for each layer, the
   place moves on by a fixed distance a layer.
-- in memory that the group works in (`scratch`). A later call allocates it anew, one piece for each element type.
-- where it is, for what depends on the matches alone.
+- in scratch memory of the group. A later call allocates it anew, one piece for each element type.
+- in a tensor that depends on the matches alone. It stays there.
 
-A tensor that is in none of these was computed for this call. It is kept for the later layers of the call, and the
-recording is not used by other calls.
+A tensor in none of these was computed for this call. Later layers of the call use it, too, and other calls do not use
+the recording.
 
 `launch` and the products of `Products` are recorded, if a recording is in progress on their thread. A group that
 computes anything in another way cannot be repeated; `ChunkedEngine` knows which these are.
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .index import MatchIndex
 
-ALIGNED = 512  # bytes: where pieces of memory begin, as those of CUDA's allocator do
+ALIGNED = 512  # bytes: CUDA's allocator returns multiples of it, too
 
 
 class _Thread(threading.local):
@@ -50,7 +50,7 @@ def current() -> Recording | None:
 
 
 def scratch(memory: Tensor) -> Tensor:
-    """Tells the recording in progress that a group works in this memory, which was just allocated."""
+    """Adds memory that was just allocated to the recording in progress, as scratch memory of the group."""
     if _thread.recording is not None:
         _thread.recording.add_scratch(memory)
     return memory
@@ -61,7 +61,7 @@ class Span(NamedTuple):
 
     begin: int
     end: int
-    base: int  # number of the tensor of the call, or of the piece of memory to work in
+    base: int  # number of the tensor of the call, or of the piece of scratch memory
     layer: int  # bytes from one layer to the next; 0: it is the same for all
     offset: int  # bytes from the beginning of that piece
 
@@ -132,7 +132,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Belongings:
+class CallTensors:
     """The tensors of a call, and what its recordings may be used for."""
 
     matches: MatchIndex  # recordings last as long as it; later calls find its tensors where they are
@@ -147,20 +147,20 @@ class Recording:
     The group begins at layer 0 of the call.
     """
 
-    def __init__(self, call: Belongings) -> None:
+    def __init__(self, call: CallTensors) -> None:
         self.device = call.layered[0].device
         self.steps: list[Start | Call] = []
         self.bases = [*call.layered, *call.others]
         self.addresses = [base.data_ptr() for base in self.bases]
-        self.of_call = len(self.bases)
+        self.scratch_base = len(self.bases)
         layers = [base.stride(0) * base.element_size() for base in call.layered] + [0] * len(call.others)
         self.spans = [Span.of(base, at, layer) for at, (base, layer) in enumerate(zip(self.bases, layers, strict=True))]
-        self.pieces: dict[torch.dtype, int] = {}  # memory to work in: so many numbers of each type
-        self.kept: list[Tensor] = []  # what this call needs until all layers are done
-        self.lasting = [Span.of(tensor, 0) for tensor in call.matches.tensors()]
+        self.scratch_sizes: dict[torch.dtype, int] = {}  # how many numbers of each type
+        self.references: list[Tensor] = []  # what this call needs until all layers are done
+        self.persistent = [Span.of(tensor, 0) for tensor in call.matches.tensors()]
         ordered = sorted(self.spans)
         # Of two tensors that share memory, a place in one may be meant as a place in the other.
-        self.lasts = all(a.end <= b.begin for a, b in itertools.pairwise(ordered))
+        self.reusable = all(a.end <= b.begin for a, b in itertools.pairwise(ordered))
 
     def __enter__(self) -> Recording:
         assert _thread.recording is None
@@ -171,24 +171,24 @@ class Recording:
         _thread.recording = None
 
     def add_scratch(self, memory: Tensor) -> None:
-        size, begin = memory.element_size(), self.pieces.setdefault(memory.dtype, 0)
-        base = self.of_call + list(self.pieces).index(memory.dtype)
+        size, begin = memory.element_size(), self.scratch_sizes.setdefault(memory.dtype, 0)
+        base = self.scratch_base + list(self.scratch_sizes).index(memory.dtype)
         span = Span.of(memory, base, offset=begin * size)
-        self.pieces[memory.dtype] = begin + -(-(span.end - span.begin) // ALIGNED) * ALIGNED // size
+        self.scratch_sizes[memory.dtype] = begin + -(-(span.end - span.begin) // ALIGNED) * ALIGNED // size
         self.spans.append(span)
-        self.kept.append(memory)
+        self.references.append(memory)
 
     def span_of(self, tensor: Tensor) -> Span | None:
-        """The part of the call's tensors or of the memory to work in that holds a tensor; None: neither does."""
+        """The tensor of the call or the scratch memory that a tensor lies in; None: neither."""
         address = tensor.data_ptr()
         found = [span for span in self.spans if span.begin <= address < span.end]
         if len({span.layer for span in found}) > 1:
             raise ValueError("embeddings or keys: layers of two tensors lie in each other's memory; copy one of them")
         if found:
             return found[0]
-        self.kept.append(tensor)
-        if tensor.numel() > 0 and not any(span.begin <= address < span.end for span in self.lasting):
-            self.lasts = False
+        self.references.append(tensor)
+        if tensor.numel() > 0 and not any(span.begin <= address < span.end for span in self.persistent):
+            self.reusable = False
         return None
 
     def add_start(self, function: Callable[[list[Any]], None], values: list[Any], tensors: dict[int, Tensor]) -> None:
@@ -218,10 +218,10 @@ class Recording:
             (call.moved if span.layer else call.fixed).append(view)
         self.steps.append(call)
 
-    def place(self, call: Belongings) -> None:
-        """Use the tensors of another call, and new memory to work in."""
+    def place(self, call: CallTensors) -> None:
+        """Moves everything to the tensors of another call and to new scratch memory."""
         like = call.layered[0]
-        pieces = [like.new_empty(count, dtype=element) for element, count in self.pieces.items()]
+        pieces = [like.new_empty(count, dtype=element) for element, count in self.scratch_sizes.items()]
         self.bases = [*call.layered, *call.others, *pieces]
         self.addresses = [base.data_ptr() for base in self.bases]
         for step in self.steps:
@@ -236,8 +236,8 @@ class Recording:
             step.repeat(self, first)
 
     def release(self) -> None:
-        """Hold no memory of the call."""
-        self.bases, self.kept, self.spans = [], [], []
+        """Drops every reference to the memory of the call."""
+        self.bases, self.references, self.spans = [], [], []
         for step in self.steps:
             step.release()
 
@@ -245,10 +245,10 @@ class Recording:
 _recordings: WeakKeyDictionary[MatchIndex, dict[Hashable, Recording | None]] = WeakKeyDictionary()
 
 
-def take(call: Belongings, group: Hashable) -> tuple[bool, Recording | None]:
+def take(call: CallTensors, group: Hashable) -> tuple[bool, Recording | None]:
     """Whether an earlier call asked for the same group of layers, and its recording, placed for this call.
 
-    Nobody else gets the recording until `keep` returns it.
+    No other call gets the recording until `store` returns it.
     """
     known = _recordings.get(call.matches, {})
     key = call.form, group
@@ -260,12 +260,12 @@ def take(call: Belongings, group: Hashable) -> tuple[bool, Recording | None]:
     return True, recording
 
 
-def keep(call: Belongings, group: Hashable, recording: Recording | None) -> None:
+def store(call: CallTensors, group: Hashable, recording: Recording | None) -> None:
     """For later calls: the recording, if it can serve them; otherwise only that there was a call."""
     if recording is not None:
         recording.release()
-    lasts = recording is not None and recording.lasts
-    _recordings.setdefault(call.matches, {})[call.form, group] = recording if lasts else None
+    reusable = recording is not None and recording.reusable
+    _recordings.setdefault(call.matches, {})[call.form, group] = recording if reusable else None
 
 
 def recorded(method: Callable[..., None]) -> Callable[..., None]:

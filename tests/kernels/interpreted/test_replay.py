@@ -15,7 +15,7 @@ from gasp_fast.kernels.blocks import Blocks, blocks_for
 from gasp_fast.kernels.chunked import ChunkedEngine
 from gasp_fast.kernels.engines import ENGINES
 from gasp_fast.kernels.products import Products
-from gasp_fast.kernels.replay import Belongings, Recording, current, keep, take
+from gasp_fast.kernels.replay import CallTensors, Recording, current, store, take
 
 SEQUENCES = [[5, 1, 3], [4, 3]]
 LAYERS = 3
@@ -193,7 +193,7 @@ def test_a_recording_holds_neither_the_memory_of_a_call_nor_its_matches(monkeypa
         made.append(weakref.ref(memory))
         add_scratch(self, memory)
 
-    def seen_place(self: Recording, call: Belongings) -> None:
+    def seen_place(self: Recording, call: CallTensors) -> None:
         place(self, call)
         made.extend(weakref.ref(base) for base in self.bases)
 
@@ -210,43 +210,43 @@ def test_a_recording_holds_neither_the_memory_of_a_call_nor_its_matches(monkeypa
     assert index() is None
 
 
-def belongings(*layered: torch.Tensor) -> Belongings:
+def call_tensors(*layered: torch.Tensor) -> CallTensors:
     matches = random_problem(0, SEQUENCES, width=8, matches=12, layers=1).matches.index
-    return Belongings(matches, "form", list(layered), [])
+    return CallTensors(matches, "form", list(layered), [])
 
 
 def test_tensors_that_share_memory_keep_a_recording_from_lasting():
     """A place in one may be a place in the other, and those of another call may lie elsewhere."""
     memory = torch.zeros(4, 20)
-    call = belongings(memory[:, :10], memory[:, 10:])
+    call = call_tensors(memory[:, :10], memory[:, 10:])
     recording = Recording(call)
-    assert not recording.lasts and Recording(belongings(memory[:2], memory[2:])).lasts
-    keep(call, "group", recording)
+    assert not recording.reusable and Recording(call_tensors(memory[:2], memory[2:])).reusable
+    store(call, "group", recording)
     assert take(call, "group") == (True, None)
 
 
 def test_a_tensor_of_nobody_keeps_a_recording_from_lasting():
-    recording = Recording(belongings(torch.zeros(2, 3)))
+    recording = Recording(call_tensors(torch.zeros(2, 3)))
     recording.add_call(lambda value: None, torch.zeros(3))
-    assert not recording.lasts
+    assert not recording.reusable
 
 
 def test_one_call_at_a_time_has_a_recording():
-    call = belongings(torch.zeros(2, 3))
+    call = call_tensors(torch.zeros(2, 3))
     assert take(call, "group") == (False, None)
-    keep(call, "group", Recording(call))
+    store(call, "group", Recording(call))
     assert take(call, "group")[1] is not None
     assert take(call, "group") == (False, None)
 
 
 def test_layers_in_each_others_memory_are_refused():
     memory = torch.zeros(100)
-    recording = Recording(belongings(memory.as_strided((3, 10), (30, 1)), memory.as_strided((3, 10), (20, 1))))
+    recording = Recording(call_tensors(memory.as_strided((3, 10), (30, 1)), memory.as_strided((3, 10), (20, 1))))
     with pytest.raises(ValueError, match="copy one of them"):
         recording.span_of(memory[5:])
 
 
 def test_a_failed_group_ends_the_recording():
-    with pytest.raises(RuntimeError), Recording(belongings(torch.zeros(2, 3))):
+    with pytest.raises(RuntimeError), Recording(call_tensors(torch.zeros(2, 3))):
         raise RuntimeError
     assert current() is None
