@@ -226,7 +226,8 @@ def test_tensors_that_share_memory_keep_a_recording_from_lasting():
 
 
 def test_a_tensor_of_nobody_keeps_a_recording_from_lasting():
-    recording = Recording(call_tensors(torch.zeros(2, 3)))
+    call = call_tensors(torch.zeros(2, 3))
+    recording = Recording(call)
     recording.add_call(lambda value: None, torch.zeros(3))
     assert not recording.reusable
 
