@@ -7,8 +7,9 @@ A sample is a sequence of F frames of H x W points. Truth and prediction each ha
 - `rotation`, `translation`: the pose of every camera, as the map from it to the camera of frame 0.
 
 Nothing has a unit: the truth is divided by the mean distance of its points from the camera of frame 0, the prediction
-by the mean distance of its local points, and then multiplied by the scale s* that fits its local points best
-(`scale`). Let x be a true coordinate, x' a predicted one, z the true depth of its point, and
+multiplied by the scale s* that fits its local points best (`scale`). The paper also divides the prediction by its own
+mean distance first. That changes no value, because s* follows; here no gradient flows through either. Let x be a true
+coordinate, x' a predicted one, z the true depth of its point, and
 
     w = 1 / max(z, 0.1 mean z of the frame).
 
@@ -22,7 +23,8 @@ by the mean distance of its local points, and then multiplied by the scale s* th
 
     total = local + world + normal + 0.2 (alpha translation + rotation)
 
-All terms are float32 and each has one value a sample. A mean over nothing is 0.
+All terms are float32 and each has one value a sample. A mean over nothing is 0. The first three are those of each
+point; `surfaces` computes them and their gradient in one pass.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ EDGE = 0.03  # relative range of depth in 3 x 3 points
 HUBER_TRANSLATION = 0.1
 CAMERA_WEIGHT = 0.2
 TINY = 1e-12
+SHORTEST = 1e-15  # normal; that of points at a distance of 1e-6 has 1e-12
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,7 @@ def geometry_loss(
     _check(predicted, true, valid)
     true = true.known(valid)
     true = true.scaled(1 / mean_distance(true.world, valid))
-    predicted = predicted.scaled(1 / mean_distance(predicted.local, valid))
-    depth = true.local[..., 2]  # [B, F, H, W]
-    weight = depth_weight(depth, valid)  # [B, F, H, W]
+    weight = depth_weight(true.local[..., 2], valid)  # [B, F, H, W]
     scale = aligning_scale(predicted.local.flatten(1, 3), true.local.flatten(1, 3), weight.flatten(1))  # [B]
     predicted = predicted.scaled(scale)
     normal = normal_loss(predicted.local, true.local, valid)
@@ -129,21 +130,29 @@ def point_loss(predicted: Tensor, true: Tensor, weight: Tensor) -> Tensor:
 def normal_loss(predicted: Tensor, true: Tensor, valid: Tensor) -> Tensor:
     """Mean over the corners of all blocks of 2 x 2 points: [B, F, H, W, 3] -> [B].
 
-    Each corner of a block has a normal, the cross product of the two sides that meet there. A corner counts where its
-    three points are valid and none lies at an edge of depth, and where both normals have a length. The angle between
-    the normals is held between 1 and 90 degrees, outside of which it has no gradient, and enters a Huber loss that is
-    quadratic up to 3 degrees.
+    Each corner of a block has a normal, the cross product of the two sides that meet there. A corner counts where the
+    truth has one: its three points are valid, none lies at an edge of depth, and they span a triangle. The angle
+    between the normals is held between 1 and 90 degrees, outside of which it has no gradient, and enters a Huber loss
+    that is quadratic up to 3 degrees. Where the predicted points span no triangle the angle is 90 degrees.
     """
-    usable = valid & ~depth_edges(true[..., 2], valid)  # [B, F, H, W]
-    ours, truth = corner_normals(predicted), corner_normals(true)  # [4, B, F, H - 1, W - 1, 3]
-    sine = torch.linalg.vector_norm(torch.linalg.cross(ours, truth), dim=-1)
-    cosine = (ours * truth).sum(-1)
-    counts = corners_inside(usable) & (sine + cosine.abs() > TINY**2)
-    # atan2 has no gradient at (0, 0); corners that do not count are kept away from it.
-    angle = torch.atan2(torch.where(counts, sine, 0), torch.where(counts, cosine, 1))
-    angle = angle.clamp(SMALLEST_ANGLE, LARGEST_ANGLE)
+    ours, ours_exists = directions(corner_normals(predicted))  # [4, B, F, H - 1, W - 1, 3]
+    truth, _ = directions(corner_normals(true))
+    sine, cosine = torch.linalg.vector_norm(torch.linalg.cross(ours, truth), dim=-1), (ours * truth).sum(-1)
+    angle = torch.where(ours_exists, torch.atan2(sine, cosine).clamp(SMALLEST_ANGLE, LARGEST_ANGLE), LARGEST_ANGLE)
     loss = F.smooth_l1_loss(angle, torch.zeros_like(angle), reduction="none", beta=HUBER_ANGLE)
-    return masked_mean(loss.movedim(0, 1), counts.movedim(0, 1))
+    return masked_mean(loss.movedim(0, 1), counted_corners(true, valid).movedim(0, 1))
+
+
+def counted_corners(true: Tensor, valid: Tensor) -> Tensor:
+    """bool [4, B, F, H - 1, W - 1]: corners whose true normal is compared."""
+    usable = valid & ~depth_edges(true[..., 2], valid)  # [B, F, H, W]
+    return corners_inside(usable) & directions(corner_normals(true))[1]
+
+
+def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors, and which vectors have a length: [..., 3] -> [..., 3], bool [...]."""
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / length.clamp(min=SHORTEST), length[..., 0] > SHORTEST
 
 
 def corner_normals(points: Tensor) -> Tensor:

@@ -48,6 +48,10 @@ def test_rows_of_a_batch_do_not_touch_each_other():
         assert found == pytest.approx(least_cost(predicted[row], true[row], weight[row]), rel=1e-12)
 
 
+def test_of_equally_good_scales_the_smallest_is_taken():
+    assert best_scale(torch.ones(1, 2), torch.tensor([[3.0, 1.0]]), torch.ones(1, 2)).tolist() == [1.0]
+
+
 @pytest.mark.parametrize("predicted", [[[1.0, 2.0]], [[0.0, 0.0]]])
 def test_nothing_to_align_leaves_the_scale_at_one(predicted):
     weight = torch.tensor([[0.0, 0.0]]) if predicted[0][0] else torch.ones(1, 2)
