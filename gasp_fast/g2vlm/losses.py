@@ -24,7 +24,7 @@ coordinate, x' a predicted one, z the true depth of its point, and
     total = local + world + normal + 0.2 (alpha translation + rotation)
 
 All terms are float32 and each has one value a sample. A mean over nothing is 0. The first three are those of each
-point; `surfaces` computes them and their gradient in one pass.
+point; `dense` computes them and their gradient in one pass.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gasp_fast.kernels import surfaces
+
+from .dense import dense_terms
 from .rotation import angle_between
 from .scale import aligning_scale
 
@@ -72,16 +75,17 @@ class Geometry:
 class GeometryLoss:
     """The terms of each sample, [B]."""
 
-    local: Tensor
-    world: Tensor
-    normal: Tensor
+    dense: Tensor  # local + world + normal
     rotation: Tensor
     translation: Tensor
+    local: Tensor  # the parts of `dense`, for logs: the fused kernels give them no gradient
+    world: Tensor
+    normal: Tensor
 
     def total(self, translation_weight: float = 200.0, zero_above: float | None = None) -> Tensor:
         """[B]. The paper weighs translation by 200, its code by 100. With `zero_above`, larger totals become 0."""
         camera = translation_weight * self.translation + self.rotation
-        total = self.local + self.world + self.normal + CAMERA_WEIGHT * camera
+        total = self.dense + CAMERA_WEIGHT * camera
         return total if zero_above is None else torch.where(total <= zero_above, total, 0)
 
 
@@ -90,23 +94,42 @@ def geometry_loss(
     true: Geometry,
     valid: Tensor,  # bool [B, F, H, W], points whose truth is known
     with_normals: Tensor | None = None,  # bool [B], samples whose depth is smooth enough for normals; None: all
+    backend: str = "auto",  # "fused" | "torch"; "auto": the first where it exists for the device
 ) -> GeometryLoss:
     """The terms of each sample."""
+    if backend not in ("auto", "fused", "torch"):
+        raise ValueError(f"backend = {backend!r} is unknown; choose one of auto, fused, torch")
     _check(predicted, true, valid)
     true = true.known(valid)
     true = true.scaled(1 / mean_distance(true.world, valid))
     weight = depth_weight(true.local[..., 2], valid)  # [B, F, H, W]
     scale = aligning_scale(predicted.local.flatten(1, 3), true.local.flatten(1, 3), weight.flatten(1))  # [B]
-    predicted = predicted.scaled(scale)
-    normal = normal_loss(predicted.local, true.local, valid)
-    rotation, translation = camera_losses(predicted, true)
-    return GeometryLoss(
-        local=point_loss(predicted.local, true.local, weight),
-        world=point_loss(predicted.world, true.world, weight),
-        normal=normal if with_normals is None else torch.where(with_normals, normal, 0),
-        rotation=rotation,
-        translation=translation,
+    rotation, translation = camera_losses(predicted.scaled(scale), true)
+    points = predicted.local, predicted.world, true.local, true.world, weight, counted_corners(true.local, valid)
+    fused = surfaces.available(valid.device) if backend == "auto" else backend == "fused"
+    dense, parts = (dense_terms if fused else plain_terms)(*points, with_normals, scale)
+    return GeometryLoss(dense, rotation, translation, *parts)
+
+
+def plain_terms(
+    local: Tensor,  # [B, F, H, W, 3], predicted
+    world: Tensor,
+    true_local: Tensor,
+    true_world: Tensor,
+    weight: Tensor,  # [B, F, H, W]
+    counted: Tensor,  # bool [4, B, F, H - 1, W - 1]
+    with_normals: Tensor | None,  # bool [B]
+    scale: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:
+    """local + world + normal, [B], and these three, [3, B]."""
+    by = scale.view(-1, 1, 1, 1, 1)
+    normal = normal_loss(local, true_local, counted)
+    if with_normals is not None:
+        normal = torch.where(with_normals, normal, 0)
+    parts = torch.stack(
+        [point_loss(by * local, true_local, weight), point_loss(by * world, true_world, weight), normal]
     )
+    return parts.sum(0), parts
 
 
 def mean_distance(points: Tensor, valid: Tensor) -> Tensor:
@@ -127,8 +150,8 @@ def point_loss(predicted: Tensor, true: Tensor, weight: Tensor) -> Tensor:
     return masked_mean(weight * (predicted - true).abs().mean(-1), valid)
 
 
-def normal_loss(predicted: Tensor, true: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the corners of all blocks of 2 x 2 points: [B, F, H, W, 3] -> [B].
+def normal_loss(predicted: Tensor, true: Tensor, counted: Tensor) -> Tensor:
+    """Mean over counted corners of blocks of 2 x 2 points: [B, F, H, W, 3], bool [4, B, F, H - 1, W - 1] -> [B].
 
     Each corner of a block has a normal, the cross product of the two sides that meet there. A corner counts where the
     truth has one: its three points are valid, none lies at an edge of depth, and they span a triangle. The angle
@@ -140,7 +163,7 @@ def normal_loss(predicted: Tensor, true: Tensor, valid: Tensor) -> Tensor:
     sine, cosine = torch.linalg.vector_norm(torch.linalg.cross(ours, truth), dim=-1), (ours * truth).sum(-1)
     angle = torch.where(ours_exists, torch.atan2(sine, cosine).clamp(SMALLEST_ANGLE, LARGEST_ANGLE), LARGEST_ANGLE)
     loss = F.smooth_l1_loss(angle, torch.zeros_like(angle), reduction="none", beta=HUBER_ANGLE)
-    return masked_mean(loss.movedim(0, 1), counted_corners(true, valid).movedim(0, 1))
+    return masked_mean(loss.movedim(0, 1), counted.movedim(0, 1))
 
 
 def counted_corners(true: Tensor, valid: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from gasp_fast.g2vlm.losses import (
     Geometry,
     GeometryLoss,
     corner_normals,
+    counted_corners,
     depth_edges,
     depth_weight,
     geometry_loss,
@@ -155,7 +156,9 @@ def test_the_normal_term_is_the_huber_loss_of_the_angle(degrees, counted):
     angle = math.radians(counted)
     expected = angle**2 / (2 * HUBER_ANGLE) if angle < HUBER_ANGLE else angle - HUBER_ANGLE / 2
     valid = torch.ones(1, 1, 8, 9, dtype=torch.bool)
-    assert normal_loss(plane(degrees), plane(0), valid).item() == pytest.approx(expected, rel=1e-4)
+    assert normal_loss(plane(degrees), plane(0), counted_corners(plane(0), valid)).item() == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_normals_at_all_corners_of_a_plane_point_the_same_way():
@@ -171,10 +174,10 @@ def test_normals_do_not_cross_an_edge_of_depth_or_an_unknown_point():
     assert edges[:, 3:5].all() and not edges[:, :3].any() and not edges[:, 5:].any()
     predicted = plane(0)  # without the step: wrong at the edge only
     floor = SMALLEST_ANGLE**2 / (2 * HUBER_ANGLE)
-    assert normal_loss(predicted, true, valid).item() == pytest.approx(floor, rel=1e-4)
+    assert normal_loss(predicted, true, counted_corners(true, valid)).item() == pytest.approx(floor, rel=1e-4)
     predicted, valid[..., 2, 2] = plane(0), False
     predicted[..., 2, 2, 2] = 1.0
-    assert normal_loss(predicted, plane(0), valid).item() == pytest.approx(floor, rel=1e-4)
+    assert normal_loss(predicted, plane(0), counted_corners(plane(0), valid)).item() == pytest.approx(floor, rel=1e-4)
 
 
 def test_near_points_weigh_at_most_ten_times_the_mean():
@@ -196,7 +199,7 @@ def test_samples_without_smooth_depth_have_no_normal_term_and_one_frame_has_no_c
 
 def test_the_total_weighs_cameras_and_drops_outliers():
     one, two = torch.ones(1), torch.full((1,), 2.0)
-    loss = GeometryLoss(local=one, world=one, normal=one, rotation=two, translation=one)
+    loss = GeometryLoss(dense=3 * one, local=one, world=one, normal=one, rotation=two, translation=one)
     assert loss.total().item() == pytest.approx(3 + 0.2 * (200 + 2))
     assert loss.total(translation_weight=1).item() == pytest.approx(3.6)
     assert loss.total(zero_above=10).item() == 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gasp_fast.benchmarking.ahead_of_time import WARP, HopperCode, compile_for_hopper
-from gasp_fast.kernels import match_means, rows_triton, scaling
+from gasp_fast.kernels import match_means, rows_triton, scaling, surfaces
 from gasp_fast.kernels.chunk import AddedRows, ChunkMatches, MatchTerms, RowChunk, TermDefinition, TermWeights
 from gasp_fast.kernels.index import MatchIndex
 from gasp_fast.kernels.triton_launch import Kernel, Tile
@@ -94,12 +94,18 @@ def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
     shares, places = (index.corr_share, index.depth_share), torch.zeros(tokens, 2, dtype=torch.int64)
     for xy in (None, places):
         match_means.match_means(terms, index.target, shares, xy, xy, 2)
+    points = [torch.zeros(1, 2, 8, 9, 3) for _ in range(4)]
+    given = surfaces.Surfaces(
+        *points, torch.zeros(1, 2, 8, 9), torch.zeros(1, 2, 7, 8, dtype=torch.uint8), *(torch.ones(1) for _ in range(3))
+    )
+    for backward in (False, True):
+        surfaces.surface_terms(given, backward)
     scaling.place_scaled(embeddings[0, :rows], torch.tensor(2.0), own, torch.zeros_like(embeddings[0]))
 
 
 if __name__ == "__main__":
-    for module in (rows_triton, match_means, scaling):
+    for module in (rows_triton, match_means, scaling, surfaces):
         module.launch = compile_instead  # type: ignore[attr-defined]
-    scaling.INTERPRETED = True  # tensors of the CPU count as those of a GPU
+    scaling.INTERPRETED = surfaces.INTERPRETED = True  # tensors of the CPU count as those of a GPU
     name, width, per_frame = sys.argv[1].split(",")
     every_launch(getattr(torch, name), int(width), int(per_frame))
