@@ -108,6 +108,12 @@ def test_the_auc_is_the_mean_share_over_thresholds(degrees, auc):
     assert found.auc == pytest.approx(auc) and found.rta == 1 and found.rra == float(degrees < 30)
 
 
+def test_a_direction_and_its_opposite_count_as_the_same():
+    rotation, translation = poses(3)
+    found = pose_metrics(rotation, -translation, rotation, translation)
+    assert (found.rra, found.rta) == (1, 1)
+
+
 def test_identity_poses_fail_where_cameras_turn():
     rotation, translation = poses(6)
     found = pose_metrics(torch.eye(3).expand(6, 3, 3).double(), torch.zeros(6, 3).double(), rotation, translation)
