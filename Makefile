@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test browser lint format bench demo clean
+.PHONY: setup test browser lint format docs wheel bench demo clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,14 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# tests/docs/test_site.py builds it, too. The variable hides a notice about the next major version of mkdocs.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# For this Python; .github/workflows/wheels.yml builds those of a release.
+wheel: setup
+	rm -rf dist && $(BIN)/python -m build --no-isolation
 
 bench: setup
 	$(BIN)/gasp-fast bench

@@ -12,7 +12,7 @@ works with every torch version.
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -33,7 +33,8 @@ def extensions() -> list[Pybind11Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["gasp_fast", "gasp_fast.*"]), "gasp_fast.kernels"],
+    # Also folders without code: recipes, templates.
+    packages=find_namespace_packages(include=["gasp_fast", "gasp_fast.*"], exclude=["*.__pycache__*"]),
     ext_modules=extensions(),
     cmdclass={"build_ext": build_ext},
 )

@@ -102,7 +102,7 @@ def held_out_sequences(config: TrainConfig) -> SequencesInMemory:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = train_command.RecipeParser(
         prog="python -m gasp_fast.train",
         description=train_command.DESCRIPTION,
         epilog=f"examples:\n{train_command.MODULE_EXAMPLES}",

@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from .packing import attention_arguments
 from .saved_model import load_complete, loading
 from .token_grid import TokenGrid
 from .token_index import TokenIndex
+
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # OWNER/NAME
 
 
 @dataclass(frozen=True)
@@ -329,10 +332,15 @@ def load_backbone(
     source = os.fspath(source)
     supported, local = supported_models(), Path(source).is_dir()
     with loading(source):
+        if not local and not HUB_NAME.fullmatch(source):
+            raise OSError("there is no such folder, and a hub name has the form OWNER/NAME")
+        if local and not (Path(source) / "config.json").is_file():
+            raise OSError("it has no config.json; pass a folder with a saved model, or a hub name")
         try:
             model_type = PretrainedConfig.get_config_dict(source, local_files_only=local)[0].get("model_type")
         except OSError as error:
-            raise OSError("it has no readable config.json; pass a folder with a saved model, or a hub name") from error
+            found = "a config.json that cannot be read" if local else "no such folder, and no such model on the hub"
+            raise OSError(f"there is {found}; pass a folder with a saved model, or a hub name") from error
     if model_type not in supported:
         raise ValueError(
             f"model = {source!r} is of type {repr(model_type)[:100]}; supported types are {', '.join(supported)} "

@@ -24,10 +24,12 @@ _declarations: torch.library.Library | None = None  # operators live as long as 
 
 
 def install() -> bool:
-    """Declare torchvision's operators if its library cannot be loaded. Returns whether this call declared them."""
+    """Declare torchvision's operators if its library cannot be loaded. Returns whether they are declared here."""
     global _declarations
+    if _declarations is not None:
+        return True
     spec = importlib.util.find_spec("torchvision")
-    if _declarations is not None or spec is None or _operators_load(Path(str(spec.origin)).parent):
+    if spec is None or _operators_load(Path(str(spec.origin)).parent):
         return False
     _declarations = torch.library.Library("torchvision", "DEF")
     for schema in _SCHEMAS:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from gasp_fast.config.train_command import RecipeParser
 from gasp_fast.files import one_line
 from gasp_fast.processes import print_anything
 
@@ -41,8 +42,8 @@ class CommandHelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
-class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are short, also where they quote a value."""
+class CommandParser(RecipeParser):
+    """A parser whose errors are short, also where they quote a value."""
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(ValueError(message)))

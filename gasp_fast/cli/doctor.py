@@ -1,8 +1,8 @@
 """Check what gasp-fast can do on this machine, and print the command that installs or repairs what is missing.
 
 Runs each compiled part on a tiny input and compares the loss with float64. Installs and downloads nothing; writes only
-FILE. Each line is marked ✓ works, – not installed and optional, or ✗ broken or required; the command that fixes it
-follows on the next line. Exit code 0 if the loss works and nothing is broken, else 1.
+FILE. Each line is marked ✓ works, – optional, and missing or limited, or ✗ broken or required; the command that fixes
+it follows on the next line. Exit code 0 if the loss works and nothing is broken, else 1.
 
 examples:
   gasp-fast doctor

@@ -34,7 +34,7 @@ HELP = "estimate memory, time and GPU-hours of a recipe"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="RECIPE", help="a YAML file, or the name of a recipe of the package")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to it")
     parser.add_argument("--gpus", type=int, default=32, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="type of GPU")
     parser.add_argument(

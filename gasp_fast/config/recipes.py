@@ -27,10 +27,10 @@ def recipe_file(name: str | Path) -> Path:
     short = path.with_suffix("").as_posix().removeprefix("configs/")  # as it is called where the repository is
     if short in names:
         return RECIPES / f"{short}.yaml"
-    [nearest] = difflib.get_close_matches(short, names, n=1, cutoff=0.0)
+    similar = difflib.get_close_matches(short, names, n=1, cutoff=0.5)
+    nearest = f"the nearest recipe is {similar[0]} (gasp-fast recipes lists all)" if similar else ""
     raise FileNotFoundError(
-        f"{path}: no such file, and no recipe of this name; the nearest recipe is {nearest} (gasp-fast recipes lists "
-        "all)"
+        f"{path}: no such file, and no recipe of this name; {nearest or 'gasp-fast recipes lists all'}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 DESCRIPTION = """\
 Train a vision-language model with geometric supervision, alone, under torchrun or under deepspeed.
@@ -19,6 +20,15 @@ MODULE_EXAMPLES = """\
   python -m gasp_fast.train tiny_cpu train.steps=100
   python -m gasp_fast.training.launch --nproc-per-node 8 -m gasp_fast.train qwen2_5_vl_7b
   deepspeed --module gasp_fast.train my_recipe.yaml"""
+
+
+class RecipeParser(argparse.ArgumentParser):
+    """Where the recipe is missing, its error names the command that lists them."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("required: RECIPE"):
+            message += "; give a YAML file, or a name from the list of gasp-fast recipes"
+        super().error(message)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

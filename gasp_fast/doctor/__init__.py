@@ -34,6 +34,7 @@ GROUPS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {
     "scenes and data": (partial(packages.of_extra, "data"), trials.tracks_extension, trials.render_extension),
     "training": (
         partial(packages.of_extra, "train"),
+        trials.processors_alone,
         trials.process_groups,
         hardware.deepspeed_compilers,
         hardware.model_cache,

@@ -17,7 +17,6 @@ from . import installed, packages, trials
 from .finding import BROKEN, MISSING, OK, Finding
 from .installed import satisfies
 
-INDEX = "https://download.pytorch.org/whl/cu{}"  # one index for each version of CUDA
 FLASH_ATTENTION_3 = "git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper"
 
 
@@ -201,7 +200,7 @@ def _has_code(architectures: list[str], major: int, minor: int) -> bool:
 def _torch_command(supported: tuple[int, int] | None) -> str:
     """Installs torch from the index of the driver's CUDA major version; a driver supports all its minor versions."""
     specifier, major = installed.range_of("torch"), supported[0] if supported else 13
-    index = INDEX.format({12: "126", 13: "130"}.get(major, f"{major}0"))
+    index = installed.TORCH_INDEX + {12: "cu126", 13: "cu130"}.get(major, f"cu{major}0")
     return installed.pip_install("--force-reinstall", f"torch{specifier}", "torchvision", "--index-url", index)
 
 

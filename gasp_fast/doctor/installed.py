@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion
 
 OURS = "gasp-fast"
+TORCH_INDEX = "https://download.pytorch.org/whl/"  # followed by a build: cpu, cu130 ...
 MODULES = {"pillow": "PIL", "pyyaml": "yaml", "openexr": "OpenEXR"}  # where a module is named otherwise
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +84,36 @@ def process_groups() -> Iterator[Finding]:
         names += ["gloo"] * distributed.is_gloo_available() + ["nccl"] * distributed.is_nccl_available()
     found = ", ".join(names) or "none: this torch trains with one process only"
     yield Finding(OK if names else MISSING, "process groups", found)
+
+
+def processors_alone() -> Iterator[Finding]:
+    """transformers' processors import torchvision. Our backbones make that possible beside any torch, for us alone."""
+    if not installed.has_module("transformers"):
+        return
+    from gasp_fast.backbones import torchvision_shim
+
+    name, statement = "processors alone", "from transformers import AutoProcessor"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", statement], env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        yield Finding(OK, name, f"`{statement}` works in a script without gasp_fast")
+    elif torchvision_shim.install():
+        reason = f"torchvision {installed.version_of('torchvision')} is built for another torch"
+        found = f"{reason}: `{statement}` fails in a script without gasp_fast"
+        yield Finding(MISSING, name, found, _torchvision_command())
+    else:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        yield Finding(BROKEN, name, f"`{statement}` fails: {lines[-1]}", installed.install_command("train"))
+
+
+def _torchvision_command() -> str:
+    """Installs the same version of torchvision in torch's own build."""
+    import torch
+
+    version = (installed.version_of("torchvision") or "").partition("+")[0]
+    build = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+    words = ("--force-reinstall", "--no-deps", f"torchvision=={version}", "--index-url", installed.TORCH_INDEX + build)
+    return "" if torch.version.hip else installed.pip_install(*words)
 
 
 # ---- our extensions -------------------------------------------------------------------------------------------------

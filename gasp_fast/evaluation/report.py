@@ -42,7 +42,7 @@ class Comparison:
 
     page: Path
     differences: list[Difference]  # of each report from the first, on the sequences that both have
-    warnings: list[str]  # for each report that was made on other data or settings than the first
+    warnings: list[str]  # what is not compared, and which reports were made on other data or settings than the first
 
 
 def write_report(
@@ -127,7 +127,7 @@ def write_comparison(
     read = {name: read_pointing(file.parent) for name, file in files.items()}
     folder.mkdir(parents=True, exist_ok=True)
     differences, unpaired = paired_differences(reports, kinds)
-    warnings = [*_other_settings(reports), *unpaired]
+    warnings = [*_other_features(reports, kinds), *_other_settings(reports), *unpaired]
     content = {"kinds": kinds, "differences": as_json(differences), "reports": reports}
     write_atomically(folder / "compare.json", (json.dumps(content, indent=1) + "\n").encode())
     parts = [
@@ -148,6 +148,17 @@ def write_comparison(
     parts += [*(picture(*one) for one in pictures), _definitions(reports)]
     page = write_page(folder / PAGE, title or "Comparison: " + ", ".join(reports), parts)
     return Comparison(page, differences, warnings)
+
+
+def _other_features(reports: Mapping[str, Report], kinds: Sequence[str]) -> list[str]:
+    """A line for the features that only some reports have."""
+    owners: dict[str, list[str]] = {}
+    for name, report in reports.items():
+        for kind in report["by_features"]:
+            if kind not in kinds:
+                owners.setdefault(kind, []).append(name)
+    left_out = "; ".join(f"{kind}, which only {' and '.join(names)} measured" for kind, names in owners.items())
+    return [f"compared by {', '.join(kinds)}, left out: {left_out}"] if left_out else []
 
 
 def _other_settings(reports: Mapping[str, Report]) -> list[str]:

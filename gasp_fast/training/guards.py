@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from .sources import VideoQuestions
 from .stream import SampleStream
 from .weights import gathered
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 FEW_SAMPLES = 200  # the share skipped while a run goes on is one of at least so many: a few at its start say little
 SAME_PART = 0.01  # pixels
 LEARNING_STEPS = 5  # after these, even during warm-up, every head and adapter must have moved
@@ -49,9 +51,8 @@ def disk_is_low(config: RunConfig) -> bool:
 
 
 def check_disk(config: RunConfig) -> None:
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free / 1e9
+    out = Path(config.out).absolute()  # a dry run does not make it
+    free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free / 1e9
     if free < config.min_free_gb:
         raise GuardError(
             f"run.min_free_gb = {config.min_free_gb:g}, but only {free:.1f} GB are free in run.out = {config.out!r}; "
@@ -80,10 +81,10 @@ def check_trackers(config: RunConfig) -> None:
     available = {str(tracker) for tracker in get_available_trackers()}
     for name in config.report_to:
         if name not in available:
-            raise GuardError(
-                f"run.report_to names {name!r}, which is not installed; it can be tensorboard, wandb or trackio, "
-                "after pip install of the same name"
-            )
+            if name not in TRACKERS:
+                raise GuardError(f"run.report_to = {name!r} is not known; choose among {', '.join(TRACKERS)}")
+            cure = f"run {sys.executable} -m pip install {name}, or leave it out"
+            raise GuardError(f"run.report_to = {name!r}, which is not installed; {cure}")
 
 
 @contextmanager

@@ -32,8 +32,12 @@ def test_an_unsupported_type_raises_an_error_that_names_the_supported_ones(tmp_p
         ValueError, match=r"type 'bert'; supported types are internvl, .*llava_next_video, .*qwen2_5_vl"
     ):
         load_backbone(tmp_path)
-    with pytest.raises(OSError, match="no readable config"):
-        load_backbone(tmp_path / "nothing-here")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=r"it has no config\.json"):
+        load_backbone(tmp_path / "empty")
+    for typo in (tmp_path / "nothing-here", "qwen", "./qwen"):  # the hub is not tried
+        with pytest.raises(OSError, match="there is no such folder, and a hub name has the form OWNER/NAME"):
+            load_backbone(typo)
 
 
 def test_two_backbones_cannot_register_one_type():

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from gasp_fast import cli
+from gasp_fast import train as training
 
 ROOT = Path(__file__).parents[2]
 ALONE = """
@@ -150,6 +151,14 @@ def test_a_mistyped_command_gets_the_nearest_one(capsys):
     assert capsys.readouterr().err == "gasp-fast: no command 'evalute'; did you mean evaluate?\n"
     assert cli.main(["xyzzy"]) == 2
     assert "choose one of doctor, render" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "module"])
+def test_without_a_recipe_the_command_that_lists_them_is_named(command, capsys):
+    with pytest.raises(SystemExit):
+        training.main([]) if command == "module" else cli.main([command])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("required: RECIPE; give a YAML file, or a name from the list of gasp-fast recipes")
 
 
 def test_a_package_that_is_not_installed_is_one_line(monkeypatch, capsys):

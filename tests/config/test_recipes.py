@@ -65,8 +65,11 @@ def test_a_recipe_is_found_by_path_or_by_name(tmp_path, monkeypatch) -> None:
     assert recipe_file("qwen2_5_vl_7b") == Path("qwen2_5_vl_7b")  # a file comes first
     with pytest.raises(FileNotFoundError, match=r"qwen2_5_7b: .*the nearest recipe is qwen2_5_vl_7b \("):
         recipe_file("qwen2_5_7b")
-    with pytest.raises(FileNotFoundError, match="no recipe of this name"):
-        recipe_file("../qwen2_5_vl_7b")
+    for name in ("../qwen2_5_vl_7b", "mine.yaml"):  # nothing is like the second one
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such file, and no recipe of this name; .*lists all"):
+            recipe_file(name)
+    with pytest.raises(FileNotFoundError, match="of this name; gasp-fast recipes"):
+        recipe_file("mine.yaml")
     assert sharding_file("../zero1") == Path("../zero1")  # no path leads out of the package's folder
 
 

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from support import liger_stand_in
 
 from gasp_fast import cli, doctor
+from gasp_fast.backbones import torchvision_shim
 from gasp_fast.doctor import BROKEN, MISSING, OK, Finding, gpu, installed, packages, trials
 from gasp_fast.kernels import engines, rows_cpp
 
@@ -234,6 +235,28 @@ def test_a_package_that_fails_when_it_is_tried_is_broken(monkeypatch):
     monkeypatch.setitem(trials.OF_PACKAGES, "filelock", fails)
     finding = packages.package("filelock", "", "cure")
     assert finding.state == BROKEN and "libfoo.so.7" in finding.found and finding.cure == "cure"
+
+
+@pytest.mark.parametrize(
+    ("module", "declared", "cuda", "state", "cure"),
+    [
+        ("AutoProcessor = 1", True, None, OK, ""),
+        ("raise ImportError('no nms')", True, None, MISSING, "--index-url https://download.pytorch.org/whl/cpu"),
+        ("raise ImportError('no nms')", True, "12.6", MISSING, "--index-url https://download.pytorch.org/whl/cu126"),
+        ("raise ImportError('no tokenizers')", False, None, BROKEN, "[train]"),
+    ],
+)
+def test_processors_are_tried_in_a_script_that_does_not_import_us(
+    tmp_path, monkeypatch, module, declared, cuda, state, cure
+):
+    (tmp_path / "transformers.py").write_text(f"import sys\nassert 'gasp_fast' not in sys.modules\n{module}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torchvision_shim, "install", lambda: declared)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    (finding,) = trials.processors_alone()
+    assert finding.state == state and cure in finding.cure and bool(finding.cure) == bool(cure)
+    if state == BROKEN:
+        assert "no tokenizers" in finding.found
 
 
 def test_ranges_are_those_of_the_installed_distribution():

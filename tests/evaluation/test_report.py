@@ -191,6 +191,21 @@ def test_a_comparison_of_different_evaluation_sets_warns(reports, tmp_path):
         write_comparison({"a": first, "b": only_qk}, tmp_path)
 
 
+def test_reports_are_compared_by_the_features_that_all_have(reports, tmp_path, capsys):
+    """An untrained model has no heads."""
+    before = read_report(reports[0])
+    del before["by_features"]["head"]
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "report.json").write_text(json.dumps({**before, "features": "qk"}))
+    words = [str(tmp_path / "before"), str(reports[1]), "--names", "before,full", "--out", str(tmp_path / "out")]
+    assert run(compare_command, *words) == 0
+    line = "compared by qk, left out: head, which only full measured"
+    assert line in capsys.readouterr().out.splitlines() and line in (tmp_path / "out" / "index.html").read_text()
+    compared = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert compared["kinds"] == ["qk"] and {one["features"] for one in compared["differences"]} == {"qk"}
+    assert [path.name for path in (tmp_path / "out").glob("compare-*.png")] == ["compare-qk.png"]
+
+
 def test_a_folder_or_file_without_a_report_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"no report\.json here"):
         read_report(tmp_path)

@@ -40,7 +40,7 @@ def run_main(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.source=./nowhere"], "no readable config.json"),
+        (["model.source=./nowhere"], "there is no such folder"),
         (["data.scenes.root=nowhere"], "nowhere: no such folder"),
         (["run.resume=nowhere/checkpoint-3"], "run.resume = 'nowhere/checkpoint-3': no such folder"),
         (["run.min_free_gb=1e9"], "run.min_free_gb = 1e+09, but only"),
@@ -60,7 +60,7 @@ def run_main(config, tmp_path, capsys):
         (["train.lr=0.1"], "the nearest is train.learning_rate"),
         (["model.liger=true"], "needs a GPU, and this is cpu; train on one, or use model.liger=auto"),
         (["data.qa.root=nowhere"], "nowhere: no such folder"),
-        (["run.report_to=[notebook]"], "run.report_to names 'notebook', which is not installed"),
+        (["run.report_to=[notebook]"], "run.report_to = 'notebook' is not known; choose among tensorboard, wandb"),
         (["data.scenes.grids=[]"], "data.scenes.grids = [] must name at least one grid"),
         (["data.scenes.grids=[8, 0]"], "data.scenes.grids = [8, 0] must name at least one grid, each of 1 to 1024"),
         (["data.scenes.keep=0"], "data.scenes.keep = 0.0 is a share"),
@@ -340,6 +340,12 @@ def test_a_batch_that_is_not_saved_whole_leaves_no_file(config, tmp_path, monkey
     assert not list(tmp_path.glob("*bad-step*"))
 
 
+def test_a_tracker_that_is_not_installed_is_one_line_with_the_command_that_installs_it(config, monkeypatch):
+    monkeypatch.setattr(guards, "get_available_trackers", lambda: [])
+    with pytest.raises(guards.GuardError, match=r"which is not installed; run .* -m pip install tensorboard, or leave"):
+        guards.check_trackers(config(run={"report_to": ["tensorboard"]}).run)
+
+
 def test_a_folder_with_checkpoints_is_not_begun_anew(config, run_main):
     train(config(train={"steps": 2}))
     status, printed = run_main("train.steps=2", "run.resume=never")
@@ -350,14 +356,14 @@ def test_a_dry_run_reports_and_leaves_nothing(config, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     settings = config(mixed=True)
     path.write_text(to_yaml(settings))
-    assert main([str(path), "--dry-run"]) == 0
+    assert main([str(path), "--dry-run", f"run.out={tmp_path / 'folder' / 'run'}"]) == 0
     printed = capsys.readouterr().out
     model = build_model(settings, CPU)
     for group in trained_groups(model):
         assert f"{group.count:,}" in printed and group.name in printed
     assert "one step:" in printed and "GB a process" in printed and "SDPA (CPU) attention" in printed
     assert "transformers' norms and MLPs" in printed and "keeps activations of 4 of 4 decoder layers" in printed
-    assert not list(Path(settings.run.out).iterdir())
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_dry_run_succeeds_on_a_terminal_without_unicode(config, tmp_path, monkeypatch):
