@@ -25,7 +25,7 @@ GROUPS = {  # in the order of use; a command's module has its name, with _ for -
     "installation": ("doctor",),
     "scenes": ("render", "scenes", "depth", "tracks", "make-vqa"),
     "training": ("recipes", "plan", "train", "curves"),
-    "trained models": ("evaluate", "compare", "export"),
+    "trained models": ("evaluate", "compare", "export", "benchmark", "compare-benchmarks"),
     "benchmark and shell": ("bench", "completion"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)

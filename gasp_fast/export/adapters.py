@@ -35,7 +35,7 @@ def export_adapters(source: str | os.PathLike[str], out: str | os.PathLike[str])
         "model = PeftModel.from_pretrained(model, folder, is_trainable=True)",
         *(["gasp = gasp_fast.attach(model, processor, init=folder)"] if with_heads else []),
     ]
-    card = model_card(checkpoint.base, checkpoint.folder.name, configuration_of(checkpoint.folder), usage, heads=True)
+    card = model_card(checkpoint.base, checkpoint.folder, configuration_of(checkpoint.folder), usage, heads=True)
     with complete_folder(out) as partial:
         for name in names:
             shutil.copyfile(checkpoint.folder / name, partial / name)

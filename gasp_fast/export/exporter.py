@@ -143,7 +143,7 @@ def export(
             f"processor = AutoProcessor.from_pretrained({out.name!r})",
         ]
         config = configuration_of(checkpoint.folder)
-        card = model_card(checkpoint.base, checkpoint.folder.name, config, usage, heads=False)
+        card = model_card(checkpoint.base, checkpoint.folder, config, usage, heads=False)
         for name, text in ((REPORT, json.dumps(asdict(report), indent=2) + "\n"), (CARD, card)):
             write_atomically(partial / name, text.encode())
             share_as(partial / name)

@@ -159,6 +159,8 @@ WORK = {  # of each command: what is replaced, so that nothing begins; and argum
     ),
     "compare": ("gasp_fast.evaluation.report.read_report", ["before", "after", "--out", "out"]),
     "export": ("gasp_fast.export.exporter.find_checkpoint", ["run", "--out", "out"]),
+    "benchmark": ("gasp_fast.downstream.answers.subjects", ["--model", "m", "--suite", "paper", "--out", "out"]),
+    "compare-benchmarks": ("gasp_fast.downstream.comparison.find_results", ["results", "--out", "out"]),
     "bench": ("gasp_fast.benchmarking.measure.run_workload", []),
     "doctor": ("gasp_fast.cli.doctor.examine", []),
     "completion": ("shtab.complete", []),

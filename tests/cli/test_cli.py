@@ -235,7 +235,11 @@ def test_a_command_whose_packages_are_missing_is_completed_by_its_name(scripts, 
     printed = capsys.readouterr()
     assert "gasp-fast completion: compare without its options: " in printed.err
     (tmp_path / "script").write_text(printed.out)
-    assert completed(tmp_path / "script", tmp_path, "gasp-fast", "com") == ["compare", "completion"]
+    assert completed(tmp_path / "script", tmp_path, "gasp-fast", "com") == [
+        "compare",
+        "compare-benchmarks",
+        "completion",
+    ]
     assert completed(tmp_path / "script", tmp_path, "gasp-fast", "compare", "--o") == []
     assert completed(tmp_path / "script", tmp_path, "gasp-fast", "doctor", "--j") == ["--json"]
 

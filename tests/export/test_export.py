@@ -22,6 +22,7 @@ from gasp_fast.backbones import Conversation, load_backbone
 from gasp_fast.cli import export as command
 from gasp_fast.export import REPORT, export, find_checkpoint, probe
 from gasp_fast.export import exporter as export_module
+from gasp_fast.export.card import model_card
 from gasp_fast.supervision.head_files import write_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
 
@@ -324,6 +325,26 @@ def test_the_card_names_base_and_settings_but_no_path(qwen: Any, qwen_run: Path,
     assert card.startswith(f'---\nbase_model: "{qwen.folder.name}"\nlibrary_name: transformers\n')
     assert "| `train.learning_rate` | 0.0003 |" in card and str(tmp_path) not in card
     assert str(qwen.folder.parent) not in card
+
+
+def test_the_card_names_data_measurements_and_licence(tmp_path: Path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    for folder in (run / "report", run / "benchmarks", base):
+        folder.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Base\nlicense: none\n")
+    pck = {"pck": {"peak": 0.6123, "peak_layer": 7}}
+    (run / "report" / "report.json").write_text(json.dumps({"features": "head", "by_features": {"head": pck}}))
+    rows = [{"title": "BLINK", "model": {"score": 0.5}, "difference": {"mean": 0.021}}]
+    rows.append({"title": "VSI-Bench", "model": {"score": 0.3}})
+    (run / "benchmarks" / "results.json").write_text(json.dumps({"benchmarks": rows}))
+    config = {"data": {"scenes": {"root": "/home/me/dl3dv"}, "qa": {"root": ""}}}
+    card = model_card(str(base), run / "checkpoint-1", config, ["pass"], heads=False)
+    assert "\nlicense: apache-2.0\n" in card.split("---")[1] and "/home/me" not in card
+    assert "| `data.scenes.root` | dl3dv |" in card and "data.qa" not in card
+    assert "| PCK, head, layer 7 | 0.612 |\n| BLINK | 50.0 %, +2.1 against the base |\n| VSI-Bench | 30.0 % |" in card
+    assert "The base model's licence, apache-2.0, applies to it" in card
+    (base / "README.md").unlink()
+    assert "licen" not in model_card(str(base), tmp_path / "other" / "checkpoint-1", {}, ["pass"], heads=False)
 
 
 def test_adapters_and_heads_alone_are_attached_as_the_card_says(qwen: Any, qwen_run: Path, tmp_path: Path) -> None:

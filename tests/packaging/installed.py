@@ -11,6 +11,7 @@ import torch
 import gasp_fast
 from gasp_fast.doctor import trials
 from gasp_fast.doctor.finding import OK
+from gasp_fast.kernels import surfaces
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
         for finding in trial():
             assert finding.state == OK, finding
 
+    assert surfaces.available(torch.device("cpu"))
     matches = gasp_fast.Matches(
         frame_offsets=torch.tensor([0, 3, 6]), anchor=torch.tensor([0]), target=torch.tensor([4])
     )

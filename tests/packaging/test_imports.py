@@ -40,6 +40,7 @@ def test_the_import_contracts_hold(package):
         ("loss/config.py", "from gasp_fast.supervision.heads import HeadsConfig"),
         ("supervision/heads.py", "from gasp_fast.backbones.base import Backbone"),  # neither imports the other
         ("data/scenes/scene.py", "from gasp_fast.loss.matches import Matches"),
+        ("downstream/lmms/run.py", "from gasp_fast.files import read_json"),
         ("training/config.py", "def later():\n    import gasp_fast.cli.plan"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = Path(__file__).with_name("installed.py")
+TASKS = ROOT / "gasp_fast" / "downstream" / "lmms" / "tasks"
 
 
 def python(code, cwd, **environment):
@@ -113,6 +114,8 @@ def test_the_wheel_works_outside_the_source_tree_and_without_a_compiler(wheel, t
     subprocess.run(pip, check=True, timeout=120)
     assert {path.name for path in site.iterdir()} >= {"gasp_fast"}
     assert not any((site / name).exists() for name in ("tests", "kernels", "benchmarks"))
+    tasks = {path.relative_to(ROOT) for path in TASKS.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert len(tasks) > 8 and all((site / task).is_file() for task in tasks)
     shutil.copy(INSTALLED, tmp_path)
     out = python("import installed; installed.main()", tmp_path, PYTHONPATH=str(site), PATH=str(tmp_path))
     assert out.returncode == 0 and str(site) in out.stdout, out.stdout + out.stderr
