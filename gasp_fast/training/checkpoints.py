@@ -1,7 +1,8 @@
 """Checkpoints of a run: folders `checkpoint-N` that are complete or absent.
 
     adapter_model.safetensors, adapter_config.json    adapters (train.mode lora)
-    model.safetensors …, config.json, processor       all weights (train.mode full): loads with transformers alone
+    model-N-of-M.safetensors, model.safetensors.index.json, config.json, processor
+                                                      all weights (train.mode full): loads with transformers alone
     heads.safetensors                                 correspondence heads, and the temperature if it learns; in
                                                       train.mode heads the only weights
     optimizer-N.safetensors                           optimiser, by the names of parameters (`optimizer_state.py`)
@@ -13,9 +14,10 @@
     config.yaml                                       configuration of the run (`same_run.py`)
     manifest.json                                     size and SHA-256 of each file
 
-The first process writes into `.checkpoint-N.partial`, adds the manifest and renames the folder when it is complete. A
-checkpoint that differs from its manifest is damaged and not used. It does not depend on the number of processes, nor on
-the ZeRO stage.
+All processes write into `.checkpoint-N.partial`: each a share of the optimiser's state and of the weights of full
+training (`divided_files.py`), the first one all else. When they are done, it adds the manifest and renames the folder.
+A checkpoint that differs from its manifest is damaged and not used. How a run continues depends neither on the number
+of files nor on that of processes, nor on the ZeRO stage.
 """
 
 from __future__ import annotations
@@ -48,6 +50,9 @@ _KINDS: dict[str, Any] = {  # of the values in about.json
 _LATER_KINDS: dict[str, Any] = {  # of those that checkpoints of earlier versions lack
     "schedule": int,
     "learning_rate": (int, float),
+    "warmup": int,
+    "cosine_begins": int,
+    "cosine_share": (int, float),
     "steps": int,
     "skipped": int,
     "samples": dict,
@@ -58,14 +63,19 @@ _LATER_KINDS: dict[str, Any] = {  # of those that checkpoints of earlier version
 }
 
 
-@contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into. With a manifest added, it is renamed to `folder` when all is written."""
+def begin(folder: Path) -> Path:
+    """Make the folder in which all processes write what will be the checkpoint `folder`."""
     sweep(folder.parent)
     unfinished = folder.with_name(f".{folder.name}.partial")
     unfinished.mkdir(parents=True)
+    return unfinished
+
+
+@contextmanager
+def complete_or_absent(unfinished: Path, folder: Path) -> Iterator[None]:
+    """After the block `unfinished` gets its manifest and is renamed to `folder`; if the block raises, it is removed."""
     try:
-        yield unfinished
+        yield
         write_manifest(unfinished)
         share_as(unfinished / MANIFEST)
         _remove(folder)  # a damaged one

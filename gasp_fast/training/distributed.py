@@ -44,6 +44,12 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
+    def file_group(self, timeout: float) -> dist.ProcessGroup | None:
+        """A group for checkpoints, which a thread may use beside training; None without processes. All must call."""
+        if not dist.is_initialized():
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -160,6 +166,7 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     for module in ("transformers", "peft", "accelerate", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of checkpoints of a single process
 
 
 # ---- DeepSpeed ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The optimiser: AdamW over groups of parameters, each with its learning rate.
 
-The schedule (linear warm-up, then a cosine to zero; `state.py`) multiplies the rates of all groups alike.
+A schedule multiplies the rates of all groups alike: a linear warm-up, then a cosine down to zero.
 """
 
 from __future__ import annotations
@@ -126,6 +126,35 @@ def make_optimizer(groups: Iterable[Group], config: OptimisationConfig) -> torch
             if parameters:
                 settings.append({"params": parameters, "lr": scale * config.learning_rate, "weight_decay": decay})
     return torch.optim.AdamW(settings, lr=config.learning_rate, fused=True)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate in each step as a share of its peak, for `LambdaLR`."""
+
+    steps: int  # of the run; after them the rate is zero
+    warmup: int  # steps
+    cosine_begins: int  # after so many steps: those of the warm-up, or more if the run was made longer later
+    cosine_share: float = 1.0  # with which it begins
+
+    @classmethod
+    def of(cls, warmup: float, steps: int) -> Schedule:
+        begins = math.ceil(warmup * steps)
+        return cls(steps, begins, begins)
+
+    def __call__(self, done: int) -> float:
+        if done < self.warmup:
+            return done / self.warmup
+        progress = (done - self.cosine_begins) / max(1, self.steps - self.cosine_begins)
+        return max(0.0, self.cosine_share * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+    def longer(self, done: int, steps: int) -> Schedule:
+        """Of a run that is made longer after so many steps: the rest of the warm-up, then a new cosine.
+
+        It begins with the rate that the old one has reached, so that the rate does not jump.
+        """
+        begins = max(done, self.warmup)
+        return Schedule(steps, self.warmup, begins, self(begins))
 
 
 def rate_change(schedule: LambdaLR, stopped: float) -> str | None:

@@ -9,20 +9,21 @@ so a run continues with any number of processes and any ZeRO stage, and with the
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .divided_files import FILE_BYTES, Dealt, read_into, shapes, write
+
+FILES = "optimizer-"  # begins the names of the files
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FILE_BYTES = 4 << 30  # of one file, at most by one tensor more: so much is in host memory at once
+PARTS = tuple(f".{part}" for part in (*MOMENTS, "step"))
 
 
 def gathered_state(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
@@ -40,16 +41,13 @@ def gathered_state(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tens
                 yield f"{name}.{part}", state[part].detach()
 
 
-def write_state(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write the files from one pass over `tensors`."""
-    number, size, held = 1, 0, dict[str, Tensor]()
-    for name, tensor in tensors:
-        held[name] = tensor.cpu().contiguous()
-        size += tensor.nbytes
-        if size >= FILE_BYTES:
-            save_file(held, _file(folder, number))
-            number, size, held = number + 1, 0, {}
-    save_file(held, _file(folder, number))
+def write_state(folder: Path, dealt: Dealt, group: dist.ProcessGroup | None, first: bool) -> None:
+    """Write the files; all processes must call. DCP gives them the names of a model's files, so they are renamed."""
+    write(unnamed := folder / "optimizer", dealt, group)
+    if first:
+        for number, path in enumerate(sorted(unnamed.glob("*.safetensors")), 1):
+            path.rename(folder / f"optimizer-{number}.safetensors")
+        shutil.rmtree(unnamed)
 
 
 def without_state(model: nn.Module, optimizer: Any) -> list[str]:
@@ -60,42 +58,48 @@ def without_state(model: nn.Module, optimizer: Any) -> list[str]:
 
 
 def read_state(folder: Path, model: nn.Module, optimizer: Any, without: Iterable[str] | None = ()) -> None:
-    """Give the optimiser of a new run the state in `folder`; all processes read the parts that they need.
+    """Give the optimiser of a new run the state in `folder`. Every process reads it and keeps its part.
 
     Every trained parameter must have a state there, but for those `without`, which must have none. None: unknown, as
     for full training in checkpoints of earlier versions; then any parameter may have none.
     """
     trained = _trained(model)
-    with ExitStack() as opened:
-        files = [opened.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("optimizer-*.safetensors"))]
-        stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-        _check_state_names(stored.keys(), trained.keys(), without)
-
-        def read(name: str, part: str) -> Tensor:
-            tensor: Tensor = stored[f"{name}.{part}"].get_tensor(f"{name}.{part}")
-            expected = () if part == "step" else _shape(trained[name])
-            if tensor.shape != expected:
-                raise ValueError(f"{name}.{part} has the shape {list(tensor.shape)} instead of {list(expected)}")
-            return tensor
-
-        with_state = {name: parameter for name, parameter in trained.items() if f"{name}.step" in stored}
-        if isinstance(optimizer, torch.optim.Optimizer):
-            for name, parameter in with_state.items():
-                # Copies: a tensor of the file is a map of it, and rotation will delete the file.
-                moments = {part: torch.empty_like(parameter).copy_(read(name, part)) for part in MOMENTS}
-                optimizer.state[parameter] = {"step": read(name, "step").to(parameter.device, copy=True), **moments}
-            return
-        steps = {float(read(name, "step")) for name in with_state}
-        if len(steps) > 1:
-            raise ValueError(f"its parameters have taken {sorted(steps)} steps; ZeRO needs one number for all")
-        _begin_zero(optimizer, steps.pop() if steps else 0.0)
+    stored = {name: shape for name, shape in shapes(folder, FILES).items() if name.endswith(PARTS)}
+    _check_names(stored.keys(), trained.keys(), without)
+    _check_shapes(stored, trained)
+    with_state = {name: parameter for name, parameter in trained.items() if f"{name}.step" in stored}
+    taken = {f"{name}.step": torch.zeros(()) for name in with_state}
+    read_into(taken, folder, FILES)
+    if isinstance(optimizer, torch.optim.Optimizer):
         for name, parameter in with_state.items():
+            step = taken[f"{name}.step"].to(parameter.device)
+            optimizer.state[parameter] = {"step": step, **{part: torch.empty_like(parameter) for part in MOMENTS}}
+        moments = {f"{name}.{part}": optimizer.state[trained[name]][part] for name in with_state for part in MOMENTS}
+        read_into(moments, folder, FILES)
+        return
+    steps = {float(step) for step in taken.values()}
+    if len(steps) > 1:
+        raise ValueError(f"its parameters have taken {sorted(steps)} steps; ZeRO needs one number for all")
+    _begin_zero(optimizer, steps.pop() if steps else 0.0)
+    for names in _in_groups(with_state):
+        moments = {f"{name}.{part}": torch.empty(_shape(trained[name])) for name in names for part in MOMENTS}
+        read_into(moments, folder, FILES)
+        for name in names:
             for part in MOMENTS:
-                _divide_for_zero(parameter, part, read(name, part))
+                _divide_for_zero(trained[name], part, moments[f"{name}.{part}"])
 
 
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"optimizer-{number}.safetensors"
+def _in_groups(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:
+    """Names of parameters whose moments are in host memory at once: of `FILE_BYTES`, at most by one parameter more."""
+    names, held = list[str](), 0
+    for name, parameter in parameters.items():
+        names.append(name)
+        held += len(MOMENTS) * 4 * _shape(parameter).numel()
+        if held >= FILE_BYTES:
+            yield names
+            names, held = [], 0
+    if names:
+        yield names
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -107,7 +111,7 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return shape
 
 
-def _check_state_names(stored: Iterable[str], trained: Iterable[str], without: Iterable[str] | None) -> None:
+def _check_names(stored: Iterable[str], trained: Iterable[str], without: Iterable[str] | None) -> None:
     """A parameter has all of its tensors; one of `without`, or where these are unknown any, may have none."""
     stored, trained = set(stored), set(trained)
     owners = {name.rpartition(".")[0] for name in stored}
@@ -118,6 +122,14 @@ def _check_state_names(stored: Iterable[str], trained: Iterable[str], without: I
         raise ValueError(f"{min(missing)} is missing")
     if unknown := owners - allowed:
         raise ValueError(f"it holds a state of {min(unknown)}, which is not trained or had none when it was saved")
+
+
+def _check_shapes(stored: dict[str, tuple[int, ...]], trained: dict[str, nn.Parameter]) -> None:
+    for full_name, shape in stored.items():
+        name, _, part = full_name.rpartition(".")
+        expected = () if part == "step" else tuple(_shape(trained[name]))
+        if shape != expected:
+            raise ValueError(f"{full_name} has the shape {list(shape)} instead of {list(expected)}")
 
 
 # ---- ZeRO -----------------------------------------------------------------------------------------------------------

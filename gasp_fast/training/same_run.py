@@ -9,6 +9,9 @@ resumes from it is compared with these, key by key:
     fixed      a change would have no effect any more, or the saved state would not fit it; refused
     all other  makes another run; refused unless run.allow_changes names it, and then in effect from that step on
 
+More train.steps are allowed unasked, unless the learning rate has come down to zero: it then falls more slowly, from
+where it is. With run.allow_changes it is that of a run which had so many steps from the beginning.
+
 A key that this table does not name is of the last kind, also one of a later version.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -29,6 +32,7 @@ from gasp_fast.run_folder import CONFIG, config_files, configuration_of
 
 from .checkpoints import read_about
 from .config import TrainConfig
+from .optim import Schedule
 from .stream import SampleStream
 
 FREE = ("run", "evaluate", "data.workers", "data.qa.timeout", "data.vqa.timeout")
@@ -61,10 +65,12 @@ class Change:
     before: str
     now: str
     fixed: str | None = None  # why it cannot change
+    unasked: bool = False  # it is allowed without run.allow_changes
+    effect: str = ""
 
     def __str__(self) -> str:
-        reason = "" if self.fixed is None else f" ({self.fixed})"
-        return f"{self.key} = {self.before}, now {self.now}{reason}"
+        remark = self.fixed or self.effect
+        return f"{self.key} = {self.before}, now {self.now}{f' ({remark})' if remark else ''}"
 
 
 def run_facts(config: TrainConfig, stream: SampleStream, steps: int) -> dict[str, Any]:
@@ -78,8 +84,9 @@ def check_same_run(config: TrainConfig, stream: SampleStream, steps: int, world_
     about = read_about(checkpoint)
     changes = list(_changes(config, run_facts(config, stream, steps), about, checkpoint))
     allowed = config.run.allow_changes
+    harmless = (*ROUNDING, *(change.key for change in changes if change.unasked))
     refused = [change for change in changes if change.fixed is not None or not _covered(change.key, allowed)]
-    refused = [change for change in refused if not _covered(change.key, ROUNDING)]
+    refused = [change for change in refused if not _covered(change.key, harmless)]
     if refused:
         cures = "restore what it was, or give another run.out to begin anew"
         if allowable := ", ".join(change.key for change in refused if change.fixed is None):
@@ -93,6 +100,16 @@ def check_same_run(config: TrainConfig, stream: SampleStream, steps: int, world_
         _print(f"from step {about['step']} on: {'; '.join(meant)}")
     if rounding:
         _print(f"{'; '.join(rounding)}: the same sums in another order, so that results agree to rounding")
+
+
+def continued_schedule(config: TrainConfig, steps: int, checkpoint: Path) -> Schedule:
+    """The learning rates of a run that resumes: what it had, made longer if the run is, or those of another run."""
+    about = read_about(checkpoint)
+    saved, anew = _saved_schedule(config, about, checkpoint), Schedule.of(config.train.warmup, steps)
+    if saved is None or steps == saved.steps:
+        return saved or anew
+    longer = steps > saved.steps and not _covered("train.steps", config.run.allow_changes)
+    return saved.longer(about.get("schedule", about["step"]), steps) if longer else anew
 
 
 def write_configuration(config: TrainConfig, out: Path, resume: Path | None) -> None:
@@ -120,7 +137,7 @@ def _changes(config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], 
     before = {"train.mode": about["mode"], "train.batch_size": about["batch_size"], **written}
     if written:
         before = {**dict(_defaults(TrainConfig)), **before}
-    by_result = dict(_changed_results(config, facts, about))  # compared by what they lead to, where that is known
+    by_result = dict(_changed_results(config, facts, about, checkpoint))  # what they lead to, where that is known
     for key in sorted(now.keys() & before.keys()):
         if key not in by_result and not _covered(key, FREE) and before[key] != now[key]:
             yield Change(key, _short(before[key]), _short(now[key]), _why_fixed(key, config))
@@ -137,18 +154,44 @@ def _changes(config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], 
 
 
 def _changed_results(
-    config: TrainConfig, facts: dict[str, Any], about: dict[str, Any]
+    config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], checkpoint: Path
 ) -> Iterator[tuple[str, Change | None]]:
     """The keys that are compared by what they led to, each with the change, if there is one."""
     if "steps" in about:  # the schedule is a function of it
         changed = about["steps"] != facts["steps"]
-        yield "train.steps", Change("train.steps", str(about["steps"]), str(facts["steps"])) if changed else None
+        yield "train.steps", _change_of_steps(config, facts["steps"], about, checkpoint) if changed else None
         yield "train.epochs", None
     if isinstance(before := about.get("base"), dict) and (now := facts["base"]) is not None:
         parts = [part for part in now if before.get(part) != now[part]]
         fixed = None if parts == ["processor"] else "the weights were trained on the base model that it was"
         change = Change("model.source", f"a model of other {' and '.join(parts)}", repr(config.model.source), fixed)
         yield "model.source", change if parts else None
+
+
+def _change_of_steps(config: TrainConfig, steps: int, about: dict[str, Any], checkpoint: Path) -> Change:
+    change = Change("train.steps", str(about["steps"]), str(steps))
+    saved = _saved_schedule(config, about, checkpoint)
+    if saved is None or steps < saved.steps or _covered("train.steps", config.run.allow_changes):
+        return change
+    schedule = continued_schedule(config, steps, checkpoint)
+    if not schedule.cosine_share:
+        return replace(change, effect=f"the learning rate has come down to 0 in step {saved.steps}")
+    rate = schedule.cosine_share * config.train.learning_rate
+    effect = (
+        f"the learning rate comes down from {rate:.3g} in step {schedule.cosine_begins} to 0 in step {steps}; "
+        f"run.allow_changes=[train.steps] would take that of a run of {steps} steps"
+    )
+    return replace(change, unasked=True, effect=effect)
+
+
+def _saved_schedule(config: TrainConfig, about: dict[str, Any], checkpoint: Path) -> Schedule | None:
+    """That of the run so far; None if it is unknown, or the warm-up is now another one."""
+    before = configuration_of(checkpoint).get("train")
+    warmup = before.get("warmup") if isinstance(before, dict) else None
+    if "steps" not in about or warmup != config.train.warmup:
+        return None
+    began = asdict(Schedule.of(config.train.warmup, about["steps"]))
+    return Schedule(**{name: about.get(name, value) for name, value in began.items()})
 
 
 def _why_fixed(key: str, config: TrainConfig) -> str | None:

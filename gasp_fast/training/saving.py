@@ -1,14 +1,15 @@
 """Writes the checkpoints of a run, whatever number of processes it has and however they divide the state.
 
-With `run.save_async` training waits only until the state is copied into the memory of the first process, where a thread
-writes it. One checkpoint is written at a time: the next one waits for it. That it cannot be written is found out after
-one of the next steps, on all processes, and ends the run.
+Each process writes its share. With `run.save_async` training waits only until the shares are copied into host memory,
+where threads write them. One checkpoint is written at a time: the next one waits for it. That it cannot be written is
+found out after one of the next steps, on all processes, and ends the run.
 """
 
 from __future__ import annotations
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from gasp_fast.config.loader import to_yaml
 from gasp_fast.files import one_line, write_atomically
 from gasp_fast.run_folder import ABOUT, CONFIG
 
-from .checkpoints import complete_or_absent, rotate
+from .checkpoints import begin, complete_or_absent, rotate
 from .config import TrainConfig
 from .distributed import Processes
 from .guards import GuardError, check_disk
@@ -37,20 +38,18 @@ class CheckpointWriter:
         self.config, self.run, self.processes = config, config.run, processes
         self.out = Path(config.run.out)
         self.thread = ThreadPoolExecutor(1, "checkpoints")  # started when it has work
-        self.writing: Future[Exception | None] | None = None  # only on the first process
+        self.writing: Future[Exception | None] | None = None
+        self.group = processes.file_group(config.run.timeout)
 
     def save(self, step: int, snapshot: Snapshot, about: dict[str, Any]) -> None:
         """Write `checkpoint-STEP`, or begin to. All processes must call; an error of the first one is raised on all."""
         self.finish()
-        folder, first = self.out / f"checkpoint-{step}", self.processes.first
+        folder = self.out / f"checkpoint-{step}"
+        unfinished = self.processes.decided_by_first(partial(_begin, folder))
         if self.run.save_async:
-            snapshot = snapshot.in_memory(first)
-            if first:
-                self.writing = self.thread.submit(self._write, folder, snapshot, about)
-            return
-        error = self._write(folder, snapshot, about) if first else None
-        snapshot.take_part()
-        self._raise_on_all(error)
+            self.writing = self.thread.submit(self._write, unfinished, folder, snapshot, about)
+        else:
+            self._raise_on_all(self._write(unfinished, folder, snapshot, about))
 
     @property
     def failed(self) -> bool:
@@ -77,21 +76,35 @@ class CheckpointWriter:
     def _raise_on_all(self, error: Exception | None) -> None:
         self.processes.decided_by_first(partial(_raise, error))
 
-    def _write(self, folder: Path, snapshot: Snapshot, about: dict[str, Any]) -> Exception | None:
-        """Write a checkpoint; returns what kept it from being written."""
+    def _write(self, unfinished: Path, folder: Path, snapshot: Snapshot, about: dict[str, Any]) -> Exception | None:
+        """Write a checkpoint, or a share of it; returns what kept it from being written."""
+        first = self.processes.first
         try:
-            with complete_or_absent(folder) as unfinished:
-                snapshot.write(unfinished)
-                write_atomically(unfinished / CONFIG, to_yaml(self.config).encode())
-                write_atomically(unfinished / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-            rotate(self.out, self.run.keep, self.run.keep_best)
-            if about["step"] < about["steps"]:
-                check_disk(self.run)  # only now that what has been trained is saved
+            with complete_or_absent(unfinished, folder) if first else nullcontext():
+                snapshot.write(unfinished, self.group, first)
+                if first:
+                    write_atomically(unfinished / CONFIG, to_yaml(self.config).encode())
+                    write_atomically(unfinished / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+            if first:
+                rotate(self.out, self.run.keep, self.run.keep_best)
+                if about["step"] < about["steps"]:
+                    check_disk(self.run)  # only now that what has been trained is saved
         except GuardError as error:
             return GuardError(f"{error}; {folder} is complete, and the same command continues from it")
         except (OSError, SafetensorError) as error:
-            return OSError(f"{folder} cannot be written: {one_line(error)}")
+            return _not_written(folder, error)
         return None
+
+
+def _begin(folder: Path) -> Path:
+    try:
+        return begin(folder)
+    except OSError as error:
+        raise _not_written(folder, error) from error
+
+
+def _not_written(folder: Path, error: Exception) -> OSError:
+    return OSError(f"{folder} cannot be written: {one_line(error)}")
 
 
 def _raise(error: Exception | None) -> None:

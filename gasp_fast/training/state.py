@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
 
 from gasp_fast.planning.training_setup import Sharding
 
 from . import checkpoints, earlier_checkpoints, random_state
 from .config import TrainConfig
 from .distributed import Processes, fill_deepspeed, make_accelerator
+from .divided_files import Dealt, deal, write
 from .model import SupervisedModel
-from .optim import make_optimizer, rate_change, trained_groups
+from .optim import Schedule, make_optimizer, rate_change, trained_groups
 from .optimizer_state import gathered_state, read_state, without_state, write_state
 from .random_state import gathered_random_states
+from .same_run import continued_schedule
 from .stream import Share
 from .weights import TrainedWeights, gather_weights, write_weights
 
@@ -52,14 +52,9 @@ class TrainState:
         self.engine, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.engine.train()
         # The schedule is not prepared: accelerate would step it once for each process.
-        self.steps = steps
-        self.schedule = self._schedule()
-
-    def _schedule(self, done: int = 0) -> LambdaLR:
-        """The learning rates of the configuration, after so many steps."""
-        warmup = math.ceil(self.config.train.warmup * self.steps)
-        # The first schedule takes the optimiser's rates for the peak and notes them there, for a later one.
-        return get_cosine_schedule_with_warmup(self.optimizer, warmup, self.steps, last_epoch=done - 1)
+        self.rates = Schedule.of(config.train.warmup, steps)
+        # The first `LambdaLR` takes the optimiser's rates for the peak and notes them there, for a later one.
+        self.schedule = LambdaLR(self.optimizer, self.rates)
 
     def skip_unless_finite(self, norm: Tensor) -> None:
         """Let the next step of AdamW change nothing if the gradient's norm is not finite. DeepSpeed does so by itself.
@@ -71,16 +66,26 @@ class TrainState:
             optimizer.found_inf = (~norm.isfinite()).float()
 
     def snapshot(self) -> Snapshot:
-        """What a checkpoint holds of this state. All processes must call, and `write` or `take_part`."""
-        weights = gather_weights(self.model, self.processes.first)
-        optimizer = gathered_state(self.model, self.optimizer.optimizer)
-        return Snapshot(self.model, weights, optimizer, gathered_random_states(self.processes))
+        """What a checkpoint holds of this state. All processes must call, and `write` it.
+
+        It is a copy in host memory, which no later step changes, and of which every process has a share. What is not
+        divided among GPUs need not be copied where training waits until it is written.
+        """
+        processes = self.processes
+        in_place = self.deepspeed is None and not self.config.run.save_async
+        weights = gather_weights(self.model, processes, in_place)
+        state = gathered_state(self.model, self.optimizer.optimizer)
+        optimizer = deal(state, processes.rank, processes.world_size, in_place)
+        return Snapshot(self.model, weights, optimizer, gathered_random_states(processes))
 
     def facts(self) -> dict[str, Any]:
         """What about.json says of it."""
         return {
             "schedule": self.schedule.last_epoch,
             "learning_rate": float(self.schedule.get_last_lr()[0]),
+            "warmup": self.rates.warmup,
+            "cosine_begins": self.rates.cosine_begins,
+            "cosine_share": self.rates.cosine_share,
             "without_state": without_state(self.model, self.optimizer.optimizer),
         }
 
@@ -100,7 +105,8 @@ class TrainState:
             done, stopped = about["schedule"], about["learning_rate"]
         else:
             done, stopped = self._load_earlier(folder)
-        self.schedule = self._schedule(done)
+        self.rates = continued_schedule(self.config, self.rates.steps, folder)
+        self.schedule = LambdaLR(self.optimizer, self.rates, last_epoch=done - 1)
         if self.processes.first and (line := rate_change(self.schedule, stopped)):
             print(line, file=sys.stderr)
 
@@ -129,27 +135,21 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of training after a step. The first process writes it, with the help of the others."""
+    """The state of training after a step, or a process's share of it."""
 
     model: SupervisedModel
     weights: TrainedWeights
-    optimizer: Iterable[tuple[str, Tensor]]  # gathered from all processes while it is read, once
+    optimizer: Dealt
     random: list[random_state.State]
 
-    def in_memory(self, first: bool) -> Snapshot:
-        """A copy on the first process that no later step changes and that it can write alone. All must call."""
-        tensors = [(name, tensor.to("cpu", copy=True)) for name, tensor in self.optimizer if first]
-        return replace(self, optimizer=tensors)
-
-    def write(self, folder: Path) -> None:
-        write_weights(self.model, folder, self.weights)
-        write_state(folder, self.optimizer)
-        random_state.write_random_states(folder, self.random)
-
-    def take_part(self) -> None:
-        """Take part in gathering what has not been gathered yet."""
-        for _ in self.optimizer:
-            pass
+    def write(self, folder: Path, group: dist.ProcessGroup | None, first: bool) -> None:
+        """Write a share; the first process also writes what is not divided. All of `group` must call."""
+        if self.weights.whole is not None:
+            write(folder, self.weights.whole, group)
+        write_state(folder, self.optimizer, group, first)
+        if first:
+            write_weights(self.model, folder, self.weights)
+            random_state.write_random_states(folder, self.random)
 
 
 def gather_heads_together(model: nn.Module) -> None:

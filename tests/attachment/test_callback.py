@@ -1,13 +1,12 @@
 """`GaspCallback` in real trainers: the same steps as a loop of one's own, logged, saved and resumed."""
 
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.runs import run_to_end
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gasp_fast
@@ -235,18 +234,15 @@ def test_two_processes_take_the_step_of_one(setting, tmp_path, deepspeed):
     """Two samples, accumulated in one process or each in its own: the same weights, heads included."""
     (tmp_path / "model").symlink_to(setting.folder / "model")
     (tmp_path / "sample.pickle").write_bytes(pickle.dumps(setting.sample))
-    script = str(Path(__file__).with_name("trainer_step.py"))
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu"}
 
-    def run(launcher, name, *words):
-        command = [sys.executable, *launcher, script, str(tmp_path), str(tmp_path / name), *words]
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    def run(processes, name, *words):
+        script = Path(__file__).with_name("trainer_step.py")
+        done = run_to_end(processes, script, tmp_path, tmp_path / name, *words)
         assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(tmp_path / name, weights_only=True)
 
-    one = run([], "one.pt", "2")
-    two = run(["-m", "torch.distributed.run", "--nproc-per-node", "2"], "two.pt", "1", *(["ds"] if deepspeed else []))
+    one = run(1, "one.pt", "2")
+    two = run(2, "two.pt", "1", *(["ds"] if deepspeed else []))
     start = dict(setting.model().named_parameters())
     assert two["corr"] == pytest.approx(one["corr"], rel=1e-5)
     assert any(name.startswith("gasp.") for name in one["weights"])

@@ -10,6 +10,7 @@ import toy
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 import gasp_fast
+from gasp_fast.training.distributed import start_processes
 
 ZERO_2 = {
     "zero_optimization": {"stage": 2},
@@ -21,6 +22,8 @@ ZERO_2 = {
 
 
 def main(folder: Path, out: Path, accumulated: int, deepspeed: bool) -> None:
+    if deepspeed:
+        start_processes(deepspeed=True)  # DeepSpeed alone would compile its collectives for CPUs, for a minute
     processor = AutoProcessor.from_pretrained(folder / "model")
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
     sample = pickle.loads((folder / "sample.pickle").read_bytes())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from support.damaged_scenes import damage_bytes, damage_json, replace_file
+from support.runs import weights_of
 from support.tiny_training import *  # noqa: F403 (fixtures)
 
 from gasp_fast.config.loader import to_yaml
@@ -131,10 +132,9 @@ def test_runs_with_a_tampered_newest_checkpoint_end_as_if_nothing_had_happened(f
     out, path = finished
     whole = shutil.copytree(out, tmp_path / "whole")
 
-    def result() -> tuple[list[float], list[bytes]]:
+    def result() -> tuple[list[float], dict[str, object]]:
         losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-        weights = ("adapter_model.safetensors", "heads.safetensors", "optimizer-1.safetensors")
-        return losses, [(out / "checkpoint-3" / name).read_bytes() for name in weights]
+        return losses, weights_of(out / "checkpoint-3")
 
     expected, draw, failures = result(), random.Random(0), []
     names = sorted(file.name for file in (whole / "checkpoint-3").iterdir() if file.name != MANIFEST)

@@ -5,14 +5,13 @@ the number of ranks; SGD shows it.
 """
 
 import importlib.util
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.runs import launch
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("distributed_steps.py")
@@ -35,27 +34,13 @@ steps = load_script()
 SCHEMES = ("ddp", "zero1", "zero2", "zero3")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module", params=SCHEMES)
 def launched(request, tmp_path_factory):
     """(scheme, folder with every rank's parameters, what was printed)."""
     if request.param != "ddp":
         pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp(request.param)
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={steps.RANKS}"]
-    address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    process = subprocess.Popen(
-        [*launcher, *address, str(SCRIPT), request.param, str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
+    process = launch(steps.RANKS, SCRIPT, request.param, out)
     try:
         printed, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:

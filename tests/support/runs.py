@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 
 import psutil
+from safetensors.torch import load_file
 
 from gasp_fast.config.loader import to_yaml
+
+from .forked import forked_popen
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = ("tokens_per_s", "mfu", "peak_memory", "data_wait", "device_wait")  # differ from run to run
@@ -23,15 +26,24 @@ def without_clock(records):
     return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
 
 
-def launch(processes, *arguments, **options):
-    """Start a Python program; for several processes by torchrun. Its output is in one stream."""
+def launch(processes, *arguments, fresh=False, **options):
+    """Start a Python program; for several processes by torchrun. Its output is in one stream.
+
+    It is a fork of a process that has imported everything, unless `fresh`.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = command if processes > 1 else [sys.executable]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)], env=environment, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
+    options = {"cwd": REPOSITORY, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+    start = subprocess.Popen if fresh else forked_popen
+    return start([*command, *map(str, arguments)], env=environment, text=True, **options)
+
+
+def run_to_end(processes, *arguments, timeout=500, **options):
+    """`launch` a program and wait for it, as `subprocess.run` does."""
+    process = launch(processes, *arguments, stderr=subprocess.PIPE, **options)
+    output, errors = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def write_config(config, path):
@@ -85,5 +97,14 @@ def assert_ended(family):
         time.sleep(0.1)
 
 
+def tensors_of(folder, pattern="*.safetensors"):
+    """All tensors in files of a checkpoint, by name: how many files hold them depends on the number of processes."""
+    tensors = {}
+    for path in Path(folder).glob(pattern):
+        tensors |= load_file(path)
+    return tensors
+
+
 def weights_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
+    """Type and bytes of all tensors in a checkpoint."""
+    return {name: (value.dtype, value.numpy().tobytes()) for name, value in tensors_of(folder).items()}

@@ -23,6 +23,8 @@ from gasp_fast.training.optim import OptimisationConfig
 from gasp_fast.training.sources import QAConfig, ScenesConfig
 from gasp_fast.training.stream import DataConfig
 
+from .forked import save_no_figure
+
 torch.set_num_threads(1)
 FAMILIES = ("qwen2_5_vl", "llava_next_video")
 
@@ -67,6 +69,12 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
         write_scene(make_scene(seed, look), folders[-1])
     list(write_qa(folders, root / "questions", workers=1))
     return Assets(Models(root), root / "scenes", root / "questions")
+
+
+@pytest.fixture(autouse=True)
+def figure_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw none. A test file whose subject they are overrides this."""
+    monkeypatch.setattr("gasp_fast.training.summary.save_figure", save_no_figure)
 
 
 @pytest.fixture

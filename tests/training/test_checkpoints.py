@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.runs import log_of, without_clock
+from support.runs import log_of, run_to_end, without_clock
 
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.evaluation.evaluated_model import load_evaluated_model
@@ -232,7 +230,7 @@ def test_a_fully_trained_model_that_lacks_weights_does_not_resume(config, change
     train(settings)
     folder = Path(settings.run.out) / "checkpoint-1"
     (folder / MANIFEST).unlink()
-    edit_tensors(folder / "model.safetensors", lambda tensors: change(tensors, "layers.2.mlp"))
+    edit_tensors(folder / "model-00001-of-00001.safetensors", lambda tensors: change(tensors, "layers.2.mlp"))
     with pytest.raises(ValueError, match=str(folder)):
         train(replace(settings, run=replace(settings.run, resume=str(folder))))
 
@@ -375,12 +373,7 @@ def test_several_processes_agree_on_the_checkpoint(config, tmp_path):
     path.write_text(to_yaml(replace(settings, deepspeed=str(REPOSITORY / "configs/deepspeed/zero2.json"))))
 
     def run(*overrides):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run(
-            [*launcher, "-m", "gasp_fast.train", str(path), *overrides],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-            cwd=tmp_path, text=True, capture_output=True, timeout=200,
-        )  # fmt: skip
+        done = run_to_end(2, "-m", "gasp_fast.train", path, *overrides, cwd=tmp_path)
         return done.returncode, done.stderr
 
     status, printed = run()

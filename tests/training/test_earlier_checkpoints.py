@@ -1,17 +1,14 @@
 """Checkpoints of earlier versions resume exactly, and nothing that their files name is called."""
 
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.earlier_checkpoints import save_as_earlier
-from support.runs import log_of, without_clock
+from support.runs import log_of, run_to_end, tensors_of, without_clock
 
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.train import main, train
@@ -21,8 +18,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def weights_of(folder):
-    names = ("adapter_model.safetensors", "model.safetensors", "heads.safetensors")
-    return [(folder / name).read_bytes() for name in names if (folder / name).exists()]
+    tensors = tensors_of(folder, "[amh]*.safetensors")  # adapters, model, heads
+    return {name: (value.dtype, value.numpy().tobytes()) for name, value in tensors.items()}
 
 
 @pytest.fixture
@@ -121,9 +118,7 @@ def test_a_run_under_zero_that_an_earlier_version_saved_resumes_exactly_and_runs
     path.write_text(to_yaml(settings))
 
     def run(script="train_on_two_processes.py"):
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+        done = run_to_end(1, Path(__file__).with_name(script), path, cwd=tmp_path)
         return done.returncode, done.stderr
 
     status, printed = run("save_as_earlier_on_two_processes.py")

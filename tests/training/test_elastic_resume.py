@@ -1,9 +1,6 @@
 """A run continues with another number of processes and another ZeRO stage, from the same numbers."""
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +8,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from support.runs import log_of, without_clock
+from support.runs import log_of, run_to_end, tensors_of, weights_of, without_clock
 
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.train import train
-from gasp_fast.training import optimizer_state
+from gasp_fast.training import divided_files, optimizer_state
 from gasp_fast.training.model import build_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,16 +26,12 @@ def preset(layout):
 
 
 def launch(script, *paths):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, paths)]
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, text=True, capture_output=True, timeout=500)
+    done = run_to_end(1, Path(__file__).with_name(script), *paths)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stderr
 
 
-def tensors_of(folder):
-    names = ("adapter_model.safetensors", "heads.safetensors", "optimizer-1.safetensors")
-    return {name: load_file(folder / name) for name in names}
+MODEL = "model-*.safetensors"  # all weights, of full training
+WEIGHTS, STATE = "[ah]*.safetensors", "optimizer-*.safetensors"  # adapters and heads; AdamW's state
 
 
 def largest_difference(ours, theirs):
@@ -103,9 +96,9 @@ def test_a_run_continues_in_any_layout(runs):
         for mine, other in zip(ours, theirs, strict=True):
             assert mine["loss"] == pytest.approx(other["loss"], rel=allowed), (saved, layout)
             assert mine["lr"] == other["lr"]
-        for file, tensors in tensors_of(runs.folder(name)).items():
-            difference = largest_difference(tensors, tensors_of(runs.folder(layout))[file])
-            assert difference <= allowed, (saved, layout, file, difference)
+        for files in (WEIGHTS, STATE):
+            difference = largest_difference(*(tensors_of(runs.folder(run), files) for run in (name, layout)))
+            assert difference <= allowed, (saved, layout, files, difference)
     assert_every_layout_holds_the_same_state(runs)
 
 
@@ -118,17 +111,25 @@ def test_full_training_continues_in_another_layout(config, tmp_path):
     alone, again = runs.continued("zero2", "alone"), runs.continued("zero2", "zero3")
     train(runs.settings(alone, "alone"))
     launch("train_on_two_processes.py", runs.config(again, "zero3"))
-    expected = load_file(runs.folder("zero2") / "model.safetensors")
+    expected = tensors_of(runs.folder("zero2"), MODEL)
     for name in (alone, again):
         ours, theirs = (without_clock(log_of(runs.root / run)) for run in (name, "zero2"))
         assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
-        assert largest_difference(load_file(runs.folder(name) / "model.safetensors"), expected) < 1e-4
+        assert largest_difference(tensors_of(runs.folder(name), MODEL), expected) < 1e-4
+    for name in ("zero2", again):
+        assert_each_process_wrote_a_share(runs.folder(name))
     assert_distributed_checkpoint_reads(runs.folder("zero2"))
+
+
+def assert_each_process_wrote_a_share(folder):
+    for files in (MODEL, STATE):
+        sizes = [path.stat().st_size for path in folder.glob(files)]
+        assert len(sizes) == 2 and min(sizes) > 0.5 * max(sizes), sizes
 
 
 def assert_distributed_checkpoint_reads(folder):
     """torch.distributed.checkpoint (DCP) loads weights and optimiser state into tensors of any process."""
-    stored = {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer-1.safetensors")}
+    stored = {**tensors_of(folder, MODEL), **tensors_of(folder, STATE)}
     assert any(name.endswith(".exp_avg") for name in stored)
     loaded = {name: torch.full_like(tensor, torch.nan) for name, tensor in stored.items()}
     dcp.load(loaded, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -142,11 +143,11 @@ def assert_every_layout_holds_the_same_state(runs):
     configs = [runs.config(name, layout) for name, (_, layout) in zip(names, pairs, strict=True)]
     launch("save_again_on_two_processes.py", *configs)
     for name, (saved, layout) in zip(names, pairs, strict=True):
-        before, after = tensors_of(runs.folder(saved, SAVED)), tensors_of(runs.folder(name, 99))
-        for file in before:
-            assert before[file].keys() == after[file].keys()
-            for tensor in before[file]:
-                assert torch.equal(before[file][tensor], after[file][tensor]), (saved, layout, file, tensor)
+        for files in (WEIGHTS, STATE):
+            before, after = (tensors_of(folder, files) for folder in (runs.folder(saved, SAVED), runs.folder(name, 99)))
+            assert before.keys() == after.keys()
+            for tensor in before:
+                assert torch.equal(before[tensor], after[tensor]), (saved, layout, files, tensor)
 
 
 def test_the_state_is_that_of_torchs_optimiser_by_name(config):
@@ -165,20 +166,17 @@ def test_the_state_is_that_of_torchs_optimiser_by_name(config):
 
 
 def test_large_states_are_divided_into_files(config, monkeypatch):
+    monkeypatch.setattr(divided_files, "FILE_BYTES", 20_000)
     monkeypatch.setattr(optimizer_state, "FILE_BYTES", 20_000)
     whole = config(train={"steps": 4}, run={"save_every": 2})
     train(whole)
     folder = Path(whole.run.out) / "checkpoint-4"
-    expected, log = tensors_of(folder), without_clock(log_of(folder.parent))
+    expected, log = weights_of(folder), without_clock(log_of(folder.parent))
     assert len(list(folder.glob("optimizer-*.safetensors"))) > 5
     shutil.rmtree(folder)
     train(whole)
     assert without_clock(log_of(folder.parent)) == log
-    assert all(
-        torch.equal(expected[file][name], value)
-        for file, all_ in tensors_of(folder).items()
-        for name, value in all_.items()
-    )
+    assert weights_of(folder) == expected
     (folder / "manifest.json").unlink()
     (folder / "optimizer-2.safetensors").unlink()
     with pytest.raises(ValueError, match=r"optimizer-1\.safetensors does not fit .* is missing"):

@@ -1,14 +1,12 @@
 """Supervision of the model's own queries and keys is the loss on what its attention projects, with all gradients."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.runs import run_to_end
 
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.collator import Collator
@@ -187,7 +185,7 @@ def test_a_run_learns_resumes_and_is_evaluated(config, tmp_path, heads, monkeypa
 def test_weights_are_saved_and_read(config, tmp_path):
     settings = config(heads={"kind": "qk"})
     model = with_random_adapters(build_model(settings, CPU))
-    write_weights(model, tmp_path, gather_weights(model, True))
+    write_weights(model, tmp_path, gather_weights(model, Processes(0, 1, CPU)))
     read_weights(fresh := build_model(settings, CPU), tmp_path)
     for (name, one), (_, other) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -209,11 +207,7 @@ def test_the_gradient_is_the_same_on_two_processes(config, tmp_path, division):
     preset = None if division == "ddp" else str(REPOSITORY / f"configs/deepspeed/{division}.json")
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(replace(settings, deepspeed=preset)))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("gradients_of_a_step.py"), "2", path],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_to_end(1, Path(__file__).with_name("gradients_of_a_step.py"), "2", path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(Path(settings.run.out) / "gradient.pt", weights_only=True)
     size = sum(float(gradient.norm()) ** 2 for gradient in expected.values()) ** 0.5

@@ -259,7 +259,7 @@ def test_a_run_under_zero2_stops_after_too_many_bad_steps(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_frozen_rank_ends_the_run_after_a_set_time(config, tmp_path):
-    base = config(train={"steps": 500}, run={"save_every": 1000, "timeout": 20.0})
+    base = config(train={"steps": 500}, run={"save_every": 1000, "timeout": 8.0})
     process = launch(
         1, "-m", "gasp_fast.training.launch", "--standalone", "--nproc-per-node", 2, "--shutdown-timeout", 3,
         "-m", "gasp_fast.train", write_config(base, tmp_path / "f.yaml"),

@@ -1,20 +1,19 @@
 """Whatever a batch holds, the same modules run and the same weights receive a gradient; how heads are built."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.runs import run_to_end
 
 from gasp_fast.attachment.build import build_heads
 from gasp_fast.collator import Collator, Sample
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHead, HeadsConfig
+from gasp_fast.training.distributed import Processes
 from gasp_fast.training.loader import SteadyCollator
 from gasp_fast.training.model import build_model, language_loss
 from gasp_fast.training.stream import SampleStream
@@ -131,7 +130,7 @@ def test_heads_can_start_without_the_bias_of_the_query_projection(config, family
 
 def test_a_checkpoint_records_what_its_heads_read(config, tmp_path):
     model = build_model(config(heads={"input": "output_normed"}), CPU)
-    write_weights(model, tmp_path, gather_weights(model, True))
+    write_weights(model, tmp_path, gather_weights(model, Processes(0, 1, CPU)))
     assert read_heads(tmp_path / "heads.safetensors").reads == model.supervision.reads == "output_normed"
 
 
@@ -139,9 +138,7 @@ def test_a_checkpoint_records_what_its_heads_read(config, tmp_path):
 def test_one_process_decomposes_for_all_and_all_have_the_same_heads(config, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config()))
-    script = Path(__file__).with_name("heads_on_two_processes.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, script, path], env=environment, capture_output=True, text=True, timeout=200)
+    done = run_to_end(1, Path(__file__).with_name("heads_on_two_processes.py"), path)
     assert done.returncode == 0, done.stderr[-3000:]
     (first, heads, number), (second, other_heads, other_number) = json.loads(done.stdout.splitlines()[-1])
     assert (first, second) == (4, 0)

@@ -1,9 +1,6 @@
 """What a step optimises does not depend on how it is divided into micro-batches and among processes."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from support.runs import run_to_end
 from support.tiny_training import backward_of_step
 
 from gasp_fast.collator import Collator
@@ -182,11 +180,7 @@ def test_the_division_of_a_step_does_not_change_its_gradient(step_of_16, tmp_pat
         path.write_text(to_yaml(replace(base, deepspeed=preset, run=replace(base.run, out=str(folder)))))
         arguments += [str(processes), str(path)]
         folders[folder] = base.train.batch_size
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    script = Path(__file__).with_name("gradients_of_a_step.py")
-    done = subprocess.run(
-        [sys.executable, script, *arguments], env=environment, capture_output=True, text=True, timeout=580
-    )
+    done = run_to_end(1, Path(__file__).with_name("gradients_of_a_step.py"), *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     for folder, size in folders.items():
         loss, gradient = expected[size]

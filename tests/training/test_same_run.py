@@ -1,6 +1,7 @@
 """A run that resumes is the same run: what differs is refused by name, or allowed by name and then in effect."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def shifted(tensors):
         ("train.learning_rate=2e-3", "train.learning_rate = 0.001, now 0.002"),
         ("train.head_lr_scale=1", "train.head_lr_scale = 4.0, now 1.0"),
         ("train.warmup=0.25", "train.warmup = 0.5, now 0.25"),
-        ("train.steps=8", "train.steps = 4, now 8"),
+        ("train.steps=3", "train.steps = 4, now 3"),
         ("train.clip=2", "train.clip = 1.0, now 2.0"),
         ("train.weight_decay=0.1", "train.weight_decay = 0.0, now 0.1"),
         ("lora.dropout=0.1", "lora.dropout = 0.0, now 0.1"),
@@ -274,6 +275,46 @@ def test_an_allowed_number_of_steps_holds_from_the_next_step_on(run):
     assert status == 0 and "train.steps = 4, now 6" in printed
     assert "step 2: the learning rate goes from 0.001 to 0.000667" in printed
     assert rates(out) == pytest.approx([0.0, 5e-4, 2e-3 / 3, 1e-3, 7.5e-4, 2.5e-4])
+
+
+def test_a_run_is_made_longer_and_its_learning_rate_does_not_jump(run):
+    """After the warm-up of 2 steps, 8 steps instead of 4; at 5 of them it stops once more, and then takes 11."""
+    out, again = run
+    status, printed = again("train.steps=8", "run.save_every=5")
+    assert status == 0 and "the learning rate goes" not in printed
+    line = "from step 2 on: train.steps = 4, now 8 (the learning rate comes down from 0.001 in step 2 to 0 in step 8; "
+    assert f"{line}run.allow_changes=[train.steps] would take that of a run of 8 steps)" in printed
+    cosine = [1e-3 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(7)]
+    assert rates(out) == pytest.approx([0.0, 5e-4, *cosine[:6]])
+    shutil.rmtree(out / "checkpoint-8")
+    assert again("train.steps=8", "run.save_every=5")[0] == 0  # the same run, as it was made longer
+    assert rates(out) == pytest.approx([0.0, 5e-4, *cosine[:6]])
+    shutil.rmtree(out / "checkpoint-8")
+    assert again("train.steps=11")[0] == 0
+    last = [cosine[3] * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    assert rates(out) == pytest.approx([0.0, 5e-4, *cosine[:3], *last])
+
+
+def test_a_run_that_is_made_longer_in_its_warmup_completes_the_warmup(config, capsys):
+    settings = config(train={"steps": 4, "warmup": 0.75}, run={"save_every": 1, "keep": 9})
+    train(settings)
+    for step in (2, 3, 4):
+        shutil.rmtree(Path(settings.run.out) / f"checkpoint-{step}")
+    train(replace(settings, train=replace(settings.train, steps=5)))
+    assert rates(Path(settings.run.out)) == pytest.approx([0.0, 1e-3 / 3, 2e-3 / 3, 1e-3, 5e-4])
+
+
+def test_a_run_whose_learning_rate_is_zero_is_not_made_longer_unasked(run):
+    out, again = run
+    assert again()[0] == 0
+    status, printed = again("train.steps=6")
+    assert status == 1 and "train.steps = 4, now 6 (the learning rate has come down to 0 in step 4): " in printed
+    assert "run.allow_changes=[train.steps] lets that change from step 4 on" in printed
+    assert again("train.steps=6", "run.allow_changes=[train.steps]", "run.save_every=5")[0] == 0
+    assert rates(out)[4:] == pytest.approx([7.5e-4, 2.5e-4])
+    shutil.rmtree(out / "checkpoint-6")
+    assert again("train.steps=6")[0] == 0  # the same run
+    assert rates(out)[4:] == pytest.approx([7.5e-4, 2.5e-4])
 
 
 def test_epochs_that_give_the_same_steps_are_no_change(run):

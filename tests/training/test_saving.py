@@ -25,9 +25,9 @@ def after(monkeypatch, wait):
     """Let the checkpoints be written only when `wait` returns."""
     write = Snapshot.write
 
-    def late(self, folder):
+    def late(self, *arguments):
         wait()
-        write(self, folder)
+        write(self, *arguments)
 
     monkeypatch.setattr(Snapshot, "write", late)
 
@@ -67,7 +67,7 @@ def test_training_goes_on_while_one_is_written_and_the_next_one_waits_for_it(con
 
 
 def test_a_disk_that_is_full_ends_the_run_after_one_of_the_next_steps(config, tmp_path, monkeypatch):
-    def full(folder, tensors):
+    def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("gasp_fast.training.state.write_state", full)

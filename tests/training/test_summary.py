@@ -20,6 +20,11 @@ from gasp_fast.training.log import Meter, Progress
 from gasp_fast.training.summary import as_table, summarise
 
 
+@pytest.fixture(autouse=True)
+def figure_of_a_run():
+    """Is drawn here."""
+
+
 def record(step, lm=None, corr=None, depth=None, pck=()):
     layers = len(pck)
     return {
@@ -82,7 +87,8 @@ def test_a_run_of_one_step_or_without_matches_is_summarised_too(tmp_path, record
     (tmp_path / LOG).write_text("".join(json.dumps(one) + "\n" for one in records))
     console = Console(file=io.StringIO(), width=200)
     summarise(tmp_path, console, shown=True)
-    assert (tmp_path / FIGURE).is_file() and f"gasp-fast export {tmp_path}" in console.file.getvalue()
+    assert (tmp_path / FIGURE).read_bytes().startswith(b"\x89PNG")
+    assert f"gasp-fast export {tmp_path}" in console.file.getvalue()
 
 
 def test_damaged_lines_of_a_log_are_left_out(tmp_path):
