@@ -13,6 +13,7 @@ from gasp_fast.collator import Collator, Sample
 from gasp_fast.config.loader import to_yaml
 from gasp_fast.supervision.head_files import read_heads
 from gasp_fast.supervision.heads import CorrespondenceHead, HeadsConfig
+from gasp_fast.training import weights
 from gasp_fast.training.distributed import Processes
 from gasp_fast.training.loader import SteadyCollator
 from gasp_fast.training.model import build_model, language_loss
@@ -135,6 +136,22 @@ def test_a_checkpoint_records_what_its_heads_read(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_weights_are_gathered_in_the_order_of_the_model(config, monkeypatch, mode):
+    """All processes gather together under ZeRO-3; an order that differs between them would mix the weights up."""
+    model = build_model(config(train={"mode": mode}), CPU)
+    trained = {id(value): number for number, value in enumerate(p for p in model.parameters() if p.requires_grad)}
+    order = []
+
+    def noting(parameter):
+        order.append(trained[id(parameter)])
+        return parameter.detach()
+
+    monkeypatch.setattr(weights, "gathered", noting)
+    gather_weights(model, Processes(0, 1, CPU))
+    assert len(order) == len(trained) and order == sorted(order)
+
+
 def test_one_process_decomposes_for_all_and_all_have_the_same_heads(config, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config()))
