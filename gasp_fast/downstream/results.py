@@ -34,6 +34,7 @@ def collect(
     for one in benchmarks:
         seen = settings.of(one, roles["model"].kind)
         row: dict[str, Any] = {"key": one.key, "title": one.title, "tasks": one.tasks, **seen, "notes": list(one.notes)}
+        row["claim"] = one.claim
         row["questions"], row["of"] = len(answers["model"][one.key]), _total(one, out)
         for role in roles:
             found = answers[role][one.key]

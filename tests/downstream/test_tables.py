@@ -43,6 +43,14 @@ def test_a_table_says_what_is_missing_what_was_seen_and_that_a_trial_is_none():
     assert "5 of 9 questions; at most 784 pixels. As it is." in text
 
 
+def test_the_authors_claim_is_beside_the_difference():
+    claimed = [{**RESULTS["benchmarks"][0], "claim": "+29.0 %"}, RESULTS["benchmarks"][1]]
+    rows = overview({**RESULTS, "benchmarks": claimed})
+    assert [row[-1] for row in rows] == ["the authors' claim", "+29.0 %", ""]
+    assert "The authors' claim is that of" in markdown({**RESULTS, "benchmarks": claimed})
+    assert "claim" not in markdown(RESULTS)
+
+
 def test_a_model_without_a_base_has_no_difference():
     alone = {key: value for key, value in RESULTS.items() if key != "base"}
     assert overview(alone)[1] == ["VSI-Bench", "5 of 9", "40.0"]
