@@ -20,8 +20,8 @@ TABLES, PAGE = "tables.md", "index.html"
 BIAS = "Bias: average sizes in the prompt"
 CLAIM = "the authors' claim"
 PAPER = (
-    "The authors' claim is that of their repository's README (April 2026). It does not say of which model it is, nor how "
-    "many frames were seen; only what was measured alike can be compared."
+    "The authors' claim is that of their repository's README (April 2026). It does not say of which model it is, nor "
+    "how many frames were seen; only what was measured alike can be compared."
 )
 INTERVAL = (
     "Difference: model minus base, with the 95 % interval of lmms-eval's paired t-test over the questions that both "
