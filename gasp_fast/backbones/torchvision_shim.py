@@ -12,6 +12,8 @@ Call `install()` before anything imports torchvision.
 from __future__ import annotations
 
 import importlib.util
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,12 +40,17 @@ def install() -> bool:
 
 
 def _operators_load(package: Path) -> bool:
-    """Whether torchvision's own library can be loaded. Loads it, as `import torchvision` does."""
-    if hasattr(torch.ops.torchvision, "nms"):
-        return True
-    for library in (path for path in package.glob("_C.*") if path.suffix in (".so", ".pyd")):
-        try:
+    """Whether torchvision declares its operators itself. Loads its own library, as `import torchvision` does."""
+    libraries = [path for path in package.glob("_C*") if path.suffix in (".so", ".pyd")]
+    for library in libraries:  # _C, or _C_stable from 0.29 on
+        with suppress(OSError):  # it is of another build
             torch.ops.load_library(str(library))
-        except OSError:
-            return False
-    return hasattr(torch.ops.torchvision, "nms")
+    if libraries or hasattr(torch.ops.torchvision, "nms"):
+        return hasattr(torch.ops.torchvision, "nms")
+    try:  # the library has another name: operators that are declared twice would end the process
+        importlib.import_module("torchvision")
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        return False
+    return True
