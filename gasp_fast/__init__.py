@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gasp_fast.attachment.callback import GaspCallback
     from gasp_fast.data.scenes.open import open_scene
     from gasp_fast.data.tracks.build import build_tracks
+    from gasp_fast.loss.config import LossConfig
     from gasp_fast.loss.frame_matching import FrameMatch, frame_match
     from gasp_fast.loss.function import GaspOutput, LayerMetrics, gasp_loss
     from gasp_fast.loss.matches import Matches
@@ -33,6 +34,7 @@ _HOME = {
     "GaspLoss": "gasp_fast.loss.module",
     "GaspOutput": "gasp_fast.loss.function",
     "LayerMetrics": "gasp_fast.loss.function",
+    "LossConfig": "gasp_fast.loss.config",
     "Matches": "gasp_fast.loss.matches",
     "attach": "gasp_fast.attachment.attach",
     "build_tracks": "gasp_fast.data.tracks.build",
@@ -43,10 +45,26 @@ _HOME = {
 }
 
 
+# What a name's module needs besides torch and NumPy, as an extra of the package.
+_EXTRA = {"gasp_fast.attachment": "train", "gasp_fast.data": "data"}
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    home = _HOME[name]
+    try:
+        module = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        extra = _EXTRA.get(".".join(home.split(".")[:2]))
+        if extra is None or error.name is None or error.name.startswith(__name__):
+            raise
+        raise ModuleNotFoundError(
+            f"gasp_fast.{name} needs {error.name}, which is not installed; run: pip install 'gasp-fast[{extra}]', or "
+            f"in a checkout: pip install '.[{extra}]'",
+            name=error.name,
+        ) from error
+    value = globals()[name] = getattr(module, name)
     return value
 
 
@@ -62,6 +80,7 @@ __all__ = [
     "GaspLoss",
     "GaspOutput",
     "LayerMetrics",
+    "LossConfig",
     "Matches",
     "attach",
     "build_tracks",

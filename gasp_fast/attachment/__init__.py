@@ -2,6 +2,7 @@
 
 build.py     heads of a model's layers, and their supervision
 attach.py    `attach`, and `Gasp`, which it returns: matches, loss, metrics, weights
+tracked_frames.py  frames and tracks of `Gasp.matches`, checked
 callback.py  `GaspCallback` for the Hugging Face `Trainer` and for those of TRL
 """
 

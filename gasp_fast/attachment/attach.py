@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast
+from weakref import WeakSet
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from gasp_fast.backbones import Backbone, supported_models, unwrap
 from gasp_fast.backbones.base import BACKBONES
 from gasp_fast.backbones.discovered import DiscoveredBackbone, FrameGrid
-from gasp_fast.collator import Anchors, Collator, CollatorConfig, Sample, no_matches
-from gasp_fast.data.tracks.build import Tracks
+from gasp_fast.collator import Anchors, Collator, CollatorConfig, no_matches
 from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.matches import Matches
 from gasp_fast.run_folder import HEADS
@@ -39,8 +38,10 @@ from gasp_fast.supervision.heads import CorrespondenceHeads, HeadsConfig
 from gasp_fast.supervision.layer_capture import HeadInput
 
 from .build import ModelDtype, build_heads, build_supervision
+from .tracked_frames import tracked_sample, warn_without_matches
 
 SUBMODULE = "gasp"  # the name of the heads in a model that they have joined
+_WITH_HEADS: WeakSet[nn.Module] = WeakSet()  # language models that have heads until `detach`
 
 
 def attach(
@@ -62,12 +63,13 @@ def attach(
 
     `layers` is "all" or a range that counts from 1 ("18-25"). `init="svd"` starts each head from its layer's query
     projection, "random" from noise; a folder continues the heads of its `heads.safetensors`, with their layers, sizes
-    and input. The other settings of the heads are those of `HeadsConfig`, the loss's those of `LossConfig`.
-    `processor` is needed for `Gasp.matches`.
+    and input. `input`, `mid_size`, `out_size`, `compute` and `embeddings` are those of `HeadsConfig`; `loss` sets
+    weights, temperature and negatives. `processor` is needed for `Gasp.matches`.
 
     Families that the package knows have their own pixel -> token map. In other models the parts are found and the map
     is measured (`backbones/discovered.py`); `frame_grid` and `visual_token_id` state what cannot be found.
     """
+    _check_arguments(processor, init, loss, frame_grid)
     given = init if init in ("svd", "random") else None
     config = HeadsConfig(
         layers=layers,
@@ -87,6 +89,10 @@ def attach(
         backbone = BACKBONES[family](inner.name_or_path, inner.config, processor)
     else:
         backbone = DiscoveredBackbone(model, processor, frame_grid, visual_token_id)
+    if backbone.language_model(model) in _WITH_HEADS:
+        raise RuntimeError(
+            "model: it has the heads of an earlier attach; call detach() of what that returned, or load the model anew"
+        )
     first = next(backbone.decoder_layers(model)[0].parameters())
     if first.device.type == "meta" or first.numel() == 0:
         raise ValueError("model: its weights are not in memory (meta device or ZeRO-3); attach before they are divided")
@@ -97,6 +103,25 @@ def attach(
         heads = build_heads(config, backbone, model, first.device, dtype)
     supervision = build_supervision(config, LossConfig() if loss is None else loss, backbone, model, heads, dtype)
     return Gasp(model, backbone, supervision.to(first.device))
+
+
+def _check_arguments(processor: Any, init: str | Path, loss: Any, frame_grid: FrameGrid | None) -> None:
+    if loss is not None and not isinstance(loss, LossConfig):
+        raise TypeError(
+            f"loss = {loss!r} is a {type(loss).__name__}; pass a gasp_fast.LossConfig, for example "
+            "loss=gasp_fast.LossConfig(temperature=0.1)"
+        )
+    parts = ("image_processor", "video_processor")
+    if processor is not None and frame_grid is None and not any(hasattr(processor, part) for part in parts):
+        raise TypeError(
+            f"processor is a {type(processor).__name__} without an image processor; pass the model's whole processor: "
+            "transformers.AutoProcessor.from_pretrained(...)"
+        )
+    if init not in ("svd", "random") and not (Path(init) / HEADS).is_file():
+        raise FileNotFoundError(
+            f'init = {str(init)!r}: no such file {Path(init) / HEADS}; use init="svd", init="random", or a folder '
+            f"with a {HEADS}"
+        )
 
 
 def _read_fitting(file: Path, backbone: Backbone) -> CorrespondenceHeads:
@@ -115,8 +140,11 @@ class Gasp:
 
     def __init__(self, model: nn.Module, backbone: Backbone, supervision: GeometricSupervision) -> None:
         self.backbone, self.supervision = backbone, supervision
-        # Of the latest loss: `loss`, and `corr`, `depth`, `pck`, `cosine` [L]. Empty if it had no matches.
+        # Of the latest loss: `loss`, and `corr`, `depth`, `pck`, `cosine` [L]. Empty if it had no matches. `depth` is
+        # NaN without depth maps.
         self.metrics: dict[str, Tensor] = {}
+        # Training passes of a joined model, with an argument `matches` (also None, on purpose) and without.
+        self.passes_with_matches = self.passes_without_matches = 0
         self.share = 1.0  # of a forward pass in the loss of an optimiser step, in a model that the heads have joined
         self._joined: nn.Module | None = None
         self._pending: tuple[Tensor, Matches] | None = None  # of the forward pass that runs, in a joined model
@@ -126,6 +154,8 @@ class Gasp:
         self._capture = self._hooks.enter_context(supervision.capture(layers, self._norm))
         decoder: nn.Module = backbone.language_model(model)
         self._hooks.callback(decoder.register_forward_pre_hook(lambda *_: self._capture.clear()).remove)
+        _WITH_HEADS.add(decoder)
+        self._hooks.callback(_WITH_HEADS.discard, decoder)
 
     @property
     def layers(self) -> list[int]:
@@ -160,32 +190,17 @@ class Gasp:
         `images` are the F frames as the processor gets them (arrays [H, W, 3] or PIL images), `uv` [T, F, 2] the T
         points in pixels of them (x, y, with pixel centres at integer + 0.5), `visible` [T, F] where each is seen.
         The depth term needs `depth_maps`, one [h, w] for each frame at any resolution, with 0 where depth is unknown.
-        `depth` [T, F] is each point's depth in each frame; None: as the maps say. `anchors="first"` takes the matches
-        that start in `query_frame` only.
+        `depth` [T, F] is each point's depth in each frame, beside the maps; None: as the maps say. `anchors="first"`
+        takes the matches that start in `query_frame` only. No match at all is a warning.
 
         Join the sequences of a batch with `Matches.pack`.
         """
         if self.backbone.processor is None and not isinstance(self.backbone, DiscoveredBackbone):
             raise ValueError("processor = None: its resize and crop are needed here; pass it to attach")
-        frames = [np.asarray(image) for image in images]
-        uv, visible = np.asarray(uv, dtype=np.float64), np.asarray(visible, dtype=bool)
-        if uv.ndim != 3 or uv.shape[1:] != (len(frames), 2) or visible.shape != uv.shape[:2]:
-            raise ValueError(
-                f"uv {list(uv.shape)} and visible {list(visible.shape)} do not fit {len(frames)} images; they are "
-                "[tracks, images, 2] and [tracks, images]"
-            )
-        maps = None if depth_maps is None else [np.asarray(one, dtype=np.float32) for one in depth_maps]
-        if depth is None:
-            depth = np.zeros(visible.shape) if maps is None else _depth_at(maps, frames, uv, visible)
-        depth = np.asarray(depth, dtype=np.float64)
-        if depth.shape != visible.shape:
-            raise ValueError(f"depth {list(depth.shape)} must be {list(visible.shape)}, like visible")
-        if not 0 <= query_frame < len(frames):
-            raise ValueError(f"query_frame = {query_frame} is none of the {len(frames)} images, 0 to {len(frames) - 1}")
-        query = np.nan_to_num(uv[:, query_frame])
-        tracks = Tracks(np.arange(len(frames)), query, uv, visible, depth, query_frame)
-        collator = Collator(self.backbone, CollatorConfig(anchors=anchors, seed=seed))
-        return collator.matches(Sample(frames=frames, tracks=[tracks], depth=maps))
+        sample = tracked_sample(images, uv, visible, depth, depth_maps, query_frame)
+        matches = Collator(self.backbone, CollatorConfig(anchors=anchors, seed=seed)).matches(sample)
+        warn_without_matches(matches, sample)
+        return matches
 
     def visual_positions(self, input_ids: Tensor) -> Tensor:
         """The tokens of all frames of `input_ids` [B, S] as flat indices into `B * S`, sequence by sequence."""
@@ -204,10 +219,17 @@ class Gasp:
                 f"visual_positions has {len(visual_positions)} tokens and matches are over {matches.tokens}; both must "
                 "be of the same frames, sequence by sequence"
             )
+        if self._capture.empty:
+            raise ValueError(
+                "gasp.loss: there is no forward pass that it has not used; call the model first, each forward pass "
+                "serves one gasp.loss"
+            )
         device = self.parameters()[0].device
         out = self.supervision(self._capture, visual_positions.to(device), matches.to(device))
         self._capture.clear()
         self.metrics = {name: value.detach() for name, value in out.items()} if len(matches) else {}
+        if self.metrics and (matches.patch_depth is None or matches.target_depth is None):
+            self.metrics["depth"] = torch.full_like(self.metrics["depth"], torch.nan)
         return out["loss"]
 
     # ---- in a trainer that calls the model itself --------------------------------------------------------------------
@@ -235,6 +257,9 @@ class Gasp:
 
     def _take_matches(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kwargs = dict(kwargs)
+        if module.training and torch.is_grad_enabled():
+            self.passes_with_matches += "matches" in kwargs
+            self.passes_without_matches += "matches" not in kwargs
         matches, positions = kwargs.pop("matches", None), kwargs.pop("visual_positions", None)
         if matches is None:
             matches, positions = no_matches(), torch.zeros(0, dtype=torch.long)
@@ -317,17 +342,3 @@ def _not_missing(module: nn.Module, keys: Any) -> None:
     missing = [name for name in keys.missing_keys if any(name.endswith(f"{SUBMODULE}.{one}") for one in own)]
     for name in missing:
         keys.missing_keys.remove(name)
-
-
-def _depth_at(
-    maps: Sequence[np.ndarray], frames: Sequence[np.ndarray], uv: np.ndarray, visible: np.ndarray
-) -> np.ndarray:
-    """The depth that each map has at each visible point, [T, F]; 0 elsewhere."""
-    depth = np.zeros(visible.shape)
-    for number, (map_, frame) in enumerate(zip(maps, frames, strict=True)):
-        seen = visible[:, number]
-        scale = np.array([map_.shape[1] / frame.shape[1], map_.shape[0] / frame.shape[0]])
-        column, row = np.floor(uv[seen, number] * scale).astype(int).T
-        inside = (column >= 0) & (column < map_.shape[1]) & (row >= 0) & (row < map_.shape[0])
-        depth[np.flatnonzero(seen)[inside], number] = map_[row[inside], column[inside]]
-    return depth

@@ -4,14 +4,16 @@
     trainer = Trainer(model, args, train_dataset=..., data_collator=..., callbacks=[gasp_fast.GaspCallback(gasp)])
 
 The batches of the data collator have one more entry, `matches`; with `remove_unused_columns=False` the trainer passes
-it on. The loss in the trainer's log remains its own; the log gets `gasp_loss`, `corr`, `depth` and `pck`, means since
-the last line, besides. Checkpoints get `heads.safetensors`, from which a resumed run continues.
+it on. A first step without it is an error, because the heads would learn nothing. The loss in the trainer's log remains
+its own; the log gets `gasp_loss`, `corr`, `depth` and `pck`, means since the last line, besides. Checkpoints get
+`heads.safetensors`, from which a resumed run continues.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ from gasp_fast.run_folder import HEADS
 from .attach import Gasp
 
 TERMS = ("gasp_loss", "corr", "depth", "pck")
+CURE = (
+    'return them from the data collator, batch["matches"] = gasp_fast.Matches.pack([gasp.matches(...), ...]), with '
+    "remove_unused_columns=False; a batch without tracks has matches=None"
+)
 
 
 class GaspCallback(TrainerCallback, ExportableState):
@@ -44,6 +50,8 @@ class GaspCallback(TrainerCallback, ExportableState):
         self.gasp = gasp
         self.resume_from = resume_from
         self._sums = {"": _Means(), "eval_": _Means()}  # of training, and of an evaluation
+        self._first_step = True  # it has not ended yet
+        self._warned = False
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -62,6 +70,19 @@ class GaspCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **also: Any) -> None:
         batches = also["train_dataloader"]
         self.gasp.share = 1 / _passes_of_step(state.global_step, args.gradient_accumulation_steps, batches)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Refuse a first step in which no process had `matches`; warn of a pass without later."""
+        if self._first_step:
+            self._first_step = False
+            if not _sum_over_processes(torch.tensor([float(self.gasp.passes_with_matches)])).item():
+                raise ValueError(f"GaspCallback: no batch of the first step has matches; {CURE}")
+        if self.gasp.passes_without_matches and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"GaspCallback: a batch has no matches, so only the trainer's own loss; {CURE}",
+                stacklevel=2,
+            )
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:  # a forward pass of an accumulated step
         self._sums[""].add(self.gasp.metrics)
@@ -101,6 +122,8 @@ class GaspCallback(TrainerCallback, ExportableState):
             self.gasp.save(_checkpoint(args, state))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._first_step, self._warned = True, False
+        self.gasp.passes_with_matches = self.gasp.passes_without_matches = 0
         if state.global_step == 0:
             return
         folder = Path(self.resume_from or _checkpoint(args, state))
@@ -116,34 +139,40 @@ class GaspCallback(TrainerCallback, ExportableState):
             raise ValueError(f"{folder / HEADS} has other heads than those that the checkpoint was saved with; {cure}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if without := self.gasp.passes_without_matches:
+            passes = without + self.gasp.passes_with_matches
+            warnings.warn(f"GaspCallback: {without} of {passes} batches had no matches", stacklevel=2)
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self.gasp.load(state.best_model_checkpoint)
 
 
 class _Means:
-    """Means of the terms over the forward passes that had matches."""
+    """Means of the terms over the forward passes that had them: matches, and for some terms depth or a grid."""
 
     def __init__(self) -> None:
-        self.sums: Tensor | None = None  # float64 [terms + 1]; the last is the number of passes
+        self.sums: Tensor | None = None  # float64 [2, terms]: sums, and numbers of passes
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         if not metrics:
             return
-        terms = [metrics["loss"], *(metrics[name].mean() for name in TERMS[1:])]
-        row = torch.stack([*terms, torch.ones_like(terms[0])]).double()
+        terms = torch.stack([metrics["loss"], *(metrics[name].mean() for name in TERMS[1:])]).double()
+        had = ~terms.isnan()  # depth and pck are NaN in a pass without them
+        had[:2] = True
+        row = torch.stack([terms.where(had, 0.0), had.double()])
         self.sums = row if self.sums is None else self.sums + row
 
     def taken(self) -> dict[str, float]:
         """The means over all processes since the last call; none without passes."""
         sums, self.sums = self.sums, None
-        if dist.is_initialized():
-            device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
-            sums = (torch.zeros(len(TERMS) + 1, dtype=torch.float64) if sums is None else sums).to(device)
-            dist.all_reduce(sums)
-        if sums is None or not sums[-1]:
-            return {}
-        values = (sums[:-1] / sums[-1]).tolist()
-        return {name: value for name, value in zip(TERMS, values, strict=True) if not math.isnan(value)}
+        sums = _sum_over_processes(torch.zeros(2, len(TERMS), dtype=torch.float64) if sums is None else sums)
+        return {name: total / count for name, total, count in zip(TERMS, *sums.tolist(), strict=True) if count}
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    if dist.is_initialized():
+        values = values.to("cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device())
+        dist.all_reduce(values)
+    return values
 
 
 def _passes_of_step(step: int, accumulated: int, dataloader: Any) -> int:

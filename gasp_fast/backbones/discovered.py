@@ -163,6 +163,13 @@ class DiscoveredBackbone(Backbone):
         try:
             made = self.processor(text=[placeholder], images=[image], return_tensors="pt")
         except Exception as error:
+            tokenizer = getattr(self.processor, "tokenizer", None)
+            if "NoneType" in str(error) and getattr(tokenizer, "bos_token", "") is None:
+                raise ValueError(
+                    f"processor: {type(self.processor).__name__} fails on one frame ({one_line(error)}), and its "
+                    "tokenizer has no BOS token; give it one, as the pretrained tokenizer has: "
+                    'processor.tokenizer.add_special_tokens({"bos_token": "<bos>"})'
+                ) from error
             self._refuse_grid(width, height, f"its processor fails on one frame: {one_line(error)}")
         pixels = torch.as_tensor(made["pixel_values"]).double()
         if pixels.ndim < 3 or pixels.shape[-3] != 3 or pixels[..., 0, 0].numel() != 3:

@@ -98,6 +98,11 @@ class LayerCapture:
         return hook
 
     @property
+    def empty(self) -> bool:
+        """Whether no state is kept: before a forward pass, and after `clear`."""
+        return not self._states
+
+    @property
     def layers(self) -> list[int]:
         return list(self._layers)
 

@@ -1,6 +1,7 @@
 """`attach` on real transformers models: loss and gradients as defined, and a model that is left as it was."""
 
 import copy
+import warnings
 
 import numpy as np
 import peft
@@ -127,6 +128,12 @@ def test_matches_of_tracks_are_those_of_the_collator(shipped, talk, tracks):
     assert float(maps[1][int(y / 2), int(x / 2)]) in at_points.target_depth[match].tolist()
     without = gasp.matches(frames, uv, visible)
     assert without.patch_depth is None and torch.equal(without.anchor, expected.anchor)
+    turned = gasp.matches(torch.tensor(np.stack(frames)).permute(0, 3, 1, 2), uv, visible)  # channels first
+    assert torch.equal(turned.target, without.target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a sequence without tracks is no mistake
+        none = gasp.matches(frames, uv[:0], visible[:0])
+    assert len(none) == 0 and none.tokens == without.tokens
     first = gasp.matches(frames, uv, visible, anchors="first")
     assert 0 < len(first) < len(without) and int(first.anchor.max()) < grid.tokens
 
@@ -182,13 +189,13 @@ def test_a_joined_model_saves_and_loads_as_before_and_detach_leaves_no_trace(qwe
 def test_a_forward_pass_is_used_once_and_its_states_are_freed(qwen, talk, tracks):
     batch, positions, matches = batch_of(qwen, talk, tracks)
     gasp = gasp_fast.attach(copy.deepcopy(qwen.model), qwen.backbone.processor)
-    with pytest.raises(ValueError, match="run the model"):
+    with pytest.raises(ValueError, match="call the model first"):
         gasp.loss(positions, matches)
     model = copy.deepcopy(qwen.model)
     gasp = gasp_fast.attach(model, qwen.backbone.processor)
     model(**batch)
     first = gasp.loss(positions, matches)
-    with pytest.raises(ValueError, match="run the model"):
+    with pytest.raises(ValueError, match="each forward pass serves one"):
         gasp.loss(positions, matches)
     with torch.no_grad():
         model(**batch)
@@ -239,17 +246,34 @@ def test_wrong_arguments_are_named(qwen, tracks):
     without = gasp_fast.attach(model)
     with pytest.raises(ValueError, match="processor = None"):
         without.matches(frames, uv, visible)
-    gasp = gasp_fast.attach(model, qwen.backbone.processor)
+    with pytest.raises(RuntimeError, match="earlier attach; call detach"):
+        gasp_fast.attach(model, qwen.backbone.processor)
+    without.detach()
+    for wrong, message in (
+        ({"loss": {"temperature": 0.1}}, "pass a gasp_fast.LossConfig"),
+        ({"processor": qwen.backbone.processor.tokenizer}, "without an image processor"),
+        ({"init": "svdd"}, 'use init="svd", init="random", or a folder'),
+    ):
+        with pytest.raises((TypeError, OSError), match=message):
+            gasp_fast.attach(model, **{"processor": qwen.backbone.processor, **wrong})
+    gasp = gasp_fast.attach(model, qwen.backbone.processor, loss=gasp_fast.LossConfig(temperature=0.1))
     for wrong, message in (
         ({"uv": uv[:, :2]}, "do not fit 3 images"),
         ({"visible": visible[:5]}, "do not fit 3 images"),
         ({"depth": np.ones(3)}, r"depth \[3\] must be"),
-        ({"depth_maps": maps[:2], "depth": np.ones(visible.shape)}, "2 depth maps"),
+        ({"uv": uv.swapaxes(0, 1), "visible": visible.T}, r"turn .* with uv.transpose\(1, 0, 2\)"),
+        ({"uv": uv / (160, 120)}, "multiply x by 160 and y by 120"),
+        ({"images": ["a.png", "b.png", "c.png"]}, r"images\[0\] has the shape \[\]"),
+        ({"depth": np.ones(visible.shape)}, r"pass depth_maps=\[...\]"),
+        ({"depth_maps": maps[:2]}, "2 depth maps for 3 images; pass one for each"),
+        ({"depth_maps": [one[None] for one in maps]}, r"depth_maps\[0\] has the shape .*squeeze"),
         ({"query_frame": 3}, "query_frame = 3"),
         ({"anchors": "some"}, "anchors = 'some'"),
     ):
         with pytest.raises(ValueError, match=message):
             gasp.matches(**{"images": frames, "uv": uv, "visible": visible, **wrong})
+    with pytest.warns(UserWarning, match=r"no match, .* 60 are visible in two images or more, and 0 of these lie"):
+        gasp.matches(frames, uv + 1000, visible | True)
     with torch.device("meta"):
         absent = type(model)(model.config)
     with pytest.raises(ValueError, match="not in memory"):
@@ -317,3 +341,13 @@ def test_a_model_without_a_file_of_its_own_is_supervised_at_the_tokens_that_show
     loss = model(**batch).loss + gasp.loss(gasp.visual_positions(batch["input_ids"]), matches)
     loss.backward()
     assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.any()
+
+
+def test_a_tokenizer_without_bos_is_named_as_the_cause(tracks):
+    frames, uv, visible, _, _ = tracks
+    model, processor = paligemma()
+    processor.tokenizer.bos_token = None
+    gasp = gasp_fast.attach(model, processor)
+    with pytest.raises(ValueError, match="has no BOS token") as refused:
+        gasp.matches(frames, uv, visible)
+    assert "frame_grid" not in str(refused.value)

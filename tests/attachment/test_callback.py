@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ import toy
 
 class Setting:
     """A tiny model, its processor, and a room."""
+
+    without = ()  # numbers of batches without matches
+    instead = ()  # what they have instead, as pairs
 
     def __init__(self, folder):
         self.folder = folder
@@ -36,6 +40,8 @@ class Setting:
         [tracks] = self.sample.tracks
         chosen = slice(number, None, number + 2)
         batch = toy.model_inputs(self.processor, [self.sample])
+        if number in self.without:
+            return {**batch, **dict(self.instead)}
         matches = gasp.matches(self.sample.frames, tracks.uv[chosen], tracks.visible[chosen])
         return {**batch, "matches": matches}
 
@@ -133,6 +139,28 @@ def test_trackers_that_come_later_see_the_terms(setting):
     trainer = setting.trainer(gasp_fast.attach(model, setting.processor), model, [0], [Tracker()], max_steps=1)
     trainer.train()
     assert {"loss", "gasp_loss", "corr", "pck"} <= set(lines[0])
+    assert "depth" not in lines[0]  # there are no depth maps
+
+
+def test_a_collator_that_forgets_matches_is_refused_and_mixed_batches_are_counted(setting, monkeypatch):
+    model = setting.model()
+    start = next(model.parameters()).clone()
+    gasp = gasp_fast.attach(model, setting.processor)
+    trainer = setting.trainer(gasp, model, [0, 1], max_steps=2, gradient_accumulation_steps=2)
+    monkeypatch.setattr(setting, "without", (0, 1))
+    with pytest.raises(ValueError, match=r'no batch of the first step has matches; .*batch\["matches"\]'):
+        trainer.train()
+    assert torch.equal(next(model.parameters()), start)  # before the first update
+    monkeypatch.setattr(setting, "instead", [("matches", None)])  # on purpose
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "GaspCallback")
+        trainer.train()
+    monkeypatch.setattr(setting, "instead", ())
+    monkeypatch.setattr(setting, "without", (1,))
+    with pytest.warns(UserWarning, match="GaspCallback") as seen:
+        trainer.train()
+    said = [str(one.message) for one in seen if "GaspCallback" in str(one.message)]
+    assert len(said) == 2 and "a batch has no matches" in said[0] and "2 of 4 batches had no matches" in said[1]
 
 
 # transformers 5.23 stores Qwen2.5-VL's weights under other names than those by which its Trainer restores them.

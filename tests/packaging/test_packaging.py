@@ -47,6 +47,7 @@ def test_the_public_names_are_there():
         "CorrespondenceHead",
         "GaspCallback",
         "GaspLoss",
+        "LossConfig",
         "attach",
         "Matches",
         "build_tracks",
@@ -56,6 +57,23 @@ def test_the_public_names_are_there():
     ]
     code = f"import gasp_fast; print(all(hasattr(gasp_fast, n) and n in dir(gasp_fast) for n in {names}))"
     assert python(code, ROOT).stdout.strip() == "True"
+
+
+def test_a_name_whose_extra_is_not_installed_says_what_to_install():
+    code = """
+import sys
+sys.modules["PIL"] = None  # as if it were not installed
+import gasp_fast
+for name in ("attach", "open_scene"):
+    try:
+        getattr(gasp_fast, name)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    done = python(code, ROOT)
+    of_attach, of_open_scene = done.stdout.splitlines()
+    assert of_attach.startswith("gasp_fast.attach needs PIL") and "pip install 'gasp-fast[train]'" in of_attach
+    assert of_open_scene.startswith("gasp_fast.open_scene needs PIL") and "'gasp-fast[data]'" in of_open_scene
 
 
 @pytest.mark.parametrize("installed", [False, True])
