@@ -59,8 +59,12 @@ class forked_popen(_Popen):
 
     def start(self, program, outputs):
         control = prepared_process()
-        socket.send_fds(control, [json.dumps(program).encode()], outputs)
-        return int(control.recv(32))
+        adopt_orphans(True)  # the fork becomes a child of this process, as the process between them ends at once
+        try:
+            socket.send_fds(control, [json.dumps(program).encode()], outputs)
+            return int(control.recv(32))
+        finally:
+            adopt_orphans(False)  # other orphans are not: nobody here waits for them
 
 
 class _Rank(_Popen):
@@ -116,10 +120,14 @@ def run(program, outputs):
         runpy.run_path(words[0], run_name="__main__")
 
 
+def adopt_orphans(yes):
+    """Whether a process whose parent ends becomes a child of this one, if it descends from it."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(yes))
+
+
 @cache
 def prepared_process():
-    """A socket to the process that forks. Its forks become children of this process, as it ends between them."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    """A socket to the process that forks."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
     subprocess.Popen(
