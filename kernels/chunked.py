@@ -311,7 +311,8 @@ class ChunkedEngine:
         own = [norms.tokens, *row_pass.terms] if norms.rows is None else [norms.tokens, norms.rows, *row_pass.terms]
         scratch = [row_pass.positive] if row_pass.pull is None else [row_pass.positive, row_pass.pull]
         forms = [(t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNED) for t in users]
-        form = (row_pass.definition, *forms, *[weight.stride() for weight in weights])
+        kind = row_pass.definition, keys is embeddings, gradients.keys is None
+        form = (*kind, *forms, *[weight.stride() for weight in weights])
         return CallTensors(row_pass.index, form, [*users, *own, *weights], [*scratch, problem.temperature])
 
     def _visit_block(

@@ -154,13 +154,13 @@ def one_call(matches, embeddings):
 def test_later_calls_with_the_same_matches_repeat(monkeypatch, repeated, poisoned_memory, device, workspace, dtype):
     """The first call notes its form, the second records, others repeat: with other embeddings and other memory."""
     problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=1)
-    embeddings = [problem.embeddings.to(device, dtype) * (call + 1) + call for call in range(5)]
+    embeddings = [problem.embeddings.to(device, dtype) * (call + 1) + call for call in range(4)]
     found = []
     for replays in (False, True):
         use_engine(monkeypatch, workspace, replays)
         matches = problem.matches.to(device)
         found.append([result for each in embeddings for result in one_call(matches, each)])
-    assert repeated == [0] * len(SEQUENCES) * 3
+    assert repeated == [0] * len(SEQUENCES) * 2
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -173,7 +173,7 @@ def test_calls_of_another_form_do_not_repeat(monkeypatch, repeated, device):
     use_engine(monkeypatch, 1 << 20, replays=True)
     matches = problem.matches.to(device)
     expected = one_call(matches, plain)
-    for each in (strided, shifted, plain.bfloat16(), plain[:, :, :8]):
+    for each in (strided, shifted, plain.bfloat16()):
         found = one_call(matches, each)
         tolerance = 0 if each.dtype == plain.dtype else 0.1
         for a, b in zip(found, expected, strict=True):
