@@ -121,11 +121,11 @@ def run_answers(
         for benchmark in sorted(benchmarks, key=lambda one: one.videos):  # a model is loaded once for all images
             seen = settings.of(benchmark, who.kind)
             for task in benchmark.tasks:
-                asked = {"lmms_eval": VERSION, "task": task, "limit": settings.limit, **seen, "files": who.identity()}
+                request = {"lmms_eval": VERSION, "task": task, "limit": settings.limit, **seen, "files": who.identity()}
                 file = answer_file(out, who.role, task).absolute()
-                if not _answered(file, asked):
+                if not _answered(file, request):
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    one = {"name": task, "label": f"{who.role}: {task}", "file": str(file), "asked": asked}
+                    one = {"name": task, "label": f"{who.role}: {task}", "file": str(file), "request": request}
                     one["keep"] = [benchmark.metric, *benchmark.extra]
                     pending[file] = {**one, "arguments": who.arguments(seen, settings.device)}
     cache = out.absolute() / HUB
@@ -137,8 +137,8 @@ def run_answers(
         _show(run_in_environment(python, "answer", file, data, out / "answers" / LOG, cache), len(pending))
 
 
-def _answered(file: Path, asked: Mapping[str, Any]) -> bool:
-    return file.is_file() and read_json(file).get("asked") == asked
+def _answered(file: Path, request: Mapping[str, Any]) -> bool:
+    return file.is_file() and read_json(file).get("request") == request
 
 
 def _show(events: Iterator[dict[str, Any]], tasks: int) -> None:

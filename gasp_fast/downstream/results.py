@@ -71,7 +71,7 @@ def _read(benchmark: Benchmark, role: str, out: Path) -> list[Judged]:
         content = _file(out, role, task)
         found = judged(benchmark, task, content["samples"])
         if not found:
-            raise ValueError(f"{task}: no question was asked; are its data complete?")
+            raise ValueError(f"{task}: it has no questions; check that its data are complete")
         check_against_lmms_eval(benchmark, task, found, content["scores"])
         answers += found
     return answers
@@ -95,8 +95,8 @@ def _differences(
     pairs = {one.key: paired(answers["model"][one.key], answers["base"][one.key]) for one in benchmarks}
     file = out / "answers" / "pairs.json"
     write_atomically(file, json.dumps(pairs).encode())
-    told = run_in_environment(python, "compare", file, data, out / "answers" / "compare.log", out.absolute() / HUB)
-    [event] = [event for event in told if "compared" in event]
+    events = run_in_environment(python, "compare", file, data, out / "answers" / "compare.log", out.absolute() / HUB)
+    [event] = [event for event in events if "compared" in event]
     return {
         key: {"mean": test["mean_diff"], "low": test["ci_lower"], "high": test["ci_upper"], "p": test["p_value"]}
         | {"questions": test["n"]}

@@ -41,8 +41,8 @@ def write_tables(results: Results, out: Path) -> Path:
     for row in results["benchmarks"]:
         parts += [f"<h2>{html.escape(row['title'])}</h2>", html_rows(by_category(results, row))]
         parts += [f'<p class="note">{html.escape(text)}</p>' for text in row_notes(row)]
-    asked = [[row["title"], ", ".join(row["tasks"])] for row in results["benchmarks"]]
-    parts.append(folded("Tasks of lmms-eval", html_rows([["benchmark", "tasks"], *asked])))
+    tasks = [[row["title"], ", ".join(row["tasks"])] for row in results["benchmarks"]]
+    parts.append(folded("Tasks of lmms-eval", html_rows([["benchmark", "tasks"], *tasks])))
     return write_page(out / PAGE, f"Benchmarks: {label(results['model'])}", parts)
 
 

@@ -113,7 +113,7 @@ def answer(job: dict[str, Any]) -> None:
             bootstrap_iters=0,
             process_docs_parallel=1,  # some tasks draw an answer at random: in the order of the questions
         )
-        write(Path(task["file"]), {"asked": task["asked"], **summary(found, task)})
+        write(Path(task["file"]), {"request": task["request"], **summary(found, task)})
         tell(done=task["name"])
 
 

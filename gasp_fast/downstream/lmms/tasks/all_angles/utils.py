@@ -1,7 +1,7 @@
 """All-Angles Bench: questions about several views of one scene, with three choices; scored by the letter.
 
-The data are `ch-chenyu/All-Angles-Bench`: `data.json` and the images beside it. Most images are of Ego-Exo4D, whose
-licence is asked for separately. Questions whose images are not there are left out.
+The data are `ch-chenyu/All-Angles-Bench`: `data.json` and the images beside it. Most images are from Ego-Exo4D,
+which has its own licence. A question is left out if one of its images is missing.
 """
 
 from __future__ import annotations
