@@ -15,6 +15,7 @@ from gasp_fast.backbones import load_backbone
 from gasp_fast.backbones.base_model import choose_attention, use_fast_modules
 from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.distributed import Processes
+from gasp_fast.training.gasp import Gasp
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.model import SupervisedModel, stored_dtype, supervise
 from gasp_fast.training.stream import SampleStream, Share
@@ -48,7 +49,7 @@ class OurSteps:
         before = allocated()
         model = build_model(config, base, processes.device)
         share = Share(0, 1, config.train.batch_size, config.train.micro_batch_size)
-        self.loop = TrainingLoop(config, model, SampleStream(config.data), share, STEPS, processes)
+        self.loop = TrainingLoop(Gasp(config, SampleStream(config.data), model=model), share, STEPS, processes)
         self.own = allocated() - before  # memory of this model alone: heads, adapters, their optimiser
 
     def ask(self, what: str) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class OurSteps:
         return record
 
     def _profile(self) -> dict[str, Any]:
-        with what_ran(self.loop.model) as ran, profiled(self.loop.model) as measured:
+        with what_ran(self.loop.objective.model) as ran, profiled(self.loop.objective.model) as measured:
             self.loop.train_step(self.taken, self.batches)
             synchronize()
         parts, attention = seconds_by_part(measured)

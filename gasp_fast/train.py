@@ -20,14 +20,13 @@ from gasp_fast.planning.training_setup import Sharding
 from gasp_fast.processes import print_anything
 from gasp_fast.training import checkpoints, distributed, dry_run, guards, same_run
 from gasp_fast.training.config import TrainConfig
+from gasp_fast.training.gasp import Gasp
 from gasp_fast.training.held_out import kind_of_features, share_held_out
 from gasp_fast.training.loop import TrainingLoop
-from gasp_fast.training.model import build_model
 from gasp_fast.training.signals import INTERRUPTED, Interrupted, StopSignals
 from gasp_fast.training.start_up import StartUp
 from gasp_fast.training.starts import record_start
 from gasp_fast.training.stream import SampleStream, Share
-from gasp_fast.training.weights import read_weights
 
 
 def train(
@@ -59,20 +58,17 @@ def train(
         start_up.add("data")
         share = Share.of(config.train, processes.rank, processes.world_size)
         steps = config.train.steps_of(stream.epoch)
+        gasp = Gasp(config, stream, sequences)
         if resume is not None:
-            processes.decided_by_first(
-                partial(same_run.check_same_run, config, stream, steps, processes.world_size, resume)
-            )
-        model = build_model(config, processes.device)
-        guards.check_seen_parts(stream, model.backbone)
+            check = partial(same_run.check_same_run, gasp, steps, processes.world_size, resume)
+            processes.decided_by_first(check)
+        gasp.build(processes.device)
         if resume is not None:
-            read_weights(model, resume)
-        if config.train.mode == "lora":
-            guards.check_adapters(model)
+            gasp.read_weights(resume)
         if processes.first and (try_one_step or config.run.progress):
-            print(dry_run.describe(config, model, share, processes), file=sys.stdout if try_one_step else sys.stderr)
-        loop = TrainingLoop(config, model, stream, share, steps, processes, deepspeed, signals, sequences)
-        start_up.add("imports and model", heads=model.head_seconds)
+            print(gasp.describe(share, processes), file=sys.stdout if try_one_step else sys.stderr)
+        loop = TrainingLoop(gasp, share, steps, processes, deepspeed, signals)
+        start_up.add("imports and model", heads=gasp.model.head_seconds)
         if try_one_step:
             dry_run.try_step(loop)
             return

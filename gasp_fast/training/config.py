@@ -19,7 +19,7 @@ from gasp_fast.loss.config import LossConfig
 from gasp_fast.supervision.geometric import LayerReduction
 from gasp_fast.supervision.heads import HeadsConfig
 
-from .objective import Average
+from .averages import Average
 from .optim import MOST_STEPS, OptimisationConfig
 from .stream import DataConfig
 
@@ -28,7 +28,7 @@ from .stream import DataConfig
 class ObjectiveConfig(LossConfig):
     """`lm_weight * lm + corr_weight * corr + depth_weight * depth`. Without the last two weights there are no heads.
 
-    Each term is a mean over the whole optimiser step, over all processes (`objective.py`).
+    Each term is a mean over the whole optimiser step, over all processes (`averages.py`).
     """
 
     lm_weight: float = 1.0  # of the language loss

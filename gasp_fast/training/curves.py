@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = dict[str, Any]
-LOSSES = {"lm": "language", "corr": "correspondence", "depth": "depth"}
-NUMBERS = (*LOSSES, "grad_norm", "tokens_per_s")  # or null
+LOSSES = {"lm": "language", "corr": "correspondence"}  # names for people; others have the name of the log
+NUMBERS = ("grad_norm", "tokens_per_s")  # or null
+NO_LOSSES = ("step", "loss", "lr", *NUMBERS, "mfu", "useful_share", "peak_memory", "data_wait", "device_wait")
 HELD_OUT = {
     "pck": "PCK@2, mean of layers",
     "peak": "PCK@2, best layer",
@@ -47,7 +48,7 @@ class RunLog:
 def read_run(run: Path) -> RunLog:
     everything = read_log(run / LOG)
     records = [record for record in everything if _can_be_drawn(record)]
-    records = [record for record in records if len(record["pck_per_layer"]) == len(records[-1]["pck_per_layer"])]
+    records = [record for record in records if _shape(record) == _shape(records[-1])]
     return RunLog(records, [record for record in everything if _can_be_drawn_held_out(record)])
 
 
@@ -58,11 +59,28 @@ def read_log(path: Path) -> list[Record]:
 
 def _can_be_drawn(record: Record) -> bool:
     """Whether the record has all that the table and the curves are made of."""
-    row = record.get("pck_per_layer")
-    if not isinstance(row, list) or not all(name in record for name in NUMBERS) or abs(record["step"]) >= 1 << 53:
+    row, losses = record.get("pck_per_layer", []), losses_of(record)
+    known = isinstance(row, list) and losses and all(name in record for name in NUMBERS)
+    if not known or abs(record["step"]) >= 1 << 53:
         return False
-    values = [*(record[name] for name in NUMBERS), record.get("lr"), *row]
+    values = [*(record[name] for name in (*losses, *NUMBERS)), record.get("lr"), *row]
     return all(value is None or (type(value) in (int, float) and abs(value) < 1e100) for value in values)
+
+
+def losses_of(record: Record) -> list[str]:
+    """The names of the loss's terms, in the order of the log."""
+    return [name for name, value in record.items() if name not in NO_LOSSES and not isinstance(value, list | dict)]
+
+
+def named_losses(records: Sequence[Record]) -> dict[str, str]:
+    """The terms that at least one record has, and what people call them."""
+    keys = [key for record in records for key in losses_of(record) if record[key] is not None]
+    return {key: LOSSES.get(key, key) for key in dict.fromkeys(keys)}
+
+
+def _shape(record: Record) -> tuple[list[str], int]:
+    """What all records of a table or a figure have in common: the terms and the number of heads."""
+    return losses_of(record), len(record.get("pck_per_layer", []))
 
 
 def _can_be_drawn_held_out(record: Record) -> bool:
@@ -109,8 +127,7 @@ def _panels(runs: Mapping[str, RunLog]) -> list[Panel]:
     """Those for which at least one run has numbers."""
     panels: list[Panel] = [
         (f"{name.capitalize()} loss", partial(_draw_key, runs=runs, key=key))
-        for key, name in LOSSES.items()
-        if any(record[key] is not None for run in runs.values() for record in run.records)
+        for key, name in named_losses([record for run in runs.values() for record in run.records]).items()
     ]
     if any(np.isfinite(_pck(run)).any() for run in runs.values()):
         panels.append(("PCK@2 on training batches", partial(_draw_pck, runs=runs)))
@@ -208,7 +225,7 @@ def _steps(run: RunLog) -> NDArray[np.float64]:
 
 
 def _pck(run: RunLog) -> NDArray[np.float64]:
-    return floats([record["pck_per_layer"] for record in run.records])  # [steps, L]
+    return floats([record.get("pck_per_layer", []) for record in run.records])  # [steps, L]
 
 
 def floats(values: Sequence[Any]) -> NDArray[np.float64]:

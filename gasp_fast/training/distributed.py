@@ -24,7 +24,6 @@ from gasp_fast.config.recipes import sharding_file
 from gasp_fast.files import read_json
 from gasp_fast.processes import end_with_parent
 
-from .config import TrainConfig
 from .stream import Share
 
 Result = TypeVar("Result")
@@ -255,7 +254,7 @@ def fill_deepspeed(deepspeed: dict[str, Any], share: Share, clip: float, hidden_
 
 
 def make_accelerator(
-    config: TrainConfig, processes: Processes, share: Share, deepspeed: dict[str, Any] | None
+    config: Any, processes: Processes, share: Share, deepspeed: dict[str, Any] | None, may_skip_weights: bool
 ) -> Accelerator:
     """The `Accelerator` of the run. `deepspeed` has no "auto" left (`fill_deepspeed`).
 
@@ -264,16 +263,14 @@ def make_accelerator(
     try:
         PartialState(cpu=processes.device.type == "cpu")
         accelerator = Accelerator(
-            mixed_precision="no",  # `SupervisedModel` chooses its precision itself
+            mixed_precision="no",  # the model chooses its precision itself
             gradient_accumulation_steps=share.accumulation or 1,
             deepspeed_plugin=None if deepspeed is None else DeepSpeedPlugin(hf_ds_config=deepspeed),
             log_with=list(config.run.report_to) or None,
             project_dir=config.run.out,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
-                    # Every trained weight takes part in every step (`model.py`), except for those that a model
-                    # itself never uses, of which a fully trained one may have some.
-                    find_unused_parameters=config.train.mode == "full",
+                    find_unused_parameters=may_skip_weights,
                     broadcast_buffers=False,
                 )
             ],

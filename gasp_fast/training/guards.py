@@ -25,7 +25,6 @@ from accelerate.tracking import get_available_trackers
 from gasp_fast.backbones import Backbone, unwrap
 from gasp_fast.data.questions.scene_frames import Rectangle
 from gasp_fast.files import one_line, replacing
-from gasp_fast.loss.matches import Matches
 from gasp_fast.planning.training_setup import Sharding
 from gasp_fast.run_folder import SKIPPED
 
@@ -156,9 +155,9 @@ class LearningGuard:
         weights = ((name, gathered(parameter).double()) for name, parameter in self.watched.items())
         return {name: float(weight.abs().sum() + weight.square().sum()) for name, weight in weights}
 
-    def add(self, outputs: dict[str, Any], matches: Matches) -> None:
+    def add(self, outputs: dict[str, Any], batch: dict[str, Any]) -> None:
         """Note which losses a micro-batch had."""
-        self.saw_matches |= len(matches) > 0
+        self.saw_matches |= len(batch["matches"]) > 0
         self.answers += outputs["answers"]
 
     def check(self) -> None:
@@ -228,7 +227,7 @@ def _edges(part: Rectangle) -> str:
     return ", ".join(f"{edge:.1f}" for edge in part)
 
 
-def check_skipped(config: TrainConfig, count: int, step: int) -> None:
+def check_skipped(config: Any, count: int, step: int) -> None:
     """Stop the run if more than the allowed share of all samples so far was skipped (`count`)."""
     drawn = step * config.train.batch_size
     if count > config.run.max_skipped * max(drawn, FEW_SAMPLES):

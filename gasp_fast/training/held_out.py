@@ -22,43 +22,29 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from gasp_fast.backbones import Backbone
-from gasp_fast.supervision.heads import CorrespondenceHeads
-
-from .config import EvaluateConfig, TrainConfig
+from .config import TrainConfig
 from .distributed import Processes
-from .model import SupervisedModel
+
+if TYPE_CHECKING:
+    from .objective import Objective
 
 Metrics = dict[str, Any]
 
 
 class HeldOutSequences(Protocol):
-    """Sequences by index, the model's predictions for them, and the metrics of all predictions."""
+    """Sequences by index, and the metrics of what the model made of all of them (`Objective.outcomes`)."""
 
     def __len__(self) -> int: ...
-
-    def usable(self, backbone: Backbone, indices: Iterable[int]) -> list[int]:
-        """Those of `indices` that can be evaluated."""
-
-    def outcomes(
-        self,
-        backbone: Backbone,
-        model: nn.Module,
-        heads: CorrespondenceHeads | None,
-        indices: Sequence[int],
-        device: torch.device,  # ZeRO-3 may keep the weights elsewhere
-    ) -> Mapping[int, Any]:
-        """Scored predictions by index. Runs the model once for each of `indices`."""
 
     def metrics(self, outcomes: Mapping[int, Any]) -> Metrics:
         """Numbers by name, those of `EvaluateConfig.best` among them; None: undefined."""
@@ -69,12 +55,11 @@ class HeldOut:
 
     def __init__(
         self,
-        config: EvaluateConfig,
-        sequences: HeldOutSequences | None,
-        model: SupervisedModel,
+        objective: Objective,
         processes: Processes,
     ) -> None:
-        self.config, self.sequences, self.model, self.processes = config, sequences, model, processes
+        self.objective, self.processes = objective, processes
+        self.config, self.sequences = objective.config.evaluate, objective.sequences
         self.usable: list[int] = []  # sequences, of all processes
         self.share: list[int] = []  # of these, for this process; some may be another one's, too
         self.best: float | None = None
@@ -86,7 +71,7 @@ class HeldOut:
         if self.sequences is None:
             return
         rank, world_size = self.processes.rank, self.processes.world_size
-        own = self.sequences.usable(self.model.backbone, range(rank, len(self.sequences), world_size))
+        own = self.objective.usable(range(rank, len(self.sequences), world_size))
         self.usable = sorted(index for part in self.processes.from_all(own) for index in part)
         if not self.usable:
             raise ValueError(
@@ -105,11 +90,10 @@ class HeldOut:
         """Measure the present model; what the log says about it. All processes must call."""
         assert self.sequences is not None
         start = time.perf_counter()
-        model, device = self.model, self.processes.device
-        heads = None if model.supervision is None else model.supervision.heads
-        precision = torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
-        with undisturbed(model, device), gathered_together(heads), precision:
-            own = self.sequences.outcomes(model.backbone, model.model, heads, self.share, device)
+        device = self.processes.device
+        precision = torch.autocast(device.type, torch.bfloat16, enabled=self.objective.dtype == torch.bfloat16)
+        with undisturbed(self.objective.model, device), precision:
+            own = self.objective.outcomes(self.share, device)
         parts = self.processes.from_all(dict(own))
         together = {index: outcome for part in parts for index, outcome in part.items()}
         sequences = self.sequences

@@ -17,7 +17,7 @@ from gasp_fast.collator import Collator, Sample
 from gasp_fast.data.errors import one_line
 from gasp_fast.processes import in_time
 
-from .objective import Average, averaged, unit_of_matches
+from .averages import Average, averaged, unit_of_matches
 from .signals import end_with_trainer
 from .skipped import Skipped
 from .sources import TrainingSample
@@ -31,7 +31,7 @@ class SteadyCollator:
     """A `Collator` for training: its batches always have at least one frame, a `token_index`, and `counts`.
 
     A batch of no samples holds a blank frame, without an answer and without a match, and counts nothing.
-    `token_index` is a `TokenIndex`; `counts` is what the terms of the loss are averaged over (`objective.py`). With
+    `token_index` is a `TokenIndex`; `counts` is what the terms of the loss are averaged over (`averages.py`). With
     `packing`, the sequences lie one after another in one row. Loader workers get it pickled.
     """
 

@@ -1,9 +1,9 @@
 """The log of a run: `log.jsonl`, the progress bar, and the sums that both are made from.
 
-One JSON object per logged step:
+One JSON object per logged step, with GASP's terms:
 
     step, loss, lm, corr, depth    means over the steps since the last line, of the step's loss and its terms as
-                                   `objective.py` defines them; a term that no step had, or that is not finite, is
+                                   `averages.py` defines them; a term that no step had, or that is not finite, is
                                    null; corr and depth are means over layers, also where the loss has their sum
     corr_per_layer, depth_per_layer, pck_per_layer    [L], the same means
     cosine_per_layer               [L], the mean cosine between the embeddings of two tokens of a sequence; near 1, all
@@ -36,7 +36,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,16 +53,12 @@ from gasp_fast.planning.gpus import peak_flops
 from gasp_fast.run_folder import LOG
 
 from . import held_out
-from .config import TrainConfig
-from .curves import read_log
+from .curves import losses_of, read_log
 from .loader import LoadedBatches
+from .objective import Term
 from .skipped import KINDS, Skipped, SkippedFile, in_numbers, join
 from .summary import summarise
 
-# The order is that of `unlogged` in checkpoints. The first process counts `steps`, and those of them that have labelled
-# tokens (`answered`) and matches (`matched`), on whichever process.
-SUMS = ("loss", "steps", "lm", "answered", "matched", "tokens", "flops")
-LAYER_SUMS = ("corr", "depth", "pck", "cosine")  # a sum for each layer; older checkpoints have no cosine
 # Seconds, skipped samples, and the useful shares of the steps; older checkpoints have none.
 HOST_SUMS = ("data_wait", "device_wait", *KINDS, "useful")
 LITTLE_USEFUL = 0.9  # share of the time of several processes below which the progress bar says so
@@ -95,33 +91,37 @@ class HostCopy:
 class Meter:
     """Sums over the micro-batches of this process since the last log line. Losses are parts of the means of a step."""
 
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self.device = device
-        self.widths = [1] * len(SUMS) + [layers] * len(LAYER_SUMS) + [1] * len(HOST_SUMS)
-        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)  # [7 + 4 L + 7]
+    def __init__(self, counts: Sequence[str], terms: Sequence[Term], device: torch.device) -> None:
+        """`counts`: what the entries of a step's counts are; of each, steps in which it is above 0 are counted."""
+        self.counts, self.terms, self.device = counts, terms, device
+        single = [term.name for term in terms if term.layers is None]
+        layered = {term.name: term.layers for term in terms if term.layers is not None}
+        # The order is that of `unlogged` in checkpoints. The first process counts steps.
+        widths = dict.fromkeys(("loss", "steps", *single, *counts, "tokens", "flops"), 1)
+        widths |= {**layered, **dict.fromkeys(HOST_SUMS, 1)}
+        self.names, self.widths = tuple(widths), list(widths.values())
+        self.packed = torch.zeros(sum(self.widths), dtype=torch.float64, device=device)
         self.sums = self._columns(self.packed)  # views of `packed`
         self.start = time.perf_counter()
 
     def _columns(self, packed: Tensor) -> dict[str, Tensor]:
         """The columns of `packed` by name: [1] each, or [L] for those of the layers."""
-        return dict(zip((*SUMS, *LAYER_SUMS, *HOST_SUMS), packed.split(self.widths), strict=True))
+        return dict(zip(self.names, packed.split(self.widths), strict=True))
 
     def begin_step(self, totals: Tensor, useful: float) -> None:
-        """Count a step, on one process. `totals` [3]: what its losses are averaged over; `useful`: its useful share."""
+        """Count a step, on one process. `totals` [C]: what its losses are averaged over; `useful`: its useful share."""
         self.sums["steps"] += 1
-        self.sums["answered"] += totals[0] > 0
-        self.sums["matched"] += totals[1] > 0
+        for name, total in zip(self.counts, totals, strict=False):
+            self.sums[name] += total > 0
         self.sums["useful"] += useful
 
-    def add(self, outputs: dict[str, Any], matches: int, tokens: int, flops: float) -> None:
+    def add(self, loss: Tensor, terms: Mapping[str, Tensor], tokens: int, flops: float) -> None:
         sums = self.sums
-        sums["loss"] += outputs["loss"].detach()
-        sums["lm"] += outputs["lm"]
+        sums["loss"] += loss.detach()
         sums["tokens"] += tokens
         sums["flops"] += flops
-        for name in LAYER_SUMS:
-            if matches and name in outputs:
-                sums[name] += outputs[name]
+        for name, value in terms.items():
+            sums[name] += value
 
     def add_loading(self, batches: LoadedBatches) -> list[Skipped]:
         """Add the time spent waiting for the loader, and the skipped samples, which are returned."""
@@ -146,10 +146,11 @@ class Meter:
         """Go on from `state`. If it was written by another number of processes, the first one takes all sums."""
         try:
             sums = torch.tensor(state, dtype=torch.float64)  # [processes, sums + 1]
-            layers = self.widths[len(SUMS)]
             missing = len(self.packed) + 1 - sums.shape[1]
+            cosine = self.names.index("cosine") if "cosine" in self.names else 0
+            layers = self.widths[cosine]
             if missing in (layers, layers + len(HOST_SUMS)):  # of an older version: no cosine, or no host sums either
-                before, after = sums.tensor_split([len(SUMS) + layers * (len(LAYER_SUMS) - 1)], dim=1)
+                before, after = sums.tensor_split([sum(self.widths[:cosine])], dim=1)
                 sums = torch.cat([before, sums.new_zeros(len(sums), missing), after], dim=1)
             sums = sums.view(max(1, len(state)), len(self.packed) + 1)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -171,17 +172,23 @@ class Meter:
         gathered = taken.read()
         seconds, self.start = taken.there_since - self.start, taken.there_since
         columns, waits = self._columns(gathered[:, :-1].sum(0)), self._columns(gathered[:, :-1].T)
-        sums = {name: columns[name].item() for name in SUMS}
-        layers = {name: [_ratio(total, sums["matched"]) for total in columns[name].tolist()] for name in LAYER_SUMS}
+        steps = columns["steps"].item()
+        single, layered = dict[str, Any](), dict[str, Any]()
+        for term in self.terms:
+            values = [_ratio(total, columns[term.counted].item()) for total in columns[term.name].tolist()]
+            if term.layers is None:
+                single[term.name] = values[0]
+            else:
+                layered[f"{term.name}_per_layer"] = values
+                if term.is_loss:
+                    single[term.name] = _mean(values)
         return {
-            "loss": _ratio(sums["loss"], sums["steps"]),
-            "lm": _ratio(sums["lm"], sums["answered"]),
-            "corr": _mean(layers["corr"]),
-            "depth": _mean(layers["depth"]),
-            **{f"{name}_per_layer": layers[name] for name in LAYER_SUMS},
-            "tokens_per_s": sums["tokens"] / seconds,
-            "mfu": sums["flops"] / seconds / (len(gathered) * peak_flops(self.device)),
-            "useful_share": _ratio(columns["useful"].item(), sums["steps"]),
+            "loss": _ratio(columns["loss"].item(), steps),
+            **single,
+            **layered,
+            "tokens_per_s": columns["tokens"].item() / seconds,
+            "mfu": columns["flops"].item() / seconds / (len(gathered) * peak_flops(self.device)),
+            "useful_share": _ratio(columns["useful"].item(), steps),
             "peak_memory": int(gathered[:, -1].max()),
             "data_wait": min(1.0, waits["data_wait"].max().item() / seconds),
             "device_wait": min(1.0, waits["device_wait"].min().item() / seconds) if taken.from_device else None,
@@ -216,7 +223,7 @@ class RunLog:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: Any,
         steps: int,
         done: int,
         resume: Path | None,
@@ -321,8 +328,8 @@ class Progress:
 
 def in_words(record: dict[str, Any]) -> str:
     """The losses, the PCK of the best layer and the speed, in 45 columns; then what is out of the ordinary."""
-    pck = [value for value in record["pck_per_layer"] if value is not None]
-    parts = [f"{name} {record[name]:.2f}" for name in ("lm", "corr", "depth") if record[name] is not None]
+    pck = [value for value in record.get("pck_per_layer", ()) if value is not None]
+    parts = [f"{name} {record[name]:.2f}" for name in losses_of(record) if record[name] is not None]
     parts += [f"pck {max(pck):.2f}"] if pck else []
     on_gpu = record.get("device_wait") is not None
     parts.append(f"mfu {record['mfu']:.0%}" if on_gpu else f"{record['tokens_per_s'] / 1000:.1f}k tok/s")
@@ -333,14 +340,6 @@ def in_words(record: dict[str, Any]) -> str:
     if record["skipped"]:
         parts.append(f"skipped {in_numbers(record['skipped'])}")
     return " ".join(parts)
-
-
-def score_of(record: dict[str, Any]) -> float | None:
-    """The number by which the best checkpoint is chosen: mean PCK of the layers; without heads, minus the LM loss."""
-    pck = [value for value in record["pck_per_layer"] if value is not None]
-    if pck:
-        return float(sum(pck) / len(pck))
-    return None if record["pck_per_layer"] or record["lm"] is None else -float(record["lm"])
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

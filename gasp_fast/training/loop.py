@@ -24,28 +24,20 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from gasp_fast.backbones.adapters import cast_once
-from gasp_fast.planning.assumptions import Assumptions
-from gasp_fast.planning.dealing import Division
-from gasp_fast.planning.gpus import GPUS
-from gasp_fast.planning.micro_batch_time import MicroBatchSeconds
 from gasp_fast.planning.training_setup import Sharding
 
-from . import checkpoints, guards, same_run
-from .config import TrainConfig
+from . import checkpoints, guards
 from .distributed import Processes
-from .held_out import HeldOut, HeldOutSequences
-from .loader import LoadedBatches, make_loader
-from .log import HostCopy, Meter, RunLog, finite, score_of
-from .model import SupervisedModel
+from .held_out import HeldOut
+from .loader import LoadedBatches
+from .log import HostCopy, Meter, RunLog, finite
+from .objective import Batch, LearningGuard, Objective
 from .saving import CheckpointWriter
 from .signals import Interrupted, StopSignals, kept_from_children
-from .sizes import PredictedSizes
 from .start_up import StartUp
 from .state import TrainState
-from .stream import Dealer, SampleStream, Share
-from .workload import BatchFlops
+from .stream import Share
 
-Batch = dict[str, Any]
 # Reasons to stop that are no signals.
 UNSAVED = 1000  # a checkpoint could not be written
 LOW_DISK = 999  # the disk is nearly full: what has been trained must be saved while it fits
@@ -66,41 +58,36 @@ class Launched:
 
 
 class TrainingLoop:
-    """Trains a `SupervisedModel` on a `SampleStream`."""
+    """Trains an `Objective`."""
 
     def __init__(
         self,
-        config: TrainConfig,
-        model: SupervisedModel,
-        stream: SampleStream,
+        objective: Objective,
         share: Share,
         steps: int,
         processes: Processes,
         deepspeed: dict[str, Any] | None = None,
         signals: StopSignals | None = None,
-        sequences: HeldOutSequences | None = None,  # to evaluate on while training
     ) -> None:
+        config = objective.config
         set_seed(config.train.seed)
-        self.config = config
-        self.model = model
-        self.stream = stream
+        self.objective, self.config, self.stream = objective, config, objective.stream
         self.share = share
         self.steps = steps
         self.processes = processes
         self.signals = StopSignals() if signals is None else signals
         self.zero_stage = Sharding.of(deepspeed).stage
         self.out = Path(config.run.out)
-        self.batch_flops = BatchFlops(config, model)  # before the model is sharded
-        self.state = TrainState(config, model, share, steps, processes, deepspeed)
-        self.meter = Meter(0 if model.supervision is None else len(model.supervision.layers), processes.device)
-        self.held_out = HeldOut(config.evaluate, sequences, model, processes)
+        self.state = TrainState(objective, share, steps, processes, deepspeed)
+        self.meter = Meter(objective.counts, objective.terms, processes.device)
+        self.held_out = HeldOut(objective, processes)
         self.launched: list[Launched] = []  # at most two steps, the last ones
         self.bad_steps = 0  # steps so far whose gradient was not finite
         self.skipped = 0  # samples of all processes so far that could not be used and were replaced
-        self.learning: guards.LearningGuard | None = None  # only in the first steps of a new run
+        self.learning: LearningGuard | None = None  # only in the first steps of a new run
         self.scores: list[float] = []  # of each log line since the last checkpoint
         self.writer = CheckpointWriter(config, processes)
-        self.facts = same_run.run_facts(config, stream, steps) if processes.first else {}
+        self.facts = objective.facts(steps) if processes.first else {}
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +128,7 @@ class TrainingLoop:
         saved = step % self.config.run.save_every == 0 or step == self.steps
         evaluated = self.held_out.due(step, self.steps)
         if start_up is not None:
-            guards.check_positions(self.model, micro_batches[0])
+            self.objective.check_first(micro_batches[0])
             start_up.add("data")
         self.launched.append(self.train_step(step, micro_batches))
         log.progress(step)
@@ -167,7 +154,7 @@ class TrainingLoop:
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> Launched:
         """Launch one optimiser step, and the copies of its numbers to the host."""
         shares = self.shares_of_step(step, micro_batches)
-        with cast_once(self.model, self.model.dtype):
+        with cast_once(self.objective.model, self.objective.dtype):
             for number, (batch, share) in enumerate(zip(micro_batches, shares, strict=True), 1):
                 self.forward_backward(batch, share, last=number == len(micro_batches))
         learning_rate, grad_norm = self.update()
@@ -184,25 +171,26 @@ class TrainingLoop:
         return UNSAVED if self.writer.failed else self.signals.received
 
     def shares_of_step(self, step: int, micro_batches: Sequence[Batch]) -> Tensor:
-        """The shares of this process's micro-batches in what the losses are averaged over, [micro-batches, 3]."""
+        """The shares of this process's micro-batches in what the losses are averaged over, [micro-batches, C]."""
         counts = torch.stack([batch["counts"] for batch in micro_batches])
         counts = counts.to(self.processes.device, non_blocking=True)
-        totals = self.processes.total(counts.sum(0))  # [3], of all processes
+        totals = self.processes.total(counts.sum(0))  # [C], of all processes
         if self.processes.first:
             self.meter.begin_step(totals, self.share.useful_share(step - 1))
         return torch.where(totals > 0, counts / totals, 0).float()
 
     def forward_backward(self, batch: Batch, shares: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch. Below ZeRO-2, gradients are exchanged after the last one of a step."""
-        state, flops = self.state, self.batch_flops(batch)
+        state, objective = self.state, self.objective
+        tokens, flops = objective.tokens(batch), objective.flops(batch)
         batch = {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
         state.accelerator.sync_gradients = last
         deferred = not last and state.deepspeed is None
         with state.accelerator.no_sync(state.engine) if deferred else nullcontext():
             outputs = state.engine(**batch, shares=shares)
-            self.meter.add(outputs, len(batch["matches"]), batch["input_ids"].numel(), flops)
+            self.meter.add(outputs["loss"], objective.logged(outputs, batch), tokens, flops)
             if self.learning is not None:
-                self.learning.add(outputs, batch["matches"])
+                self.learning.add(outputs, batch)
             # The losses add up to the step's. But accelerate or DeepSpeed divides each by a number of micro-batches,
             # and DDP or DeepSpeed takes the mean of the processes' gradients.
             divided = state.accelerator.gradient_accumulation_steps * self.processes.world_size
@@ -232,7 +220,7 @@ class TrainingLoop:
         """Load the checkpoint, if any. Returns the number of completed steps, and the micro-batches of those left."""
         done, held_out = 0, None
         if resume is None:
-            self.learning = guards.LearningGuard(self.model)
+            self.learning = self.objective.learning_guard()
         else:
             self.state.load(resume)
             about = checkpoints.read_about(resume)
@@ -240,28 +228,15 @@ class TrainingLoop:
             held_out = about.get("held_out")
             self.meter.restore(about["unlogged"], self.processes.rank, self.processes.world_size)
         self.held_out.begin(held_out)
-        self.share = replace(self.share, deal=self.make_dealer().deal)
+        self.share = replace(self.share, deal=self.objective.deal(self.share, self.processes))
         pin = self.processes.device.type == "cuda"
-        data, average, packing = self.config.data, self.config.loss.average, self.config.train.packing
-        backbone, share = self.model.backbone, self.share
-        loader = make_loader(data, self.stream, backbone, share, self.steps, pin, done, average, packing)
+        loader = self.objective.loader(self.share, self.steps, done, pin)
         with kept_from_children():
             # Half of the time: what was not read must be named before the other processes give up waiting for this one.
             batches = LoadedBatches(loader, self.stream, self.config.run.timeout / 2)
         if resume is not None:  # not earlier: the loader draws a random number when it starts
             self.state.load_random_state(resume)
         return done, batches
-
-    def make_dealer(self) -> Dealer:
-        """Deals the samples of each step to the processes. All processes must call."""
-        frame_sizes = self.processes.decided_by_first(self.stream.frame_sizes)
-        sizes = PredictedSizes(self.config, self.model.backbone, self.stream, frame_sizes)
-        layers: Any = self.model.backbone.decoder_layers(self.model.model)
-        kept = sum(not layer.gradient_checkpointing for layer in layers)
-        setup = replace(self.batch_flops.setup, kept_layers=kept)
-        # Of one GPU, whichever trains: only the ratios of costs matter, and all processes must deal alike.
-        seconds = MicroBatchSeconds(setup, GPUS["h200"], Assumptions())
-        return Dealer(self.share.batch_size, sizes, Division.of(setup, self.processes.world_size), seconds)
 
     def next_step(self, step: int, batches: LoadedBatches) -> list[Batch]:
         """The micro-batches of a step."""
@@ -272,7 +247,7 @@ class TrainingLoop:
         _, batches = self.begin()
         with batches:
             micro_batches = self.next_step(1, batches)
-        guards.check_positions(self.model, micro_batches[0])
+        self.objective.check_first(micro_batches[0])
         return self.record_of(self.train_step(1, micro_batches))
 
     def finish(self, log: RunLog, waiting: int) -> int:
@@ -288,7 +263,7 @@ class TrainingLoop:
             stop = int(launched.stop.read())
             self.meter.add_device_wait(time.perf_counter() - start)
             if launched.sums is not None:
-                if (score := score_of(record)) is not None:
+                if (score := self.objective.score(record)) is not None:
                     self.scores.append(score)
                 log.write(record)
                 self.skipped += sum(record["skipped"].values())

@@ -74,7 +74,7 @@ class SupervisedModel(nn.Module):
         """The `loss` and, without gradient, its terms: `lm`; with heads `corr`, `depth`, `pck`, `cosine` [L].
 
         With `shares`, these are the batch's parts of the means of an optimiser step, which add up to them
-        (`objective.py`); otherwise the means of the batch. `answers` is the number of labelled tokens.
+        (`averages.py`); otherwise the means of the batch. `answers` is the number of labelled tokens.
         """
         if token_index is None:
             token_index = self.backbone.index_tokens({**inputs, "labels": labels})

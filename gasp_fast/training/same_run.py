@@ -12,16 +12,16 @@ resumes from it is compared with these, key by key:
 More train.steps are allowed unasked, unless the learning rate has come down to zero: it then falls more slowly, from
 where it is. With run.allow_changes it is that of a run which had so many steps from the beginning.
 
-A key that this table does not name is of the last kind, also one of a later version.
+A key that the objective's `Rules` do not name is of the last kind, also one of a later version.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
@@ -31,30 +31,34 @@ from gasp_fast.files import write_atomically
 from gasp_fast.run_folder import CONFIG, config_files, configuration_of
 
 from .checkpoints import read_about
-from .config import TrainConfig
 from .optim import Schedule
-from .stream import SampleStream
 
-FREE = ("run", "evaluate", "data.workers", "data.qa.timeout", "data.vqa.timeout")
-ROUNDING = (
-    "deepspeed", "train.micro_batch_size", "train.tokens_at_once", "train.packing", "train.checkpointing",
-    "model.attention", "model.liger", "loss.backend", "loss.workspace",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from .objective import Objective, Stream
+
 AT_BEGINNING = "it acts at the beginning of a run only"
 SHAPES = "the saved weights have other shapes"
-FIXED = {
-    "train.mode": "other weights are trained",
-    "train.batch_size": "positions in the data are counted in it",
-    "train.seed": AT_BEGINNING,
-    "lora.rank": SHAPES,
-    "heads.layers": SHAPES,
-    "heads.kind": "other weights are trained",
-    "heads.mid_size": SHAPES,
-    "heads.out_size": SHAPES,
-    "heads.init": AT_BEGINNING,
-    "heads.bias": AT_BEGINNING,
-    "loss.learnable_temperature": "other weights are trained",
-}
+WEIGHTS = "other weights are trained"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The keys of the first three kinds, or groups of keys."""
+
+    free: tuple[str, ...]
+    rounding: tuple[str, ...]
+    fixed: Mapping[str, str]  # with the reason
+
+
+EVERY_RUN = Rules(
+    free=("run", "evaluate", "data.workers"),
+    rounding=("deepspeed", "train.micro_batch_size", "train.checkpointing"),
+    fixed={
+        "train.mode": WEIGHTS,
+        "train.batch_size": "positions in the data are counted in it",
+        "train.seed": AT_BEGINNING,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,17 @@ class Change:
         return f"{self.key} = {self.before}, now {self.now}{f' ({remark})' if remark else ''}"
 
 
-def run_facts(config: TrainConfig, stream: SampleStream, steps: int) -> dict[str, Any]:
-    """What the configuration led to, for about.json."""
-    samples = {name: len(source) for name, source in stream.sources.items()}
-    return {"steps": steps, "samples": samples, "data": stream.fingerprints, "base": fingerprint(config.model.source)}
+def run_facts(source: str, stream: Stream, steps: int) -> dict[str, Any]:
+    """What a configuration led to, for about.json; `source`: of the base model."""
+    samples = {name: len(one) for name, one in stream.sources.items()}
+    return {"steps": steps, "samples": samples, "data": stream.fingerprints, "base": fingerprint(source)}
 
 
-def check_same_run(config: TrainConfig, stream: SampleStream, steps: int, world_size: int, checkpoint: Path) -> None:
+def check_same_run(objective: Objective, steps: int, world_size: int, checkpoint: Path) -> None:
     """Raise if `checkpoint` was written by another run than this one. Prints what changes from now on."""
-    about = read_about(checkpoint)
-    changes = list(_changes(config, run_facts(config, stream, steps), about, checkpoint))
-    allowed = config.run.allow_changes
-    harmless = (*ROUNDING, *(change.key for change in changes if change.unasked))
+    about, allowed = read_about(checkpoint), objective.config.run.allow_changes
+    changes, rules = list(_changes(objective, objective.facts(steps), about, checkpoint)), objective.rules
+    harmless = (*rules.rounding, *(change.key for change in changes if change.unasked))
     refused = [change for change in changes if change.fixed is not None or not _covered(change.key, allowed)]
     refused = [change for change in refused if not _covered(change.key, harmless)]
     if refused:
@@ -92,27 +95,27 @@ def check_same_run(config: TrainConfig, stream: SampleStream, steps: int, world_
         if allowable := ", ".join(change.key for change in refused if change.fixed is None):
             cures += f"; run.allow_changes=[{allowable}] lets that change from step {about['step']} on"
         raise ValueError(f"{checkpoint} was written by another run: {'; '.join(map(str, refused))}: {cures}")
-    rounding = [str(change) for change in changes if _covered(change.key, ROUNDING)]
+    rounding = [str(change) for change in changes if _covered(change.key, rules.rounding)]
     if about["ranks"] != world_size:
         rounding.append(f"processes = {about['ranks']}, now {world_size}")
-    meant = [str(change) for change in changes if not _covered(change.key, ROUNDING)]
+    meant = [str(change) for change in changes if not _covered(change.key, rules.rounding)]
     if meant:
         _print(f"from step {about['step']} on: {'; '.join(meant)}")
     if rounding:
         _print(f"{'; '.join(rounding)}: the same sums in another order, so that results agree to rounding")
 
 
-def continued_schedule(config: TrainConfig, steps: int, checkpoint: Path) -> Schedule:
+def continued_schedule(objective: Objective, steps: int, checkpoint: Path) -> Schedule:
     """The learning rates of a run that resumes: what it had, made longer if the run is, or those of another run."""
     about = read_about(checkpoint)
-    saved, anew = _saved_schedule(config, about, checkpoint), Schedule.of(config.train.warmup, steps)
+    saved, anew = _saved_schedule(objective, about, checkpoint), objective.schedule(steps)
     if saved is None or steps == saved.steps:
         return saved or anew
-    longer = steps > saved.steps and not _covered("train.steps", config.run.allow_changes)
+    longer = steps > saved.steps and not _covered("train.steps", objective.config.run.allow_changes)
     return saved.longer(about.get("schedule", about["step"]), steps) if longer else anew
 
 
-def write_configuration(config: TrainConfig, out: Path, resume: Path | None) -> None:
+def write_configuration(config: Any, out: Path, resume: Path | None) -> None:
     """Write config.yaml at the beginning of a run; when it resumes with another one, the next config-N.yaml."""
     content, files = to_yaml(config).encode(), config_files(out)
     if resume is None:
@@ -129,18 +132,19 @@ def write_configuration(config: TrainConfig, out: Path, resume: Path | None) -> 
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-def _changes(config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], checkpoint: Path) -> Iterator[Change]:
+def _changes(objective: Objective, facts: dict[str, Any], about: dict[str, Any], checkpoint: Path) -> Iterator[Change]:
     """What differs, but for the free keys."""
     # Both have been through YAML, which has no tuples. A key that the checkpoint's version had not has its default.
+    config, rules = objective.config, objective.rules
     now = dict(_leaves(yaml.safe_load(to_yaml(config))))
     written = dict(_leaves(configuration_of(checkpoint)))
     before = {"train.mode": about["mode"], "train.batch_size": about["batch_size"], **written}
     if written:
-        before = {**dict(_defaults(TrainConfig)), **before}
-    by_result = dict(_changed_results(config, facts, about, checkpoint))  # what they lead to, where that is known
+        before = {**dict(_defaults(type(config))), **before}
+    by_result = dict(_changed_results(objective, facts, about, checkpoint))  # what they lead to, where that is known
     for key in sorted(now.keys() & before.keys()):
-        if key not in by_result and not _covered(key, FREE) and before[key] != now[key]:
-            yield Change(key, _short(before[key]), _short(now[key]), _why_fixed(key, config))
+        if key not in by_result and not _covered(key, rules.free) and before[key] != now[key]:
+            yield Change(key, _short(before[key]), _short(now[key]), rules.fixed.get(key))
     yield from (change for change in by_result.values() if change is not None)
     for name, count in facts["samples"].items():
         if any(before.get(key) != now[key] for key in now if _covered(key, (f"data.{name}",))):
@@ -154,26 +158,27 @@ def _changes(config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], 
 
 
 def _changed_results(
-    config: TrainConfig, facts: dict[str, Any], about: dict[str, Any], checkpoint: Path
+    objective: Objective, facts: dict[str, Any], about: dict[str, Any], checkpoint: Path
 ) -> Iterator[tuple[str, Change | None]]:
     """The keys that are compared by what they led to, each with the change, if there is one."""
     if "steps" in about:  # the schedule is a function of it
         changed = about["steps"] != facts["steps"]
-        yield "train.steps", _change_of_steps(config, facts["steps"], about, checkpoint) if changed else None
+        yield "train.steps", _change_of_steps(objective, facts["steps"], about, checkpoint) if changed else None
         yield "train.epochs", None
     if isinstance(before := about.get("base"), dict) and (now := facts["base"]) is not None:
         parts = [part for part in now if before.get(part) != now[part]]
         fixed = None if parts == ["processor"] else "the weights were trained on the base model that it was"
-        change = Change("model.source", f"a model of other {' and '.join(parts)}", repr(config.model.source), fixed)
+        source = repr(objective.config.model.source)
+        change = Change("model.source", f"a model of other {' and '.join(parts)}", source, fixed)
         yield "model.source", change if parts else None
 
 
-def _change_of_steps(config: TrainConfig, steps: int, about: dict[str, Any], checkpoint: Path) -> Change:
+def _change_of_steps(objective: Objective, steps: int, about: dict[str, Any], checkpoint: Path) -> Change:
     change = Change("train.steps", str(about["steps"]), str(steps))
-    saved = _saved_schedule(config, about, checkpoint)
+    config, saved = objective.config, _saved_schedule(objective, about, checkpoint)
     if saved is None or steps < saved.steps or _covered("train.steps", config.run.allow_changes):
         return change
-    schedule = continued_schedule(config, steps, checkpoint)
+    schedule = continued_schedule(objective, steps, checkpoint)
     if not schedule.cosine_share:
         return replace(change, effect=f"the learning rate has come down to 0 in step {saved.steps}")
     rate = schedule.cosine_share * config.train.learning_rate
@@ -184,20 +189,14 @@ def _change_of_steps(config: TrainConfig, steps: int, about: dict[str, Any], che
     return replace(change, unasked=True, effect=effect)
 
 
-def _saved_schedule(config: TrainConfig, about: dict[str, Any], checkpoint: Path) -> Schedule | None:
+def _saved_schedule(objective: Objective, about: dict[str, Any], checkpoint: Path) -> Schedule | None:
     """That of the run so far; None if it is unknown, or the warm-up is now another one."""
     before = configuration_of(checkpoint).get("train")
     warmup = before.get("warmup") if isinstance(before, dict) else None
-    if "steps" not in about or warmup != config.train.warmup:
+    if "steps" not in about or warmup != objective.config.train.warmup:
         return None
-    began = asdict(Schedule.of(config.train.warmup, about["steps"]))
+    began = asdict(objective.schedule(about["steps"]))
     return Schedule(**{name: about.get(name, value) for name, value in began.items()})
-
-
-def _why_fixed(key: str, config: TrainConfig) -> str | None:
-    if key == "loss.temperature" and config.loss.learnable_temperature:
-        return AT_BEGINNING
-    return FIXED.get(key)
 
 
 def _covered(key: str, names: tuple[str, ...]) -> bool:

@@ -22,7 +22,6 @@ from gasp_fast.files import one_line, write_atomically
 from gasp_fast.run_folder import ABOUT, CONFIG
 
 from .checkpoints import begin, complete_or_absent, rotate
-from .config import TrainConfig
 from .distributed import Processes
 from .guards import GuardError, check_disk
 from .state import Snapshot
@@ -34,7 +33,7 @@ class CheckpointWriter:
     While it is entered, a checkpoint may be in the course of being written; at the exit all are complete.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+    def __init__(self, config: Any, processes: Processes) -> None:
         self.config, self.run, self.processes = config, config.run, processes
         self.out = Path(config.run.out)
         self.thread = ThreadPoolExecutor(1, "checkpoints")  # started when it has work

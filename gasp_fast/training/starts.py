@@ -28,18 +28,15 @@ from gasp_fast.files import read_json, write_atomically
 from gasp_fast.processes import processor_name, versions
 from gasp_fast.run_folder import STARTS
 
-from .config import TrainConfig
 from .distributed import Processes
 from .log import flat
-from .stream import SampleStream
+from .objective import Stream
 
 PACKAGES = ("gasp-fast", "torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "liger-kernel")
 GIT_SECONDS = 10.0  # a file system may be slow, and the commit is not worth a longer wait
 
 
-def record_start(
-    config: TrainConfig, stream: SampleStream, processes: Processes, zero_stage: int, resume: Path | None
-) -> None:
+def record_start(config: Any, stream: Stream, processes: Processes, zero_stage: int, resume: Path | None) -> None:
     """Append this start to `run.json`. All processes must call."""
     machines = processes.from_all(machine(processes.device))
     if not processes.first:

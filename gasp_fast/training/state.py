@@ -8,51 +8,48 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from gasp_fast.planning.training_setup import Sharding
 
 from . import checkpoints, earlier_checkpoints, random_state
-from .config import TrainConfig
 from .distributed import Processes, fill_deepspeed, make_accelerator
 from .divided_files import Dealt, deal, write
-from .model import SupervisedModel
-from .optim import Schedule, make_optimizer, rate_change, trained_groups
+from .objective import Objective, Weights
+from .optim import rate_change
 from .optimizer_state import gathered_state, read_state, without_state, write_state
 from .random_state import gathered_random_states
 from .same_run import continued_schedule
 from .stream import Share
-from .weights import TrainedWeights, gather_weights, write_weights
 
 
 class TrainState:
     """A model, prepared for training on one process, under DDP or under DeepSpeed.
 
-    A step calls `engine`: `model` itself, or DDP's or DeepSpeed's wrapper of it.
+    A step calls `engine`: the model itself, or DDP's or DeepSpeed's wrapper of it.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        model: SupervisedModel,
+        objective: Objective,
         share: Share,
         steps: int,
         processes: Processes,
         deepspeed: dict[str, Any] | None = None,
     ) -> None:
-        self.config, self.model, self.processes, self.deepspeed = config, model, processes, deepspeed
+        self.objective, self.processes, self.deepspeed = objective, processes, deepspeed
+        self.config, self.model = config, model = objective.config, objective.model
         if deepspeed is None:
             model.to(processes.device)
         else:
-            self.deepspeed = fill_deepspeed(deepspeed, share, config.train.clip, model.backbone.hidden_size)
-            gather_heads_together(model)
-        self.accelerator = make_accelerator(config, processes, share, self.deepspeed)
-        optimizer = make_optimizer(trained_groups(model), config.train)
-        self.engine, self.optimizer = self.accelerator.prepare(model, optimizer)
+            self.deepspeed = fill_deepspeed(deepspeed, share, config.train.clip, objective.hidden_size)
+            objective.prepare_for_deepspeed()
+        self.accelerator = make_accelerator(config, processes, share, self.deepspeed, objective.may_skip_weights)
+        self.engine, self.optimizer = self.accelerator.prepare(model, objective.make_optimizer())
         self.engine.train()
         # The schedule is not prepared: accelerate would step it once for each process.
-        self.rates = Schedule.of(config.train.warmup, steps)
+        self.rates = objective.schedule(steps)
         # The first `LambdaLR` takes the optimiser's rates for the peak and notes them there, for a later one.
         self.schedule = LambdaLR(self.optimizer, self.rates)
 
@@ -73,10 +70,10 @@ class TrainState:
         """
         processes = self.processes
         in_place = self.deepspeed is None and not self.config.run.save_async
-        weights = gather_weights(self.model, processes, in_place)
+        weights = self.objective.gather_weights(processes, in_place)
         state = gathered_state(self.model, self.optimizer.optimizer)
         optimizer = deal(state, processes.rank, processes.world_size, in_place)
-        return Snapshot(self.model, weights, optimizer, gathered_random_states(processes))
+        return Snapshot(self.objective, weights, optimizer, gathered_random_states(processes))
 
     def facts(self) -> dict[str, Any]:
         """What about.json says of it."""
@@ -105,7 +102,7 @@ class TrainState:
             done, stopped = about["schedule"], about["learning_rate"]
         else:
             done, stopped = self._load_earlier(folder)
-        self.rates = continued_schedule(self.config, self.rates.steps, folder)
+        self.rates = continued_schedule(self.objective, self.rates.steps, folder)
         self.schedule = LambdaLR(self.optimizer, self.rates, last_epoch=done - 1)
         if self.processes.first and (line := rate_change(self.schedule, stopped)):
             print(line, file=sys.stderr)
@@ -137,8 +134,8 @@ class TrainState:
 class Snapshot:
     """The state of training after a step, or a process's share of it."""
 
-    model: SupervisedModel
-    weights: TrainedWeights
+    objective: Objective
+    weights: Weights
     optimizer: Dealt
     random: list[random_state.State]
 
@@ -148,15 +145,5 @@ class Snapshot:
             write(folder, self.weights.whole, group)
         write_state(folder, self.optimizer, group, first)
         if first:
-            write_weights(self.model, folder, self.weights)
+            self.objective.write_weights(folder, self.weights)
             random_state.write_random_states(folder, self.random)
-
-
-def gather_heads_together(model: nn.Module) -> None:
-    """Under ZeRO-3, gather the weights of all heads at once and keep them until their gradients are computed."""
-    from deepspeed.utils import set_z3_leaf_modules
-
-    from gasp_fast.supervision.geometric import SupervisedLayers
-
-    if any(isinstance(module, SupervisedLayers) for module in model.modules()):
-        set_z3_leaf_modules(model, [SupervisedLayers])

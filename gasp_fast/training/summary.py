@@ -16,7 +16,7 @@ from rich.table import Table
 from gasp_fast.drawing import save_figure
 from gasp_fast.run_folder import BEST, FIGURE, LOG, SKIPPED
 
-from .curves import HELD_OUT, LOSSES, Record, draw_curves, floats, read_log, read_run
+from .curves import HELD_OUT, Record, draw_curves, floats, named_losses, read_log, read_run
 from .skipped import KINDS, in_numbers, left_out
 
 WAITS = {"data_wait": "waiting for data", "device_wait": "host waiting for the GPU"}
@@ -60,9 +60,8 @@ def as_table(records: Sequence[Record], evaluations: Sequence[Record] = ()) -> T
     table.add_column(f"over {records[-1]['step']} steps")
     for title in ("first tenth", "last tenth"):
         table.add_column(title, justify="right")
-    for key, name in LOSSES.items():
-        if any(record[key] is not None for record in records):
-            table.add_row(f"{name} loss", *(f"{_mean(part, key):.3f}" for part in parts))
+    for key, name in named_losses(records).items():
+        table.add_row(f"{name} loss", *(f"{_mean(part, key):.3f}" for part in parts))
     pck = [_per_layer(part) for part in parts]
     if pck[-1].size and not np.isnan(pck[-1]).all():
         best = int(np.nanargmax(pck[-1]))
@@ -81,7 +80,7 @@ def as_table(records: Sequence[Record], evaluations: Sequence[Record] = ()) -> T
 
 def _per_layer(records: Sequence[Record]) -> NDArray[np.float64]:
     """Mean PCK of each layer, [L], over the records that have it."""
-    rows = floats([record["pck_per_layer"] for record in records])  # [steps, L]
+    rows = floats([record.get("pck_per_layer", []) for record in records])  # [steps, L]
     known = ~np.isnan(rows)
     sums, counts = np.where(known, rows, 0).sum(0), known.sum(0)
     return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)

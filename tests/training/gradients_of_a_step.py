@@ -14,7 +14,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import gasp_fast.backbones  # noqa: F401 (makes torchvision importable where only its library is missing)
 from gasp_fast.config.loader import load_config
-from gasp_fast.training import state
+from gasp_fast.training import gasp
 from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.distributed import quiet_libraries, read_deepspeed, start_processes, stop_processes
 from gasp_fast.training.loop import TrainingLoop
@@ -39,8 +39,10 @@ def take_step(path: str) -> None:
     out = Path(config.run.out)
     share = Share.of(config.train, processes.rank, processes.world_size)
     model = build_model(config, processes.device)
-    state.make_optimizer = proportional
-    loop = TrainingLoop(config, model, SampleStream(config.data), share, config.train.steps, processes, deepspeed)
+    gasp.make_optimizer = proportional
+    loop = TrainingLoop(
+        gasp.Gasp(config, SampleStream(config.data), model=model), share, config.train.steps, processes, deepspeed
+    )
     out.mkdir(exist_ok=True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: gathered(parameter).clone() for name, parameter in trained.items()}

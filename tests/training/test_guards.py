@@ -16,6 +16,7 @@ from gasp_fast.run_folder import checkpoint_folders
 from gasp_fast.train import main, train
 from gasp_fast.training import guards
 from gasp_fast.training.distributed import fill_deepspeed, read_deepspeed
+from gasp_fast.training.gasp import Gasp
 from gasp_fast.training.model import SupervisedModel, build_model
 from gasp_fast.training.optim import trained_groups
 from gasp_fast.training.sources import QAConfig
@@ -258,7 +259,7 @@ def test_weights_that_do_not_move_stop_the_run(config, monkeypatch):
                 parameter.register_hook(torch.zeros_like)
         return model
 
-    monkeypatch.setattr("gasp_fast.train.build_model", without_one_gradient)
+    monkeypatch.setattr("gasp_fast.training.gasp.build_model", without_one_gradient)
     with pytest.raises(ValueError, match=r"1 of 24 watched weights .*layers\.2\.self_attn\.v_proj\.lora_B"):
         train(config(train={"steps": 6}))
 
@@ -379,7 +380,7 @@ def test_a_dry_run_succeeds_on_a_terminal_without_unicode(config, tmp_path, monk
 def test_checkpoints_are_kept_to_the_newest_and_the_best(config, monkeypatch):
 
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
-    monkeypatch.setattr("gasp_fast.training.loop.score_of", lambda record: next(scores))
+    monkeypatch.setattr(Gasp, "score", lambda self, record: next(scores))
     settings = config(train={"steps": 5}, run={"save_every": 1, "keep": 2})
     train(settings)
     kept = [folder.name for folder in checkpoint_folders(Path(settings.run.out))]

@@ -5,6 +5,7 @@ import torch
 from support.pretend_device import DEVICE, PretendedDevice
 
 from gasp_fast.training.distributed import Processes
+from gasp_fast.training.gasp import Gasp
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream, Share
@@ -21,7 +22,7 @@ def loop_on(device, settings, batches=2):
     share = Share(0, 1, settings.train.batch_size, settings.train.micro_batch_size)
     model = build_model(settings, torch.device(device.type))
     loop = TrainingLoop(
-        settings, model, SampleStream(settings.data), share, settings.train.steps, Processes(0, 1, device)
+        Gasp(settings, SampleStream(settings.data), model=model), share, settings.train.steps, Processes(0, 1, device)
     )
     _, loaded = loop.begin()
     return loop, [[next(loaded) for _ in range(share.accumulation)] for _ in range(batches)]
@@ -49,7 +50,7 @@ def test_a_step_does_not_wait(config, family, mode, checkpointing, dtype, packin
     loop, steps = loop_on(DEVICE, settings)
     assert {batch["token_index"].row is not None for batches in steps for batch in batches} == {packing}
     device = PretendedDevice()
-    device.place([*loop.model.parameters(), *loop.model.buffers(), loop.meter.packed])
+    device.place([*loop.objective.model.parameters(), *loop.objective.model.buffers(), loop.meter.packed])
     with device:
         launched = [loop.train_step(number, batches) for number, batches in enumerate(steps, 1)]
     innermost = [wait.partition(" < ")[0] for wait in device.waits]

@@ -19,6 +19,7 @@ from gasp_fast.supervision.heads import HeadsConfig
 from gasp_fast.supervision.live_projections import LiveProjections
 from gasp_fast.train import main, train
 from gasp_fast.training.distributed import Processes
+from gasp_fast.training.gasp import Gasp
 from gasp_fast.training.loop import TrainingLoop
 from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream, Share
@@ -197,13 +198,13 @@ def test_the_gradient_is_the_same_on_two_processes(config, tmp_path, division):
     settings = config(
         heads=KINDS[3], train={"steps": 2, "batch_size": 4, "clip": 1e9, "warmup": 0.0, "checkpointing": "full"}
     )
-    loop = TrainingLoop(
-        settings, build_model(settings, CPU), SampleStream(settings.data), Share.of(settings.train, 0, 1), 2,
-        Processes(0, 1, CPU),
-    )  # fmt: skip
+    gasp = Gasp(settings, SampleStream(settings.data), model=build_model(settings, CPU))
+    loop = TrainingLoop(gasp, Share.of(settings.train, 0, 1), 2, Processes(0, 1, CPU))
     record = loop.try_step()
     state = loop.state.optimizer.state
-    expected = {name: state[p]["exp_avg"] / 0.1 for name, p in loop.model.named_parameters() if p.requires_grad}
+    expected = {
+        name: state[p]["exp_avg"] / 0.1 for name, p in loop.objective.model.named_parameters() if p.requires_grad
+    }
     preset = None if division == "ddp" else str(REPOSITORY / f"configs/deepspeed/{division}.json")
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(replace(settings, deepspeed=preset)))

@@ -19,8 +19,8 @@ from gasp_fast.export import export
 from gasp_fast.manifest import MANIFEST
 from gasp_fast.run_folder import base_of
 from gasp_fast.train import main, train
-from gasp_fast.training import same_run
 from gasp_fast.training.config import TrainConfig
+from gasp_fast.training.gasp import RULES
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_what_cannot_change_is_refused_with_the_reason_even_if_it_is_allowed(run
     _, again = run
     key = override.partition("=")[0]
     status, printed = again(override, f"run.allow_changes=[{key}]")
-    assert status == 1 and f"{key} = " in printed and f"({same_run.FIXED[key]})" in printed
+    assert status == 1 and f"{key} = " in printed and f"({RULES.fixed[key]})" in printed
     assert "restore what it was, or give another run.out to begin anew" in printed and "lets that" not in printed
 
 
@@ -148,7 +148,7 @@ def test_a_key_that_does_not_exist_cannot_be_allowed(run):
 
 
 def test_every_key_that_is_excepted_exists():
-    assert {*same_run.FREE, *same_run.ROUNDING, *same_run.FIXED} <= set(keys_of(TrainConfig))
+    assert {*RULES.free, *RULES.rounding, *RULES.fixed} <= set(keys_of(TrainConfig))
 
 
 # ---- the base model -----------------------------------------------------------------------------------------------

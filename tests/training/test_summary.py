@@ -16,6 +16,7 @@ from gasp_fast.drawing import save_figure
 from gasp_fast.run_folder import CONFIG, FIGURE, LOG, checkpoint_folders, result_folder
 from gasp_fast.training import log
 from gasp_fast.training.curves import RunLog, draw_curves
+from gasp_fast.training.gasp import COUNTS, terms
 from gasp_fast.training.log import Meter, Progress
 from gasp_fast.training.summary import as_table, summarise
 
@@ -167,7 +168,7 @@ def test_sums_that_are_not_logged_yet_pass_to_any_number_of_processes(count):
     saved = [[float(n) for n in range(count + 1)], [10.0 * n for n in range(count + 1)]]  # two processes; seconds last
     found = []
     for rank, world_size in ((0, 2), (1, 2), (0, 1), (0, 3), (1, 3)):
-        meter = Meter(1, torch.device("cpu"))
+        meter = Meter(COUNTS, terms(1), torch.device("cpu"))
         meter.restore(saved, rank, world_size)
         found.append(meter.state()[0][:-1])
     both = [11.0 * n for n in range(count)]

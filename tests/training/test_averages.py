@@ -16,9 +16,9 @@ from gasp_fast.config.loader import to_yaml
 from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
+from gasp_fast.training.averages import Average, averaged, mean_of_sequences, unit_of_matches
 from gasp_fast.training.loader import SteadyCollator
 from gasp_fast.training.model import build_model
-from gasp_fast.training.objective import Average, averaged, mean_of_sequences, unit_of_matches
 from gasp_fast.training.stream import SampleStream
 
 REPOSITORY = Path(__file__).parents[2]
@@ -81,12 +81,13 @@ def units_of_matches(sample, matches, backbone, average):
 def gradient_of_first_step(settings):
     """The same of the training loop, on this process."""
     from gasp_fast.training.distributed import Processes
+    from gasp_fast.training.gasp import Gasp
     from gasp_fast.training.loop import TrainingLoop
     from gasp_fast.training.stream import Share
 
     model = build_model(settings, CPU)
     share = Share.of(settings.train, 0, 1)
-    loop = TrainingLoop(settings, model, SampleStream(settings.data), share, 2, Processes(0, 1, CPU))
+    loop = TrainingLoop(Gasp(settings, SampleStream(settings.data), model=model), share, 2, Processes(0, 1, CPU))
     record = loop.try_step()
     state = loop.state.optimizer.state
     return record, {name: state[p]["exp_avg"] / 0.1 for name, p in model.named_parameters() if p.requires_grad}
