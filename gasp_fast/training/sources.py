@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from gasp_fast.collator import Sample, geometry_sample
 from gasp_fast.config.limits import LARGEST_SEED, MOST, check_whole
 from gasp_fast.data.annotations.inventory import Inventory
 from gasp_fast.data.annotations.read import AnnotationReader
-from gasp_fast.data.errors import one_line
 from gasp_fast.data.permutation import permuted
 from gasp_fast.data.questions.scene_frames import FrameReader, Rectangle, SceneFrames
 from gasp_fast.data.questions.video_qa import QASample, VideoQA
@@ -26,9 +24,9 @@ from gasp_fast.data.tracks.build import LARGEST_GRID, Order, Tracks, build_track
 from gasp_fast.data.tracks.sequences import SequenceConfig, SequenceSampler, is_held_out
 from gasp_fast.planning.assumptions import Assumptions
 
+from .replacing import TRIES, Replacing
 from .skipped import Skipped
 
-TRIES = 64  # samples tried in place of an unreadable one; if none of them can be read, the run stops
 ENCODED_TRIES = 8  # the same of samples that can be read but not encoded, which takes longer to find out
 
 
@@ -48,23 +46,14 @@ class Outline:
     texts: tuple[str, ...] = ()  # questions and answers by turns; none for a scene
 
 
-class Samples(ABC):
+class Samples(Replacing[Sample]):
     """A source of samples: `len` of them in an epoch, each made on request."""
 
     kinds: tuple[str, str]  # what is at fault where a sample cannot be read, and where it cannot be encoded
-    advice: str  # where nothing can be read
     one_frame_size: bool  # whether the frames of all samples usually have one size
-    root: str
     found: int  # scenes or records
     left_out: list[Skipped]  # those of them that cannot be used
     remarks: list[str]  # lines about the data, for the first process to print
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def load(self, epoch: int, index: int, position: int) -> Sample:
-        """Sample `index`. Raises if it cannot be read."""
 
     @abstractmethod
     def outline(self, epoch: int, index: int) -> Outline:
@@ -83,29 +72,13 @@ class Samples(ABC):
         return Assumptions().source_frame
 
     @abstractmethod
-    def name(self, index: int) -> str:
-        """The file and place of a sample, for messages."""
-
-    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What the source reads, in few words. Other data has another fingerprint."""
 
     def sample(self, epoch: int, index: int, position: int, skipped: Sequence[Skipped] = ()) -> TrainingSample:
-        """Sample `index`; if it cannot be read, or was `skipped`, another one in its place.
-
-        The others follow in an order shuffled by `index`: its neighbours are of the same scene, shard or archive.
-        """
-        shuffled = (permuted(n, len(self), f"instead of {index}") for n in range(min(TRIES, len(self))))
-        candidates = chain([index], (other for other in shuffled if other != index))
-        skipped = list(skipped)
-        for candidate in islice(candidates, len(skipped), None):
-            try:
-                sample = self.load(epoch, candidate, position)
-            except Exception as error:  # whatever it is, it must not end the run
-                skipped.append(self.fault(self.kinds[0], candidate, position, error))
-            else:
-                return TrainingSample(**vars(sample), index=candidate, skipped=tuple(skipped))
-        raise self.unusable(skipped)
+        """Sample `index`, or another one in its place, as in `first_usable`."""
+        sample, used, skipped = self.first_usable(epoch, index, position, skipped)
+        return TrainingSample(**vars(sample), index=used, skipped=tuple(skipped))
 
     def instead_of(self, sample: TrainingSample, epoch: int, index: int, error: Exception) -> TrainingSample:
         """Another sample for one that cannot be encoded. `index` was drawn; the sample may already be in its place."""
@@ -113,12 +86,6 @@ class Samples(ABC):
         if sum(one.kind == self.kinds[1] for one in skipped) > ENCODED_TRIES:
             raise self.unusable(skipped)
         return self.sample(epoch, index, sample.position, skipped)
-
-    def fault(self, kind: str, index: int, position: int, error: Exception) -> Skipped:
-        return Skipped(kind, f"{self.root}/{self.name(index)}", one_line(error), position)
-
-    def unusable(self, skipped: Sequence[Skipped]) -> OSError:
-        return OSError(f"{self.root}: none of {len(skipped)} samples can be used; the last, {skipped[-1]}{self.advice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,15 +158,7 @@ class TrackedScenes(Samples):
         return list(settings.scenes)
 
     def _survey(self, workers: int) -> list[SceneEntry]:
-        entries, library = [], Path(self.root)
-        for entry in survey(library, find_scenes(library), workers):
-            if isinstance(entry, tuple):
-                name, reason = entry
-                self.left_out.append(Skipped("scene", f"{self.root}/{name}", reason))
-            else:
-                entries.append(entry)
-        if not entries:
-            raise ValueError(f"data.scenes.root = {self.root!r} has no usable scene; the first, {self.left_out[0]}")
+        entries, self.left_out = usable_scenes(self.root, workers, "data.scenes.root")
         names = [entry.name for entry in entries]
         self.sampler = SequenceSampler([entry.frames for entry in entries], self.config.sequences, names)
         return entries
@@ -245,6 +204,20 @@ class TrackedScenes(Samples):
         drawn = self.sampler.draw(epoch, sequence)
         scene = self.open[self.names[drawn.scene]]
         return [build_tracks(scene, drawn.frames, grid, self.config.keep) for grid in self.config.grids]
+
+
+def usable_scenes(root: str, workers: int, key: str) -> tuple[list[SceneEntry], list[Skipped]]:
+    """The scenes under `root` that have depth, and the others. `key` is the place of `root` in a recipe."""
+    entries, left_out, library = [], [], Path(root)
+    for entry in survey(library, find_scenes(library), workers):
+        if isinstance(entry, tuple):
+            name, reason = entry
+            left_out.append(Skipped("scene", f"{root}/{name}", reason))
+        else:
+            entries.append(entry)
+    if not entries:
+        raise ValueError(f"{key} = {root!r} has no usable scene; the first, {left_out[0]}")
+    return entries, left_out
 
 
 def what_is_missing(cache: AnnotationReader, found: Inventory) -> Iterator[str]:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import Dataset, Sampler
 
@@ -210,10 +210,16 @@ class Dealer:
         return deal([self.sizes(position) for position in positions], self.division, self.seconds)
 
 
+class Divided(Protocol):
+    """What says which positions in the stream are this process's, as `Share` does."""
+
+    def micro_batches(self, step: int) -> list[list[int]]: ...
+
+
 class StreamBatches(Sampler[list[int]]):
     """The micro-batches of one process for the steps after `done` up to `steps`, as positions in the stream."""
 
-    def __init__(self, share: Share, steps: int, done: int = 0) -> None:
+    def __init__(self, share: Divided, steps: int, done: int = 0) -> None:
         self.share, self.steps = share, range(done, steps)
 
     def __iter__(self) -> Iterator[list[int]]:
