@@ -113,7 +113,8 @@ def load_model(
 def load_weights(model: G2VLM, folder: str | Path, with_heads: bool = True) -> list[str]:
     """Copy the weights of a folder into the model, or all but the heads'. Returns the names of those not copied."""
     files = sorted(Path(folder).glob("*.safetensors"))
-    opened = [safe_open(path, "pt") for path in files]
+    with loading(folder):
+        opened = [safe_open(path, "pt") for path in files]
     at = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
     weights = {name: tensor for name, tensor in model.state_dict().items() if with_heads or name[:6] != "heads."}
     wanted = {name: official_names(name) for name in weights}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class PackShare:
         first = step * self.batch_size + self.rank * own
         packs = -(-own // max(1, self.tokens_at_once // self.shape(step).tokens))
         ends = [first + own * number // packs for number in range(packs + 1)]
-        return [list(range(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
+        return [list(range(start, end)) for start, end in pairwise(ends)]
 
 
 def make_loader(

@@ -64,7 +64,7 @@ class Crop:
 
 
 def unprojected(depth: NDArray[np.float32], intrinsics: Float) -> Float:
-    """The points `[..., H, W, 3]` at the centres of pixels, in the camera: depth `[..., H, W]`, cameras `[..., 3, 3]`."""
+    """Depth `[..., H, W]` and cameras `[..., 3, 3]` -> points `[..., H, W, 3]` in the camera, at centres of pixels."""
     height, width = depth.shape[-2:]
     matrix = intrinsics[..., None, None, :, :]
     x = (np.arange(width) + 0.5 - matrix[..., 0, 2]) / matrix[..., 0, 0]

@@ -21,6 +21,7 @@ class G2DataConfig:
     roots: tuple[str, ...] = ()  # folders of scenes
     weights: tuple[float, ...] = ()  # one for each root, relative to the others; empty: equal
     with_normals: tuple[bool, ...] = ()  # for each root, whether its depth is smooth enough for normals; empty: all
+    questions: str = ""  # for the joint stage: records of `make-vqa` about frames of the first root; empty: none
     min_frames: int = 2  # of a sequence; the number is drawn for each step
     max_frames: int = 24  # of a sequence; scenes with fewer frames are left out
     min_gap: int = 1  # frames from one of a sequence to its next; smaller in scenes that are too short for it
@@ -62,9 +63,8 @@ class G2DataConfig:
             raise ValueError(f"max_depth = {self.max_depth} must be above 0, or null for no limit")
         for name in ("weights", "with_normals"):
             if getattr(self, name) and len(getattr(self, name)) != len(self.roots):
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values for {len(self.roots)} roots; give one for each, or none"
-                )
+                count = len(getattr(self, name))
+                raise ValueError(f"{name} has {count} values for {len(self.roots)} roots; give one for each, or none")
 
 
 @dataclass(frozen=True)

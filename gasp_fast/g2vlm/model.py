@@ -12,31 +12,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch import Questions
 from .experts import Experts, ExpertsConfig
 from .losses import Geometry
 from .tokens import Arrangement, context_positions, text_positions
 
 FROZEN = ("semantic", "geometric", "none")
 IGNORED = -100  # label of a token that is not predicted
-
-
-class Questions(Protocol):
-    """The tail of each sequence, as Qwen2-VL's processor gives it, padded on the right."""
-
-    @property
-    def input_ids(self) -> Tensor: ...  # int64 [B, S]
-    @property
-    def labels(self) -> Tensor: ...  # int64 [B, S], IGNORED where nothing is predicted
-    @property
-    def pixel_values(self) -> Tensor | None: ...  # [ViT patches, channels]
-    @property
-    def image_grid_thw(self) -> Tensor | None: ...  # int64 [images, 3]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ are functions of the step, so all sequences of a step have one shape.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -177,8 +176,11 @@ class GeometryStream(Dataset[GeometrySample]):
         mixed = zip(self.sources, map(Source, lengths, weights), strict=True)
         self.mixture = Mixture(dict(mixed), config.seed)
 
+    def shape_of_step(self, step: int) -> PackShape:
+        return shape_of_step(self.config, step)
+
     def shape(self, position: int) -> PackShape:
-        return shape_of_step(self.config, position // self.batch_size)
+        return self.shape_of_step(position // self.batch_size)
 
     def __getitem__(self, position: int) -> GeometrySample:
         """The sample at a position. If it cannot be read, another one of its root is in its place."""

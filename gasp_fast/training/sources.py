@@ -27,7 +27,7 @@ from gasp_fast.planning.assumptions import Assumptions
 from .replacing import TRIES, Replacing
 from .skipped import Skipped
 
-ENCODED_TRIES = 8  # the same of samples that can be read but not encoded, which takes longer to find out
+ENCODED_TRIES = 8  # samples tried in place of one that can be read but not encoded, which takes longer to find out
 
 
 @dataclass(frozen=True, kw_only=True)

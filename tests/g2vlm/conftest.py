@@ -1,0 +1,1 @@
+from support.tiny_training import assets  # noqa: F401 (fixture)
