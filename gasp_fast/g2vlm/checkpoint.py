@@ -148,12 +148,12 @@ def official_weights(model: G2VLM) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         names = official_names(name)
-        parts = tensor.detach().cpu().split(_rows(model, name)) if len(names) > 1 else [tensor.detach().cpu()]
+        parts = tensor.detach().cpu().split(row_blocks(model, name)) if len(names) > 1 else [tensor.detach().cpu()]
         weights |= {theirs: part.contiguous().clone() for theirs, part in zip(names, parts, strict=True)}
     return weights
 
 
-def _rows(model: G2VLM, name: str) -> list[int]:
+def row_blocks(model: G2VLM, name: str) -> list[int]:
     """Rows of queries, keys and values in a fused weight."""
     expert: Any = model.get_submodule(name.rsplit(".", 2)[0])
     assert isinstance(expert, Expert)

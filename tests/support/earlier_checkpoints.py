@@ -18,16 +18,16 @@ def save_as_earlier(self: Any, step: int) -> None:
     folder = self.out / f"checkpoint-{step}"
     folder.mkdir(exist_ok=True)
     processes.barrier()
-    weights = gather_weights(self.model, processes)
+    weights = gather_weights(self.objective.model, processes)
     if state.deepspeed is not None:
         state.engine.save_checkpoint(str(folder), exclude_frozen_parameters=self.config.train.mode == "lora")
     elif processes.first:
         torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
     unlogged = self.meter.state()
     if processes.first:
-        write_weights(self.model, folder, weights)
+        write_weights(self.objective.model, folder, weights)
         if weights.whole is not None:  # of one process
-            self.model.model.save_pretrained(folder)
+            self.objective.model.model.save_pretrained(folder)
         torch.save(state.schedule.state_dict(), folder / "scheduler.pt")
         about = {
             "step": step,

@@ -1,0 +1,113 @@
+"""The model of a run, its forward pass with the losses, and its trained weights in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gasp_fast.files import read_json
+from gasp_fast.run_folder import ABOUT
+from gasp_fast.training.checkpoints import readable
+from gasp_fast.training.distributed import Processes
+from gasp_fast.training.divided_files import Dealt, deal, read_into
+from gasp_fast.training.weights import gathered
+
+from .batch import GeometryBatch
+from .checkpoint import load_weights, new_model, official_names, row_blocks
+from .config import FROZEN, G2LossConfig, G2TrainConfig
+from .heads import GeometryHeads
+from .losses import geometry_loss
+from .model import G2VLM
+
+FILES = "model-"  # begins the names of the files with trained weights
+GEOMETRY_TERMS = ("local", "world", "normal", "rotation", "translation")
+
+
+class TrainedG2VLM(nn.Module):
+    """A forward pass of training: the model and its losses."""
+
+    def __init__(self, model: G2VLM, loss: G2LossConfig) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(
+        self,
+        pack: GeometryBatch,
+        counts: Tensor,  # [2], labelled tokens and sequences of the pack
+        shares: Tensor | None = None,  # float32 [2], of the pack in those of the step; None: the pack is the step
+    ) -> dict[str, Any]:
+        """The `loss` and, without gradient, its terms: `lm`, `local`, `world`, `normal`, `rotation`, `translation`."""
+        shares = torch.ones(2, device=pack.images.device) if shares is None else shares
+        found = self.model(pack.images, pack.questions, with_geometry=self.loss.geometry_weight > 0)
+        parts, terms = list[Tensor](), dict[str, Tensor]()
+        if found.text_loss is not None:
+            lm = found.text_loss * shares[0]
+            parts.append(self.loss.text_weight * lm)
+            terms["lm"] = lm.detach()
+        if found.geometry is not None:
+            losses = geometry_loss(found.geometry, pack.true, pack.valid, pack.with_normals, self.loss.backend)
+            total = losses.total(self.loss.translation_weight, self.loss.zero_above).mean() * shares[1]
+            parts.append(self.loss.geometry_weight * total)
+            terms |= {name: getattr(losses, name).detach().mean() * shares[1] for name in GEOMETRY_TERMS}
+        return {**terms, "loss": torch.stack(parts).sum()}
+
+
+def build(config: G2TrainConfig) -> TrainedG2VLM:
+    """The model of a run, on the CPU, the same on every process."""
+    torch.manual_seed(config.train.seed)
+    heads = GeometryHeads(config.heads)
+    model = new_model(config.model.source, config.model.encoder, heads, config.experts)
+    if config.model.start is not None:
+        start_from(model, Path(config.model.start))
+    model.freeze(FROZEN[config.train.mode])
+    return TrainedG2VLM(model, config.loss).train()
+
+
+def start_from(model: G2VLM, folder: Path) -> None:
+    """Load the weights of a saved model, or those that a checkpoint of an earlier stage has trained."""
+    if (folder / ABOUT).is_file():
+        trained = read_json(folder / ABOUT)["trained"]
+        with readable(folder):
+            read_into(_named(model, trained), folder, FILES)
+    else:
+        load_weights(model, folder)
+
+
+def read_weights(model: G2VLM, folder: Path) -> None:
+    """Load the trained weights of a checkpoint of the same run."""
+    with readable(folder):
+        read_into(_named(model, trained_names(model)), folder, FILES)
+
+
+def trained_names(model: G2VLM) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _named(model: G2VLM, names: list[str]) -> dict[str, Tensor]:
+    """Views of parameters by the names that they, or their rows, have in files."""
+    parameters = dict(model.named_parameters())
+    return dict(part for name in names for part in _parts(model, name, parameters[name].detach()))
+
+
+def _parts(model: G2VLM, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    names = official_names(name)
+    yield from zip(names, value.split(row_blocks(model, name)) if len(names) > 1 else [value], strict=True)
+
+
+@dataclass(frozen=True)
+class G2Weights:
+    """The trained weights, of which each process has a share."""
+
+    whole: Dealt
+
+
+def gather_weights(model: G2VLM, processes: Processes, in_place: bool) -> G2Weights:
+    """All processes must call."""
+    parameters = dict(model.named_parameters())
+    parts = (part for name in trained_names(model) for part in _parts(model, name, gathered(parameters[name])))
+    return G2Weights(deal(parts, processes.rank, processes.world_size, in_place))
