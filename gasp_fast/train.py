@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from gasp_fast.config import train_command
-from gasp_fast.config.loader import load_config
+from gasp_fast.config.loader import load_config, objective_of
 from gasp_fast.config.recipes import recipe_file
 from gasp_fast.evaluation.dataset import EvaluationSetConfig
 from gasp_fast.evaluation.held_out import SequencesInMemory
 from gasp_fast.files import one_line
+from gasp_fast.g2vlm.config import G2TrainConfig
 from gasp_fast.planning.training_setup import Sharding
 from gasp_fast.processes import print_anything
 from gasp_fast.training import checkpoints, distributed, dry_run, guards, same_run
@@ -23,14 +24,15 @@ from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.gasp import Gasp
 from gasp_fast.training.held_out import kind_of_features, share_held_out
 from gasp_fast.training.loop import TrainingLoop
+from gasp_fast.training.objective import Objective
 from gasp_fast.training.signals import INTERRUPTED, Interrupted, StopSignals
 from gasp_fast.training.start_up import StartUp
 from gasp_fast.training.starts import record_start
-from gasp_fast.training.stream import SampleStream, Share
+from gasp_fast.training.stream import SampleStream
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | G2TrainConfig,
     *,
     try_one_step: bool = False,
     signals: StopSignals | None = None,
@@ -45,37 +47,56 @@ def train(
     guards.check_trackers(config.run)
     out = Path(config.run.out)
     deepspeed = distributed.read_deepspeed(config.deepspeed)
-    guards.check_sharding(config, Sharding.of(deepspeed))
+    stage = Sharding.of(deepspeed).stage
     processes = distributed.start_processes(deepspeed is not None, config.run.timeout)
     with guards.alone_in(out) if processes.first and not try_one_step else nullcontext():
         resume = None if try_one_step else checkpoints.to_resume(out, config.run.resume, processes)
         guards.check_disk(config.run)  # after what a killed run left has been removed
-        stream = SampleStream(config.data, processes.decided_by_first)
-        for line in guards.check_left_out(config.run, stream):
+        objective = make_objective(config, stage, processes)
+        for line in guards.check_left_out(config.run, objective.stream):
             if processes.first:
                 print(line, file=sys.stderr)
-        sequences = held_out_sequences(config) if config.evaluate.scenes else None
         start_up.add("data")
-        share = Share.of(config.train, processes.rank, processes.world_size)
-        steps = config.train.steps_of(stream.epoch)
-        gasp = Gasp(config, stream, sequences)
+        share = objective.share(processes)
         if resume is not None:
-            check = partial(same_run.check_same_run, gasp, steps, processes.world_size, resume)
+            check = partial(same_run.check_same_run, objective, processes.world_size, resume)
             processes.decided_by_first(check)
-        gasp.build(processes.device)
+        objective.build(processes.device)
         if resume is not None:
-            gasp.read_weights(resume)
+            objective.read_weights(resume)
         if processes.first and (try_one_step or config.run.progress):
-            print(gasp.describe(share, processes), file=sys.stdout if try_one_step else sys.stderr)
-        loop = TrainingLoop(gasp, share, steps, processes, deepspeed, signals)
-        start_up.add("imports and model", heads=gasp.model.head_seconds)
+            print(objective.describe(share, processes), file=sys.stdout if try_one_step else sys.stderr)
+        loop = TrainingLoop(objective, share, objective.steps, processes, deepspeed, signals)
+        start_up.add("imports and model", heads=objective.head_seconds)
         if try_one_step:
             dry_run.try_step(loop)
             return
-        record_start(config, stream, processes, Sharding.of(deepspeed).stage, resume)
+        record_start(config, objective.stream, processes, stage, resume)
         if processes.first:
             same_run.write_configuration(config, out, resume)
         loop.run(resume, start_up)
+
+
+def make_objective(config: TrainConfig | G2TrainConfig, stage: int, processes: distributed.Processes) -> Objective:
+    """What a configuration trains, with its data; `stage`: of ZeRO. The model comes later."""
+    if isinstance(config, G2TrainConfig):
+        from gasp_fast.g2vlm.objective import G2Objective
+
+        return G2Objective(config, stage)
+    guards.check_sharding(config, stage)
+    stream = SampleStream(config.data, processes.decided_by_first)
+    return Gasp(config, stream, held_out_sequences(config) if config.evaluate.scenes else None)
+
+
+def read_recipe(recipe: str, overrides: Sequence[str]) -> TrainConfig | G2TrainConfig:
+    """The configuration of the kind that the recipe's key `objective` names; without one, of GASP."""
+    path = recipe_file(recipe)
+    kind = objective_of(path)
+    if kind is None:
+        return load_config(TrainConfig, path, overrides)
+    if kind != "g2vlm":
+        raise ValueError(f"{path}: objective = {kind!r} must be 'g2vlm', or absent for GASP")
+    return load_config(G2TrainConfig, path, overrides)
 
 
 def held_out_sequences(config: TrainConfig) -> SequencesInMemory:
@@ -114,7 +135,7 @@ def run(options: argparse.Namespace, since_process: bool, command: str = "gasp_f
     print_anything()
     try:
         with StopSignals(distributed.launched()) as signals:
-            config = load_config(TrainConfig, recipe_file(options.config), options.overrides)
+            config = read_recipe(options.config, options.overrides)
             start_up = StartUp(since_process=since_process)
             train(config, try_one_step=options.dry_run, signals=signals, start_up=start_up)
     except Interrupted as interruption:

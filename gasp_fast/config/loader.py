@@ -72,6 +72,12 @@ def load_config(cls: type[ConfigT], path: str | os.PathLike[str], overrides: Ite
     return _build(config, (), settings, str(path))
 
 
+def objective_of(path: Path) -> str | None:
+    """The value of the key `objective` in a file or the files that it builds on: which kind of configuration it is."""
+    named = [setting.value["objective"] for setting in _read(path) if "objective" in setting.value]
+    return named[-1] if named else None
+
+
 def to_yaml(config: Any) -> str:
     """YAML text from which `load_config` makes an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

@@ -39,6 +39,12 @@ class GeometryBatch:
     questions: Questions | None = None  # for the joint stage
     skipped: tuple[Skipped, ...] = ()  # samples that could not be read, in whose place others are
 
+    @property
+    def patches(self) -> int:
+        """Of all frames: the geometric tokens."""
+        batch, frames, _, height, width = self.images.shape
+        return batch * frames * (height // PATCH) * (width // PATCH)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GeometryBatch:
         return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 

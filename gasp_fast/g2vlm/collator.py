@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from gasp_fast.backbones import Backbone, Conversation
-from gasp_fast.training.signals import end_with_trainer
-from gasp_fast.training.stream import StreamBatches
 
 from .batch import GeometryBatch, Questions
 from .crop import unprojected
-from .data_config import PackShape
 from .losses import Geometry
 from .samples import GeometrySample
 
@@ -77,51 +71,3 @@ def encoded_questions(backbone: Backbone, samples: Sequence[GeometrySample]) -> 
 
 def _float32(values: NDArray[np.float64]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, np.float32))
-
-
-@dataclass(frozen=True)
-class PackShare:
-    """This process's packs of each step: a contiguous part of the step's sequences, as many at once as fit."""
-
-    rank: int
-    world_size: int
-    batch_size: int  # sequences of a step, over all processes
-    tokens_at_once: int  # most patches of a pack; one sequence is always taken
-    shape: Callable[[int], PackShape]  # of a step
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise ValueError(
-                f"batch_size = {self.batch_size} sequences do not divide among {self.world_size} processes; "
-                f"give a multiple of {self.world_size}"
-            )
-
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """The positions in each pack of a step, counted from 0. Every process has as many packs, of the same sizes."""
-        own = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * own
-        packs = -(-own // max(1, self.tokens_at_once // self.shape(step).tokens))
-        ends = [first + own * number // packs for number in range(packs + 1)]
-        return [list(range(start, end)) for start, end in pairwise(ends)]
-
-
-def make_loader(
-    stream: Dataset[GeometrySample],
-    share: PackShare,
-    steps: int,
-    done: int = 0,
-    workers: int = 0,
-    backbone: Backbone | None = None,
-    pin_memory: bool = False,
-) -> DataLoader[GeometryBatch]:
-    """Loads the packs of this process, from the step after `done` on."""
-    return DataLoader(
-        stream,
-        batch_sampler=StreamBatches(share, steps, done),
-        collate_fn=GeometryCollator(backbone),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        # A fork would copy the threads and the GPU context of this process, which do not survive that.
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=end_with_trainer if workers else None,
-    )

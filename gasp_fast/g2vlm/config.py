@@ -44,7 +44,9 @@ class G2ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class G2LossConfig:
-    """`text_weight * lm + geometry_weight * (local + world + normal + 0.2 (translation_weight * translation + rotation))`.
+    """`text_weight * lm + geometry_weight * (local + world + normal + 0.2 * camera)`.
+
+    `camera` is `translation_weight * translation + rotation`.
 
     Each is a mean over the optimiser step: of labelled tokens, or of sequences.
     """
@@ -136,15 +138,15 @@ class G2TrainConfig:
 
     def __post_init__(self) -> None:
         if self.loss.text_weight and not self.data.questions:
-            raise ValueError(f"loss.text_weight = {self.loss.text_weight} needs data.questions; name a folder of records")
-        if self.data.questions and not self.loss.text_weight:
-            raise ValueError("data.questions has questions that loss.text_weight = 0 does not train on; give it a weight")
-        if self.train.mode == "semantic" and self.loss.geometry_weight:
             raise ValueError(
-                "train.mode = 'semantic' keeps the geometric expert as it is; set loss.geometry_weight=0"
+                f"loss.text_weight = {self.loss.text_weight} needs data.questions; name a folder of records"
             )
+        if self.data.questions and not self.loss.text_weight:
+            raise ValueError("data.questions is not trained on with loss.text_weight = 0; give it a weight")
+        if self.train.mode == "semantic" and self.loss.geometry_weight:
+            raise ValueError("train.mode = 'semantic' keeps the geometric expert as it is; set loss.geometry_weight=0")
         if self.train.mode == "geometric" and not self.loss.geometry_weight:
             raise ValueError("train.mode = 'geometric' trains on geometry alone; give loss.geometry_weight a weight")
         for name in self.run.allow_changes:
             if name not in keys_of(G2TrainConfig):
-                raise ValueError(f"run.allow_changes names {name!r}, which is no key; gasp-fast recipes --keys lists them")
+                raise ValueError(f"run.allow_changes names {name!r}, which is no key of a G²VLM recipe")

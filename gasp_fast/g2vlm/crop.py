@@ -43,8 +43,8 @@ class Crop:
 
     def intrinsics(self, matrix: Float) -> Float:
         """The camera `[3, 3]` of the result."""
-        moved = matrix - [[0, 0, self.left], [0, 0, self.top], [0, 0, 0]]
-        return moved / [[self.step], [self.step], [1]]
+        moved = matrix - np.array([[0, 0, self.left], [0, 0, self.top], [0, 0, 0]])
+        return moved / np.array([[self.step], [self.step], [1]])
 
     def image(self, photograph: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """`[h, w, 3]` -> `[H, W, 3]`: each pixel is the weighted mean of all that it covers (antialiased)."""

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +77,9 @@ class QuestionStream(Dataset[GeometrySample]):
         self.config, self.batch_size, self.backbone = config, batch_size, backbone
         self.records = VideoQA(Path(config.questions), (), FrameReader(Path(config.roots[0]), config.held_out))
         faults = self.records.skipped.items()
+        self.remarks = list[str]()
         self.left_out = [Skipped("question", f"{config.questions}/{name}", reason) for name, reason in faults]
+        self.found = len(self.records) + len(self.left_out)
         counts = np.array([self._frames_of(number) for number in range(len(self.records))])
         self.usable = np.flatnonzero((counts >= config.min_frames) & (counts <= config.max_frames))
         if not len(self.usable):
@@ -88,6 +91,18 @@ class QuestionStream(Dataset[GeometrySample]):
             int(count): QuestionSequences(config, self.records, np.flatnonzero(counts == count), self.shape, backbone)
             for count in np.unique(counts[self.usable])
         }
+
+    @property
+    def sources(self) -> dict[str, QuestionStream]:
+        """It is its only source."""
+        return {"questions": self}
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    @property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        return {self.config.questions: {"records": len(self), "digest": self.records.digest()}}
 
     def shape_of_step(self, step: int) -> PackShape:
         number = random.Random(f"questions/{self.config.seed}/{step}").random() * len(self.usable)

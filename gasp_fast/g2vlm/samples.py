@@ -120,11 +120,13 @@ class GeometryScenes(Replacing[GeometrySample]):
         """Opens every scene once. `number` is that of the root; `shape` gives the shape at a position."""
         self.config, self.root, self.shape = config, config.roots[number], shape
         self.with_normals = not config.with_normals or config.with_normals[number]
+        self.remarks = list[str]()
         entries, self.left_out = usable_scenes(self.root, workers, f"data.roots[{number}]")
         self.entries = [entry for entry in entries if self._is_usable(entry)]
         if not self.entries:
             why = f"; the first, {self.left_out[0]}" if self.left_out else f"; all are held out ({config.held_out})"
             raise ValueError(f"data.roots[{number}] = {self.root!r} has no scene to train on{why}")
+        self.found = len(self.entries) + len(self.left_out)
         self.open = OpenScenes(Path(self.root), entries={entry.name: entry for entry in self.entries})
 
     def _is_usable(self, entry: SceneEntry) -> bool:

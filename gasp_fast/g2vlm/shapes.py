@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .attention import attended_pairs, pattern_of
+from .experts import ExpertsConfig
 from .model import G2VLM
 from .tokens import Arrangement
 
@@ -34,14 +36,18 @@ class Shapes:
 
     @classmethod
     def of(cls, model: G2VLM) -> Shapes:
-        text, vit, dino = model.qwen_config.text_config, model.qwen_config.vision_config, model.encoder.config
+        return cls.of_configurations(model.qwen_config, model.encoder.config, model.config)
+
+    @classmethod
+    def of_configurations(cls, qwen: Any, dino: Any, experts: ExpertsConfig) -> Shapes:
+        """From a Qwen2VLConfig and a Dinov2WithRegistersConfig."""
+        text, vit = qwen.text_config, qwen.vision_config
         return cls(
             text.hidden_size, text.num_hidden_layers, text.intermediate_size, text.num_attention_heads,
             text.num_key_value_heads, text.hidden_size // text.num_attention_heads, text.vocab_size,
             dino.hidden_size, dino.num_hidden_layers, int(dino.hidden_size * dino.mlp_ratio),
             (dino.image_size // dino.patch_size) ** 2, dino.num_register_tokens, dino.patch_size,
-            vit.embed_dim, vit.depth, int(vit.embed_dim * vit.mlp_ratio),
-            model.config.qk_norm, model.config.attention,
+            vit.embed_dim, vit.depth, int(vit.embed_dim * vit.mlp_ratio), experts.qk_norm, experts.attention,
         )  # fmt: skip
 
     @property

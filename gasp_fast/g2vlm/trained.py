@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gasp_fast.files import read_json
 from gasp_fast.run_folder import ABOUT
 from gasp_fast.training.checkpoints import readable
 from gasp_fast.training.distributed import Processes
-from gasp_fast.training.divided_files import Dealt, deal, read_into
+from gasp_fast.training.divided_files import Dealt, deal, read_into, shapes
 from gasp_fast.training.weights import gathered
 
 from .batch import GeometryBatch
@@ -71,9 +70,10 @@ def build(config: G2TrainConfig) -> TrainedG2VLM:
 def start_from(model: G2VLM, folder: Path) -> None:
     """Load the weights of a saved model, or those that a checkpoint of an earlier stage has trained."""
     if (folder / ABOUT).is_file():
-        trained = read_json(folder / ABOUT)["trained"]
         with readable(folder):
-            read_into(_named(model, trained), folder, FILES)
+            stored = shapes(folder, FILES)
+            every = _named(model, [name for name, _ in model.named_parameters()])
+            read_into({name: every[name] for name in stored}, folder, FILES)
     else:
         load_weights(model, folder)
 

@@ -32,6 +32,7 @@ HELD_OUT = {
     "moved": "PCK@2 of moved points",
     "rho": "ρ, confidence and accuracy",
 }
+NO_MEASURES = ("features", "layers", "peak_layer", "identity", "seconds")
 MOST_COLUMNS = 4
 DOTTED = (0, (1.2, 1.4))
 DASHES = ("-", (0, (5, 2)), (0, (5, 1.5, 1.5, 1.5)))  # of runs in turn
@@ -67,6 +68,13 @@ def _can_be_drawn(record: Record) -> bool:
     return all(value is None or (type(value) in (int, float) and abs(value) < 1e100) for value in values)
 
 
+def measures_of(metrics: Mapping[str, Any]) -> list[str]:
+    """The names of an evaluation's measures, each from 0 to 1 or undefined."""
+    return [
+        name for name, value in metrics.items() if name not in NO_MEASURES and not isinstance(value, int | str | list)
+    ]
+
+
 def losses_of(record: Record) -> list[str]:
     """The names of the loss's terms, in the order of the log."""
     return [name for name, value in record.items() if name not in NO_LOSSES and not isinstance(value, list | dict)]
@@ -85,9 +93,9 @@ def _shape(record: Record) -> tuple[list[str], int]:
 
 def _can_be_drawn_held_out(record: Record) -> bool:
     metrics = record.get("held_out")
-    if not isinstance(metrics, dict) or abs(record["step"]) >= 1 << 53:
+    if not isinstance(metrics, dict) or not measures_of(metrics) or abs(record["step"]) >= 1 << 53:
         return False
-    values = [metrics.get(name) for name in HELD_OUT]
+    values = [metrics[name] for name in measures_of(metrics)]
     return all(value is None or (type(value) in (int, float) and abs(value) <= 1) for value in values)
 
 
@@ -132,7 +140,7 @@ def _panels(runs: Mapping[str, RunLog]) -> list[Panel]:
     if any(np.isfinite(_pck(run)).any() for run in runs.values()):
         panels.append(("PCK@2 on training batches", partial(_draw_pck, runs=runs)))
     if any(run.evaluations for run in runs.values()):
-        panels.append(("Correspondence on held-out scenes", partial(_draw_held_out, runs=runs)))
+        panels.append(("On held-out scenes", partial(_draw_held_out, runs=runs)))
     panels.append(("Learning rate", partial(_draw_key, runs=runs, key="lr")))
     panels.append(("Norm of the gradient, before clipping", partial(_draw_key, runs=runs, key="grad_norm")))
     return panels
@@ -181,7 +189,10 @@ def _draw_heads(axis: Any, run: RunLog) -> None:
 
 
 def _draw_held_out(axis: Any, runs: Mapping[str, RunLog]) -> None:
-    shown = HELD_OUT if len(runs) == 1 else {key: HELD_OUT[key] for key in ("peak", "moved")}
+    keys = [key for run in runs.values() for record in run.evaluations for key in measures_of(record["held_out"])]
+    shown = {key: HELD_OUT.get(key, key) for key in dict.fromkeys(keys)}
+    if len(runs) > 1 and "moved" in shown:
+        shown = {key: HELD_OUT[key] for key in ("peak", "moved")}
     for number, run in enumerate(runs.values()):
         steps = [record["step"] for record in run.evaluations]
         for place, (key, name) in enumerate(shown.items()):

@@ -88,6 +88,7 @@ class Gasp(Objective):
     """Trains a `SupervisedModel` on a `SampleStream`."""
 
     counts = COUNTS
+    next_command = "gasp-fast export {model}; gasp-fast evaluate --model {model} --scenes DIR"
     config: TrainConfig
     model: SupervisedModel
     stream: SampleStream
@@ -104,11 +105,19 @@ class Gasp(Objective):
         if model is not None:
             self.take(model)
 
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps_of(self.stream.epoch)
+
+    def share(self, processes: Processes) -> Share:
+        return Share.of(self.config.train, processes.rank, processes.world_size)
+
     def build(self, device: torch.device) -> None:
         model = build_model(self.config, device)
         guards.check_seen_parts(self.stream, model.backbone)
         if self.config.train.mode == "lora":
             guards.check_adapters(model)
+        self.head_seconds = model.head_seconds
         self.take(model)
 
     def take(self, model: SupervisedModel) -> None:
@@ -205,8 +214,8 @@ class Gasp(Objective):
     def read_weights(self, folder: Path) -> None:
         read_weights(self.model, folder)
 
-    def facts(self, steps: int) -> dict[str, Any]:
-        return run_facts(self.config.model.source, self.stream, steps)
+    def facts(self) -> dict[str, Any]:
+        return run_facts(self.config.model.source, self.stream, self.steps)
 
     @property
     def rules(self) -> Rules:

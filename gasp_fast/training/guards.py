@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.tracking import get_available_trackers
@@ -25,13 +25,15 @@ from accelerate.tracking import get_available_trackers
 from gasp_fast.backbones import Backbone, unwrap
 from gasp_fast.data.questions.scene_frames import Rectangle
 from gasp_fast.files import one_line, replacing
-from gasp_fast.planning.training_setup import Sharding
 from gasp_fast.run_folder import SKIPPED
 
 from .config import RunConfig, TrainConfig
 from .model import SupervisedModel
 from .sources import VideoQuestions
 from .stream import SampleStream
+
+if TYPE_CHECKING:
+    from .objective import Stream
 from .weights import gathered
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -59,10 +61,10 @@ def check_disk(config: RunConfig) -> None:
         )
 
 
-def check_sharding(config: TrainConfig, sharding: Sharding) -> None:
+def check_sharding(config: TrainConfig, stage: int) -> None:
     """ZeRO-3 has the weights of a module only while it runs, and gathers them for its backward pass only where its
     input has a gradient. Supervision runs projections once more, and a frozen model has no gradients."""
-    if sharding.stage != 3:
+    if stage != 3:
         return
     if config.loss.geometric and config.heads.live:
         raise GuardError(
@@ -192,7 +194,7 @@ def check_bad_steps(
         )
 
 
-def check_left_out(config: RunConfig, stream: SampleStream) -> list[str]:
+def check_left_out(config: RunConfig, stream: Stream) -> list[str]:
     """Check that most of the data can be used at all. Returns lines about what is left out of each source."""
     lines = []
     for name, source in stream.sources.items():

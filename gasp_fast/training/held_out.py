@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from .config import TrainConfig
+from .curves import measures_of
 from .distributed import Processes
 
 if TYPE_CHECKING:
@@ -218,8 +219,8 @@ def kind_of_features(config: TrainConfig) -> Literal["head", "qk", "hidden"]:
 
 def in_words(metrics: Metrics) -> str:
     """The main numbers of an evaluation, in one line."""
-    parts = [f"{name} {metrics[name]:.3f}" for name in ("pck", "peak", "moved", "rho") if metrics[name] is not None]
-    parts += [f"best layer {metrics['peak_layer']}"] if metrics["peak_layer"] else []
+    parts = [f"{name} {metrics[name]:.3f}" for name in measures_of(metrics) if metrics[name] is not None]
+    parts += [f"best layer {metrics['peak_layer']}"] if metrics.get("peak_layer") else []
     parts += [f"{metrics['sequences']} sequences in {metrics['seconds']:.1f} s"]
     return "held out: " + " · ".join(parts) + (" · the best so far" if metrics["best"] else "")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from gasp_fast.backbones import Backbone
 from gasp_fast.backbones.packing import pack
@@ -176,13 +176,26 @@ def make_loader(
 ) -> DataLoader[Any]:
     """Loads the micro-batches of this process, from the step after `done` on."""
     collate = SteadyCollator(Collator(backbone, config.collator, unit_of_matches(average)), average, packing)
+    return make_data_loader(stream, ReplacingCollator(collate, stream), share, steps, done, config.workers, pin_memory)
+
+
+def make_data_loader(
+    stream: Dataset[Any],
+    collate: Callable[[Any], dict[str, Any]],
+    share: Share,
+    steps: int,
+    done: int,
+    workers: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    """Loads the micro-batches of this process from samples that are functions of their position."""
     return DataLoader(
         stream,
         batch_sampler=StreamBatches(share, steps, done),
-        collate_fn=ReplacingCollator(collate, stream),
-        num_workers=config.workers,
+        collate_fn=collate,
+        num_workers=workers,
         pin_memory=pin_memory,
         # A fork would copy the threads and the GPU context of this process, which do not survive that.
-        multiprocessing_context="forkserver" if config.workers else None,
-        worker_init_fn=end_with_trainer if config.workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=end_with_trainer if workers else None,
     )

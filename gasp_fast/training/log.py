@@ -229,7 +229,9 @@ class RunLog:
         resume: Path | None,
         accelerator: Accelerator,
         left_out: Sequence[Skipped] = (),  # of the data, before the first step
+        next_command: str = "",  # what to do with the finished `{model}`
     ) -> None:
+        self.next_command = next_command
         self.run, self.accelerator, self.first = config.run, accelerator, accelerator.is_main_process
         self.interrupted = False  # set by the loop
         name = {"name": config.run.name or config.run.out}
@@ -280,7 +282,7 @@ class RunLog:
             if self.first:
                 join(Path(self.run.out))  # all have saved, so that no process writes
             if self.first and not self.interrupted:
-                summarise(Path(self.run.out), self.console, self.run.progress)
+                summarise(Path(self.run.out), self.console, self.run.progress, self.next_command)
 
 
 class LogFile:

@@ -87,7 +87,7 @@ class TrainingLoop:
         self.learning: LearningGuard | None = None  # only in the first steps of a new run
         self.scores: list[float] = []  # of each log line since the last checkpoint
         self.writer = CheckpointWriter(config, processes)
-        self.facts = objective.facts(steps) if processes.first else {}
+        self.facts = objective.facts() if processes.first else {}
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,15 @@ class TrainingLoop:
         self.signals.step_in_hand = True
         with (
             batches,
-            RunLog(self.config, self.steps, done, resume, self.state.accelerator, self.stream.left_out) as log,
+            RunLog(
+                self.config,
+                self.steps,
+                done,
+                resume,
+                self.state.accelerator,
+                self.stream.left_out,
+                self.objective.next_command,
+            ) as log,  # fmt: skip
             self.writer,
         ):
             last = done if self.held_out.out_of_patience else self.steps

@@ -99,10 +99,21 @@ class Objective(ABC):
     stream: Any  # a `Stream`
     counts: tuple[str, ...]  # names of the first entries of a batch's `counts`
     terms: tuple[Term, ...]
+    next_command: str  # what to do with the finished `{model}`
+    head_seconds: float = 0.0  # of building the model, for correspondence heads
     may_skip_weights: bool = False  # a step may leave some without a gradient: DDP has to look for them
     sequences: Any = None  # `HeldOutSequences`, or None: to evaluate on while training
 
     # ---- before the first step ----
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimiser steps of the run."""
+
+    @abstractmethod
+    def share(self, processes: Processes) -> Share:
+        """This process's share of each step, before `deal` is known."""
 
     @abstractmethod
     def build(self, device: torch.device) -> None:
@@ -179,7 +190,7 @@ class Objective(ABC):
         """Load the trained weights of a checkpoint into a model that is not divided yet."""
 
     @abstractmethod
-    def facts(self, steps: int) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What the configuration led to, for about.json: `steps`, `samples`, `data`, `base`."""
 
     @property

@@ -132,21 +132,23 @@ def make_optimizer(groups: Iterable[Group], config: OptimisationConfig) -> torch
 class Schedule:
     """The learning rate in each step as a share of its peak, for `LambdaLR`."""
 
-    steps: int  # of the run; after them the rate is zero
+    steps: int  # of the run; after them the rate is `lowest`
     warmup: int  # steps
     cosine_begins: int  # after so many steps: those of the warm-up, or more if the run was made longer later
     cosine_share: float = 1.0  # with which it begins
+    lowest: float = 0.0  # with which it ends
 
     @classmethod
-    def of(cls, warmup: float, steps: int) -> Schedule:
+    def of(cls, warmup: float, steps: int, lowest: float = 0.0) -> Schedule:
         begins = math.ceil(warmup * steps)
-        return cls(steps, begins, begins)
+        return cls(steps, begins, begins, lowest=lowest)
 
     def __call__(self, done: int) -> float:
         if done < self.warmup:
             return done / self.warmup
         progress = (done - self.cosine_begins) / max(1, self.steps - self.cosine_begins)
-        return max(0.0, self.cosine_share * 0.5 * (1.0 + math.cos(math.pi * progress)))
+        falling = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.lowest + (self.cosine_share - self.lowest) * falling
 
     def longer(self, done: int, steps: int) -> Schedule:
         """Of a run that is made longer after so many steps: the rest of the warm-up, then a new cosine.
@@ -154,7 +156,7 @@ class Schedule:
         It begins with the rate that the old one has reached, so that the rate does not jump.
         """
         begins = max(done, self.warmup)
-        return Schedule(steps, self.warmup, begins, self(begins))
+        return Schedule(steps, self.warmup, begins, self(begins), self.lowest)
 
 
 def rate_change(schedule: LambdaLR, stopped: float) -> str | None:

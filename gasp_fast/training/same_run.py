@@ -83,10 +83,10 @@ def run_facts(source: str, stream: Stream, steps: int) -> dict[str, Any]:
     return {"steps": steps, "samples": samples, "data": stream.fingerprints, "base": fingerprint(source)}
 
 
-def check_same_run(objective: Objective, steps: int, world_size: int, checkpoint: Path) -> None:
+def check_same_run(objective: Objective, world_size: int, checkpoint: Path) -> None:
     """Raise if `checkpoint` was written by another run than this one. Prints what changes from now on."""
     about, allowed = read_about(checkpoint), objective.config.run.allow_changes
-    changes, rules = list(_changes(objective, objective.facts(steps), about, checkpoint)), objective.rules
+    changes, rules = list(_changes(objective, objective.facts(), about, checkpoint)), objective.rules
     harmless = (*rules.rounding, *(change.key for change in changes if change.unasked))
     refused = [change for change in changes if change.fixed is not None or not _covered(change.key, allowed)]
     refused = [change for change in refused if not _covered(change.key, harmless)]

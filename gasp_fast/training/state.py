@@ -83,6 +83,7 @@ class TrainState:
             "warmup": self.rates.warmup,
             "cosine_begins": self.rates.cosine_begins,
             "cosine_share": self.rates.cosine_share,
+            "lowest": self.rates.lowest,
             "without_state": without_state(self.model, self.optimizer.optimizer),
         }
 

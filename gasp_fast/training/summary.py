@@ -16,14 +16,14 @@ from rich.table import Table
 from gasp_fast.drawing import save_figure
 from gasp_fast.run_folder import BEST, FIGURE, LOG, SKIPPED
 
-from .curves import HELD_OUT, Record, draw_curves, floats, named_losses, read_log, read_run
+from .curves import HELD_OUT, Record, draw_curves, floats, measures_of, named_losses, read_log, read_run
 from .skipped import KINDS, in_numbers, left_out
 
 WAITS = {"data_wait": "waiting for data", "device_wait": "host waiting for the GPU"}
 
 
-def summarise(run: Path, console: Console, shown: bool) -> None:
-    """Draw the run; if `shown`, print what changed and the commands that come next."""
+def summarise(run: Path, console: Console, shown: bool, next_command: str) -> None:
+    """Draw the run; if `shown`, print what changed and the commands that come next, about `{model}`."""
     log = read_run(run)
     records, evaluations = log.records, log.evaluations
     if not records:
@@ -35,9 +35,7 @@ def summarise(run: Path, console: Console, shown: bool) -> None:
         if line := _skipped(run):
             console.print(line, highlight=False, soft_wrap=True)
         model = run / BEST if evaluations and (run / BEST).exists() else run
-        console.print(
-            f"next: gasp-fast export {model}; gasp-fast evaluate --model {model} --scenes DIR", soft_wrap=True
-        )
+        console.print(f"next: {next_command.format(model=model)}", soft_wrap=True)
 
 
 def _skipped(run: Path) -> str:
@@ -67,8 +65,9 @@ def as_table(records: Sequence[Record], evaluations: Sequence[Record] = ()) -> T
         best = int(np.nanargmax(pck[-1]))
         table.add_row("PCK@2, mean of layers", *(f"{np.nanmean(layers):.3f}" for layers in pck))
         table.add_row(f"PCK@2, head {best + 1} of {len(pck[-1])}", *(f"{layers[best]:.3f}" for layers in pck))
-    for key, name in HELD_OUT.items() if evaluations else ():
-        values = [evaluations[at]["held_out"][key] for at in (0, -1)]
+    for key in measures_of(evaluations[-1]["held_out"]) if evaluations else ():
+        name = HELD_OUT.get(key, key)
+        values = [evaluations[at]["held_out"].get(key) for at in (0, -1)]
         table.add_row(f"held out: {name}", *("–" if value is None else f"{value:.3f}" for value in values))
     table.add_row("tokens per second", *(f"{_mean(part, 'tokens_per_s'):,.0f}" for part in parts))
     for key, name in WAITS.items():
