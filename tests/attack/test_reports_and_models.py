@@ -126,7 +126,7 @@ def write_log(folder: Path) -> list[Path]:
 
 def use_log(folder: Path) -> None:
     LogFile(folder, 4)
-    summarise(folder, Console(file=StringIO()), shown=True)
+    summarise(folder, Console(file=StringIO()), True, "")
 
 
 def write_model(folder: Path) -> list[Path]:

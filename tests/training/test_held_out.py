@@ -315,7 +315,7 @@ def test_the_summary_shows_the_first_and_the_last_evaluation():
     assert rows["held out: PCK@2, mean of layers"] == ["0.250", "0.750"]
     assert rows["held out: PCK@2 of moved points"] == ["–", "0.500"]
     figure = draw_curves({"run": RunLog(records, evaluations)})
-    (panel,) = [axis for axis in figure.axes if axis.get_title() == "Correspondence on held-out scenes"]
+    (panel,) = [axis for axis in figure.axes if axis.get_title() == "On held-out scenes"]
     drawn = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
     assert drawn["PCK@2, mean of layers"] == [0.25, 0.75] and len(drawn) == 4
 

@@ -79,7 +79,7 @@ def test_curves_of_several_runs_lie_over_each_other_and_share_a_legend():
     assert [rates[colour] for colour in colours] == [[1e-3] * 30, [5e-4] * 20, [1e-3]]
     raw = {line.get_color(): line.get_ydata()[:3].tolist() for line in panels["Correspondence loss"].lines[::2]}
     assert raw[colours[1]] == [16.0, 8.0, 16 / 3]
-    held_out = panels["Correspondence on held-out scenes"].lines
+    held_out = panels["On held-out scenes"].lines
     assert held_out[0].get_ydata().tolist() == [10 / 30, 20 / 30] and held_out[0].get_color() == colours[0]
 
 
@@ -87,7 +87,7 @@ def test_curves_of_several_runs_lie_over_each_other_and_share_a_legend():
 def test_a_run_of_one_step_or_without_matches_is_summarised_too(tmp_path, records):
     (tmp_path / LOG).write_text("".join(json.dumps(one) + "\n" for one in records))
     console = Console(file=io.StringIO(), width=200)
-    summarise(tmp_path, console, shown=True)
+    summarise(tmp_path, console, True, "gasp-fast export {model}")
     assert (tmp_path / FIGURE).read_bytes().startswith(b"\x89PNG")
     assert f"gasp-fast export {tmp_path}" in console.file.getvalue()
 
@@ -98,7 +98,7 @@ def test_damaged_lines_of_a_log_are_left_out(tmp_path):
     damaged = [*map(json.dumps, odd), whole[3][:40], "[" * 20_000, "\x00"]
     (tmp_path / LOG).write_bytes("\n".join([*whole[:2], *damaged, *whole[2:]]).encode() + b"\n\xff\xfe\n")
     console = Console(file=io.StringIO(), width=200)
-    summarise(tmp_path, console, shown=True)
+    summarise(tmp_path, console, True, "gasp-fast export {model}")
     assert "over 4 steps" in console.file.getvalue()
     log.LogFile(tmp_path, 3).write(GEOMETRIC[3])
     lines = (tmp_path / LOG).read_text().splitlines()

@@ -1,0 +1,34 @@
+"""A small frame encoder with random weights, of the real class, for the demo and for tests.
+
+The small Qwen2-VL beside it is that of `gasp_fast.backbones.tiny`, with `model_type="qwen2_vl"` and `patch_size=14`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .batch import PATCH
+
+
+def build_tiny_encoder(
+    folder: str | os.PathLike[str], width: int = 96, layers: int = 2, heads: int = 4, seed: int = 0
+) -> Path:
+    """Write a DINOv2 with registers to `folder`."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    torch.manual_seed(seed)
+    config = Dinov2WithRegistersConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        mlp_ratio=2,
+        patch_size=PATCH,
+        image_size=8 * PATCH,
+        layerscale_value=1.0,  # a trained one has learned to use its layers
+        num_register_tokens=2,
+    )
+    Dinov2WithRegistersModel(config).save_pretrained(folder)
+    return Path(folder)
