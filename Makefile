@@ -21,11 +21,11 @@ test: setup lint browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
-# A Chromium for the tests that open a page in it (tests/evaluation/test_page_in_browser.py); they are skipped without.
+# A Chromium for the tests that open a page in it (tests/*/test_*_in_browser.py); they are skipped without.
 CHROMIUM := PYTHONPATH=tests $(BIN)/python -m support.browser
 browser: setup
 	@$(CHROMIUM) || test "$$(id -u)" != 0 || (apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium-headless-shell) >/dev/null 2>&1 || true
-	@$(CHROMIUM) || echo "no Chromium: tests/evaluation/test_page_in_browser.py will be skipped; install chromium-headless-shell, chromium or google-chrome"
+	@$(CHROMIUM) || echo "no Chromium: tests/*/test_*_in_browser.py will be skipped; install chromium-headless-shell, chromium or google-chrome"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -23,16 +23,17 @@ from PIL import Image
 from gasp_fast.files import write_atomically
 
 Link = tuple[str, Path]  # words, and the file that they lead to
+SCRIPTS = ("pointing.js", "cloud.js")
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
     """`parts` are HTML."""
-    digest = base64.b64encode(hashlib.sha256(_template("pointing.js").encode()).digest()).decode()
+    digests = [base64.b64encode(hashlib.sha256(_template(name).encode()).digest()).decode() for name in SCRIPTS]
     page = _filled(
         "page.html",
         title=html.escape(title),
-        script_source=f"'sha256-{digest}'",
+        script_source=" ".join(f"'sha256-{digest}'" for digest in digests),
         style=_template("page.css"),
         body="\n".join(part for part in parts if part),
     )
@@ -49,6 +50,15 @@ def pointing_part(data: Mapping[str, Any]) -> str:
         radius=f"{data['radius']:g}",
         agreement=f"{data['agreement']:.1%}",
     )
+
+
+def cloud_part(caption: str, data: Mapping[str, Any]) -> str:
+    """A point cloud that turns, and that a reader turns; one to a page.
+
+    `data`: "points", base64 of uint16 [n, 3], of which 0 and 65535 are -1 and 1 (x right, y down, z away from the first
+    view); "colours", base64 of uint8 [n, 3]; "lines", numbers [m, 2, 3] in the same unit.
+    """
+    return _filled("cloud.html", data=_json_in_script(data), script=_template("cloud.js"), caption=html.escape(caption))
 
 
 def plot(caption: str, svg: str) -> str:

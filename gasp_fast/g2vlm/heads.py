@@ -15,20 +15,22 @@ alone. The layers after them use IEEE float32, even if the process allows tf32.
 
 New heads show each patch as a small square at depth 1 that faces the camera, and poses near the identity:
 
-- The gradient of the normal loss grows as neighbouring points come closer. Where points are placed at random first, it
-  outweighs all other terms: on a scene of 16 patches the local points had not fitted after 1,500 steps. From the
-  squares they had after 1,000, and after 100 without the normal loss.
+- The gradient of the normal loss grows as neighbouring points come closer, and outweighs all other terms where points
+  are placed at random first. On one scene of 3 frames of 16 patches the local term was 0.23 after 1,500 steps, as
+  without any fit; from the squares it was 0.05, and without the normal loss below 0.01 after 200 steps.
 - The matrix starts near one with three singular values of 1, far from where the nearest rotation jumps.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gasp_fast.config.limits import check_whole
 from gasp_fast.supervision.precision import Compute, PrecisionLinear, matmul_precision
 
 from .head_blocks import Decoder, Turns, turns_of
@@ -42,7 +44,7 @@ LARGEST_LOG_DEPTH = 15.0  # exp of it is 3e6: one wild pixel must not become inf
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Sizes of the paper."""
+    """Sizes of the camera head are ours; the others are the paper's."""
 
     hidden: int = 1536  # width of the hidden states
     width: int = 1536  # of the blocks
@@ -58,8 +60,15 @@ class HeadsConfig:
     checkpointing: bool = False  # recompute the blocks in the backward pass
 
     def __post_init__(self) -> None:
+        sizes = ("hidden", "width", "heads", "point_width", "camera_width", "patch")
+        check_whole(self, (*sizes, "layers", "camera_layers"), "heads.")
         if self.width % (4 * self.heads):
-            raise ValueError(f"width = {self.width}, heads = {self.heads}; width must be a multiple of 4 * heads")
+            raise ValueError(
+                f"heads.width = {self.width} must be a multiple of 4 * heads.heads = {4 * self.heads}: in each "
+                "attention head pairs of dimensions rotate by the row, and as many by the column"
+            )
+        if not 0 < self.rope_base < math.inf:
+            raise ValueError(f"heads.rope_base = {self.rope_base} must be positive and finite; 100 in the paper")
 
     def decoder(self, to_first: bool = False) -> Decoder:
         return Decoder(self.hidden, self.width, self.layers, self.heads, to_first, self.compute, self.checkpointing)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from gasp_fast.g2vlm.head_blocks import rotated, turns_of
+from gasp_fast.g2vlm.head_blocks import Attention, rotated, turns_of
 from gasp_fast.g2vlm.heads import GeometryHeads, HeadsConfig, moved, pixels_of_patches
 from gasp_fast.g2vlm.losses import Geometry, corner_normals, directions, geometry_loss
 from gasp_fast.g2vlm.rotation import nearest_rotation
@@ -76,21 +76,29 @@ def test_half_of_the_dimensions_rotates_by_the_row_and_half_by_the_column():
             assert abs(complex(found[at], found[other]) - expected) < 1e-5
 
 
-def test_products_of_queries_and_keys_depend_on_differences_of_rows_and_columns():
+@pytest.mark.parametrize("contexts", [4, 2])
+def test_attention_depends_on_differences_of_rows_and_columns(contexts):
+    torch.manual_seed(0)
+    attention = Attention(32, 2, "fp32")
     place = torch.arange(ROWS * COLUMNS)
     rows, columns = place // COLUMNS, place % COLUMNS
-    query, key = torch.randn(2, len(place), 16)
+    x, context = 3 * torch.randn(4, len(place), 32), 3 * torch.randn(contexts, len(place), 32)
+    found, shifted, stretched, level = (
+        attention(x, context, turns_of(*at, 16, 100.0))
+        for at in ((rows, columns), (rows + 7, columns + 4), (rows, 2 * columns), (0 * rows, columns))
+    )
+    torch.testing.assert_close(shifted, found, rtol=0, atol=1e-5)
+    assert (stretched - found).abs().max() > 0.01 and (level - found).abs().max() > 0.01
 
-    def products(down: int, right: int, other_down: int, other_right: int) -> torch.Tensor:
-        of_query = turns_of(rows + down, columns + right, 16, 100.0)
-        of_key = turns_of(rows + other_down, columns + other_right, 16, 100.0)
-        return rotated(query, of_query) @ rotated(key, of_key).mT
 
-    here = products(0, 0, 0, 0)
-    torch.testing.assert_close(products(7, 4, 7, 4), here, rtol=0, atol=2e-5)
-    assert (products(1, 0, 0, 0) - here).abs().max() > 0.1
-    assert (products(0, 1, 0, 0) - here).abs().max() > 0.1
-    assert (products(1, 0, 0, 1) - here).abs().max() > 0.1
+def test_patches_lie_row_by_row():
+    heads, given = trained_heads(), []
+    for decoder in (heads.local_decoder, heads.camera_decoder, heads.world_decoder):
+        decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1]))
+    heads(hidden_states(), ROWS, COLUMNS)
+    expected = turns_of(torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 0, 1, 2]), 16, 100.0)
+    for turns, part in product(given, (0, 1)):
+        torch.testing.assert_close(turns[part], expected[part])
 
 
 def test_points_depend_on_their_frame_alone_and_world_points_also_on_frame_0():
@@ -109,15 +117,6 @@ def test_points_depend_on_their_frame_alone_and_world_points_also_on_frame_0():
     last = hidden.clone()
     last[-1] += 1
     assert all(torch.equal(a[0], b[0]) for a, b in zip(values(before), values(heads(last, ROWS, COLUMNS)), strict=True))
-
-
-def test_where_a_patch_lies_matters():
-    heads, hidden = trained_heads(), hidden_states()
-    order = torch.randperm(ROWS * COLUMNS, generator=torch.Generator().manual_seed(4))
-    points = heads(hidden, ROWS, COLUMNS).local.unflatten(2, (ROWS, -1)).unflatten(4, (COLUMNS, -1)).transpose(3, 4)
-    other = heads(hidden[:, :, order], ROWS, COLUMNS).local
-    other = other.unflatten(2, (ROWS, -1)).unflatten(4, (COLUMNS, -1)).transpose(3, 4)
-    assert (points.flatten(2, 3)[:, :, order] - other.flatten(2, 3)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e4])
@@ -177,7 +176,7 @@ def test_gradients_are_finite_and_moderate_for_zero_hidden_states_and_identical_
     ):
         of_hidden, *of_weights = gradients(heads, hidden, (scene, valid))
         size = torch.linalg.vector_norm(torch.stack([one.norm() for one in of_weights]))
-        assert 0 < size < 1e4 and of_hidden.norm() < 1e4
+        assert 0 < size < 300 and of_hidden.norm() < 30
         assert of_hidden.norm() > 0 or scene is still
 
 
@@ -252,7 +251,7 @@ def test_narrower_decoders_still_end_in_float32():
 
 
 def test_a_few_steps_fit_a_fixed_scene():
-    """Without the normal loss, which takes a thousand."""
+    """Without the normal loss; with it the local points take more than a thousand."""
     heads, hidden, scene = new_heads(), hidden_states(samples=1), a_scene()
     optimiser = torch.optim.AdamW(heads.parameters(), lr=3e-3, weight_decay=0)
     totals = []
@@ -270,7 +269,9 @@ def test_a_few_steps_fit_a_fixed_scene():
     [
         (lambda heads: heads(hidden_states(), ROWS, COLUMNS + 1), ValueError, r"hidden has the shape \(2, 3, 6, 24\)"),
         (lambda heads: heads.bfloat16()(hidden_states(), ROWS, COLUMNS), TypeError, "keep them in float32"),
-        (lambda _: HeadsConfig(width=100, heads=16), ValueError, "width = 100, heads = 16"),
+        (lambda _: HeadsConfig(width=100, heads=16), ValueError, r"heads.width = 100 must be a multiple of 4 \* heads"),
+        (lambda _: HeadsConfig(heads=0), ValueError, "heads.heads = 0 must be at least 1"),
+        (lambda _: HeadsConfig(rope_base=0.0), ValueError, "heads.rope_base = 0.0 must be positive"),
     ],
 )
 def test_an_error_says_what_is_wrong(change, error, words):

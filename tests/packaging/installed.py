@@ -34,7 +34,7 @@ def main() -> None:
     for needed in ("py.typed", "recipes/qwen2_5_vl_7b.yaml", "recipes/deepspeed/zero2.json", "kernels/engines.py"):
         assert (home / needed).is_file(), f"{needed} is not installed"
     templates = list((home / "evaluation" / "templates").glob("*.*"))
-    assert len(templates) == 4, templates
+    assert len(templates) == 6, templates
     print(
         f"gasp_fast {gasp_fast.__version__} works: Python {sys.version.split()[0]}, torch {torch.__version__}, {home}"
     )

@@ -14,13 +14,13 @@ import numpy as np
 
 from gasp_fast.data.scenes.scene import Scene
 from gasp_fast.data.tracks.build import Tracks, build_tracks
+from gasp_fast.drawing import DEPTH_COLOURS, depth_norm, draw_depth, draw_depth_bar, panels
 
 PANELS = 5
 # Distances of the panels' frames from the query frame; in a shorter scene the frames are spread evenly.
 STEPS = (0, 1, 5, 10, 20)
 GRID = 12
 NUMBERED = 16
-COLOURS = "viridis"  # monotonic in brightness, and safe for colour-blind readers
 
 
 def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> Path:
@@ -30,16 +30,12 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
     frames = _chosen_frames(len(scene), first)
     tracks = build_tracks(scene, frames, grid=grid, keep=1.0)
 
-    from matplotlib.colors import LogNorm
-
     maps = [scene.depth(i) for i in frames]
-    known = np.concatenate([one[one > 0] for one in maps])
-    low, high = np.percentile(known, [2, 98]) if known.size else (1.0, 2.0)
-    norm = LogNorm(low, max(high, low * 1.01))  # logarithmic: differences between near depths show
+    norm = depth_norm(np.concatenate([one[one > 0] for one in maps]))
     numbers = _spread(tracks, NUMBERED)
 
     width, height = scene.image_size(frames[0])
-    figure, axes, bar_axis = _lay_out(len(frames), height / width)
+    figure, axes, bar_axis = panels(2, len(frames), height / width)
     for f, index in enumerate(frames):
         top, bottom = axes[0, f], axes[1, f]
         wide, tall = scene.image_size(index)
@@ -51,36 +47,16 @@ def draw_tracks(scene: Scene, path: Path, first: int = 0, grid: int = GRID) -> P
         shown = tracks.visible[:, f].mean() if len(tracks) else 0.0
         step = "query frame" if f == 0 else f"{index - frames[0]} frames later, {shown:.0%} of points visible"
         top.set_title(f"{scene.frame_names[index]}\n{step}", fontsize=10, parse_math=False)
-        masked = np.ma.masked_less_equal(maps[f], 0)
-        mesh = bottom.imshow(masked, extent=(0, wide, tall, 0), cmap=COLOURS, norm=norm, interpolation="nearest")
-        bottom.set_facecolor("0.85")
+        mesh = draw_depth(bottom, maps[f], norm, (wide, tall))
         for axis in (top, bottom):
             axis.set(xlim=(0, wide), ylim=(tall, 0), xticks=[], yticks=[])
-    _draw_colour_bar(figure, mesh, bar_axis)
+    draw_depth_bar(figure, mesh, bar_axis, "depth (scene's unit)")
     title = f"{scene.root.name}: filled = visible, hollow = hidden; a number must mark the same thing in every frame"
     if not len(tracks):
         title = f"{scene.root.name}: NO point of the query frame is visible again: poses, intrinsics or depth are wrong"
     figure.suptitle(title, fontsize=11, y=0.985, parse_math=False)
     figure.savefig(path)
     return path
-
-
-def _lay_out(columns: int, tall: float) -> tuple[Any, Any, Any]:
-    """Two rows of panels and a colour bar, placed in inches: exact, and twice as fast as a layout engine."""
-    from matplotlib.figure import Figure
-
-    panel, gap, head, margin, bar = 3.6, 0.12, 0.85, 0.12, 0.75
-    width = 2 * margin + columns * panel + (columns - 1) * gap + bar
-    height = head + 2 * panel * tall + gap + margin
-    figure = Figure(figsize=(width, height), dpi=110)
-    sides = {"left": margin / width, "right": 1 - (margin + bar) / width}
-    ends = {"top": 1 - head / height, "bottom": margin / height}
-    spaces = {"wspace": gap / panel, "hspace": gap / (panel * tall)}
-    axes = figure.subplots(2, columns, squeeze=False, gridspec_kw={**sides, **ends, **spaces})
-    bar_axis = figure.add_axes(
-        (sides["right"] + gap / width, ends["bottom"], 0.14 / width, ends["top"] - ends["bottom"])
-    )
-    return figure, axes, bar_axis
 
 
 def _chosen_frames(count: int, first: int) -> list[int]:
@@ -111,7 +87,7 @@ def _draw_points(axis: Any, tracks: Tracks, f: int, numbers: np.ndarray, norm: A
     from matplotlib import colormaps
     from matplotlib.patheffects import withStroke
 
-    colours = colormaps[COLOURS](norm(tracks.depth[:, 0]))
+    colours = colormaps[DEPTH_COLOURS](norm(tracks.depth[:, 0]))
     size = np.array([axis.get_xlim()[1], axis.get_ylim()[0]])
     inside = ((tracks.uv[:, f] >= 0) & (tracks.uv[:, f] < size)).all(axis=1) & (tracks.depth[:, f] > 0)
     seen = tracks.visible[:, f]
@@ -134,13 +110,3 @@ def _draw_points(axis: Any, tracks: Tracks, f: int, numbers: np.ndarray, norm: A
             fontweight="bold",
             path_effects=[withStroke(linewidth=2.2, foreground="white")],
         )
-
-
-def _draw_colour_bar(figure: Any, mesh: Any, axis: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    bar = figure.colorbar(mesh, cax=axis)
-    bar.set_label("depth (scene's unit)", fontsize=9)
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
