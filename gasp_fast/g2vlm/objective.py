@@ -26,6 +26,7 @@ from gasp_fast.training.weights import gathered
 from .batch import GeometryBatch
 from .collator import GeometryCollator
 from .config import G2TrainConfig
+from .data_config import PackShape
 from .held_out import Scores, UnseenScenes, scores_of
 from .model import IGNORED
 from .planning import step_flops
@@ -46,6 +47,27 @@ RULES = Rules(
         "heads": SHAPES,
     },
 )
+
+
+def packs_of(
+    shape_of_step: Callable[[int], PackShape], batch_size: int, tokens_at_once: int, world_size: int
+) -> Callable[[int], DealtStep]:
+    """How each step is dealt: every process takes equally many successive sequences, in packs that are equally large.
+
+    They are as few as hold them with at most `tokens_at_once` patches each, or one sequence.
+    """
+    own = batch_size // world_size
+
+    def dealt(step: int) -> DealtStep:
+        packs = -(-own // max(1, tokens_at_once // shape_of_step(step).tokens))
+        ends = [own * number // packs for number in range(packs + 1)]
+        places = [
+            [list(range(rank * own + start, rank * own + end)) for start, end in pairwise(ends)]
+            for rank in range(world_size)
+        ]
+        return DealtStep(places, np.ones((world_size, packs), np.int64), padding=0.0, meets_often=False)
+
+    return dealt
 
 
 class G2Collator:
@@ -102,11 +124,7 @@ class G2Objective(Objective):
             raise GuardError(f"deepspeed = {config.deepspeed!r} is ZeRO-3, which G²VLM is not trained with; use zero2")
         self.config, data, batch_size = config, config.data, config.train.batch_size
         self.backbone = load_backbone(config.model.source) if data.questions else None
-        self.stream = (
-            GeometryStream(data, batch_size)
-            if self.backbone is None
-            else QuestionStream(data, batch_size, self.backbone)
-        )
+        self.stream = GeometryStream(data, batch_size) if self.backbone is None else QuestionStream(data, batch_size)
         self.sequences = UnseenScenes(config) if config.evaluate.scenes else None
         text, geometry = config.loss.text_weight > 0, config.loss.geometry_weight > 0
         self.terms = (
@@ -159,19 +177,8 @@ class G2Objective(Objective):
 
     def deal(self, share: Share, processes: Processes) -> Callable[[int], DealtStep]:
         """Evenly, in packs of at most `train.tokens_at_once` patches: all sequences of a step have one shape."""
-        world, per_process = processes.world_size, self.config.train.batch_size // processes.world_size
-
-        def dealt(step: int) -> DealtStep:
-            at_once = max(1, self.config.train.tokens_at_once // self.stream.shape_of_step(step).tokens)
-            packs = -(-per_process // at_once)
-            ends = [per_process * number // packs for number in range(packs + 1)]
-            places = [
-                [list(range(rank * per_process + start, rank * per_process + end)) for start, end in pairwise(ends)]
-                for rank in range(world)
-            ]
-            return DealtStep(places, np.ones((world, packs), np.int64), padding=0.0, meets_often=False)
-
-        return dealt
+        train = self.config.train
+        return packs_of(self.stream.shape_of_step, train.batch_size, train.tokens_at_once, processes.world_size)
 
     def learning_guard(self) -> MovingWeights:
         return MovingWeights(self.model)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from gasp_fast.backbones import Backbone, messages_from_record
+from gasp_fast.backbones import messages_from_record
 from gasp_fast.data.questions.scene_frames import FrameReader, SceneFrames
 from gasp_fast.data.questions.video_qa import VideoQA
 from gasp_fast.training.replacing import Replacing
@@ -38,10 +38,9 @@ class QuestionSequences(Replacing[GeometrySample]):
         records: VideoQA,
         numbers: NDArray[np.int64],
         shape: Callable[[int], PackShape],
-        backbone: Backbone,
     ) -> None:
         """`numbers` are those of its records among all; `shape` gives the shape at a position."""
-        self.config, self.records, self.numbers, self.shape, self.backbone = config, records, numbers, shape, backbone
+        self.config, self.records, self.numbers, self.shape = config, records, numbers, shape
         self.root = config.questions
 
     def __len__(self) -> int:
@@ -58,7 +57,6 @@ class QuestionSequences(Replacing[GeometrySample]):
         turns = [{"from": turn.speaker, "value": turn.text} for turn in record.turns]
         normals = not self.config.with_normals or self.config.with_normals[0]
         messages = messages_from_record(turns)
-        self.backbone.chat.render(messages, self.backbone.visual_content(len(photographs)))  # raises if it cannot
         return replace(sample, photographs=photographs, messages=messages, with_normals=normals)
 
     def name(self, index: int) -> str:
@@ -68,13 +66,13 @@ class QuestionSequences(Replacing[GeometrySample]):
 class QuestionStream(Dataset[GeometrySample]):
     """Sequences with questions, by position. Pickles into loader workers."""
 
-    def __init__(self, config: G2DataConfig, batch_size: int, backbone: Backbone) -> None:
-        """`backbone` is that of Qwen2-VL, which must be able to render every conversation."""
+    def __init__(self, config: G2DataConfig, batch_size: int) -> None:
+        """`batch_size` is the number of sequences of a step, over all processes."""
         if not config.questions or not config.roots:
             raise ValueError(
                 "data.questions names no folder of records, or data.roots[0] not the scenes they are about"
             )
-        self.config, self.batch_size, self.backbone = config, batch_size, backbone
+        self.config, self.batch_size = config, batch_size
         self.records = VideoQA(Path(config.questions), (), FrameReader(Path(config.roots[0]), config.held_out))
         faults = self.records.skipped.items()
         self.remarks = list[str]()
@@ -88,7 +86,7 @@ class QuestionStream(Dataset[GeometrySample]):
                 f"data.max_frames = {config.max_frames} frames; they have {counts.min()} to {counts.max()}"
             )
         self.groups = {
-            int(count): QuestionSequences(config, self.records, np.flatnonzero(counts == count), self.shape, backbone)
+            int(count): QuestionSequences(config, self.records, np.flatnonzero(counts == count), self.shape)
             for count in np.unique(counts[self.usable])
         }
 

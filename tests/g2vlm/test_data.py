@@ -18,12 +18,15 @@ from gasp_fast.data.questions.scene_frames import SceneFrames
 from gasp_fast.data.questions.video_qa import record_json
 from gasp_fast.data.scenes.library import scene_digest
 from gasp_fast.data.scenes.open import open_scene
-from gasp_fast.g2vlm.collator import GeometryCollator, PackShare, make_loader
+from gasp_fast.g2vlm.collator import GeometryCollator
 from gasp_fast.g2vlm.crop import unprojected
 from gasp_fast.g2vlm.data_config import G2DataConfig, shape_of_step
 from gasp_fast.g2vlm.losses import geometry_loss
+from gasp_fast.g2vlm.objective import G2Collator, packs_of
 from gasp_fast.g2vlm.question_samples import QuestionStream
 from gasp_fast.g2vlm.samples import GeometryStream, UnseenSequences, draw_frames, geometry_sample
+from gasp_fast.training.loader import LoadedBatches, make_data_loader
+from gasp_fast.training.stream import Share
 
 
 @pytest.fixture
@@ -38,10 +41,16 @@ def rooms(assets):
     return make
 
 
+def loader_of(stream, at_once, steps, done=0, rank=0, world_size=1, workers=0, backbone=None):
+    """Packs of at most `at_once` patches."""
+    deal = packs_of(stream.shape_of_step, stream.batch_size, at_once, world_size)
+    share = Share(rank, world_size, stream.batch_size, tokens_at_once=at_once, deal=deal)
+    return make_data_loader(stream, G2Collator(backbone), share, steps, done, workers, pin_memory=False)
+
+
 def packs(config, batch_size=4, steps=3, done=0, rank=0, world_size=1, workers=0):
     stream = GeometryStream(config, batch_size)
-    share = PackShare(rank, world_size, batch_size, 60, stream.shape_of_step)
-    return list(make_loader(stream, share, steps, done, workers))
+    return [batch["pack"] for batch in loader_of(stream, 60, steps, done, rank, world_size, workers)]
 
 
 def tensors(batch):
@@ -145,8 +154,11 @@ def test_a_broken_depth_file_is_replaced_and_named(rooms, assets, tmp_path):
     shutil.copytree(assets.scenes, library)
     for file in (library / "scene-1" / "depth").iterdir():
         file.write_bytes(b"no image")
-    batches = packs(rooms(roots=(str(library),)), steps=4)
-    skipped = [one for batch in batches for one in batch.skipped]
+    config = rooms(roots=(str(library),))
+    stream = GeometryStream(config, 4)
+    with LoadedBatches(loader_of(stream, 60, steps=4), stream, 60) as loaded:
+        batches = [batch["pack"] for batch in loaded]
+        _, skipped = loaded.take()
     assert skipped and all("scene-1, sequence" in one.record and "depth" in one.reason for one in skipped)
     assert sum(len(batch.images) for batch in batches) == 16
 
@@ -216,15 +228,14 @@ def questions(assets, tmp_path_factory):
 
 
 def question_packs(config, backbone, steps=4, done=0):
-    stream = QuestionStream(config, 4, backbone)
-    share = PackShare(0, 1, 4, 60, stream.shape_of_step)
-    return list(make_loader(stream, share, steps, done, backbone=backbone))
+    stream = QuestionStream(config, 4)
+    return [batch["pack"] for batch in loader_of(stream, 200, steps, done, backbone=backbone)]
 
 
 def test_a_pack_of_the_joint_stage_has_questions_about_its_own_frames(rooms, assets, questions):
     backbone = load_backbone(assets.models["qwen2_vl"])
     batches, tokenizer = question_packs(rooms(questions=str(questions)), backbone), backbone.processor.tokenizer
-    assert {batch.images.shape[1] for batch in batches} == {2, 3}
+    assert {batch.images.shape[:2] for batch in batches} == {(4, 2), (4, 3)}
     for batch in batches:
         count, frames = batch.images.shape[:2]
         assert batch.questions.input_ids.shape == batch.questions.labels.shape == batch.questions.attention_mask.shape
@@ -241,13 +252,13 @@ def test_a_pack_of_the_joint_stage_has_questions_about_its_own_frames(rooms, ass
     assert_same_sequences(resumed, batches[-len(resumed) :])
 
 
-def test_a_question_that_cannot_be_rendered_is_replaced_and_named(rooms, assets, questions, tmp_path):
-    backbone = load_backbone(assets.models["qwen2_vl"])
-    special = backbone.chat.special[0]
+def test_questions_that_cannot_be_used_are_replaced_and_named(rooms, questions, tmp_path):
+    """One whose scene has changed since, found when it is read, and one with a token that ends its turn."""
     records = json.loads((questions / "records.json").read_text())
-    records[1]["conversations"][1]["value"] += special
+    records[1]["images"]["digest"] = "0" * 20
+    records[2]["conversations"][1]["value"] += "<|im_end|>"
     (tmp_path / "records.json").write_text(json.dumps(records))
-    stream = QuestionStream(rooms(questions=str(tmp_path)), 4, backbone)
-    skipped = [one for position in range(32) for one in stream[position].skipped] + stream.left_out
-    assert {one.record for one in skipped} == {f"{tmp_path}/records.json[1]"}
-    assert "token" in skipped[0].reason
+    stream = QuestionStream(rooms(questions=str(tmp_path)), 4)
+    skipped = {one.record: one.reason for position in range(32) for one in stream[position].skipped}
+    assert list(skipped) == [f"{tmp_path}/records.json[1]"] and "has changed" in skipped[f"{tmp_path}/records.json[1]"]
+    assert [one.record for one in stream.left_out] == [f"{tmp_path}/records.json[2]"]
