@@ -14,9 +14,6 @@ from support.box_world import BoxWorld
 from support.recorded import recorded_scene
 
 from gasp_fast.backbones import load_backbone
-from gasp_fast.data.questions.scene_frames import SceneFrames
-from gasp_fast.data.questions.video_qa import record_json
-from gasp_fast.data.scenes.library import scene_digest
 from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.g2vlm.collator import GeometryCollator
 from gasp_fast.g2vlm.crop import unprojected
@@ -212,19 +209,6 @@ def test_jitter_changes_colours_and_nothing_else(rooms):
     plain, changed = packs(rooms(), steps=1)[0], packs(rooms(jitter=0.3), steps=1)[0]
     assert (plain.images - changed.images).abs().mean() > 0.05
     assert torch.equal(plain.true.local, changed.true.local)
-
-
-@pytest.fixture(scope="module")
-def questions(assets, tmp_path_factory):
-    """Records about two or three frames of the rendered rooms."""
-    folder, records = tmp_path_factory.mktemp("records"), []
-    for number in range(8):
-        scene = open_scene(assets.scenes / f"scene-{number % 4}")
-        frames = SceneFrames(f"scene-{number % 4}", scene_digest(scene), (1, 4, 6)[: 2 + number % 2], (0, 0, 96, 80))
-        texts = ["<image>\nHow many boxes?" + " Count well." * number, f"There are {number}."]
-        records.append(record_json(str(number), texts, "test", frames))
-    (folder / "records.json").write_text(json.dumps(records))
-    return folder
 
 
 def question_packs(config, backbone, steps=4, done=0):

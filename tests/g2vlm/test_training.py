@@ -1,0 +1,170 @@
+"""G²VLM through the training loop that GASP uses: stages, resume, processes, packs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.runs import log_of, run_to_end, without_clock
+
+from gasp_fast.backbones.tiny import TinyConfig, build_tiny
+from gasp_fast.config.loader import keys_of
+from gasp_fast.config.recipes import RECIPES
+from gasp_fast.g2vlm.config import (
+    G2EvaluateConfig,
+    G2LossConfig,
+    G2ModelConfig,
+    G2OptimisationConfig,
+    G2TrainConfig,
+)
+from gasp_fast.g2vlm.data_config import G2DataConfig
+from gasp_fast.g2vlm.experts import ExpertsConfig
+from gasp_fast.g2vlm.heads import HeadsConfig
+from gasp_fast.g2vlm.objective import RULES
+from gasp_fast.g2vlm.tiny import build_tiny_encoder
+from gasp_fast.train import read_recipe, train
+from gasp_fast.training.config import RunConfig
+
+WIDTH = 64
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("g2vlm")
+    sizes = {"hidden_size": WIDTH, "layers": 2, "patch_size": 14, "frame_size": 56}
+    build_tiny(folder / "qwen", TinyConfig(model_type="qwen2_vl", **sizes))
+    build_tiny_encoder(folder / "dino", width=32, layers=1, heads=2)
+    return folder
+
+
+@pytest.fixture
+def recipe(models, assets, tmp_path):
+    """A configuration of a few steps; keywords change keys of groups."""
+
+    def make(questions=None, deepspeed=None, **groups):
+        def of(name, **defaults):
+            return {**defaults, **groups.get(name, {})}
+
+        return G2TrainConfig(
+            model=G2ModelConfig(**of("model", source=str(models / "qwen"), encoder=str(models / "dino"))),
+            experts=ExpertsConfig(**of("experts", layer_scale=0.1, checkpointing="off")),
+            heads=HeadsConfig(hidden=WIDTH, width=32, layers=1, heads=2, point_width=32, camera_width=16),
+            loss=G2LossConfig(**of("loss")),
+            train=G2OptimisationConfig(**of("train", steps=4, batch_size=4, learning_rate=1e-3, tokens_at_once=64)),
+            data=G2DataConfig(
+                **of("data", roots=(str(assets.scenes),), side=56, max_frames=3, workers=0, questions=questions or "")
+            ),
+            evaluate=G2EvaluateConfig(**of("evaluate")),
+            run=RunConfig(**of("run", out=str(tmp_path / "run"), progress=False, min_free_gb=0.0)),
+            deepspeed=deepspeed,
+        )
+
+    return make
+
+
+def weights_of(folder):
+    return {name: value for file in sorted(Path(folder).glob("model-*")) for name, value in load_file(file).items()}
+
+
+def assert_equal(ours, theirs, tolerance=0.0):
+    assert ours.keys() == theirs.keys() and ours
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_as_if_it_had_not_been(recipe, tmp_path):
+    train(recipe(run={"out": str(tmp_path / "whole")}))
+    train(recipe(run={"out": str(tmp_path / "parts"), "save_every": 2}))
+    parts = tmp_path / "parts"
+    (parts / "checkpoint-4").rename(tmp_path / "checkpoint-4")
+    train(recipe(run={"out": str(parts), "save_every": 2}))
+    assert_equal(weights_of(parts / "checkpoint-4"), weights_of(tmp_path / "whole" / "checkpoint-4"))
+    assert without_clock(log_of(parts)) == without_clock(log_of(tmp_path / "whole"))
+
+
+def test_how_a_step_is_divided_into_packs_changes_nothing_but_rounding(recipe, tmp_path):
+    changed = {"steps": 1, "batch_size": 4}
+    records = []
+    for at_once in (1, 10_000):
+        out = str(tmp_path / f"{at_once}")
+        train(recipe(run={"out": out}, train={**changed, "tokens_at_once": at_once, "learning_rate": 1e-3}))
+        records.append(log_of(out)[0])
+    for name in ("loss", "local", "world", "normal", "rotation", "translation", "grad_norm"):
+        assert records[0][name] == pytest.approx(records[1][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("deepspeed", [None, "zero2"])
+def test_two_processes_take_the_step_of_one(recipe, tmp_path, deepspeed):
+    records = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}"
+        config = recipe(
+            run={"out": str(out)},
+            train={"steps": 2, "batch_size": 4, "learning_rate": 1e-3},
+            deepspeed=None if processes == 1 else deepspeed,
+        )
+        path = write_config(config, tmp_path / f"{processes}.yaml")
+        done = run_to_end(processes, "-m", "gasp_fast.train", path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        records.append(log_of(out))
+    for one, two in zip(*records, strict=True):
+        for name in ("loss", "local", "normal", "rotation"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3), name
+
+
+def test_the_stages_follow_each_other(recipe, questions, tmp_path):
+    """Pretraining, then each variant of the joint stage from its checkpoint; what is frozen stays as it was."""
+    first = tmp_path / "first"
+    train(recipe(run={"out": str(first)}, train={"steps": 1, "batch_size": 2}))
+    start = {"start": str(first / "checkpoint-1")}
+    before = weights_of(first / "checkpoint-1")
+    model = recipe().model
+    variants = {
+        "semantic": {"text_weight": 1.0, "geometry_weight": 0.0},
+        "both": {"text_weight": 1.0, "geometry_weight": 1.0},
+    }
+    for mode, loss in variants.items():
+        out = tmp_path / mode
+        config = recipe(
+            str(questions),
+            model={"source": model.source, "encoder": model.encoder, **start},
+            train={"mode": mode, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0.0},
+            loss=loss,
+            run={"out": str(out)},
+        )
+        train(config)
+        record, after = log_of(out)[0], weights_of(out / "checkpoint-1")
+        assert record["lm"] > 0 and ("local" in record) == (mode == "both")
+        shared = before.keys() & after.keys()
+        assert bool(shared) == (mode == "both")  # the geometric expert is trained again, or not at all
+        moved = [name for name in shared if not torch.equal(before[name], after[name])]
+        assert all((after[name] - before[name]).abs().max() < 0.01 for name in shared)  # they began where it ended
+        assert moved or mode == "semantic"
+
+
+def test_evaluation_while_training_chooses_the_best_checkpoint(recipe, assets, tmp_path):
+    evaluate = {"scenes": (str(assets.scenes),), "every": 2, "sequences": 2, "frames": 3, "stride": 1}
+    data = {"roots": (str(assets.scenes),), "side": 56, "max_frames": 3, "workers": 0, "held_out": 0.3}
+    train(recipe(evaluate=evaluate, data=data))
+    found = [record["held_out"] for record in log_of(tmp_path / "run") if "held_out" in record]
+    assert len(found) == 2 and found[0]["best"] and found[0]["sequences"] == 2
+    for name in ("abs_rel", "delta", "rra", "rta", "auc"):
+        assert 0 <= found[0][name] < 10, name
+    assert (tmp_path / "run" / "best").exists() and (tmp_path / "run" / "training.png").exists()
+
+
+def test_every_rule_names_a_key():
+    assert {*RULES.free, *RULES.rounding, *RULES.fixed} <= set(keys_of(G2TrainConfig))
+
+
+def test_what_the_saved_weights_do_not_fit_is_refused(recipe):
+    train(recipe(train={"steps": 2, "batch_size": 2}))
+    with pytest.raises(ValueError, match=r"experts\.qk_norm = True, now False"):
+        train(recipe(train={"steps": 2, "batch_size": 2}, experts={"qk_norm": False, "checkpointing": "off"}))
+
+
+def test_the_recipes_of_the_stages_are_complete_but_for_places():
+    names = sorted(path.stem for path in (RECIPES / "g2vlm").glob("*.yaml"))
+    assert len(names) >= 6
+    for name in names:
+        assert isinstance(read_recipe(f"g2vlm/{name}", []), G2TrainConfig)
