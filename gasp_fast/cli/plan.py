@@ -47,21 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.config.loader import load_config
-    from gasp_fast.config.recipes import recipe_file
+    from gasp_fast.g2vlm.config import G2TrainConfig
     from gasp_fast.planning.assumptions import Assumptions
     from gasp_fast.planning.calibration import read_measured
     from gasp_fast.planning.plan import PAPER_SEQUENCES
     from gasp_fast.planning.shapes import shape_from_source
-    from gasp_fast.training.config import TrainConfig
+    from gasp_fast.train import read_recipe
     from gasp_fast.training.workload import known_epoch, plan_run, plans_of_readings
 
     for name in ("gpus", "frame_tokens", "sequences"):
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= MOST_SEQUENCES:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1 and at most {MOST_SEQUENCES:,}")
-    config = load_config(TrainConfig, recipe_file(arguments.config), arguments.overrides)
-    shape, gpu = shape_from_source(config.model.source), GPUS[arguments.gpu]
+    config, gpu = read_recipe(arguments.config, arguments.overrides), GPUS[arguments.gpu]
+    if isinstance(config, G2TrainConfig):
+        from gasp_fast.g2vlm.plan_tables import print_plan
+
+        return (
+            0
+            if print_plan(config, arguments.gpus, gpu, f"{arguments.config}: {arguments.gpus} x {arguments.gpu}")
+            else 1
+        )
+    shape = shape_from_source(config.model.source)
     assumptions, notes = Assumptions(), []
     if arguments.sequences is None and config.train.steps is None and known_epoch(config) is None:
         notes.append(

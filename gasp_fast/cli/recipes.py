@@ -29,10 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.keys:
         from gasp_fast.config.reference import as_markdown, as_text, groups_of
+        from gasp_fast.g2vlm.config import G2TrainConfig
         from gasp_fast.training.config import TrainConfig
 
-        written = as_text if arguments.keys == "text" else as_markdown
-        print(written(groups_of(TrainConfig)), end="")
+        kinds = {"GASP": groups_of(TrainConfig), "G²VLM": groups_of(G2TrainConfig)}
+        print(as_text(kinds) if arguments.keys == "text" else as_markdown(kinds), end="")
         return 0
     if arguments.name is not None:
         print(recipe_file(arguments.name).read_text(encoding="utf-8"), end="")

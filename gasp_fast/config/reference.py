@@ -11,7 +11,7 @@ import inspect
 import io
 import textwrap
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, dropwhile, takewhile
 from types import UnionType
@@ -130,8 +130,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
 
 
-def as_markdown(groups: Iterator[Group]) -> str:
-    """The page docs/configuration.md: a section with a table for each group."""
+def as_markdown(kinds: Mapping[str, Iterator[Group]]) -> str:
+    """The page docs/configuration.md: a section with a table for each group, of each kind of recipe by its name."""
     lines = [
         "# Configuration: every key of a recipe",
         "",
@@ -139,8 +139,9 @@ def as_markdown(groups: Iterator[Group]) -> str:
         "as `key.path=value`.",
         "",
     ]
-    for group in groups:
-        lines += [f"## `{group.path}`" if group.path else "## The run", "", group.meaning, ""]
+    for kind, group in _with_kind(kinds):
+        heading = f"`{group.path}`" if group.path else "the run"
+        lines += [f"## {kind}: {heading}", "", group.meaning, ""]
         lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
         for key in group.keys:
             cells = (f"`{key.path}`", key.kind, f"`{key.default}`", key.meaning)
@@ -149,11 +150,15 @@ def as_markdown(groups: Iterator[Group]) -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def as_text(groups: Iterator[Group]) -> str:
+def _with_kind(kinds: Mapping[str, Iterator[Group]]) -> Iterator[tuple[str, Group]]:
+    return ((kind, group) for kind, groups in kinds.items() for group in groups)
+
+
+def as_text(kinds: Mapping[str, Iterator[Group]]) -> str:
     """The keys for a terminal of 80 columns."""
     lines = []
-    for group in groups:
-        lines += [*textwrap.wrap(f"# {group.meaning}", 80, subsequent_indent="# "), ""]
+    for kind, group in _with_kind(kinds):
+        lines += [*textwrap.wrap(f"# {kind}: {group.meaning}", 80, subsequent_indent="# "), ""]
         for key in group.keys:
             lines.append(f"{key.path}: {key.default}")
             for text in (key.kind, key.meaning):

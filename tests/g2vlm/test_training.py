@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import log_of, run_to_end, without_clock
+from support.runs import log_of, run_to_end, without_clock, write_config
 
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.config.loader import keys_of

@@ -18,7 +18,9 @@ from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.workload import plan_run, plans_of_readings
 
 RECIPES = sorted(
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml") if "tiny" not in path.name
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if "tiny" not in path.name and "g2vlm" not in path.parts
 )
 REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text()
 
