@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         from gasp_fast.g2vlm.config import G2TrainConfig
         from gasp_fast.training.config import TrainConfig
 
-        kinds = {"GASP": groups_of(TrainConfig), "G²VLM": groups_of(G2TrainConfig)}
+        kinds = {"": groups_of(TrainConfig), "G²VLM": groups_of(G2TrainConfig)}
         print(as_text(kinds) if arguments.keys == "text" else as_markdown(kinds), end="")
         return 0
     if arguments.name is not None:

@@ -131,7 +131,10 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def as_markdown(kinds: Mapping[str, Iterator[Group]]) -> str:
-    """The page docs/configuration.md: a section with a table for each group, of each kind of recipe by its name."""
+    """The page docs/configuration.md: a section with a table for each group, of each kind of recipe by its name.
+
+    The first kind has no name.
+    """
     lines = [
         "# Configuration: every key of a recipe",
         "",
@@ -140,8 +143,8 @@ def as_markdown(kinds: Mapping[str, Iterator[Group]]) -> str:
         "",
     ]
     for kind, group in _with_kind(kinds):
-        heading = f"`{group.path}`" if group.path else "the run"
-        lines += [f"## {kind}: {heading}", "", group.meaning, ""]
+        heading = f"`{group.path}`" if group.path else "The run"
+        lines += [f"## {kind}{heading}", "", group.meaning, ""]
         lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
         for key in group.keys:
             cells = (f"`{key.path}`", key.kind, f"`{key.default}`", key.meaning)
@@ -151,14 +154,14 @@ def as_markdown(kinds: Mapping[str, Iterator[Group]]) -> str:
 
 
 def _with_kind(kinds: Mapping[str, Iterator[Group]]) -> Iterator[tuple[str, Group]]:
-    return ((kind, group) for kind, groups in kinds.items() for group in groups)
+    return ((f"{kind}: " if kind else "", group) for kind, groups in kinds.items() for group in groups)
 
 
 def as_text(kinds: Mapping[str, Iterator[Group]]) -> str:
     """The keys for a terminal of 80 columns."""
     lines = []
     for kind, group in _with_kind(kinds):
-        lines += [*textwrap.wrap(f"# {kind}: {group.meaning}", 80, subsequent_indent="# "), ""]
+        lines += [*textwrap.wrap(f"# {kind}{group.meaning}", 80, subsequent_indent="# "), ""]
         for key in group.keys:
             lines.append(f"{key.path}: {key.default}")
             for text in (key.kind, key.meaning):

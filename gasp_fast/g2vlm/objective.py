@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .batch import GeometryBatch
 from .collator import GeometryCollator
 from .config import G2TrainConfig
 from .data_config import PackShape
+from .heads import HeadsConfig
 from .held_out import Scores, UnseenScenes, scores_of
 from .model import IGNORED
 from .planning import step_flops
@@ -38,13 +40,13 @@ GROUPS = {"experts.": "experts", "heads.": "heads"}  # by the beginning of names
 LEARNING_STEPS = 5
 RULES = Rules(
     free=EVERY_RUN.free,
-    rounding=(*EVERY_RUN.rounding, "train.tokens_at_once", "loss.backend", "experts.checkpointing"),
+    rounding=(*EVERY_RUN.rounding, "experts.checkpointing", "heads.checkpointing"),
     fixed={
         **EVERY_RUN.fixed,
         "model.start": AT_BEGINNING,
         "experts.layer_scale": AT_BEGINNING,
         "experts.qk_norm": WEIGHTS,
-        "heads": SHAPES,
+        **{f"heads.{key.name}": SHAPES for key in fields(HeadsConfig) if key.name not in ("compute", "checkpointing")},
     },
 )
 

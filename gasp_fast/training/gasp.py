@@ -36,8 +36,8 @@ from .workload import BatchFlops
 RULES = Rules(
     free=(*EVERY_RUN.free, "data.qa.timeout", "data.vqa.timeout"),
     rounding=(
-        *EVERY_RUN.rounding, "train.tokens_at_once", "train.packing", "model.attention", "model.liger", "loss.backend",
-        "loss.workspace",
+        *EVERY_RUN.rounding, "train.micro_batch_size", "train.packing", "train.checkpointing", "model.attention",
+        "model.liger", "loss.workspace",
     ),
     fixed={
         **EVERY_RUN.fixed,

@@ -52,7 +52,7 @@ class Rules:
 
 EVERY_RUN = Rules(
     free=("run", "evaluate", "data.workers"),
-    rounding=("deepspeed", "train.micro_batch_size", "train.checkpointing"),
+    rounding=("deepspeed", "train.tokens_at_once", "loss.backend"),
     fixed={
         "train.mode": WEIGHTS,
         "train.batch_size": "positions in the data are counted in it",

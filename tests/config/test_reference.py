@@ -63,7 +63,7 @@ def test_every_key_of_a_run_has_a_meaning():
 
 def test_the_page_is_what_the_code_says():
     """Write it anew with `gasp-fast recipes --keys markdown > docs/configuration.md`."""
-    assert PAGE.read_text() == as_markdown({"GASP": groups_of(TrainConfig), "G²VLM": groups_of(G2TrainConfig)})
+    assert PAGE.read_text() == as_markdown({"": groups_of(TrainConfig), "G²VLM": groups_of(G2TrainConfig)})
 
 
 def test_the_keys_are_printed_for_a_terminal(capsys):
