@@ -2,18 +2,23 @@
 
 the loop
   loop.py         next batches, forward, backward, clip, step, log, evaluate, save
-  objective.py    what the losses of a step are averaged over
-  model.py        the model and its supervision in one module, with the forward pass of a step
+  objective.py    what the loop asks of the thing that it trains
+  averages.py     what the losses of a step are averaged over
   optim.py        optimizer and parameter groups
   state.py        model, optimizer and schedule on the device; how they are saved and loaded
   held_out.py     evaluation on held-out scenes: when, and what follows from it
+
+GASP
+  gasp.py         GASP as the loop sees it
+  model.py        the model and its supervision in one module, with the forward pass of a step
+  workload.py     FLOPs of a batch, for the MFU in the log and for `gasp-fast plan`
 
 data
   sources.py      samples from tracked scenes and from questions about videos
   stream.py       which sample comes at which step on which process
   sizes.py        the predicted size of a sample, by which a step is dealt to the processes
   loader.py       batches that are ready for a step
-  skipped.py      samples that could not be used
+  replacing.py, skipped.py    samples that could not be used, and those in their place
 
 checkpoints
   checkpoints.py  folders that are complete or absent; which one a run continues from
@@ -36,5 +41,4 @@ reports
   log.py          log.jsonl, progress bar, trackers
   summary.py      table and figure of a finished run
   curves.py       curves of one run or of several
-  workload.py     FLOPs of a batch, for the MFU in the log and for `gasp-fast plan`
 """

@@ -55,7 +55,7 @@ from gasp_fast.run_folder import LOG
 from . import held_out
 from .curves import losses_of, read_log
 from .loader import LoadedBatches
-from .objective import Term
+from .objective import Objective, Term
 from .skipped import KINDS, Skipped, SkippedFile, in_numbers, join
 from .summary import summarise
 
@@ -223,15 +223,13 @@ class RunLog:
 
     def __init__(
         self,
-        config: Any,
+        objective: Objective,
         steps: int,
         done: int,
         resume: Path | None,
         accelerator: Accelerator,
-        left_out: Sequence[Skipped] = (),  # of the data, before the first step
-        next_command: str = "",  # what to do with the finished `{model}`
     ) -> None:
-        self.next_command = next_command
+        config, self.next_command = objective.config, objective.next_command
         self.run, self.accelerator, self.first = config.run, accelerator, accelerator.is_main_process
         self.interrupted = False  # set by the loop
         name = {"name": config.run.name or config.run.out}
@@ -241,7 +239,7 @@ class RunLog:
         accelerator.wait_for_everyone()
         self.skipped = SkippedFile(Path(config.run.out), accelerator.process_index, config.train.batch_size)
         if self.first:
-            self.skipped.add(left_out)
+            self.skipped.add(objective.stream.left_out)  # before the first step
             self.file = LogFile(Path(config.run.out), done)
             self.console = Console(stderr=True)
             begin = "from the beginning" if resume is None else f"resuming from {resume}"

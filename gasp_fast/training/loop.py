@@ -101,15 +101,7 @@ class TrainingLoop:
         self.signals.step_in_hand = True
         with (
             batches,
-            RunLog(
-                self.config,
-                self.steps,
-                done,
-                resume,
-                self.state.accelerator,
-                self.stream.left_out,
-                self.objective.next_command,
-            ) as log,  # fmt: skip
+            RunLog(self.objective, self.steps, done, resume, self.state.accelerator) as log,  # fmt: skip
             self.writer,
         ):
             last = done if self.held_out.out_of_patience else self.steps
