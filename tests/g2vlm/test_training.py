@@ -115,7 +115,7 @@ def test_two_processes_take_the_step_of_one(recipe, tmp_path, deepspeed):
 def test_the_stages_follow_each_other(recipe, questions, tmp_path):
     """Pretraining, then each variant of the joint stage from its checkpoint; what is frozen stays as it was."""
     first = tmp_path / "first"
-    train(recipe(run={"out": str(first)}, train={"steps": 1, "batch_size": 2}))
+    train(recipe(run={"out": str(first)}, train={"steps": 1, "batch_size": 2, "learning_rate": 0.05, "warmup": 0.0}))
     start = {"start": str(first / "checkpoint-1")}
     before = weights_of(first / "checkpoint-1")
     model = recipe().model
@@ -128,7 +128,7 @@ def test_the_stages_follow_each_other(recipe, questions, tmp_path):
         config = recipe(
             str(questions),
             model={"source": model.source, "encoder": model.encoder, **start},
-            train={"mode": mode, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0.0},
+            train={"mode": mode, "steps": 1, "batch_size": 2, "learning_rate": 1e-5, "warmup": 0.0},
             loss=loss,
             run={"out": str(out)},
         )
@@ -137,9 +137,8 @@ def test_the_stages_follow_each_other(recipe, questions, tmp_path):
         assert record["lm"] > 0 and ("local" in record) == (mode == "both")
         shared = before.keys() & after.keys()
         assert bool(shared) == (mode == "both")  # the geometric expert is trained again, or not at all
-        moved = [name for name in shared if not torch.equal(before[name], after[name])]
-        assert all((after[name] - before[name]).abs().max() < 0.01 for name in shared)  # they began where it ended
-        assert moved or mode == "semantic"
+        assert all((after[name] - before[name]).abs().max() < 2e-5 for name in shared)  # they began where it ended
+        assert not shared or any(not torch.equal(before[name], after[name]) for name in shared)
 
 
 def test_evaluation_while_training_chooses_the_best_checkpoint(recipe, assets, tmp_path):
