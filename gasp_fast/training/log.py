@@ -56,6 +56,7 @@ from . import held_out
 from .curves import losses_of, read_log
 from .loader import LoadedBatches
 from .objective import Objective, Term
+from .same_run import leaves
 from .skipped import KINDS, Skipped, SkippedFile, in_numbers, join
 from .summary import summarise
 
@@ -356,12 +357,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration as trackers take it: one value a dotted key."""
-    values: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            values |= flat(value, f"{path}{name}.")
-        else:
-            values[path + name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return values
+    kept = (bool, int, float, str)
+    return {key: value if isinstance(value, kept) else str(value) for key, value in leaves(tree)}

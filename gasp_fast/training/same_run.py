@@ -136,8 +136,8 @@ def _changes(objective: Objective, facts: dict[str, Any], about: dict[str, Any],
     """What differs, but for the free keys."""
     # Both have been through YAML, which has no tuples. A key that the checkpoint's version had not has its default.
     config, rules = objective.config, objective.rules
-    now = dict(_leaves(yaml.safe_load(to_yaml(config))))
-    written = dict(_leaves(configuration_of(checkpoint)))
+    now = dict(leaves(yaml.safe_load(to_yaml(config))))
+    written = dict(leaves(configuration_of(checkpoint)))
     before = {"train.mode": about["mode"], "train.batch_size": about["batch_size"], **written}
     if written:
         before = {**dict(_defaults(type(config))), **before}
@@ -204,10 +204,11 @@ def _covered(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each value in a tree of mappings."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{name}.")
+            yield from leaves(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
 
