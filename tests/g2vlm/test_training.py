@@ -1,6 +1,7 @@
 """G²VLM through the training loop that GASP uses: stages, resume, processes, packs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from gasp_fast.g2vlm.config import (
 from gasp_fast.g2vlm.data_config import G2DataConfig
 from gasp_fast.g2vlm.experts import ExpertsConfig
 from gasp_fast.g2vlm.heads import HeadsConfig
-from gasp_fast.g2vlm.objective import RULES
+from gasp_fast.g2vlm.held_out import UnseenScenes, scores_of
+from gasp_fast.g2vlm.objective import RULES, G2Objective
 from gasp_fast.g2vlm.tiny import build_tiny_encoder
 from gasp_fast.train import read_recipe, train
 from gasp_fast.training.config import RunConfig
@@ -152,13 +154,31 @@ def test_evaluation_while_training_chooses_the_best_checkpoint(recipe, assets, t
     assert (tmp_path / "run" / "best").exists() and (tmp_path / "run" / "training.png").exists()
 
 
+def test_the_optimiser_and_its_rates_are_the_papers(recipe):
+    objective = G2Objective(recipe(train={"steps": 10, "batch_size": 2, "learning_rate": 1e-3, "warmup": 0.2}))
+    objective.build(torch.device("cpu"))
+    [group] = objective.make_optimizer().param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-15, 0.0)
+    rates = [1e-3 * objective.schedule(10)(step) for step in range(11)]
+    assert rates[0] == 0 and rates[2] == 1e-3 and rates[10] == pytest.approx(1e-7)
+
+
+def test_the_truth_in_another_unit_has_the_best_scores(recipe, assets):
+    evaluate = {"scenes": (str(assets.scenes),), "sequences": 1, "frames": 3, "stride": 2}
+    pack = UnseenScenes(recipe(evaluate=evaluate)).pack(0)
+    planted = pack.true.scaled(torch.full((1,), 3.0))
+    scores = scores_of(lambda images: SimpleNamespace(geometry=planted), pack, torch.device("cpu"))
+    assert scores.depth.abs_rel < 1e-5 and scores.depth.delta == 1 and scores.depth.scale == pytest.approx(1 / 3)
+    assert scores.poses.rra == scores.poses.rta == 1 and scores.poses.auc == 1
+
+
 def test_every_rule_names_a_key():
     assert {*RULES.free, *RULES.rounding, *RULES.fixed} <= set(keys_of(G2TrainConfig))
 
 
 def test_what_the_saved_weights_do_not_fit_is_refused(recipe):
     train(recipe(train={"steps": 2, "batch_size": 2}))
-    with pytest.raises(ValueError, match=r"experts\.qk_norm = True, now False"):
+    with pytest.raises(ValueError, match=r"experts\.qk_norm = True, now False \(other weights are trained\)"):
         train(recipe(train={"steps": 2, "batch_size": 2}, experts={"qk_norm": False, "checkpointing": "off"}))
 
 
