@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from gasp_fast.training.skipped import Skipped
 from .batch import GeometryBatch
 from .collator import GeometryCollator
 from .config import G2TrainConfig
+from .data_config import G2DataConfig
 from .losses import Geometry
 from .metrics import DepthMetrics, PoseMetrics, depth_metrics, pose_metrics
 from .model import G2VLM
@@ -69,7 +71,7 @@ class UnseenScenes:
                 evaluate.frames,
                 evaluate.stride,
                 side=data.side,
-                held_out=data.held_out if root in data.roots else 1.0,
+                held_out=_share_left_out(data, root),
                 max_depth=data.max_depth,
             )
             self.left_out += found.left_out
@@ -96,3 +98,15 @@ class UnseenScenes:
 
     def metrics(self, outcomes: Mapping[int, Scores]) -> dict[str, Any]:
         return {"sequences": len(outcomes), **mean_scores([outcomes[index] for index in sorted(outcomes)])}
+
+
+def _share_left_out(data: G2DataConfig, scenes: str) -> float:
+    """The share of `scenes` that training leaves out, by `data.held_out`; 1: all, because it uses none of them."""
+    if Path(scenes).resolve() not in [Path(root).resolve() for root in data.roots]:
+        return 1.0
+    if not data.held_out:
+        raise ValueError(
+            f"evaluate.scenes = {scenes!r} is trained on; set data.held_out=0.05 to leave a share of its scenes out of "
+            "training, or name other scenes"
+        )
+    return data.held_out

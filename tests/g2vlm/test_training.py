@@ -165,7 +165,10 @@ def test_the_optimiser_and_its_rates_are_the_papers(recipe):
 
 def test_the_truth_in_another_unit_has_the_best_scores(recipe, assets):
     evaluate = {"scenes": (str(assets.scenes),), "sequences": 1, "frames": 3, "stride": 2}
-    pack = UnseenScenes(recipe(evaluate=evaluate)).pack(0)
+    with pytest.raises(ValueError, match=r"is trained on; set data.held_out=0.05"):
+        UnseenScenes(recipe(evaluate=evaluate))
+    data = {"roots": (str(assets.scenes),), "side": 56, "max_frames": 3, "workers": 0, "held_out": 0.3}
+    pack = UnseenScenes(recipe(evaluate=evaluate, data=data)).pack(0)
     planted = pack.true.scaled(torch.full((1,), 3.0))
     scores = scores_of(lambda images: SimpleNamespace(geometry=planted), pack, torch.device("cpu"))
     assert scores.depth.abs_rel < 1e-5 and scores.depth.delta == 1 and scores.depth.scale == pytest.approx(1 / 3)
