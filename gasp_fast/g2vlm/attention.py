@@ -42,9 +42,15 @@ def joint_attention(query: Tensor, key: Tensor, value: Tensor, arrangement: Arra
         q, k, v = (states[:, :, block:context] for states in (query, key, value))
         attended.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     if arrangement.tail:
-        tail, seen = query[:, :, context:], _last_triangle(arrangement.tail, arrangement.total, query.device)
-        attended.append(F.scaled_dot_product_attention(tail, key, value, seen, enable_gqa=True))
+        attended.append(tail_attention(query[:, :, context:], key, value))
     return torch.cat(attended, 2)
+
+
+def tail_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries of the last n of N tokens: [B, heads, n, d], twice [B, key heads, N, d] -> [B, heads, n, d]."""
+    count = query.shape[2]
+    seen = None if count == 1 else _last_triangle(count, key.shape[2], query.device)
+    return F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
 
 
 def attended_pairs(arrangement: Arrangement, pattern: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gasp_fast.loss.matches import Matches
 from gasp_fast.training.skipped import Skipped
 
 from .losses import Geometry
@@ -27,6 +28,9 @@ class Questions:
     pixel_values: Tensor  # float32 [patches, 1176], of all images
     image_grid_thw: Tensor  # int64 [images, 3], rows and columns of patches
 
+    def to(self, device: torch.device | str) -> Questions:
+        return _mapped(self, lambda value: value.to(device))
+
 
 @dataclass(frozen=True)
 class GeometryBatch:
@@ -37,6 +41,7 @@ class GeometryBatch:
     valid: Tensor  # bool [B, F, H, W], points whose truth is known
     with_normals: Tensor  # bool [B], sequences whose depth is smooth enough for normals
     questions: Questions | None = None  # for the joint stage
+    matches: Matches | None = None  # between the ViT tokens of the questions' images, for `supervision`
     skipped: tuple[Skipped, ...] = ()  # samples that could not be read, in whose place others are
 
     @property
@@ -46,18 +51,18 @@ class GeometryBatch:
         return batch * frames * (height // PATCH) * (width // PATCH)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GeometryBatch:
-        return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return _mapped(self, lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> GeometryBatch:
         """Called by torch's `DataLoader`."""
-        return _mapped(self, Tensor.pin_memory)
+        return _mapped(self, lambda value: value.pin_memory())
 
 
-def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """A copy of a dataclass, in which `function` is applied to every tensor."""
+def _mapped(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    """A copy of a dataclass, in which `function` is applied to every tensor, and to matches."""
 
     def of(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Matches):
             return function(value)
         return _mapped(value, function) if is_dataclass(value) else value
 

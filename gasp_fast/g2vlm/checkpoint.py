@@ -68,7 +68,7 @@ def official_names(name: str) -> list[str]:
         index, kind, module, weight = layer.groups()
         suffix = "_moe_geo" if kind == "geometric" else ""
         return [f"language_model.model.layers.{index}.{part.format(suffix)}.{weight}" for part in MODULES[module]]
-    if name.startswith("heads."):
+    if name.startswith(("heads.", "gasp.")):
         return [name]
     ours = next(part for part in PARTS if name.startswith(part))
     theirs = PARTS[ours] + name.removeprefix(ours)

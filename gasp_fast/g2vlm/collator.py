@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gasp_fast.backbones import Backbone, Conversation
+from gasp_fast.loss.matches import Matches
 
 from .batch import GeometryBatch, Questions
 from .crop import unprojected
@@ -32,12 +33,18 @@ class GeometryCollator:
         if len(shapes := {sample.images.shape for sample in samples}) != 1:
             raise ValueError(f"a pack has sequences of one shape, these have {sorted(shapes)}")
         images = torch.from_numpy(np.stack([sample.images for sample in samples])).movedim(-1, 2)  # [B, F, 3, H, W]
+        matches = [sample.matches for sample in samples if sample.matches is not None]  # of all, or of none
         return GeometryBatch(
             images=normalised(images),
             true=true_geometry(samples),
             valid=torch.from_numpy(np.stack([sample.depth > 0 for sample in samples])),
             with_normals=torch.tensor([sample.with_normals for sample in samples]),
-            questions=None if self.backbone is None else encoded_questions(self.backbone, samples),
+            questions=None
+            if self.backbone is None
+            else encoded_questions(
+                self.backbone, [Conversation(sample.photographs, sample.messages) for sample in samples]
+            ),
+            matches=Matches.pack(matches) if matches else None,
             skipped=tuple(one for sample in samples for one in sample.skipped),
         )
 
@@ -59,12 +66,17 @@ def true_geometry(samples: Sequence[GeometrySample]) -> Geometry:
     return Geometry(_float32(local), _float32(world), _float32(turned), _float32(shift))
 
 
-def encoded_questions(backbone: Backbone, samples: Sequence[GeometrySample]) -> Questions:
-    """The samples' messages about their whole photographs, one row each."""
+def check_backbone(backbone: Backbone) -> None:
     if backbone.model_type != "qwen2_vl":
-        raise ValueError(f"backbone = {backbone.source!r} is a {backbone.model_type}; questions are for qwen2_vl")
-    talks = [Conversation(sample.photographs, sample.messages) for sample in samples]
-    inputs = backbone.encode(talks).inputs
+        raise ValueError(f"backbone = {backbone.source!r} is a {backbone.model_type}; load that of a Qwen2-VL")
+
+
+def encoded_questions(
+    backbone: Backbone, talks: Sequence[Conversation], add_generation_prompt: bool = False
+) -> Questions:
+    """Messages about whole photographs, one row each. They may end where the next answer begins."""
+    check_backbone(backbone)
+    inputs = backbone.encode(talks, add_generation_prompt).inputs
     names = ("input_ids", "labels", "attention_mask", "pixel_values", "image_grid_thw")
     return Questions(**{name: inputs[name] for name in names})
 

@@ -23,6 +23,7 @@ from gasp_fast.training.optim import LARGEST_BATCH, MOST_STEPS
 from .data_config import MOST_FRAMES, G2DataConfig
 from .experts import ExpertsConfig
 from .heads import HeadsConfig
+from .supervision import G2GaspConfig
 
 Mode = Literal["geometric", "semantic", "both"]
 FROZEN = {"geometric": "semantic", "semantic": "geometric", "both": "none"}  # by what is trained
@@ -130,6 +131,7 @@ class G2TrainConfig:
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     loss: G2LossConfig = field(default_factory=G2LossConfig)
+    gasp: G2GaspConfig = field(default_factory=G2GaspConfig)
     train: G2OptimisationConfig = field(default_factory=G2OptimisationConfig)
     data: G2DataConfig
     run: RunConfig
@@ -143,6 +145,8 @@ class G2TrainConfig:
             )
         if self.data.questions and not self.loss.text_weight:
             raise ValueError("data.questions is not trained on with loss.text_weight = 0; give it a weight")
+        if self.gasp.weight and not self.data.questions:
+            raise ValueError(f"gasp.weight = {self.gasp.weight} needs data.questions, whose images it supervises")
         if self.train.mode == "semantic" and self.loss.geometry_weight:
             raise ValueError("train.mode = 'semantic' keeps the geometric expert as it is; set loss.geometry_weight=0")
         if self.train.mode == "geometric" and not self.loss.geometry_weight:

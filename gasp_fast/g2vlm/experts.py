@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import ATTENTIONS, joint_attention, pattern_of
+from .attention import ATTENTIONS, joint_attention, pattern_of, tail_attention
+from .cache import Cache, KeysValues
 from .tokens import Arrangement
 
 
@@ -102,15 +103,39 @@ class Layer(nn.Module):
         self.pattern = pattern_of(config.attention, index)
 
     def forward(
-        self, geometric: Tensor, semantic: Tensor, cosine: Tensor, sine: Tensor, arrangement: Arrangement
+        self,
+        semantic: Tensor,
+        geometric: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        arrangement: Arrangement,
+        memory: KeysValues | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[B, patches, width], [B, others, width], twice [B, 1, N, d / 2] -> both streams."""
+        """[B, others, width], [B, patches, width], twice [B, 1, N, d / 2] -> both streams.
+
+        Semantic tokens come first: where the layer enters, its first argument is what `supervision` reads. `memory`
+        gets the keys and values of all tokens.
+        """
         projected = zip(self.geometric.project(geometric), self.semantic.project(semantic), strict=True)
         query, key, value = (torch.cat(parts, 1).transpose(1, 2) for parts in projected)  # [B, heads, N, d]
         query, key = (rotate(states, cosine, sine).to(value.dtype) for states in (query, key))
+        if memory is not None:
+            memory.append(key, value)
         attended = joint_attention(query, key, value, arrangement, self.pattern)
         of_patches, of_others = attended.transpose(1, 2).flatten(2).split([geometric.shape[1], semantic.shape[1]], 1)
-        return self.geometric.add(geometric, of_patches), self.semantic.add(semantic, of_others)
+        return self.semantic.add(semantic, of_others), self.geometric.add(geometric, of_patches)
+
+    @property
+    def input_layernorm(self) -> nn.Module:
+        """Of semantic tokens, under the name that it has in other decoders."""
+        return self.semantic.input_norm
+
+    def extend(self, tail: Tensor, cosine: Tensor, sine: Tensor, memory: KeysValues) -> Tensor:
+        """Semantic tokens that see all those in `memory`, and are added to it: [B, n, width] -> [B, n, width]."""
+        query, key, value = (states.transpose(1, 2) for states in self.semantic.project(tail))  # [B, heads, n, d]
+        query, key = (rotate(states, cosine, sine).to(value.dtype) for states in (query, key))
+        attended = tail_attention(query, *memory.append(key, value))
+        return self.semantic.add(tail, attended.transpose(1, 2).flatten(2))
 
 
 class Experts(nn.Module):
@@ -131,17 +156,33 @@ class Experts(nn.Module):
         return [*(getattr(layer, kind) for layer in self.layers), getattr(self, f"{kind}_norm")]
 
     def forward(
-        self, geometric: Tensor, semantic: Tensor, positions: Tensor, arrangement: Arrangement
+        self,
+        geometric: Tensor,
+        semantic: Tensor,
+        positions: Tensor,
+        arrangement: Arrangement,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[B, patches, width], [B, others, width], int64 [3, B, N] -> both streams, after the final norms."""
+        """[B, patches, width], [B, others, width], int64 [3, B, N] -> both streams, after the final norms.
+
+        `cache` gets the keys and values of all tokens; gradients must be off then.
+        """
         cosine, sine = rotations(positions, self.head_dim, self.theta, self.sections)
         for index, layer in enumerate(self.layers):
-            arguments = geometric, semantic, cosine, sine, arrangement
+            arguments = semantic, geometric, cosine, sine, arrangement, None if cache is None else cache.layers[index]
             if torch.is_grad_enabled() and self.config.recomputes(index, len(self.layers)):
-                geometric, semantic = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                semantic, geometric = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                geometric, semantic = layer(*arguments)
+                semantic, geometric = layer(*arguments)
         return self.geometric_norm(geometric), self.semantic_norm(semantic)
+
+    def extend(self, tail: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Semantic tokens after all those in the cache: [B, n, width], int64 [3, B, n] -> after the final norm."""
+        cosine, sine = rotations(positions, self.head_dim, self.theta, self.sections)
+        layers: Any = self.layers
+        for layer, memory in zip(layers, cache.layers, strict=True):
+            tail = layer.extend(tail, cosine, sine, memory)
+        return self.semantic_norm(tail)
 
 
 def rotations(positions: Tensor, head_dim: int, theta: float, sections: Sequence[int]) -> tuple[Tensor, Tensor]:

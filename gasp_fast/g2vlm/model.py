@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import Questions
+from .cache import Cache
 from .experts import Experts, ExpertsConfig
 from .losses import Geometry
 from .tokens import Arrangement, context_positions, text_positions
@@ -65,6 +66,7 @@ class G2VLM(nn.Module):
         self.experts = Experts(sizes, self.config)
         _copy_decoder(decoder, self.experts)
         self.heads = heads
+        self.gasp: Any = None  # heads and loss of GASP, where it supervises the semantic expert: see `supervision`
         self.freeze("none")
 
     def freeze(self, expert: str) -> None:
@@ -107,14 +109,23 @@ class G2VLM(nn.Module):
         following = labels[:, 1:]
         is_labelled = following != IGNORED  # [B, S - 1]
         predicted = following[is_labelled]  # [L]
-        with self._autocast(tail.device):
+        with self.autocast(tail.device):
             logits = self.lm_head(tail[:, :-1][is_labelled])  # [L, vocabulary]
         return F.cross_entropy(logits.float(), predicted, reduction="sum") / max(len(predicted), 1)
 
     def states(
-        self, images: Tensor | None, questions: Questions | None = None, prefix: Tensor | None = None
+        self,
+        images: Tensor | None,
+        questions: Questions | None = None,
+        prefix: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> tuple[States, Arrangement]:
-        """Hidden states of patches and tail, and the arrangement of the tokens."""
+        """Hidden states of patches and tail, and the arrangement of the tokens.
+
+        An empty `cache` gets keys and values of all tokens, for `read`; questions are then read, not given here.
+        """
+        if cache is not None and (questions is not None or cache.length or torch.is_grad_enabled()):
+            raise ValueError("cache must be empty, questions be None and gradients off; pass questions to read()")
         given = [tensor for tensor in (images, prefix) if tensor is not None]
         given += [] if questions is None else [questions.input_ids]
         if not given:
@@ -123,7 +134,7 @@ class G2VLM(nn.Module):
         if prefix is None:
             prefix = torch.zeros(batch, 0, dtype=torch.long, device=device)
         arrangement = self._arrange(images, questions, prefix)
-        with self._autocast(device):
+        with self.autocast(device):
             marks = self.marks.repeat(batch, arrangement.frames)  # [B, 2 F]
             semantic = [self.embedding(torch.cat([marks, prefix], 1))]
             positions = [context_positions(arrangement, device)[:, None].expand(-1, batch, -1)]
@@ -131,11 +142,32 @@ class G2VLM(nn.Module):
                 semantic.append(self._tail(questions))
                 positions.append(arrangement.tail_position + self._tail_positions(questions))
             geometric = semantic[0][:, :0] if images is None else self._patches(images)
-            geometric, others = self.experts(geometric, torch.cat(semantic, 1), torch.cat(positions, -1), arrangement)
+            geometric, others = self.experts(
+                geometric, torch.cat(semantic, 1), torch.cat(positions, -1), arrangement, cache
+            )
+        if cache is not None:
+            cache.position = arrangement.tail_position
         patches = geometric.unflatten(1, (arrangement.frames, arrangement.rows * arrangement.columns))
         return States(patches, others[:, arrangement.marks + arrangement.prefix :]), arrangement
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
+    def read(self, tail: Questions | Tensor, cache: Cache) -> Tensor:
+        """Logits [B, vocabulary] of the token after `tail`, whose tokens follow those in the cache and are added to it.
+
+        `tail` is conversations without padding, or ids [B, n] of text.
+        """
+        ids = tail if isinstance(tail, Tensor) else tail.input_ids
+        with self.autocast(ids.device):
+            if isinstance(tail, Tensor):
+                embedded, positions = self.embedding(ids), text_positions(ids, IGNORED)
+            else:
+                embedded, positions = self._tail(tail), self._tail_positions(tail)
+            hidden = self.experts.extend(embedded, cache.position + positions, cache)
+            logits = self.lm_head(hidden[:, -1])
+        cache.position += int(positions[..., -1].max()) + 1
+        return logits.float()
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision of everything but the heads."""
         return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def _arrange(self, images: Tensor | None, questions: Questions | None, prefix: Tensor) -> Arrangement:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from gasp_fast.backbones import Backbone
 from gasp_fast.backbones.base_model import load_backbone
 from gasp_fast.planning.dealing import DealtStep
+from gasp_fast.training.averages import mean_of_sequences
 from gasp_fast.training.distributed import Processes
 from gasp_fast.training.guards import GuardError
 from gasp_fast.training.loader import make_data_loader
@@ -34,9 +36,10 @@ from .model import IGNORED
 from .planning import step_flops
 from .question_samples import QuestionStream
 from .samples import GeometryStream
-from .trained import GEOMETRY_TERMS, G2Weights, TrainedG2VLM, build, gather_weights, read_weights
+from .supervision import sequence_matches
+from .trained import GASP_TERMS, GEOMETRY_TERMS, G2Weights, TrainedG2VLM, build, gather_weights, read_weights
 
-GROUPS = {"experts.": "experts", "heads.": "heads"}  # by the beginning of names; others: "maps"
+GROUPS = {"experts.": "experts", "heads.": "heads", "gasp.": "gasp"}  # by the beginning of names; others: "maps"
 LEARNING_STEPS = 5
 RULES = Rules(
     free=EVERY_RUN.free,
@@ -47,6 +50,11 @@ RULES = Rules(
         "experts.layer_scale": AT_BEGINNING,
         "experts.qk_norm": WEIGHTS,
         **{f"heads.{key.name}": SHAPES for key in fields(HeadsConfig) if key.name not in ("compute", "checkpointing")},
+        "gasp.heads.layers": SHAPES,
+        "gasp.heads.mid_size": SHAPES,
+        "gasp.heads.out_size": SHAPES,
+        "gasp.heads.init": AT_BEGINNING,
+        "gasp.heads.bias": AT_BEGINNING,
     },
 )
 
@@ -73,7 +81,7 @@ def packs_of(
 
 
 class G2Collator:
-    """Packs as the loop takes them: with `counts`, of labelled tokens and of sequences."""
+    """Packs as the loop takes them: with `counts`, of labelled tokens, of sequences, and of those with matches."""
 
     def __init__(self, backbone: Backbone | None) -> None:
         self.collate = GeometryCollator(backbone)
@@ -81,7 +89,11 @@ class G2Collator:
     def __call__(self, samples: Sequence[Any]) -> Batch:
         pack = self.collate(samples)
         labelled = 0 if pack.questions is None else int((pack.questions.labels[:, 1:] != IGNORED).sum())
-        counts = torch.tensor([labelled, len(pack.images)], dtype=torch.float64)
+        matched = 0
+        if pack.matches is not None:
+            averaged, matched = mean_of_sequences(pack.matches)
+            pack = replace(pack, matches=averaged)
+        counts = torch.tensor([labelled, len(pack.images), matched], dtype=torch.float64)
         return {"pack": pack, "counts": counts, "skipped": pack.skipped}
 
 
@@ -111,7 +123,7 @@ class MovingWeights:
 class G2Objective(Objective):
     """Trains a `TrainedG2VLM` on packs of a `GeometryStream`, or of a `QuestionStream` in the joint stage."""
 
-    counts = ("answered", "measured")  # steps that have labelled tokens, and sequences
+    counts = ("answered", "measured", "matched")  # steps that have labelled tokens, sequences, and matches
     dtype = torch.float32  # of weights; the model itself chooses what its products run in
     rules = RULES
     next_command = "gasp-fast geometry --model {model} --scenes DIR"
@@ -126,7 +138,7 @@ class G2Objective(Objective):
             raise GuardError(f"deepspeed = {config.deepspeed!r} is ZeRO-3, which G²VLM is not trained with; use zero2")
         self.config, data, batch_size = config, config.data, config.train.batch_size
         self.backbone = load_backbone(config.model.source) if data.questions else None
-        self.stream = GeometryStream(data, batch_size) if self.backbone is None else QuestionStream(data, batch_size)
+        self.stream = GeometryStream(data, batch_size) if self.backbone is None else self._questions()
         self.sequences = UnseenScenes(config) if config.evaluate.scenes else None
         text, geometry = config.loss.text_weight > 0, config.loss.geometry_weight > 0
         self.terms = (
@@ -135,6 +147,12 @@ class G2Objective(Objective):
         )
         # The last layer's output of patches serves geometry alone, that of semantic tokens the text alone.
         self.may_skip_weights = config.train.mode != "geometric"
+
+    def _questions(self) -> QuestionStream:
+        config, matches_of = self.config, None
+        if config.gasp.weight and self.backbone is not None:
+            matches_of = partial(sequence_matches, self.backbone, config.gasp)
+        return QuestionStream(config.data, config.train.batch_size, matches_of)
 
     # ---- before the first step --------------------------------------------------------------------------------------
 
@@ -151,7 +169,10 @@ class G2Objective(Objective):
         return Share(processes.rank, world, train.batch_size, tokens_at_once=train.tokens_at_once)
 
     def build(self, device: torch.device) -> None:
-        self.model = build(self.config)
+        self.model = build(self.config, device)
+        if self.model.model.gasp is not None:
+            layers = len(self.model.model.gasp.layers)
+            self.terms += tuple(Term(name, "matched", layers, is_loss=name != "pck") for name in GASP_TERMS)
         self.hidden_size = self.model.model.qwen_config.text_config.hidden_size
 
     def groups(self) -> Iterator[Group]:

@@ -2,7 +2,7 @@
 
 Parameters and products are counted. Activations are counted for the default checkpointing of layers (their inputs, and
 one layer that is being recomputed). Efficiencies are those of `gasp_fast.planning.assumptions`: nothing of G²VLM has
-been measured on a GPU.
+been measured on a GPU. Of GASP's supervision only the parameters are counted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from gasp_fast.planning.assumptions import Assumptions
 from gasp_fast.planning.gpus import GPU
 from gasp_fast.planning.training_setup import Sharding
+from gasp_fast.supervision.heads import CorrespondenceHead, parse_layers
+from gasp_fast.supervision.heads import HeadsConfig as CorrespondenceConfig
 
 from .batch import PATCH, GeometryBatch
 from .config import G2TrainConfig
@@ -151,10 +153,21 @@ def parameter_counts(config: G2TrainConfig, shapes: Shapes) -> tuple[dict[str, i
     with torch.device("meta"):
         heads = sum(parameter.numel() for parameter in GeometryHeads(config.heads).parameters())
     counts = {**shapes.parameters(), "heads": heads}
+    if config.gasp.weight:
+        counts["gasp"] = _gasp_parameters(config.gasp.heads, shapes)
     geometric, semantic = ("geometric", "patch_map", "heads"), ("semantic", "embedding", "lm_head")
     learning = {"geometric": geometric, "semantic": semantic, "both": (*geometric, *semantic)}[config.train.mode]
-    trained = {name: count for name, count in counts.items() if name in learning}
+    trained = {name: count for name, count in counts.items() if name in (*learning, "gasp")}
     return trained, {name: count for name, count in counts.items() if name not in trained}
+
+
+def _gasp_parameters(config: CorrespondenceConfig, shapes: Shapes) -> int:
+    """Of the correspondence heads of the semantic expert's layers."""
+    queries = shapes.heads * shapes.head_dim
+    with torch.device("meta"):
+        head = CorrespondenceHead(shapes.width, config.mid_size, config.out_size or queries)
+    layers = len(parse_layers(config.layers, shapes.layers))
+    return layers * sum(parameter.numel() for parameter in head.parameters())
 
 
 def _memory(

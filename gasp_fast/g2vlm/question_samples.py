@@ -7,7 +7,7 @@ many frames. How many is that of a record drawn from all, so that every record i
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from gasp_fast.backbones import messages_from_record
+from gasp_fast.backbones.frames import RGBImage
 from gasp_fast.data.questions.scene_frames import FrameReader, SceneFrames
 from gasp_fast.data.questions.video_qa import VideoQA
+from gasp_fast.data.scenes.scene import Scene
+from gasp_fast.loss.matches import Matches
 from gasp_fast.training.replacing import Replacing
 from gasp_fast.training.skipped import Skipped
 
 from .data_config import G2DataConfig, PackShape, shape_of_step
 from .samples import GeometrySample, geometry_sample
+
+MatchesOf = Callable[[Scene, Sequence[int], Sequence[RGBImage]], Matches]  # of frames of a scene, and their photographs
 
 
 class QuestionSequences(Replacing[GeometrySample]):
@@ -38,9 +43,11 @@ class QuestionSequences(Replacing[GeometrySample]):
         records: VideoQA,
         numbers: NDArray[np.int64],
         shape: Callable[[int], PackShape],
+        matches_of: MatchesOf | None,
     ) -> None:
         """`numbers` are those of its records among all; `shape` gives the shape at a position."""
         self.config, self.records, self.numbers, self.shape = config, records, numbers, shape
+        self.matches_of = matches_of
         self.root = config.questions
 
     def __len__(self) -> int:
@@ -57,7 +64,8 @@ class QuestionSequences(Replacing[GeometrySample]):
         turns = [{"from": turn.speaker, "value": turn.text} for turn in record.turns]
         normals = not self.config.with_normals or self.config.with_normals[0]
         messages = messages_from_record(turns)
-        return replace(sample, photographs=photographs, messages=messages, with_normals=normals)
+        found = None if self.matches_of is None else self.matches_of(scene, record.about.frames, photographs)
+        return replace(sample, photographs=photographs, messages=messages, with_normals=normals, matches=found)
 
     def name(self, index: int) -> str:
         return self.records.name(int(self.numbers[index]))
@@ -66,8 +74,11 @@ class QuestionSequences(Replacing[GeometrySample]):
 class QuestionStream(Dataset[GeometrySample]):
     """Sequences with questions, by position. Pickles into loader workers."""
 
-    def __init__(self, config: G2DataConfig, batch_size: int) -> None:
-        """`batch_size` is the number of sequences of a step, over all processes."""
+    def __init__(self, config: G2DataConfig, batch_size: int, matches_of: MatchesOf | None = None) -> None:
+        """`batch_size` is the number of sequences of a step, over all processes.
+
+        `matches_of` finds their matches, for GASP's supervision; None: they have none.
+        """
         if not config.questions or not config.roots:
             raise ValueError(
                 "data.questions names no folder of records, or data.roots[0] not the scenes they are about"
@@ -86,7 +97,7 @@ class QuestionStream(Dataset[GeometrySample]):
                 f"data.max_frames = {config.max_frames} frames; they have {counts.min()} to {counts.max()}"
             )
         self.groups = {
-            int(count): QuestionSequences(config, self.records, np.flatnonzero(counts == count), self.shape)
+            int(count): QuestionSequences(config, self.records, np.flatnonzero(counts == count), self.shape, matches_of)
             for count in np.unique(counts[self.usable])
         }
 

@@ -24,6 +24,7 @@ from gasp_fast.data.scenes.library import SceneEntry, folder_name
 from gasp_fast.data.scenes.open_scenes import OpenScenes
 from gasp_fast.data.scenes.scene import Scene, rigid_inverse
 from gasp_fast.data.tracks.sequences import is_held_out
+from gasp_fast.loss.matches import Matches
 from gasp_fast.training.replacing import Replacing
 from gasp_fast.training.skipped import Skipped
 from gasp_fast.training.sources import usable_scenes
@@ -47,6 +48,7 @@ class GeometrySample:
     with_normals: bool = True
     photographs: Sequence[RGBImage] = ()  # whole, for questions about them
     messages: Sequence[dict[str, str]] = ()  # questions and answers
+    matches: Matches | None = None  # between the tokens that Qwen2-VL makes of the photographs
     skipped: tuple[Skipped, ...] = ()  # samples in whose place this one is
 
 

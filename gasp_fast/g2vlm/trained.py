@@ -22,27 +22,33 @@ from .config import FROZEN, G2LossConfig, G2TrainConfig
 from .heads import GeometryHeads
 from .losses import geometry_loss
 from .model import G2VLM
+from .supervision import build_gasp, gasp_capture, gasp_terms
 
 FILES = "model-"  # begins the names of the files with trained weights
 GEOMETRY_TERMS = ("local", "world", "normal", "rotation", "translation")
+GASP_TERMS = ("corr", "depth", "pck")
 
 
 class TrainedG2VLM(nn.Module):
     """A forward pass of training: the model and its losses."""
 
-    def __init__(self, model: G2VLM, loss: G2LossConfig) -> None:
+    def __init__(self, model: G2VLM, loss: G2LossConfig, gasp_weight: float = 0.0) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.gasp_weight = model, loss, gasp_weight
 
     def forward(
         self,
         pack: GeometryBatch,
-        counts: Tensor,  # [2], labelled tokens and sequences of the pack
-        shares: Tensor | None = None,  # float32 [2], of the pack in those of the step; None: the pack is the step
+        counts: Tensor,  # [3], labelled tokens, sequences, and those with matches, of the pack
+        shares: Tensor | None = None,  # float32 [3], of the pack in those of the step; None: the pack is the step
     ) -> dict[str, Any]:
-        """The `loss` and, without gradient, its terms: `lm`, `local`, `world`, `normal`, `rotation`, `translation`."""
-        shares = torch.ones(2, device=pack.images.device) if shares is None else shares
-        found = self.model(pack.images, pack.questions, with_geometry=self.loss.geometry_weight > 0)
+        """The `loss` and, without gradient, its terms: `lm`, `local`, `world`, `normal`, `rotation`, `translation`.
+
+        With GASP's supervision also `corr`, `depth` and `pck` of each supervised layer [L].
+        """
+        shares = torch.ones(3, device=pack.images.device) if shares is None else shares
+        with gasp_capture(self.model.gasp, self.model) as capture:
+            found = self.model(pack.images, pack.questions, with_geometry=self.loss.geometry_weight > 0)
         parts, terms = list[Tensor](), dict[str, Tensor]()
         if found.text_loss is not None:
             lm = found.text_loss * shares[0]
@@ -53,18 +59,24 @@ class TrainedG2VLM(nn.Module):
             total = losses.total(self.loss.translation_weight, self.loss.zero_above).mean() * shares[1]
             parts.append(self.loss.geometry_weight * total)
             terms |= {name: getattr(losses, name).detach().mean() * shares[1] for name in GEOMETRY_TERMS}
+        if self.model.gasp is not None:
+            gasp = gasp_terms(self.model.gasp, capture, self.model, pack)
+            parts.append(self.gasp_weight * shares[2] * gasp["loss"])
+            if pack.matches is not None and len(pack.matches):
+                terms |= {name: gasp[name].detach() * shares[2] for name in GASP_TERMS}
         return {**terms, "loss": torch.stack(parts).sum()}
 
 
-def build(config: G2TrainConfig) -> TrainedG2VLM:
-    """The model of a run, on the CPU, the same on every process."""
+def build(config: G2TrainConfig, device: torch.device | None = None) -> TrainedG2VLM:
+    """The model of a run, on the CPU, the same on every process. `device` is that of the training; None: the CPU."""
     torch.manual_seed(config.train.seed)
     heads = GeometryHeads(config.heads)
     model = new_model(config.model.source, config.model.encoder, heads, config.experts)
     if config.model.start is not None:
         start_from(model, Path(config.model.start))
     model.freeze(FROZEN[config.train.mode])
-    return TrainedG2VLM(model, config.loss).train()
+    model.gasp = build_gasp(model, config.gasp, device or torch.device("cpu"))
+    return TrainedG2VLM(model, config.loss, config.gasp.weight).train()
 
 
 def start_from(model: G2VLM, folder: Path) -> None:
@@ -73,7 +85,8 @@ def start_from(model: G2VLM, folder: Path) -> None:
         with readable(folder):
             stored = shapes(folder, FILES)
             every = _named(model, [name for name, _ in model.named_parameters()])
-            read_into({name: every[name] for name in stored}, folder, FILES)
+            # GASP's heads begin anew, from the query projections that are read here.
+            read_into({name: every[name] for name in stored if not name.startswith("gasp.")}, folder, FILES)
     else:
         load_weights(model, folder)
 

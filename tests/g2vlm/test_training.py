@@ -23,6 +23,8 @@ from gasp_fast.g2vlm.experts import ExpertsConfig
 from gasp_fast.g2vlm.heads import HeadsConfig
 from gasp_fast.g2vlm.held_out import UnseenScenes, scores_of
 from gasp_fast.g2vlm.objective import RULES, G2Objective
+from gasp_fast.g2vlm.planning import parameter_counts, shapes_of
+from gasp_fast.g2vlm.supervision import G2GaspConfig
 from gasp_fast.g2vlm.tiny import build_tiny_encoder
 from gasp_fast.train import read_recipe, train
 from gasp_fast.training.config import RunConfig
@@ -52,6 +54,7 @@ def recipe(models, assets, tmp_path):
             experts=ExpertsConfig(**of("experts", layer_scale=0.1, checkpointing="off")),
             heads=HeadsConfig(hidden=WIDTH, width=32, layers=1, heads=2, point_width=32, camera_width=16),
             loss=G2LossConfig(**of("loss")),
+            gasp=G2GaspConfig(**of("gasp")),
             train=G2OptimisationConfig(**of("train", steps=4, batch_size=4, learning_rate=1e-3, tokens_at_once=64)),
             data=G2DataConfig(
                 **of("data", roots=(str(assets.scenes),), side=56, max_frames=3, workers=0, questions=questions or "")
@@ -141,6 +144,40 @@ def test_the_stages_follow_each_other(recipe, questions, tmp_path):
         assert bool(shared) == (mode == "both")  # the geometric expert is trained again, or not at all
         assert all((after[name] - before[name]).abs().max() < 2e-5 for name in shared)  # they began where it ended
         assert not shared or any(not torch.equal(before[name], after[name]) for name in shared)
+
+
+def test_gasp_supervises_the_joint_stage_by_one_key(recipe, questions, tmp_path):
+    steps = {"mode": "both", "steps": 2, "batch_size": 4, "tokens_at_once": 10_000, "learning_rate": 1e-3}
+    joint = {"train": steps, "loss": {"text_weight": 1.0}}
+    logs, weights = [], []
+    for weight in (0.0, 1.0):
+        out = tmp_path / f"{weight}"
+        train(recipe(str(questions), gasp={"weight": weight}, run={"out": str(out), "save_every": 1}, **joint))
+        logs.append(log_of(out))
+        weights.append(weights_of(out / "checkpoint-2"))
+    apart = {**joint, "train": {**steps, "steps": 1, "tokens_at_once": 1}}  # a pack for each sequence
+    train(recipe(str(questions), gasp={"weight": 1.0}, run={"out": str(tmp_path / "apart")}, **apart))
+    without, first = logs[0][0], logs[1][0]
+    for name in ("loss", "corr", "depth", "pck_per_layer", "grad_norm"):
+        assert log_of(tmp_path / "apart")[0][name] == pytest.approx(first[name], rel=1e-4), name
+    assert "corr" not in without and first["lm"] == pytest.approx(without["lm"], rel=1e-5)
+    assert len(first["corr_per_layer"]) == len(first["pck_per_layer"]) == 2 and first["corr"] > 0 and first["depth"] > 0
+    gasp = 0.3 * first["corr"] + first["depth"]
+    assert first["loss"] - without["loss"] == pytest.approx(gasp, rel=1e-3)
+    heads = {name: value for name, value in weights[1].items() if name.startswith("gasp.")}
+    assert len(heads) == 2 * 4 and weights[1].keys() - heads.keys() == weights[0].keys()
+    config = recipe(str(questions), gasp={"weight": 1.0}, **joint)
+    trained, _ = parameter_counts(config, shapes_of(config)[0])
+    assert trained["gasp"] == sum(value.numel() for value in heads.values())
+    whole, out = weights[1], tmp_path / "1.0"
+    (out / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    train(recipe(str(questions), gasp={"weight": 1.0}, run={"out": str(out), "save_every": 1}, **joint))  # resumes
+    assert_equal(weights_of(out / "checkpoint-2"), whole)
+    model = {"source": config.model.source, "encoder": config.model.encoder, "start": str(out / "checkpoint-2")}
+    train(recipe(str(questions), model=model, run={"out": str(tmp_path / "later")}, **joint))  # without GASP
+    assert log_of(tmp_path / "later")[0]["lm"] < without["lm"]
+    with pytest.raises(ValueError, match=r"gasp.weight = 1.0 needs data.questions"):
+        recipe(gasp={"weight": 1.0})
 
 
 def test_evaluation_while_training_chooses_the_best_checkpoint(recipe, assets, tmp_path):
