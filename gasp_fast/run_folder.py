@@ -6,7 +6,7 @@ RUN/run.json, skipped.jsonl                  what ran, each time it was started;
 RUN/checkpoint-N/                            weights, heads.safetensors, config.yaml; complete or absent
 RUN/best                                     a link to the best checkpoint
 RUN/export/, adapters/                       what `gasp-fast export RUN`, or with --adapters, writes
-RUN/report/                                  the report written by `gasp-fast evaluate --model RUN`
+RUN/report/                                  the report written by `gasp-fast evaluate --model RUN`, or by `geometry`
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,24 @@ def run_of(source: str | os.PathLike[str]) -> Path | None:
         if (folder / CONFIG).is_file() and (folder / LOG).is_file():
             return folder
     return None
+
+
+def model_name(source: str) -> str:
+    """A hub name, or the folder's name, with its parent's for `export`, `model` and `checkpoint-N`."""
+    path = Path(source)
+    if not path.is_dir():
+        return source
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if re.fullmatch(r"checkpoint-\d+|export|model", path.name) else path.name
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Hash of the names, sizes and times of the weight files; that of nothing for a hub name."""
+    digest = blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def result_folder(source: str | os.PathLike[str], name: str) -> Path:

@@ -48,8 +48,11 @@ def loading(source: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(f"model = {os.fspath(source)!r} cannot be loaded: {one_line(error)}") from error
 
 
-def local_folder(source: str) -> str:
-    """The folder of a model that the files of a run name: a folder, or a model in the hub's cache. Never downloads."""
+def local_folder(source: str, option: str = "--base") -> str:
+    """The folder of a model that the files of a run name: a folder, or a model in the hub's cache. Never downloads.
+
+    `option` is the one that names another model.
+    """
     if Path(source).is_dir():
         return source
     from huggingface_hub import snapshot_download
@@ -59,5 +62,5 @@ def local_folder(source: str) -> str:
     except (OSError, ValueError) as error:
         raise OSError(
             f"the base model {source!r} of the run is neither a folder here nor a hub model in the cache; name it with "
-            "--base (a hub name given there is downloaded)"
+            f"{option} (a hub name given there is downloaded)"
         ) from error

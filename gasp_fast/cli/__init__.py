@@ -26,6 +26,7 @@ GROUPS = {  # in the order of use; a command's module has its name, with _ for -
     "scenes": ("render", "scenes", "depth", "tracks", "make-vqa"),
     "training": ("recipes", "plan", "train", "curves"),
     "trained models": ("evaluate", "compare", "export", "benchmark", "compare-benchmarks"),
+    "G²VLM": ("geometry", "reconstruct"),
     "benchmark and shell": ("bench", "completion"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)

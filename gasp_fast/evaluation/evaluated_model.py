@@ -7,9 +7,7 @@ training run (its last checkpoint).
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,8 @@ from gasp_fast.run_folder import (
     check_intact,
     configuration_of,
     holds_only_heads,
+    model_name,
+    weights_fingerprint,
     weights_folder,
 )
 from gasp_fast.supervision.head_files import read_heads
@@ -86,7 +86,7 @@ def load_evaluated_model(
         model = backbone.load_model(dtype=dtype)
     if backbone.frames_per_grid > 1:
         raise ValueError(
-            f"frames_as = {frames_as!r}, as in {_name_of(str(source))}, merges frames into one grid of tokens, whose "
+            f"frames_as = {frames_as!r}, as in {model_name(str(source))}, merges frames into one grid of tokens, whose "
             "points cannot be scored frame by frame; give --frames-as video_doubled"
         )
     with loading(source):
@@ -105,7 +105,7 @@ def load_evaluated_model(
     if heads is not None:
         _check_heads_fit(heads, backbone, str(source))
         heads = heads.eval().requires_grad_(False).to(device)
-    name, fingerprint = _name_of(str(source)), _fingerprint(folder or Path(source))
+    name, fingerprint = model_name(str(source)), weights_fingerprint(folder or Path(source))
     return EvaluatedModel(name, backbone, model, heads, origin, fingerprint, base, frame_pixels=frame_pixels)
 
 
@@ -197,21 +197,3 @@ def _check_heads_fit(heads: CorrespondenceHeads, backbone: Backbone, source: str
             f"the heads of {source} are for layers {heads.layers[0]} to {heads.layers[-1]} of width {width}; the model "
             f"has {backbone.layer_count} layers of width {backbone.hidden_size}: they belong to another model"
         )
-
-
-def _name_of(source: str) -> str:
-    """A hub name, or the folder's name, with its parent's for `export`, `model` and `checkpoint-N`."""
-    path = Path(source)
-    if not path.is_dir():
-        return source
-    path = path.resolve()
-    return f"{path.parent.name}/{path.name}" if re.fullmatch(r"checkpoint-\d+|export|model", path.name) else path.name
-
-
-def _fingerprint(folder: Path) -> str:
-    """Hash of the names, sizes and times of the weight files; that of nothing for a hub name."""
-    digest = blake2b(digest_size=8)
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -61,8 +61,9 @@ def cloud_part(caption: str, data: Mapping[str, Any]) -> str:
     return _filled("cloud.html", data=_json_in_script(data), script=_template("cloud.js"), caption=html.escape(caption))
 
 
-def plot(caption: str, svg: str) -> str:
-    return f'<figure class="plot">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
+def plot(caption: str, svg: str, narrow: bool = False) -> str:
+    style = "plot narrow" if narrow else "plot"
+    return f'<figure class="{style}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
 def folded(summary: str, part: str) -> str:

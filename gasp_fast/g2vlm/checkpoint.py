@@ -4,13 +4,15 @@ A folder holds `model.safetensors` (or several such files) and the configuration
 and `dino_config.json`, as InternRobotics/G2VLM-2B-MoT does. The names are those of the authors' model code; they have
 not been compared with their checkpoint, which is not at hand. Weights of the geometric expert have names with
 `_moe_geo`; our product of queries, keys and values is three of theirs. The geometry heads are our own: they keep our
-names, and those of the authors' heads are not read.
+names, and those of the authors' heads are not read. `geometry_config.json`, ours too, holds their sizes and the
+`ExpertsConfig`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gasp_fast.backbones.saved_model import load_complete, loading
-from gasp_fast.files import read_json, replacing, write_atomically
+from gasp_fast.files import one_line, read_json, replacing, write_atomically
 
 from .experts import Expert, ExpertsConfig
+from .heads import GeometryHeads, HeadsConfig
 from .model import G2VLM
 
 WEIGHTS, TEXT, VIT, DINO = "model.safetensors", "text_config.json", "vit_config.json", "dino_config.json"
+GEOMETRY = "geometry_config.json"
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 # Beginning of our name -> of theirs.
@@ -87,9 +91,12 @@ def new_model(qwen: str | Path, encoder: str | Path, heads: nn.Module, config: E
 
 
 def load_model(
-    folder: str | Path, heads: nn.Module, config: ExpertsConfig | None = None, with_heads: bool = True
+    folder: str | Path, heads: nn.Module | None = None, config: ExpertsConfig | None = None, with_heads: bool = True
 ) -> G2VLM:
-    """From a folder of `save_model`, or without heads from one of the authors."""
+    """From a folder of `save_model`, or without heads from one of the authors.
+
+    Without `heads` or `config` they are those of the folder.
+    """
     from transformers import (
         Dinov2WithRegistersConfig,
         Dinov2WithRegistersModel,
@@ -98,6 +105,7 @@ def load_model(
     )
 
     folder = Path(folder)
+    heads, config = _geometry(folder, heads, config)
     text, vit, dino = (read_json(folder / name) for name in (TEXT, VIT, DINO))
     tokens = {name: text.pop(name) for name in TOKENS if name in text}
     for sizes in (text, vit, dino):
@@ -108,6 +116,22 @@ def load_model(
     model = G2VLM(qwen.float(), encoder.float(), heads, config)  # the configurations may name another type
     load_weights(model, folder, with_heads)
     return model
+
+
+def _geometry(
+    folder: Path, heads: nn.Module | None, config: ExpertsConfig | None
+) -> tuple[nn.Module, ExpertsConfig | None]:
+    """What is not given, from `geometry_config.json`."""
+    path = folder / GEOMETRY
+    if not path.is_file():
+        if heads is None:
+            raise OSError(f"{path} is missing, so the sizes of the heads are not known; give a folder with our heads")
+        return heads, config
+    stored = read_json(path)
+    try:
+        return heads or GeometryHeads(HeadsConfig(**stored["heads"])), config or ExpertsConfig(**stored["experts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error)}); get the folder again") from error
 
 
 def load_weights(model: G2VLM, folder: str | Path, with_heads: bool = True) -> list[str]:
@@ -138,6 +162,9 @@ def save_model(model: G2VLM, folder: str | Path, dtype: torch.dtype | None = Non
     text = {**qwen.text_config.to_dict(), **{name: getattr(qwen, name) for name in TOKENS}}
     for name, content in ((TEXT, text), (VIT, qwen.vision_config.to_dict()), (DINO, model.encoder.config.to_dict())):
         write_atomically(folder / name, json.dumps(content, indent=2, default=str).encode())
+    if isinstance(model.heads, GeometryHeads):
+        ours = {"heads": asdict(model.heads.config), "experts": asdict(model.config)}
+        write_atomically(folder / GEOMETRY, json.dumps(ours, indent=2).encode())
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in official_weights(model).items()}
     with replacing(folder / WEIGHTS) as path:
         save_file(weights, path, {"format": "pt"})

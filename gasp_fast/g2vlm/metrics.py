@@ -31,12 +31,12 @@ class DepthMetrics:
     scale: float
 
 
-def depth_metrics(predicted: Tensor, true: Tensor, valid: Tensor) -> DepthMetrics:
-    """Of one sequence: depth [F, H, W], [F, H, W], bool [F, H, W]. Predicted depth has no unit."""
+def depth_metrics(predicted: Tensor, true: Tensor, valid: Tensor, with_scale: bool = True) -> DepthMetrics:
+    """Of one sequence: depth [F, H, W], [F, H, W], bool [F, H, W]. `with_scale`: predicted depth has no unit."""
     ours, truth = predicted[valid].double(), true[valid].double()
     if truth.numel() == 0:
         raise ValueError("valid marks no point; depth cannot be compared")
-    scale = least_deviation_scale(ours, truth)
+    scale = least_deviation_scale(ours, truth) if with_scale else torch.ones((), dtype=truth.dtype)
     ours = (scale * ours).clamp(min=TINY)
     ratio = torch.maximum(ours / truth, truth / ours)
     return DepthMetrics(

@@ -46,6 +46,26 @@ def draw_depths(
     return figure
 
 
+def draw_predicted_depths(
+    images: ArrayLike,  # uint8 [F, H, W, 3]
+    predicted: ArrayLike,  # [F, H, W]
+    all_depths: ArrayLike,  # that decide the colours
+    first: int = 0,  # number of the first image
+) -> Figure:
+    """Photographs and their predicted depth, which has no unit."""
+    colours, depth, every = np.asarray(images), np.asarray(predicted, np.float64), np.asarray(all_depths, np.float64)
+    norm = depth_norm(every[every > 0])
+    figure, axes, bar_axis = panels(2, len(depth), depth.shape[1] / depth.shape[2])
+    for column, (image, of_depth) in enumerate(axes.T):
+        image.imshow(colours[column])
+        mesh = draw_depth(of_depth, depth[column], norm)
+        image.set_title(f"image {first + column}", fontsize=10)
+        for axis in (image, of_depth):
+            axis.set(xticks=[], yticks=[])
+    draw_depth_bar(figure, mesh, bar_axis, "depth (no unit)")
+    return figure
+
+
 def _draw_error(axis: Any, error: NDArray[np.float64], known: NDArray[np.bool_]) -> None:
     axis.set_facecolor("0.85")
     masked = np.ma.masked_array(error, ~known)
@@ -80,7 +100,8 @@ def draw_cameras(
         axis.plot([start[0], end[0]], [start[2], end[2]], color=GREY, linewidth=0.9, linestyle=":")
     _draw_path(axis, *truth, FRUSTUM * size, COLOURS[-1], "true")
     _draw_path(axis, *ours, FRUSTUM * size, COLOURS[1], "predicted, in the unit of the truth")
-    axis.set(xlabel="x", ylabel="z", aspect="equal")
+    axis.set_aspect("equal", adjustable="datalim")  # the square is filled
+    axis.set(xlabel="x", ylabel="z")
     axis.margins(0.08)
     axis.grid(True, color="0.9", linewidth=0.8)
     axis.set_axisbelow(True)

@@ -10,6 +10,7 @@ DCP's other formats hold pickles, which can execute code, so they are neither wr
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def shapes(folder: Path, files: str) -> dict[str, tuple[int, ...]]:
 
 def read_into(tensors: Mapping[str, Tensor], folder: Path, files: str) -> None:
     """Copy the tensors of these names from files of `folder` whose names begin with `files`. Each must be there."""
-    with _plain_errors():
+    with _plain_errors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is not needed
         dcp.load(dict(tensors), storage_reader=_reader(folder, files), no_dist=True)
 
 

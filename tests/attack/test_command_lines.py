@@ -161,6 +161,11 @@ WORK = {  # of each command: what is replaced, so that nothing begins; and argum
     "export": ("gasp_fast.export.exporter.find_checkpoint", ["run", "--out", "out"]),
     "benchmark": ("gasp_fast.downstream.answers.subjects", ["--model", "m", "--suite", "paper", "--out", "out"]),
     "compare-benchmarks": ("gasp_fast.downstream.comparison.find_results", ["results", "--out", "out"]),
+    "geometry": (
+        "gasp_fast.g2vlm.saved.load_geometry_model",
+        ["--model", "model", "--scenes", "SCENES", "--out", "out"],
+    ),
+    "reconstruct": ("gasp_fast.g2vlm.saved.load_geometry_model", ["PHOTOGRAPH", "--model", "model", "--out", "out"]),
     "bench": ("gasp_fast.benchmarking.measure.run_workload", []),
     "doctor": ("gasp_fast.cli.doctor.examine", []),
     "completion": ("shtab.complete", []),
@@ -175,7 +180,8 @@ def test_every_option_of_every_command_takes_only_what_makes_sense(assets, tmp_p
         f"model: {{source: {assets.models['qwen2_5_vl']}}}\ndata: {{scenes: {{root: {assets.scenes}}}}}\n"
         "run: {out: r}\n"
     )
-    places = {"SCENES": str(assets.scenes), "CONFIG": str(recipe)}
+    photograph = min((assets.scenes / "scene-0" / "color").iterdir())
+    places = {"SCENES": str(assets.scenes), "CONFIG": str(recipe), "PHOTOGRAPH": str(photograph)}
     tries, accepted, failures = 0, 0, []
     for name in cli.COMMANDS:
         target, words = WORK[name]
