@@ -16,12 +16,14 @@ YAML, checks every value against the declared type and fills in the defaults. Th
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -57,7 +59,10 @@ def load_config(cls: type[ConfigT], path: str | os.PathLike[str], overrides: Ite
         for keys, value in _leaves(source.value, declared):
             settings = _replaced(settings, keys, replace(source, value=value))
 
-    config: Any = OmegaConf.structured(cls)
+    kind: Any = cls
+    of_files = {keys: s for keys, s in settings.items() if s.origin != COMMAND_LINE and keys in declared}
+    together = _set_together(kind, of_files)
+    config: Any = copy.deepcopy(_structured(kind)) if together is None else together
     for keys, setting in settings.items():
         if keys not in declared:
             nearest = _nearest(_dotted(keys), list(map(_dotted, declared)))
@@ -68,7 +73,8 @@ def load_config(cls: type[ConfigT], path: str | os.PathLike[str], overrides: Ite
             ):  # a base may be any file: print none of its values
                 shown = f"{setting.origin}: {_dotted(keys)}"
             raise ValueError(f"{shown} is no key of {cls.__name__}; the nearest is {nearest}")
-        config = _set(config, keys, setting, declared[keys])
+        if together is None or keys not in of_files:
+            config = _set(config, keys, setting, declared[keys])
     return _build(config, (), settings, str(path))
 
 
@@ -194,6 +200,34 @@ def _set(config: Any, keys: Keys, setting: Setting, kind: Any) -> Any:
             return merged
     cure = "; quote it: YAML reads on, off, yes and no as true or false" if isinstance(setting.value, bool) else ""
     raise ValueError(f"{_shown(keys, setting)} must be {_type_name(kind)}{cure if kind is not bool else ''}")
+
+
+@cache
+def _structured(cls: Any) -> Any:
+    """Takes as long as all else together. To be copied."""
+    return OmegaConf.structured(cls)
+
+
+def _set_together(cls: Any, settings: dict[Keys, Setting]) -> Any:
+    """A `cls` with all values of files set in one merge, which is faster; None if one of them is not as it should be.
+
+    `_set` finds out which one, and why.
+    """
+    tree: dict[str, Any] = {}
+    for keys, setting in settings.items():
+        group = tree
+        for key in keys[:-1]:
+            group = group.setdefault(key, {})
+        group[keys[-1]] = setting.value
+    if _PLACEHOLDER.search(repr(tree)):
+        return None
+    try:
+        merged = OmegaConf.unsafe_merge(copy.deepcopy(_structured(cls)), tree)
+    except (OmegaConfBaseException, TypeError, OverflowError):
+        return None
+    read = [(setting.value, OmegaConf.select(merged, _dotted(keys))) for keys, setting in settings.items()]
+    sound = all(_same(written, found) and not _beyond_64_bits(found) for written, found in read)
+    return merged if sound else None
 
 
 def _same(written: Any, read: Any) -> bool:

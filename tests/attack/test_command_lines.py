@@ -14,7 +14,7 @@ from support.tiny_training import *  # noqa: F403 (fixtures)
 
 from gasp_fast import cli
 from gasp_fast import train as entry
-from gasp_fast.training import distributed
+from gasp_fast.training import distributed, gasp
 from gasp_fast.training.config import TrainConfig
 
 LONG = "x" * 20_000
@@ -81,12 +81,12 @@ def started(assets, tmp_path, monkeypatch, capsys) -> Callable[[str, bool], tupl
         "train: {steps: 3, batch_size: 2}\nlora: {rank: 4}\nrun: {out: run, progress: false}\n"
     )
     monkeypatch.chdir(tmp_path)  # where run.out is made
-    build = entry.build_model
+    build = gasp.build_model
     monkeypatch.setattr(entry, "TrainingLoop", begin)
     monkeypatch.setattr(distributed, "stop_processes", lambda: None)  # there are none, and it collects garbage
 
     def start(override: str, with_model: bool) -> tuple[bool, str]:
-        monkeypatch.setattr(entry, "build_model", build if with_model else begin)
+        monkeypatch.setattr(gasp, "build_model", build if with_model else begin)
         try:
             status = entry.main([str(path), override])
         except Begun:
