@@ -92,5 +92,6 @@ def _draw_depths(found: Reconstruction, folder: Path) -> list[tuple[str, Path]]:
         images = found.images[start : start + COLUMNS]
         figure = draw_predicted_depths(images, found.depth[start : start + COLUMNS], found.depth, start)
         path = save_figure(figure, folder / f"depth-{start:03d}.png")
-        figures.append((f"Images {start} to {start + len(images) - 1} above their depth", path))
+        last = start + len(images) - 1
+        figures.append((f"Image{f's {start} to' * (last > start)} {last} above its depth", path))
     return figures

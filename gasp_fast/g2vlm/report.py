@@ -94,7 +94,8 @@ def _drawn(
     sample, numbers = sequences.sample(number), evaluation.outcomes[number].model
     pack = GeometryCollator()([sample])
     found, true, scale = prediction(saved, pack), pack.true, numbers["scale"]
-    place = f"{sequences.place(number)['scene']}, frames {', '.join(map(str, sample.frames))}"
+    frames = f"frame{'s' * (len(sample.frames) > 1)} {', '.join(map(str, sample.frames))}"
+    place = f"{sequences.place(number)['scene']}, {frames}"
     stem, valid = out / f"sequence-{number:05d}", pack.valid[0].numpy()
     local, world, translation = (
         scale * part[0].numpy() for part in (found.local, found.world, found.translation)
@@ -151,9 +152,12 @@ def terminal_table(report: Report) -> Table:
 
 def what_was_evaluated(report: Report) -> str:
     settings, size = report["settings"], report["frame_pixels"]
+    of_frames = (
+        f"of {settings['frames']} frames, {settings['stride']} apart," if settings["frames"] > 1 else "of a frame"
+    )
     return (
-        f"{report['sequences']} sequences of {settings['frames']} frames, {settings['stride']} apart, from "
-        f"{len(report['scenes'])} scenes; frames of {size['width']} × {size['height']} pixels."
+        f"{report['sequences']} sequences {of_frames} from {len(report['scenes'])} scenes; frames of "
+        f"{size['width']} × {size['height']} pixels."
     )
 
 

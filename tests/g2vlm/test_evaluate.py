@@ -198,6 +198,16 @@ def test_a_saved_folder_gives_what_its_checkpoint_does(run, tmp_path):
     assert not torch.equal(expected.local[0, 0], expected.local[0, 1])  # trained: the map is zero at first
 
 
+def test_a_checkpoint_of_text_alone_has_the_geometry_of_the_stage_before(run, questions, tmp_path):
+    line = ["train", str(run.parent / "recipe.yaml"), f"model.start={run / 'checkpoint-2'}", "train.mode=semantic"]
+    line += ["loss.geometry_weight=0", "loss.text_weight=1", f"data.questions={questions}", "train.steps=2"]
+    assert cli.main([*line, f"run.out={tmp_path / 'joint'}"]) == 0
+    before, after = (load_geometry_model(path).model.state_dict() for path in (run, tmp_path / "joint"))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert any(".semantic.qkv." in name for name in changed)
+    assert not any(".geometric." in name or name.startswith(("heads.", "patch_map.")) for name in changed)
+
+
 def test_what_is_no_model_ends_in_one_line(run, assets, tmp_path, capsys):
     def refused(model, *more):
         line = ["geometry", "--model", str(model), "--scenes", str(assets.scenes), "--out", str(tmp_path / "o"), *SMALL]
