@@ -20,6 +20,7 @@ from .rotation import angle_between
 
 WEISZFELD_ROUNDS = 10
 ICP_ROUNDS = 20
+WORST_DIRECTION = 90.0  # degrees, between lines
 TINY = 1e-12
 CHUNK = 2048  # points whose distances to all others are in memory at a time
 
@@ -153,7 +154,10 @@ def pose_metrics(
     true_translation: Tensor,
     threshold: int = 30,  # degrees
 ) -> PoseMetrics:
-    """Over all pairs of different frames. As in published tables, a direction and its opposite count as the same."""
+    """Over all pairs of different frames. As in published tables, a direction and its opposite count as the same.
+
+    A translation of 0 has no direction and counts as one that is 90 degrees off.
+    """
     if len(rotation) < 2:
         raise ValueError(f"there are {len(rotation)} poses; relative poses take at least 2")
     turned, shift = _relative(rotation, translation)
@@ -162,6 +166,7 @@ def pose_metrics(
     cosine = (shift * true_shift).sum(-1).abs()
     sine = torch.linalg.vector_norm(torch.linalg.cross(shift, true_shift), dim=-1)
     direction = torch.rad2deg(torch.atan2(sine, cosine))
+    direction[(shift == 0).all(-1) | (true_shift == 0).all(-1)] = WORST_DIRECTION
     worst = torch.maximum(turn, direction)
     shares = [float((worst < degrees).double().mean()) for degrees in range(1, threshold + 1)]
     return PoseMetrics(

@@ -114,10 +114,13 @@ def test_a_direction_and_its_opposite_count_as_the_same():
     assert (found.rra, found.rta) == (1, 1)
 
 
-def test_identity_poses_fail_where_cameras_turn():
-    rotation, translation = poses(6)
-    found = pose_metrics(torch.eye(3).expand(6, 3, 3).double(), torch.zeros(6, 3).double(), rotation, translation)
-    assert found.auc < 0.2
+def test_a_translation_of_0_has_no_direction_and_counts_as_wrong():
+    """So identity poses score 0, even where cameras do not turn."""
+    rotation, translation = torch.eye(3).expand(6, 3, 3).double(), poses(6)[1]
+    nowhere = torch.zeros(6, 3).double()
+    for ours, truth in ((nowhere, translation), (translation, nowhere)):
+        found = pose_metrics(rotation, ours, rotation, truth)
+        assert (found.rra, found.rta, found.auc) == (1, 0, 0)
 
 
 def test_what_cannot_be_compared_is_refused():
