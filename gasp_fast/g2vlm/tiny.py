@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+import gasp_fast.backbones  # noqa: F401 (before transformers, which may not find torchvision otherwise)
+
 from .batch import PATCH
 
 

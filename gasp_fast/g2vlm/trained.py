@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gasp_fast.run_folder import ABOUT
+from gasp_fast.run_folder import ABOUT, configuration_of
 from gasp_fast.training.checkpoints import readable
 from gasp_fast.training.distributed import Processes
 from gasp_fast.training.divided_files import Dealt, deal, read_into, shapes
@@ -80,8 +80,14 @@ def build(config: G2TrainConfig, device: torch.device | None = None) -> TrainedG
 
 
 def start_from(model: G2VLM, folder: Path) -> None:
-    """Load the weights of a saved model, or those that a checkpoint of an earlier stage has trained."""
+    """Load the weights of a saved model, or those that a checkpoint of an earlier stage has trained.
+
+    A stage may train a part of them. The others are those that it began from.
+    """
     if (folder / ABOUT).is_file():
+        earlier = configuration_of(folder).get("model", {}).get("start")
+        if isinstance(earlier, str):
+            start_from(model, Path(earlier))
         with readable(folder):
             stored = shapes(folder, FILES)
             every = _named(model, [name for name, _ in model.named_parameters()])

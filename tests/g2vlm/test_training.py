@@ -30,6 +30,7 @@ from gasp_fast.train import read_recipe, train
 from gasp_fast.training.config import RunConfig
 
 WIDTH = 64
+SLOW = {"batch_size": 2, "learning_rate": 1e-5, "warmup": 0.0}
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +134,7 @@ def test_the_stages_follow_each_other(recipe, questions, tmp_path):
         config = recipe(
             str(questions),
             model={"source": model.source, "encoder": model.encoder, **start},
-            train={"mode": mode, "steps": 1, "batch_size": 2, "learning_rate": 1e-5, "warmup": 0.0},
+            train={"mode": mode, "steps": 1, **SLOW},
             loss=loss,
             run={"out": str(out)},
         )
@@ -144,6 +145,10 @@ def test_the_stages_follow_each_other(recipe, questions, tmp_path):
         assert bool(shared) == (mode == "both")  # the geometric expert is trained again, or not at all
         assert all((after[name] - before[name]).abs().max() < 2e-5 for name in shared)  # they began where it ended
         assert not shared or any(not torch.equal(before[name], after[name]) for name in shared)
+    third = {"start": str(tmp_path / "semantic" / "checkpoint-1")}  # holds no geometry: that is of the first stage
+    train(recipe(run={"out": str(tmp_path / "third")}, model={**vars(model), **third}, train={"steps": 1, **SLOW}))
+    after = weights_of(tmp_path / "third" / "checkpoint-1")
+    assert after.keys() == before.keys() and all((after[name] - before[name]).abs().max() < 2e-5 for name in after)
 
 
 def test_gasp_supervises_the_joint_stage_by_one_key(recipe, questions, tmp_path):
