@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test browser lint format docs wheel bench demo clean
+.PHONY: setup test browser lint format docs wheel bench demo g2vlm-demo clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,10 @@ bench: setup
 
 demo: setup
 	$(BIN)/python examples/demo.py --out demo
+
+# Stopped, it continues when called again.
+g2vlm-demo: setup
+	$(BIN)/python examples/g2vlm_demo.py --out g2vlm-demo
 
 clean:
 	rm -rf build dist *.egg-info gasp_fast/*.so .pytest_cache .mypy_cache .ruff_cache
