@@ -89,10 +89,11 @@ def test_modules_keep_their_mode_and_no_gradient_is_left(evaluated, monkeypatch)
     real = TrainingLoop.evaluate
 
     def evaluate(self, step, log):
-        modes = [module.training for module in self.objective.model.modules()]
+        model = self.objective.model
+        modes = [module.training for module in model.modules()]
         save = real(self, step, log)
-        seen.append(modes == [module.training for module in self.objective.model.modules()] and any(modes))
-        assert all(parameter.grad is None or not parameter.grad.any() for parameter in self.objective.model.parameters())
+        seen.append(modes == [module.training for module in model.modules()] and any(modes))
+        assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
         return save
 
     monkeypatch.setattr(TrainingLoop, "evaluate", evaluate)
