@@ -1,7 +1,14 @@
 """G²VLM (arXiv 2511.21688): a language model with a geometric expert, as a second objective on this engine.
 
-Nothing in the rest of the package imports this one. What exists so far: the transformer of two experts and its files,
-the losses, the scale that aligns a prediction with the truth, the rotation nearest to a matrix, metrics, and inference.
+Nothing of GASP imports this package: only `gasp_fast/train.py` and the command line do.
+
+model         tokens, attention, experts, heads and head_blocks, model; checkpoint and saved (files); shapes
+losses        losses, dense (fused), scale, rotation
+data          batch, crop, data_config, samples, question_samples, collator
+training      config, objective, trained, held_out, planning and plan_tables; supervision (GASP's, by a key)
+evaluation    metrics, evaluate, report, pictures, cloud
+inference     inference, cache, generation, reconstruct
+tiny          a small frame encoder with random weights
 """
 
 from __future__ import annotations

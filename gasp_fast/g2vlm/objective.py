@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from gasp_fast.backbones import Backbone
 from gasp_fast.backbones.base_model import load_backbone
+from gasp_fast.backbones.fingerprint import fingerprint
 from gasp_fast.planning.dealing import DealtStep
 from gasp_fast.training.averages import mean_of_sequences
 from gasp_fast.training.distributed import Processes
@@ -98,25 +99,31 @@ class G2Collator:
 
 
 class MovingWeights:
-    """Checks that trained weights have moved after a few steps: all but those that no loss of the run reaches."""
+    """Checks that each group of trained parameters has moved after a few steps. One of its weights is enough.
 
-    def __init__(self, model: TrainedG2VLM) -> None:
+    Some never move: in the last layer, what comes after attention serves its own kind of tokens alone.
+    """
+
+    def __init__(self, groups: Iterable[Group]) -> None:
         self.steps = LEARNING_STEPS
-        self.watched = {name: p for name, p in model.named_parameters() if p.requires_grad and name.endswith("weight")}
+        self.groups = list(groups)
         self.before = self._sums()
 
-    def _sums(self) -> dict[str, float]:
-        return {name: float(gathered(weight).double().square().sum()) for name, weight in self.watched.items()}
+    def _sums(self) -> dict[str, list[float]]:
+        return {
+            group.name: [float(gathered(weight).double().square().sum()) for weight in group.parameters]
+            for group in self.groups
+        }
 
     def add(self, outputs: dict[str, Any], batch: Batch) -> None:
         """Nothing: every pack of a run has the same losses."""
 
     def check(self) -> None:
         now = self._sums()
-        if not any(now[name] != before for name, before in self.before.items()):
+        if fixed := [name for name, before in self.before.items() if now[name] == before]:
             raise GuardError(
-                f"none of {len(now)} trained weights has moved after {self.steps} steps: no gradient reaches them. "
-                "Look at train.mode and the weights of the losses"
+                f"no weight of {' and '.join(fixed)} has moved after {self.steps} steps: no gradient reaches them; look "
+                "at train.mode and at the weights in loss"
             )
 
 
@@ -204,7 +211,7 @@ class G2Objective(Objective):
         return packs_of(self.stream.shape_of_step, train.batch_size, train.tokens_at_once, processes.world_size)
 
     def learning_guard(self) -> MovingWeights:
-        return MovingWeights(self.model)
+        return MovingWeights(self.groups())
 
     def describe(self, share: Share, processes: Processes) -> str:
         lines = [f"{'group':<10} {'parameters':>15} {'learning rate':>14}"]
@@ -253,4 +260,6 @@ class G2Objective(Objective):
         read_weights(self.model.model, folder)
 
     def facts(self) -> dict[str, Any]:
-        return run_facts(self.config.model.source, self.stream, self.steps)
+        facts, encoder = run_facts(self.config.model.source, self.stream, self.steps), self.config.model.encoder
+        of_encoder = {f"encoder's {part}": value for part, value in (fingerprint(encoder) or {}).items()}
+        return {**facts, "base": {**(facts["base"] or {}), **of_encoder} or None}
