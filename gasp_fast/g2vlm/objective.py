@@ -122,8 +122,8 @@ class MovingWeights:
         now = self._sums()
         if fixed := [name for name, before in self.before.items() if now[name] == before]:
             raise GuardError(
-                f"no weight of {' and '.join(fixed)} has moved after {self.steps} steps: no gradient reaches them; look "
-                "at train.mode and at the weights in loss"
+                f"no weight of {' and '.join(fixed)} has moved after {self.steps} steps: no gradient reaches them; "
+                "look at train.mode and at the weights in loss"
             )
 
 
