@@ -11,6 +11,7 @@ from support.runs import log_of, run_to_end, without_clock, write_config
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
 from gasp_fast.config.loader import keys_of
 from gasp_fast.config.recipes import RECIPES
+from gasp_fast.g2vlm import objective as objective_module
 from gasp_fast.g2vlm.config import (
     G2EvaluateConfig,
     G2LossConfig,
@@ -232,3 +233,27 @@ def test_the_recipes_of_the_stages_are_complete_but_for_places():
     assert len(names) >= 6
     for name in names:
         assert isinstance(read_recipe(f"g2vlm/{name}", []), G2TrainConfig)
+
+
+def test_a_group_that_no_gradient_reaches_stops_the_run(recipe, monkeypatch):
+    real = objective_module.build
+
+    def without_gradient(*arguments):
+        built = real(*arguments)
+        for name, parameter in built.model.named_parameters():
+            if parameter.requires_grad and name.startswith("heads."):
+                parameter.register_hook(torch.zeros_like)
+        return built
+
+    monkeypatch.setattr(objective_module, "build", without_gradient)
+    with pytest.raises(ValueError, match=r"no weight of heads has moved after 5 steps"):
+        train(recipe(train={"steps": 6, "batch_size": 2, "learning_rate": 1e-3}))
+
+
+def test_another_encoder_is_noticed_when_a_run_is_resumed(recipe, models, tmp_path):
+    settings = {"steps": 1, "batch_size": 2}
+    train(recipe(train=settings))
+    other = build_tiny_encoder(tmp_path / "dino", width=32, layers=1, heads=2, seed=1)
+    source = {"source": str(models / "qwen"), "encoder": str(other)}
+    with pytest.raises(ValueError, match=r"a model of other encoder's weights.*trained on the base model that it was"):
+        train(recipe(train=settings, model=source, run={"out": str(tmp_path / "run"), "allow_changes": ("model",)}))
