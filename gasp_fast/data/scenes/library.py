@@ -17,7 +17,7 @@ import numpy as np
 from gasp_fast.processes import in_processes
 
 from .computed_depth import computed_folder
-from .formats import is_scene, known_files
+from .formats import contents, is_scene, known_files
 from .library_file import place_of
 from .open import open_scene
 from .scene import Scene
@@ -46,7 +46,10 @@ def find_scenes(library: Path) -> list[str]:
         raise FileNotFoundError(f"{folder}: no such folder")
     names = sorted(path.relative_to(folder).as_posix() for path in _scenes_under(folder, DEEPEST))
     if not names:
-        raise OSError(f"{folder}: no scene here or up to {DEEPEST} folders below. Looked for {known_files()}")
+        raise OSError(
+            f"{folder}: no scene here or up to {DEEPEST} folders below. Looked for {known_files()}. It has "
+            f"{contents(folder)}"
+        )
     return names
 
 

@@ -18,6 +18,7 @@ from gasp_fast.data.scenes.library import (
     scene_digest,
     survey,
 )
+from gasp_fast.data.scenes.open import open_scene
 
 
 def place(scene: Path, at: Path) -> None:
@@ -98,3 +99,14 @@ def test_a_scene_that_is_not_what_its_entry_says_is_named_with_the_change(scene_
 def test_names_that_are_not_utf_8_have_a_digest(scene_boxes) -> None:
     odd = replace(scene_boxes.frames[0], name=b"caf\xe9".decode(errors="surrogateescape"))
     assert scene_digest(replace(scene_boxes, frames=(odd, *scene_boxes.frames[1:]))) != scene_digest(scene_boxes)
+
+
+def test_a_folder_that_lacks_a_part_of_a_format_is_refused_with_what_it_has(tmp_path: Path) -> None:
+    for name in ("color", "depth"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "intrinsics.txt").write_text("")
+    has = r"rgbd: color/, pose/ .*\. It has color/, depth/, intrinsics\.txt$"
+    with pytest.raises(ValueError, match=f"no scene of a known format here.*{has}"):
+        open_scene(tmp_path)
+    with pytest.raises(OSError, match=f"no scene here.*{has}"):
+        find_scenes(tmp_path)

@@ -8,6 +8,7 @@ folder also contains a COLMAP model. A new format is one more module and one mor
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,14 @@ def find_format(root: Path) -> ModuleType:
     for module in FORMATS:
         if module.detect(root):
             return module
-    raise ValueError(f"{root}: no scene of a known format here. Looked for {known_files()}")
+    raise ValueError(f"{root}: no scene of a known format here. Looked for {known_files()}. It has {contents(root)}")
+
+
+def contents(root: Path, most: int = 6) -> str:
+    """What is in a folder, so that one sees what is missing there."""
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
+    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more]) or "nothing"
 
 
 def known_files() -> str:
