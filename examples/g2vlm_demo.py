@@ -13,7 +13,8 @@ All depth but the first is multiplied by the scale that fits the sequence best. 
 the same command. Writes `results.json`, `depth.png` and `cameras.png`.
 
 Measured on 2 cores of an AMD EPYC that were shared with other work, OMP_NUM_THREADS=1, 6.0 to 7.0 minutes a run; 52
-sequences of 26 rooms, seeds 0, 1, 2 (`benchmarks/results/g2vlm-demo-*.json`):
+sequences of 26 rooms, seeds 0, 1, 2 (`benchmarks/results/g2vlm-demo-*.json`). The heads then had a structure of their
+own, before they got that of the authors; the numbers have not been measured again since:
 
 |                                | AbsRel            | AUC@30            |
 | ------------------------------ | ----------------- | ----------------- |

@@ -3,9 +3,8 @@
 A folder holds `model.safetensors` (or several such files) and the configurations `text_config.json`, `vit_config.json`
 and `dino_config.json`, as InternRobotics/G2VLM-2B-MoT does. The names are those of the authors' model code; they have
 not been compared with their checkpoint, which is not at hand. Weights of the geometric expert have names with
-`_moe_geo`; our product of queries, keys and values is three of theirs. The geometry heads are our own: they keep our
-names, and those of the authors' heads are not read. `geometry_config.json`, ours too, holds their sizes and the
-`ExpertsConfig`.
+`_moe_geo`; our product of queries, keys and values is three of theirs. `geometry_config.json`, ours, holds the sizes of
+the heads and the `ExpertsConfig`; a folder without it has the authors' sizes.
 """
 
 from __future__ import annotations
@@ -41,6 +40,8 @@ PARTS = {
     "visual.": "vit_model.",
     "encoder.": "dino_model.",
     "patch_map.": "dino2llm.",
+    "heads.": "",
+    "gasp.": "gasp.",  # ours alone
 }
 # Module of an `Expert` -> theirs; {} is nothing in the semantic expert and _moe_geo in the geometric one.
 MODULES = {
@@ -72,8 +73,6 @@ def official_names(name: str) -> list[str]:
         index, kind, module, weight = layer.groups()
         suffix = "_moe_geo" if kind == "geometric" else ""
         return [f"language_model.model.layers.{index}.{part.format(suffix)}.{weight}" for part in MODULES[module]]
-    if name.startswith(("heads.", "gasp.")):
-        return [name]
     ours = next(part for part in PARTS if name.startswith(part))
     theirs = PARTS[ours] + name.removeprefix(ours)
     if ours == "encoder.":
@@ -90,13 +89,8 @@ def new_model(qwen: str | Path, encoder: str | Path, heads: nn.Module, config: E
     return G2VLM(language, load_complete(Dinov2WithRegistersModel, encoder, dtype=torch.float32), heads, config)
 
 
-def load_model(
-    folder: str | Path, heads: nn.Module | None = None, config: ExpertsConfig | None = None, with_heads: bool = True
-) -> G2VLM:
-    """From a folder of `save_model`, or without heads from one of the authors.
-
-    Without `heads` or `config` they are those of the folder.
-    """
+def load_model(folder: str | Path, heads: nn.Module | None = None, config: ExpertsConfig | None = None) -> G2VLM:
+    """From a folder of `save_model` or of the authors. Without `heads` or `config` they are those of the folder."""
     from transformers import (
         Dinov2WithRegistersConfig,
         Dinov2WithRegistersModel,
@@ -105,8 +99,8 @@ def load_model(
     )
 
     folder = Path(folder)
-    heads, config = _geometry(folder, heads, config)
     text, vit, dino = (read_json(folder / name) for name in (TEXT, VIT, DINO))
+    heads, config = _geometry(folder, heads, config, text.get("hidden_size", HeadsConfig.hidden))
     tokens = {name: text.pop(name) for name in TOKENS if name in text}
     for sizes in (text, vit, dino):
         sizes.pop("model_type", None)
@@ -114,19 +108,17 @@ def load_model(
         qwen = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vit, **tokens))
         encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**dino))
     model = G2VLM(qwen.float(), encoder.float(), heads, config)  # the configurations may name another type
-    load_weights(model, folder, with_heads)
+    load_weights(model, folder)
     return model
 
 
 def _geometry(
-    folder: Path, heads: nn.Module | None, config: ExpertsConfig | None
+    folder: Path, heads: nn.Module | None, config: ExpertsConfig | None, width: int
 ) -> tuple[nn.Module, ExpertsConfig | None]:
-    """What is not given, from `geometry_config.json`."""
+    """What is not given, from `geometry_config.json` or as the authors have it for hidden states of this width."""
     path = folder / GEOMETRY
     if not path.is_file():
-        if heads is None:
-            raise OSError(f"{path} is missing, so the sizes of the heads are not known; give a folder with our heads")
-        return heads, config
+        return heads or GeometryHeads(HeadsConfig(hidden=width, width=width)), config
     stored = read_json(path)
     try:
         return heads or GeometryHeads(HeadsConfig(**stored["heads"])), config or ExpertsConfig(**stored["experts"])
@@ -134,19 +126,19 @@ def _geometry(
         raise ValueError(f"{path} is damaged ({one_line(error)}); get the folder again") from error
 
 
-def load_weights(model: G2VLM, folder: str | Path, with_heads: bool = True) -> list[str]:
-    """Copy the weights of a folder into the model, or all but the heads'. Returns the names of those not copied."""
+def load_weights(model: G2VLM, folder: str | Path) -> list[str]:
+    """Copy the weights of a folder into the model. Returns the names of those not copied."""
     files = sorted(Path(folder).glob("*.safetensors"))
     with loading(folder):
         opened = [safe_open(path, "pt") for path in files]
     at = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-    weights = {name: tensor for name, tensor in model.state_dict().items() if with_heads or name[:6] != "heads."}
+    weights = model.state_dict()
     wanted = {name: official_names(name) for name in weights}
     missing = sorted(name for names in wanted.values() for name in names if name not in at)
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} weights are in no safetensors file, such as {missing[0]}; name a folder of a "
-            "complete G²VLM model with the same heads, or load it without heads"
+            f"complete G²VLM model; without a {GEOMETRY} its heads must have the authors' sizes"
         )
     with torch.no_grad():
         for name, parameter in weights.items():

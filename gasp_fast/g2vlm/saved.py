@@ -1,4 +1,4 @@
-"""Loads a G²VLM from a run or checkpoint of training, or from a folder that `checkpoint.save_model` wrote.
+"""Loads a G²VLM from a run or checkpoint of training, or from a folder of a whole model: `checkpoint` says which files.
 
 A checkpoint holds the weights that its run trained. The others come from the models that its `config.yaml` names, as at
 the start of the run: `model.source`, `model.encoder` and `model.start`.
@@ -19,7 +19,7 @@ from gasp_fast.backbones.saved_model import local_folder
 from gasp_fast.config.loader import load_config, objective_of
 from gasp_fast.run_folder import ABOUT, CONFIG, check_intact, checkpoint_folders, model_name, weights_fingerprint
 
-from .checkpoint import GEOMETRY, TEXT, load_model
+from .checkpoint import TEXT, load_model
 from .config import G2TrainConfig
 from .model import G2VLM
 from .trained import build, read_weights
@@ -44,7 +44,7 @@ def load_geometry_model(
     base: str | None = None,
     encoder: str | None = None,
 ) -> SavedGeometryModel:
-    """The model of a run (its newest checkpoint), a checkpoint, or a folder of `save_model`.
+    """The model of a run (its newest checkpoint), a checkpoint, or a folder of a whole model.
 
     `base` and `encoder` replace `model.source` and `model.encoder` of a run. A model that only the run names is not
     downloaded.
@@ -84,7 +84,7 @@ def _checkpoint(folder: Path) -> Path:
         newest = next(reversed(checkpoint_folders(folder)), None)
         if newest is None:
             raise OSError(
-                f"model = {str(folder)!r} holds no checkpoint and no {TEXT} with {GEOMETRY}; give a run, a checkpoint "
+                f"model = {str(folder)!r} holds no checkpoint and no {TEXT}; give a run, a checkpoint "
                 "or a saved G²VLM model"
             )
         folder = newest

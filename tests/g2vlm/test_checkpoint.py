@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_g2vlm import StandInHeads, drawn_images, drawn_tail, tiny_g2vlm, tiny_qwen
+from support.authors_g2vlm import head_shapes, language_shapes, vision_shapes
+from support.tiny_g2vlm import StandInHeads, drawn, drawn_images, drawn_tail, tiny_g2vlm, tiny_qwen
 
-from gasp_fast.g2vlm.checkpoint import load_model, load_weights, new_model, save_model
+from gasp_fast.g2vlm.checkpoint import load_model, load_weights, new_model, official_names, row_blocks, save_model
 from gasp_fast.g2vlm.experts import ExpertsConfig
+from gasp_fast.g2vlm.heads import GeometryHeads, HeadsConfig
+from gasp_fast.g2vlm.model import G2VLM
+from gasp_fast.g2vlm.saved import load_geometry_model
 
 LAYER = "language_model.model.layers.2."
 NAMES = {
@@ -32,7 +36,7 @@ OTHERS = {
     "dino_model.embeddings.register_tokens",
     "vit_model.blocks.0.attn.qkv.weight",
     "vit_model.merger.mlp.2.bias",
-    "heads.points.weight",
+    "points.weight",  # of the stand-in for heads
 }
 
 
@@ -48,10 +52,48 @@ def test_a_saved_model_has_the_authors_names_and_loads_again(tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     assert loaded.qwen_config.vision_start_token_id == model.qwen_config.vision_start_token_id
     assert load_weights(loaded, tmp_path) == []
-    heads = StandInHeads()
-    before = heads.points.weight.clone()
-    load_model(tmp_path, heads, with_heads=False)
-    assert torch.equal(heads.points.weight, before)
+
+
+def test_every_weight_of_the_full_size_has_the_name_and_shape_that_the_authors_gave_it():
+    from transformers import (
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+    )
+
+    text = {
+        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    dino = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+    with torch.device("meta"):
+        qwen = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 1536}))
+        encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**dino, image_size=518))
+        model = G2VLM(qwen, encoder, GeometryHeads())
+    found = {}
+    for name, weight in model.state_dict().items():
+        names = official_names(name)
+        rows = row_blocks(model, name) if len(names) > 1 else [len(weight)]
+        for theirs, count in zip(names, rows, strict=True):
+            assert theirs not in found
+            found[theirs] = (count, *weight.shape[1:])
+    expected = head_shapes() | language_shapes() | vision_shapes()
+    assert found == expected
+
+
+def test_a_folder_of_the_authors_loads_with_its_heads(tmp_path):
+    """It has no file with the sizes of the heads."""
+    model, width = tiny_g2vlm(), 64
+    model.heads = drawn(GeometryHeads(HeadsConfig(hidden=width, width=width)))
+    save_model(model, tmp_path)
+    (tmp_path / "geometry_config.json").unlink()
+    loaded = load_geometry_model(tmp_path).model
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert load_weights(loaded, tmp_path) == []
 
 
 def test_configurations_of_older_transformers_load(tmp_path):

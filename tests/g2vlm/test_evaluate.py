@@ -229,7 +229,7 @@ def test_what_is_no_model_ends_in_one_line(run, assets, tmp_path, capsys):
     (tmp_path / "saved" / "geometry_config.json").write_text("{}")
     assert "geometry_config.json is damaged" in refused(tmp_path / "saved")
     (tmp_path / "saved" / "geometry_config.json").unlink()
-    assert "geometry_config.json is missing" in refused(tmp_path / "saved")
+    assert "without a geometry_config.json its heads must have the authors' sizes" in refused(tmp_path / "saved")
     with torch.no_grad():
         model.patch_map.bias.fill_(math.nan)
     save_model(model, tmp_path / "saved")

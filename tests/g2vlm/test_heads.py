@@ -6,8 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+from support.authors_g2vlm import SlowHeads
 
-from gasp_fast.g2vlm.head_blocks import Attention, rotated, turns_of
+from gasp_fast.g2vlm.checkpoint import official_names
+from gasp_fast.g2vlm.head_blocks import Attention, CrossAttention, rotated, turns_of
 from gasp_fast.g2vlm.heads import GeometryHeads, HeadsConfig, moved, pixels_of_patches
 from gasp_fast.g2vlm.losses import Geometry, corner_normals, directions, geometry_loss
 from gasp_fast.g2vlm.rotation import nearest_rotation
@@ -25,9 +27,9 @@ def trained_heads(config: HeadsConfig = TINY) -> GeometryHeads:
     """With last layers as large as the others: outputs differ between hidden states."""
     heads = new_heads(config=config)
     with torch.no_grad():
-        for last in (heads.local_points.to_pixels, heads.world_points.to_pixels, heads.camera.matrix):
+        for last in (heads.point_head.proj, heads.global_point_head.proj, heads.camera_head.fc_rot):
             last.weight.normal_(std=0.3)
-        heads.camera.translation.weight.normal_(std=0.3)
+        heads.camera_head.fc_t.weight.normal_(std=0.3)
     return heads
 
 
@@ -76,15 +78,16 @@ def test_half_of_the_dimensions_rotates_by_the_row_and_half_by_the_column():
             assert abs(complex(found[at], found[other]) - expected) < 1e-5
 
 
-@pytest.mark.parametrize("contexts", [4, 2])
-def test_attention_depends_on_differences_of_rows_and_columns(contexts):
+@pytest.mark.parametrize("kind", [Attention, CrossAttention])
+def test_attention_depends_on_differences_of_rows_and_columns(kind):
     torch.manual_seed(0)
-    attention = Attention(32, 2, "fp32")
+    attention = kind(32, 2, "fp32")
     place = torch.arange(ROWS * COLUMNS)
     rows, columns = place // COLUMNS, place % COLUMNS
-    x, context = 3 * torch.randn(4, len(place), 32), 3 * torch.randn(contexts, len(place), 32)
+    x, context = 3 * torch.randn(4, len(place), 32), 3 * torch.randn(2, len(place), 32)
+    inputs = (x,) if kind is Attention else (x, context)
     found, shifted, stretched, level = (
-        attention(x, context, turns_of(*at, 16, 100.0))
+        attention(*inputs, turns_of(*at, 16, 100.0))
         for at in ((rows, columns), (rows + 7, columns + 4), (rows, 2 * columns), (0 * rows, columns))
     )
     torch.testing.assert_close(shifted, found, rtol=0, atol=1e-5)
@@ -93,7 +96,7 @@ def test_attention_depends_on_differences_of_rows_and_columns(contexts):
 
 def test_patches_lie_row_by_row():
     heads, given = trained_heads(), []
-    for decoder in (heads.local_decoder, heads.camera_decoder, heads.world_decoder):
+    for decoder in (heads.point_decoder, heads.camera_decoder, heads.global_points_decoder):
         decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1]))
     heads(hidden_states(), ROWS, COLUMNS)
     expected = turns_of(torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 0, 1, 2]), 16, 100.0)
@@ -117,6 +120,27 @@ def test_points_depend_on_their_frame_alone_and_world_points_also_on_frame_0():
     last = hidden.clone()
     last[-1] += 1
     assert all(torch.equal(a[0], b[0]) for a, b in zip(values(before), values(heads(last, ROWS, COLUMNS)), strict=True))
+
+
+def test_all_is_computed_from_the_authors_names_as_they_compute_it():
+    """Without a map before the blocks; all weights drawn, so that none is without effect."""
+    heads = new_heads(config=replace(TINY, hidden=TINY.width)).train()
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    hidden = torch.randn(1, FRAMES, ROWS * COLUMNS, TINY.width)
+    found = heads(hidden, ROWS, COLUMNS)
+    slow = SlowHeads({official_names(f"heads.{name}")[0]: w.detach() for name, w in heads.state_dict().items()}, 2, 4)
+    first, origin = slow.pose(hidden[0, 0], COLUMNS)
+    for frame, states in enumerate(hidden[0]):
+        rotation, translation = slow.pose(states, COLUMNS)
+        expected = (
+            slow.points(states, ROWS, COLUMNS), slow.global_points(states, hidden[0, 0], ROWS, COLUMNS),
+            first.T @ rotation, first.T @ (translation - origin),
+        )  # fmt: skip
+        for ours, theirs in zip(values(found), expected, strict=True):
+            torch.testing.assert_close(ours[0, frame].double(), theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e4])
@@ -180,9 +204,25 @@ def test_gradients_are_finite_and_moderate_for_zero_hidden_states_and_identical_
         assert of_hidden.norm() > 0 or scene is still
 
 
+def test_hidden_states_of_zero_have_finite_gradients_also_without_a_map():
+    """There LayerNorm multiplies gradients by 1,000, once: biases follow it."""
+    heads = trained_heads(replace(TINY, layers=5, hidden=TINY.width))
+    for hidden in (
+        torch.zeros(2, FRAMES, ROWS * COLUMNS, TINY.width),
+        torch.ones(2, FRAMES, ROWS * COLUMNS, TINY.width),
+    ):
+        of_hidden, *of_weights = gradients(heads, hidden, a_scene(2))
+        assert 0 < of_hidden.norm() < 1000 and all(0 <= one.norm() < 300 for one in of_weights)
+
+
 def test_the_gradient_is_that_of_finite_differences():
-    """Along the gradient of the hidden states and of each weight."""
+    """Along the gradient of the hidden states and of each weight, away from the kinks of ReLU."""
     heads, hidden = trained_heads(), hidden_states().requires_grad_()
+    camera = heads.camera_head
+    with torch.no_grad():
+        for layer in camera.modules():
+            if isinstance(layer, torch.nn.Linear) and layer not in (camera.fc_t, camera.fc_rot):
+                layer.bias.copy_(torch.tensor([1.0, -1.0]).repeat(TINY.camera_width // 2))
     weights = [torch.randn_like(value) for value in values(heads(hidden, ROWS, COLUMNS))]
 
     def score() -> torch.Tensor:
@@ -226,7 +266,7 @@ def test_under_autocast_a_plane_keeps_its_normals_which_bf16_distorts():
     y, x = torch.meshgrid(torch.arange(14) / 518 + 0.1, torch.arange(14) / 518 + 0.2, indexing="ij")
     depth = 1 / (0.3 * x - 0.2 * y + 0.5)  # of a plane
     wanted = torch.stack([x, y, depth.log()]).flatten()  # [3 * 14²]
-    last, inputs = heads.local_points.to_pixels, []
+    last, inputs = heads.point_head.proj, []
     last.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0, 0, 0]))
     with torch.no_grad():
         heads(hidden, ROWS, COLUMNS)
