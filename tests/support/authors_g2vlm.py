@@ -3,8 +3,8 @@
 Names, shapes and the order of operations are facts of the model code in InternRobotics/G2VLM (Apache-2.0), commit
 5310772: `modeling/g2vlm/g2vlm.py`, `qwen2vl.py` and `dinov2_model.py`, `modeling/qwen2vl/modeling_qwen2_vl.py`, and
 `modeling/pi3/models/layers/`. Their checkpoint was not at hand, and their file of position embeddings has another
-licence and was not opened: that the first half of a head's dimensions turns by the row, in pairs (i, i + n / 2), is what
-that family of models does.
+licence and was not opened: that the first half of a head's dimensions turns by the row, in pairs (i, i + n / 2), is
+what that family of models does.
 """
 
 import torch
