@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.box_world import BoxWorld
+from support.many_scenes import KINDS, write_library
 from support.recorded import recorded_scene
 
 from gasp_fast.backbones import load_backbone
@@ -246,3 +247,22 @@ def test_questions_that_cannot_be_used_are_replaced_and_named(rooms, questions, 
     skipped = {one.record: one.reason for position in range(32) for one in stream[position].skipped}
     assert list(skipped) == [f"{tmp_path}/records.json[1]"] and "has changed" in skipped[f"{tmp_path}/records.json[1]"]
     assert [one.record for one in stream.left_out] == [f"{tmp_path}/records.json[2]"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_truth_is_the_same_from_every_format(kind, tmp_path):
+    """Of one scene, written in each; formats without depth have it computed, or are left out by name."""
+    write_library(kind, tmp_path / "library", 1, 6)
+    write_library("rgbd", tmp_path / "as rgbd", 1, 6)
+    scene = open_scene(tmp_path / "library" / "scene-0000")
+    if not scene.has_depth:
+        with pytest.raises(ValueError, match=r"depth"):
+            UnseenSequences(str(tmp_path / "library"), 3, side=28)
+        return
+    ours, rgbd = (UnseenSequences(str(tmp_path / name), 3, side=28)[0] for name in ("library", "as rgbd"))
+    np.testing.assert_allclose(ours.pose, rgbd.pose, atol=1e-4)
+    np.testing.assert_allclose(ours.intrinsics, rgbd.intrinsics, rtol=1e-3)
+    both = (ours.depth > 0) & (rgbd.depth > 0)
+    assert both.mean() > 0.5
+    close = np.abs(ours.depth - rgbd.depth)[both] < 0.02 * rgbd.depth[both]
+    assert close.mean() > 0.95
