@@ -82,7 +82,7 @@ def make_objective(config: TrainConfig | G2TrainConfig, stage: int, processes: d
     if isinstance(config, G2TrainConfig):
         from gasp_fast.g2vlm.objective import G2Objective
 
-        return G2Objective(config, stage)
+        return G2Objective(config, stage, processes.decided_by_first)
     guards.check_sharding(config, stage)
     stream = SampleStream(config.data, processes.decided_by_first)
     return Gasp(config, stream, held_out_sequences(config) if config.evaluate.scenes else None)

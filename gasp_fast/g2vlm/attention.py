@@ -1,4 +1,6 @@
-"""Attention of all tokens to all that they may see, in slices: no mask of queries x keys exists.
+"""Attention of all tokens to all that they may see, in slices, without a mask of all queries x keys.
+
+Only the tail, which is causal, has a mask of its own where FlashAttention does not run, as on a CPU.
 
 Every token of the prefix sees the prefix up to itself. Every token of the tail sees prefix, block and the tail up to
 itself: prefix and block never see the tail, and no token sees the padding behind it. What a frame of the block sees

@@ -139,13 +139,13 @@ class G2Objective(Objective):
     stream: GeometryStream | QuestionStream
     sequences: UnseenScenes | None
 
-    def __init__(self, config: G2TrainConfig, stage: int = 0) -> None:
-        """Opens the scenes. `stage`: of ZeRO."""
+    def __init__(self, config: G2TrainConfig, stage: int = 0, once: Callable[[Any], Any] = lambda read: read()) -> None:
+        """Opens the scenes. `stage`: of ZeRO; `once` lets one process read the scenes for all of them."""
         if stage == 3:
             raise GuardError(f"deepspeed = {config.deepspeed!r} is ZeRO-3, which G²VLM is not trained with; use zero2")
         self.config, data, batch_size = config, config.data, config.train.batch_size
         self.backbone = load_backbone(config.model.source) if data.questions else None
-        self.stream = GeometryStream(data, batch_size) if self.backbone is None else self._questions()
+        self.stream = once(partial(GeometryStream, data, batch_size)) if self.backbone is None else self._questions()
         self.sequences = UnseenScenes(config) if config.evaluate.scenes else None
         text, geometry = config.loss.text_weight > 0, config.loss.geometry_weight > 0
         self.terms = (

@@ -47,7 +47,7 @@ def _flops_table(plan: G2Plan) -> Table:
     table = Table("part", "forward", "backward", "recomputed", title="TFLOP of such a pack", title_justify="left")
     for name, flops in plan.flops.items():
         if flops.total:
-            table.add_row(name, *(f"{value / 1e12:.2f}" for value in (flops.forward, flops.backward, flops.recomputed)))
+            table.add_row(name, *(f"{value / 1e12:.2f}" for value in (flops.forward, flops.backward, flops.recompute)))
     table.caption = (
         f"parameters: {', '.join(f'{name} {count / 1e6:,.0f} M' for name, count in plan.parameters.items())}"
     )

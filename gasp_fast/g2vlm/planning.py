@@ -8,12 +8,15 @@ been measured on a GPU. Of GASP's supervision only the parameters are counted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from gasp_fast.planning.assumptions import Assumptions
+from gasp_fast.planning.flops import Flops
 from gasp_fast.planning.gpus import GPU
+from gasp_fast.planning.plan import Totals
 from gasp_fast.planning.training_setup import Sharding
 from gasp_fast.supervision.heads import CorrespondenceHead, parse_layers
 from gasp_fast.supervision.heads import HeadsConfig as CorrespondenceConfig
@@ -29,19 +32,6 @@ from .tokens import Arrangement
 PIXEL_BYTES = 160  # of a pixel of a frame: two predicted points, their true ones, weights and gradients, float32
 HEAD_STATES = 20  # tensors of the decoder's width that a block of the heads keeps: norms, attention, an MLP of 4 widths
 PASSES = 24  # over a token's residual stream in a layer, forward and backward, between products; float32
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Of one kind of product, in a forward pass, its backward pass, and in recomputing activations."""
-
-    forward: float
-    backward: float
-    recomputed: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.forward + self.backward + self.recomputed
 
 
 def pack_flops(
@@ -80,9 +70,10 @@ def step_flops(config: G2TrainConfig, model: G2VLM, pack: GeometryBatch) -> floa
     labelled = 0 if pack.questions is None else int((pack.questions.labels[:, 1:] != IGNORED).sum())
     arrangement = Arrangement(frames, height // PATCH, width // PATCH, tail=tail)
     parts = pack_flops(config, Shapes.of(model), batch, arrangement, labelled).values()
-    return sum(part.forward + part.backward for part in parts)
+    return sum(part.model for part in parts)
 
 
+@cache
 def head_products(config: HeadsConfig) -> int:
     """Weights of the heads that are multiplied with every patch; those of pixels and cameras count as such."""
     with torch.device("meta"):
@@ -91,7 +82,7 @@ def head_products(config: HeadsConfig) -> int:
 
 
 @dataclass(frozen=True)
-class G2Plan:
+class G2Plan(Totals):
     """The estimate of a run."""
 
     gpus: int
@@ -103,18 +94,6 @@ class G2Plan:
     flops: dict[str, Flops]  # of a pack
     seconds: dict[str, float]  # of a step on each GPU
     steps: int
-
-    @property
-    def memory_needed(self) -> float:
-        return sum(self.memory.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.memory_needed <= self.gpu.memory
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(self.seconds.values())
 
     @property
     def gpu_hours(self) -> float:

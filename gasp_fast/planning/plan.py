@@ -25,8 +25,28 @@ PAPER_GPU_HOURS = 10 * 32  # of an H200
 PAPER_RATE = PAPER_SEQUENCES * 3 / (PAPER_GPU_HOURS * 3600)  # sequences a second on each H200: 4.6
 
 
+class Totals:
+    """What follows from the parts of an estimate."""
+
+    gpu: GPU
+    memory: dict[str, float]  # bytes of a GPU by purpose
+    seconds: dict[str, float]  # of an optimiser step, by part
+
+    @property
+    def memory_needed(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_needed <= self.gpu.memory
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Totals):
     """The estimate of a run."""
 
     setup: TrainingSetup
@@ -48,18 +68,6 @@ class Plan:
     def frame_tokens(self) -> int:
         """Visual tokens of a frame."""
         return self.longest.visual // self.longest.frames
-
-    @property
-    def memory_needed(self) -> float:
-        return sum(self.memory.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.memory_needed <= self.gpu.memory
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(self.seconds.values())
 
     @property
     def geometry_share(self) -> float:

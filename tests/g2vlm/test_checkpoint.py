@@ -97,7 +97,7 @@ def test_a_folder_of_the_authors_loads_with_its_heads(tmp_path):
 
 
 def test_configurations_of_older_transformers_load(tmp_path):
-    """With other names of the rotary settings, and a type that the weights shall not get."""
+    """Their rotary settings have other names, and they name a type, which the weights do not get."""
     model = tiny_g2vlm()
     save_model(model, tmp_path)
     text = json.loads((tmp_path / "text_config.json").read_text())
