@@ -2,7 +2,8 @@
 //
 // A similarity chunk [R, n] is processed row by row, frame by frame. One frame of one row is a few hundred floats and
 // stays in the L1 cache. Threads take fixed blocks of rows and share nothing that is written: the result does not
-// depend on timing. rows_loops.h has the vectorised loops, rows_norms.h what is done with embeddings.
+// depend on timing. rows_loops.h has the vectorised loops, rows_norms.h what is done with embeddings, rows_fold.h
+// what is done with the gradient before its products.
 //
 // Exactness of the statistics. Similarities are cosines over the temperature, so |s| <= 1 / tau. Up to `kBounded`,
 // exp(s), its sum over billions of tokens and its product with any reasonable value stay far inside the range of float:
@@ -27,6 +28,7 @@
 
 #include "arrays.h"
 #include "rows_chunk.h"
+#include "rows_fold.h"
 #include "rows_loops.h"
 #include "rows_norms.h"
 #include "rows_terms.h"
@@ -319,5 +321,7 @@ PYBIND11_MODULE(_rows, module) {
                py::arg("threads"));
     module.def("inverse_norms", &inverse_norms, array("embeddings"), array("out"), py::arg("threads"));
     module.def("project_gradient", &project_gradient, array("gradient"), array("embeddings"), array("inverse_norm"),
-               array("out"), py::arg("of_unit"), array("added"), array("of_token"), py::arg("threads"));
+               array("out"), py::arg("of_unit"), array("added"), array("of_token"), array("place"),
+               py::arg("threads"));
+    module.def("fold", &fold, array("x"), array("own"), array("others"), array("rest"), py::arg("threads"));
 }

@@ -68,18 +68,20 @@ void norms_of_rows(const DenseRows<E>& embeddings, int64_t n, int64_t width, flo
 }
 
 // `out` may be `gradient`. With `of_unit`, the gradient is that of the normalised embeddings. `added` and `of_token` are
-// those of AddedRows in kernels/chunk.py, or null: these rows are added to `gradient` in its own memory.
+// those of AddedRows in kernels/chunk.py, or null: these rows are added to `gradient` in its own memory. `place` has the
+// token of each row of `gradient`, or is null: they are the same.
 template <typename E, typename O>
 void project_rows(const DenseRows<float>& gradient, const DenseRows<E>& embeddings, const float* inverse_norm,
-                  const DenseRows<O>& out, const float* added, const int64_t* of_token, int64_t n, int64_t width,
-                  bool of_unit, int threads) {
+                  const DenseRows<O>& out, const float* added, const int64_t* of_token, const int64_t* place, int64_t n,
+                  int64_t width, bool of_unit, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < n; ++r) {
         if (added && of_token[r] >= 0) add_row(added + of_token[r] * width, width, gradient[r]);
-        const float scale = inverse_norm[r];
+        const int64_t token = place ? place[r] : r;
+        const float scale = inverse_norm[token];
         const bool clamped = scale >= 1.0f / kNormFloor;
-        const float along = clamped ? 0.0f : scale * (scale * dot_with(embeddings[r], gradient[r], width));
-        tangent(embeddings[r], gradient[r], along, of_unit ? scale : 1.0f, width, out[r]);
+        const float along = clamped ? 0.0f : scale * (scale * dot_with(embeddings[token], gradient[r], width));
+        tangent(embeddings[token], gradient[r], along, of_unit ? scale : 1.0f, width, out[token]);
     }
 }
 
@@ -98,28 +100,29 @@ void inverse_norms(const py::array& embeddings, Array<float> out, int threads) {
 
 template <typename E>
 void project_into(const py::array& gradient, const py::array& embeddings, const float* inverse_norm, py::array& out,
-                  bool of_unit, const float* added, const int64_t* of_token, int threads) {
-    const int64_t n = embeddings.shape(0), width = embeddings.shape(1);
+                  bool of_unit, const float* added, const int64_t* of_token, const int64_t* place, int threads) {
+    const int64_t n = gradient.shape(0), width = embeddings.shape(1);
     const bool wide = out.itemsize() == 4;
     const DenseRows<float> u(gradient), floats(out);
     const DenseRows<E> e(embeddings);
     const DenseRows<Bfloat16> halves(out);
     py::gil_scoped_release release;
     if (wide)
-        project_rows(u, e, inverse_norm, floats, added, of_token, n, width, of_unit, threads);
+        project_rows(u, e, inverse_norm, floats, added, of_token, place, n, width, of_unit, threads);
     else
-        project_rows(u, e, inverse_norm, halves, added, of_token, n, width, of_unit, threads);
+        project_rows(u, e, inverse_norm, halves, added, of_token, place, n, width, of_unit, threads);
 }
 
 void project_gradient(const py::array& gradient, const py::array& embeddings, const Array<float>& inverse_norm,
                       py::array out, bool of_unit, const std::optional<Array<float>>& added,
-                      const std::optional<Array<int64_t>>& of_token, int threads) {
+                      const std::optional<Array<int64_t>>& of_token, const std::optional<Array<int64_t>>& place,
+                      int threads) {
     const float* rows = added ? added->data() : nullptr;
-    const int64_t* row_of = of_token ? of_token->data() : nullptr;
+    const int64_t *row_of = of_token ? of_token->data() : nullptr, *to = place ? place->data() : nullptr;
     if (embeddings.itemsize() == 4)
-        project_into<float>(gradient, embeddings, inverse_norm.data(), out, of_unit, rows, row_of, threads);
+        project_into<float>(gradient, embeddings, inverse_norm.data(), out, of_unit, rows, row_of, to, threads);
     else
-        project_into<Bfloat16>(gradient, embeddings, inverse_norm.data(), out, of_unit, rows, row_of, threads);
+        project_into<Bfloat16>(gradient, embeddings, inverse_norm.data(), out, of_unit, rows, row_of, to, threads);
 }
 
 }  // namespace

@@ -5,9 +5,12 @@
     part     rows of a similarity product: a part of `rows`, so that float32 similarities stay small while `X` collects
     columns  tokens of a product: all of the sequence, or less where too few rows would fit
     panel    tokens whose gradient is computed at a time, where one block has all rows and columns; else 0
+    folded   whether `X` is folded (`fold_kernels`): panels are then of the tokens that are no rows
 
 One block for all rows is best. The gradient of the tokens is then complete at once: it needs no accumulator, but a
-panel of float32 numbers, which is projected before the next one takes its place.
+panel of float32 numbers, which is projected before the next one takes its place. And what is between two anchors can be
+added before the products: with half of the tokens anchors, that saves a quarter of both gradient products. It takes
+memory for the columns that are no rows, and passes over `X`, which are worth it unless the width is small.
 
 Where `X` of all rows does not fit, each block adds to an accumulator of all tokens. A gradient product with few rows is
 slow then: it reads and writes the accumulator once for every block, which costs as much as the product itself at about
@@ -46,8 +49,8 @@ WAVE_LOSS, TILE_EDGE, TILE_START, OVERLAP = 0.2, 2.4, 70, 1.4
 # 750 (H100); the mean of both.
 BYTES_PER_UNIT = 300
 # Time without work of the device before the kernels of a part (one product, four row kernels), of a block (anchors and
-# the gradient of the rows) and of a panel (the gradient of the tokens, added or projected).
-PART_UNITS, BLOCK_UNITS, PANEL_UNITS = 1500, 900, 600
+# the gradient of the rows), of a panel (the gradient of the tokens, added or projected) and of folding.
+PART_UNITS, BLOCK_UNITS, PANEL_UNITS, FOLD_UNITS = 1500, 900, 600, 900
 # Time of the host to start them: about 220, 150 and 90 microseconds on the machine of an H100. That of an H200 took two
 # thirds of it, and a third of that for layers that repeat a recording; slower hosts than both are common.
 HOST_PART_UNITS, HOST_BLOCK_UNITS, HOST_PANEL_UNITS = 20000, 14000, 8000
@@ -55,6 +58,7 @@ HOST_PART_UNITS, HOST_BLOCK_UNITS, HOST_PANEL_UNITS = 20000, 14000, 8000
 WAIT_UNITS, WARPS_AT_ONCE = 100, 24
 MOST_BLOCKS, MOST_PARTS = 48, 16  # rows are cut into at most so many
 CACHED_BYTES = 32 << 20  # similarities of a part that stay in the second-level cache (50 MB on an H100)
+PITCH = 64  # numbers; columns without those of rows, of which there is any number, begin each row at a multiple of it
 LEAST_CPU_PANEL = 256  # tokens; products of fewer are slower than the memory that they save
 
 
@@ -65,6 +69,7 @@ class Blocks:
     part: int
     columns: int
     panel: int = 0  # 0: blocks add to an accumulator
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,17 @@ class Sizes:
     multiprocessors: int  # 0: a CPU
     frames: int = 1  # P
     wide: bool = False  # gradients are float32: products write them where they belong
+    foldable: bool = False  # rows are tokens of the sequence, and gradients of both are added; folding is worth a try
+
+    @property
+    def left(self) -> int:
+        """Tokens that are no rows."""
+        return self.tokens - self.rows
+
+    @property
+    def rest_pitch(self) -> int:
+        """Numbers from one row of the columns that are no rows to the next; libraries are fast at multiples of this."""
+        return _up(self.left, PITCH) * PITCH
 
 
 class Scratch(NamedTuple):
@@ -101,7 +117,7 @@ class Scratch(NamedTuple):
         shared = sizes.element < 4 and blocks.columns == sizes.tokens
         row_gradient = 0 if shared else similarity
         panel = row_gradient + blocks.layers * blocks.rows * sizes.width
-        end = panel if sizes.wide else panel + blocks.layers * blocks.panel * sizes.width
+        end = panel if sizes.wide and not blocks.folded else panel + blocks.layers * blocks.panel * sizes.width
         return Scratch(row_gradient, panel, max(similarity, end))
 
 
@@ -111,10 +127,12 @@ def blocks_for(sizes: Sizes, workspace: int) -> Blocks:
 
 
 def bytes_of(sizes: Sizes, blocks: Blocks) -> int:
-    """Memory of a block: anchors, `X`, similarities, row gradients and the panel."""
+    """Memory of a block: anchors, `X`, similarities, row gradients, the panel, and the columns that are no rows."""
     numbers = blocks.rows * sizes.width
     if sizes.backward and sizes.element < 4:
         numbers += blocks.rows * blocks.columns
+    if blocks.folded:
+        numbers += blocks.rows * sizes.rest_pitch
     return blocks.layers * sizes.element * numbers + 4 * Scratch.of(sizes, blocks).size
 
 
@@ -126,10 +144,11 @@ def _blocks_on_cpu(sizes: Sizes, workspace: int) -> Blocks:
         return _square_blocks(sizes, workspace, multiple=1)
     rows = _equal(sizes.rows, max(1, fitting))
     blocks = Blocks(1, rows, rows, sizes.tokens)
-    most = _largest_panel(sizes, blocks, workspace)
-    if most < min(LEAST_CPU_PANEL, sizes.tokens):
-        return blocks
-    return replace(blocks, panel=_equal(sizes.tokens, most))
+    for whole in _foldings(sizes, blocks) if rows == sizes.rows else []:
+        most, tokens = _largest_panel(sizes, whole, workspace), _panel_tokens(sizes, whole)
+        if most >= min(LEAST_CPU_PANEL, tokens):
+            return replace(whole, panel=_equal(tokens, most))
+    return blocks
 
 
 @lru_cache(maxsize=256)
@@ -170,28 +189,42 @@ def _whole_blocks(sizes: Sizes, workspace: int) -> Iterator[Blocks]:
                 continue
             if not sizes.backward:
                 yield blocks
-            for panel in _panels(sizes, blocks, workspace):
-                yield replace(blocks, panel=panel)
+            for whole in _foldings(sizes, blocks):
+                for panel in _panels(sizes, whole, workspace):
+                    yield replace(whole, panel=panel)
+
+
+def _foldings(sizes: Sizes, blocks: Blocks) -> list[Blocks]:
+    """A block of all rows, folded where that is possible, and as it is."""
+    return [replace(blocks, folded=True), blocks] if sizes.foldable else [blocks]
+
+
+def _panel_tokens(sizes: Sizes, blocks: Blocks) -> int:
+    """The tokens whose gradient is computed in panels; at least 1, so that a block of all tokens counts as one, too."""
+    return max(1, sizes.left) if blocks.folded else sizes.tokens
 
 
 def _panels(sizes: Sizes, blocks: Blocks, workspace: int) -> Iterator[int]:
     """Some sizes of panels: as few as possible, and slightly more, which may fill waves better."""
-    most = _largest_panel(sizes, blocks, workspace)
-    if most >= sizes.tokens:
-        yield sizes.tokens
+    most, tokens = _largest_panel(sizes, blocks, workspace), _panel_tokens(sizes, blocks)
+    if most >= tokens:
+        yield tokens
     elif most >= TILE_ROWS:
-        fewest = _up(sizes.tokens, most // TILE_ROWS * TILE_ROWS)
+        fewest = _up(tokens, most // TILE_ROWS * TILE_ROWS)
         for count in range(fewest, fewest + 3):
-            yield _up(_up(sizes.tokens, count), TILE_ROWS) * TILE_ROWS
+            yield _up(_up(tokens, count), TILE_ROWS) * TILE_ROWS
 
 
 def _largest_panel(sizes: Sizes, blocks: Blocks, workspace: int) -> int:
-    """The most tokens of a panel that fits beside the block; 0 where the block has not all rows."""
-    if not sizes.backward or blocks.rows < sizes.rows:
+    """The most tokens of a panel that fits beside the block; 0 where that has not all rows, or does not fit itself."""
+    needed, tokens = bytes_of(sizes, blocks), _panel_tokens(sizes, blocks)
+    if not sizes.backward or blocks.rows < sizes.rows or needed > workspace:
         return 0
+    if sizes.wide and not blocks.folded:
+        return tokens
     scratch = Scratch.of(sizes, blocks)
-    free = workspace - bytes_of(sizes, blocks) + 4 * (scratch.size - scratch.panel)
-    return sizes.tokens if sizes.wide else min(sizes.tokens, free // (4 * blocks.layers * sizes.width))
+    free = workspace - needed + 4 * (scratch.size - scratch.panel)
+    return min(tokens, free // (4 * blocks.layers * sizes.width))
 
 
 def _time(sizes: Sizes, blocks: Blocks) -> float:
@@ -218,9 +251,13 @@ def _device_time(sizes: Sizes, blocks: Blocks, layers: int) -> float:
             if not sizes.backward:
                 continue
             total += times * (BLOCK_UNITS + _product(sizes, layers, rows, width, columns, 2 if len(cuts) > 1 else 1))
-            for panels, tokens in _pieces(columns, blocks.panel or columns):
+            of_panels = sizes.left if blocks.folded else columns
+            for panels, tokens in _pieces(of_panels, blocks.panel or columns):
                 product = _product(sizes, layers, tokens, width, rows, 2 if repeatedly else 1)
                 total += times * panels * (PANEL_UNITS + product)
+            if blocks.folded:  # `X` is read and written once; then the anchors' gradient is projected
+                total += FOLD_UNITS
+                moved += 2 * layers * sizes.element * rows * columns
     if sizes.backward:  # row gradients are added to the accumulator, except those of the last block
         moved += 8 * layers * max(0, sizes.rows - blocks.rows) * width
     return total + moved / (BYTES_PER_UNIT * sizes.multiprocessors)
@@ -259,7 +296,8 @@ def _host_time(sizes: Sizes, blocks: Blocks) -> float:
     parts = _up(min(blocks.rows, sizes.rows), blocks.part)
     units = HOST_BLOCK_UNITS + visits * parts * HOST_PART_UNITS
     if sizes.backward:
-        units += _up(blocks.columns, blocks.panel or blocks.columns) * HOST_PANEL_UNITS
+        of_panels = sizes.left if blocks.folded else blocks.columns
+        units += (_up(of_panels, blocks.panel or blocks.columns) + blocks.folded) * HOST_PANEL_UNITS
     return row_blocks * cuts * units
 
 

@@ -236,7 +236,7 @@ class ChunkedEngine:
         gradients: Gradients,
     ) -> Tensor | None:
         """Visit each sequence, group of layers and block once, in a fixed order; return the temperature's gradient."""
-        radial: list[Tensor] = []  # of each block: sum_i e_i . (X K)_i, which is -tau dL/dtau
+        radial: list[Tensor] = []  # of each block: sum_i e_i . (X K)_i, which is -tau dL/dtau; see `RowBlock.radial`
         if gradients.embeddings is not None and gradients.embeddings is not gradients.keys:
             gradients.embeddings.zero_()  # for tokens that are no anchors
         norms = Norms.of(problem, self.operations)
@@ -266,7 +266,8 @@ class ChunkedEngine:
     ) -> None:
         """All layers, in groups; with `call`, groups that repeat another one are started from its recording."""
         layers, products = problem.embeddings.shape[0], Products.of(problem.embeddings)
-        sizes = products.sizes(layers, sequence, problem.embeddings.shape[-1], gradients.any)
+        foldable = gradients.keys is not None and gradients.keys is gradients.embeddings
+        sizes = products.sizes(layers, sequence, problem.embeddings.shape[-1], gradients.any, foldable)
         blocks = blocks_for(sizes, self.workspace_bytes)
         again, recording = (False, None) if call is None else replay.take(call, (sequence.number, blocks))
         several = 2 * blocks.layers <= layers
@@ -349,4 +350,4 @@ class ChunkedEngine:
         if backward:
             block.finish(radial)
             if x is not None and blocks.panel:
-                block.write_panels(x, blocks.panel)
+                block.write_panels(x, blocks.panel, radial)

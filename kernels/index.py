@@ -75,6 +75,7 @@ class RowIndex(_Movable):
     row_token: Tensor  # int64 [A], ascending, no repeats
     row_column: Tensor  # int64 [A], the same tokens, counted from the first token of their sequence
     token_row: Tensor  # int64 [N], the row of each token, counted from the first row of its sequence; -1: it has none
+    other_column: Tensor  # int64 [N - A], the tokens that are no rows, counted from the first token of their sequence
     column_offsets: Tensor  # int64 [F + B], P + 1 of each sequence: its frames, counted from its first token
     spans: Tensor  # int64 [B, 3] on the CPU: end of each sequence in tokens, frames, rows
     frame_ends: Tensor  # int64 [F] on the CPU
@@ -87,6 +88,7 @@ class RowIndex(_Movable):
         number = torch.arange(len(row_token), device=row_token.device)  # [A]
         token_row = torch.full((int(frame_offsets[-1]),), -1, device=row_token.device)
         token_row[row_token] = number - torch.cat([row_ends.new_zeros(1), row_ends])[of_row]
+        others = (token_row < 0).nonzero().squeeze(1)
         sequence_frames = sequence_offsets.tolist()
         columns = [
             frame_offsets[first : last + 1] - frame_offsets[first]
@@ -96,6 +98,7 @@ class RowIndex(_Movable):
             row_token=row_token,
             row_column=row_token - starts[of_row],
             token_row=token_row,
+            other_column=others - starts[torch.searchsorted(ends, others, right=True)],
             column_offsets=torch.cat(columns),
             spans=torch.stack([ends, sequence_offsets[1:], row_ends], dim=1).cpu(),
             frame_ends=frame_offsets[1:].cpu(),
@@ -133,6 +136,13 @@ class RowIndex(_Movable):
             return self.column_offsets
         first = sequence.frames[0] + sequence.number
         return self.column_offsets[first : first + sequence.frame_count + 1]
+
+    def other_columns(self, sequence: SequenceSpan) -> Tensor:
+        """int64 [n - A]: the columns of a sequence that are no rows."""
+        if len(self.sequences) == 1:
+            return self.other_column
+        first = sequence.tokens[0] - sequence.rows[0]
+        return self.other_column[first : first + sequence.token_count - sequence.row_count]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

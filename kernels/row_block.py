@@ -74,6 +74,7 @@ class Buffers:
     similarity: Tensor  # float32 [G, part, c]
     row_gradient: Tensor | None  # float32 [G, R, D]; in the memory of `similarity` where `Scratch` says so
     panel: Tensor | None  # float32 [G, panel, D], after `row_gradient`; None where nothing needs it
+    rest: Tensor | None  # [G, R, n - R], the columns of `x` that are no rows; None where it is not folded
     parts: dict[tuple[int, int, int], Part] = field(default_factory=dict)  # by number of layers, first and last row
     of_part: dict[tuple[int, int, int], PartMemory] = field(default_factory=dict)  # the same, rows counted in the block
 
@@ -85,15 +86,18 @@ class Buffers:
         anchors = scratch(like.new_empty((layers, rows, width), dtype=products.element))
         x = similarity = block.as_strided((layers, blocks.part, columns), (blocks.part * columns, columns, 1))
         if not sizes.backward:
-            return Buffers(anchors, x, similarity, None, None)
+            return Buffers(anchors, x, similarity, None, None, None)
         if sizes.element < 4:
             x = scratch(like.new_empty((layers, rows, columns), dtype=products.element))
         strides = rows * width, width, 1
         row_gradient, panel = block.as_strided((layers, rows, width), strides, begin.row_gradient), None
-        if blocks.panel and not sizes.wide:
+        if blocks.panel and (blocks.folded or not sizes.wide):
             strides = blocks.panel * width, width, 1
             panel = block.as_strided((layers, blocks.panel, width), strides, begin.panel)
-        return Buffers(anchors, x, similarity, row_gradient, panel)
+        rest = None
+        if blocks.folded:
+            rest = scratch(like.new_empty((layers, rows, sizes.rest_pitch), dtype=products.element))[..., : sizes.left]
+        return Buffers(anchors, x, similarity, row_gradient, panel, rest)
 
     def part(self, group: LayerGroup, rows: slice, block: slice) -> Part:
         """Some rows of a block for the layers of `group`. Views and launches are prepared for the first group only."""
@@ -201,7 +205,8 @@ class LayerGroup:
         if buffers.row_gradient is not None:
             row_gradient = shaped(buffers.row_gradient, groups, count, width)
         offsets = problem.rows.frame_columns(self.sequence)
-        return RowBlock(self, rows, parts, own, offsets, anchors, norms, scale, buffers, row_gradient)
+        rest = None if buffers.rest is None else piece(buffers.rest, 0, slice(0, groups))
+        return RowBlock(self, rows, parts, own, offsets, anchors, norms, scale, buffers, row_gradient, rest)
 
     def offsets_in(self, columns: slice) -> Tensor:
         """int64 [P + 1]: the frames as ranges of some columns, counted from the first; computed once for all blocks."""
@@ -234,6 +239,7 @@ class RowBlock:
     row_scale: Tensor  # float32 [G, R], of `anchors`
     buffers: Buffers
     row_gradient: Tensor | None  # float32 [G, R, D]
+    rest: Tensor | None  # [G, R, n - R], see `Buffers`
     cut_own: dict[int, Tensor] = field(default_factory=dict)  # see `_own_in`
 
     def chunk(self, part: Part, columns: slice) -> RowChunk:
@@ -289,6 +295,8 @@ class RowBlock:
         """The product of `X` and the candidates: the gradient of the rows. Adds that of the columns to `total`."""
         group, tokens = self.group, piece(self.group.tokens, 1, columns)
         assert self.row_gradient is not None
+        if self.rest is not None:
+            group.operations.fold(x, self.own, self._others(), self.rest)
         group.products.row_gradient(x, tokens, self.row_gradient, columns.start > 0)
         if group.total is not None:
             later = self.rows.start > group.sequence.rows[0]
@@ -300,9 +308,10 @@ class RowBlock:
         assert row_gradient is not None
         gradients, problem = group.gradients, group.problem
         if gradients.temperature:
-            per_layer = (self.anchors * row_gradient).sum((1, 2))  # [G]
-            radial.append((per_layer if group.boost is None else per_layer / group.boost).sum())
-        if problem.keys is problem.embeddings:
+            radial.append(self.radial(self.anchors, row_gradient))
+        if self.rest is not None:
+            self._write_tokens(row_gradient, self.own)
+        elif problem.keys is problem.embeddings:
             if self.rows.stop == group.sequence.rows[1]:  # the last block: `project_gradient` adds them
                 group.added = self._added_rows(row_gradient)
             elif group.total is not None:
@@ -314,16 +323,44 @@ class RowBlock:
             group.operations.project_gradient(row_gradient, raw, self.row_norms, row_gradient, unit, group.factor)
             gradients.embeddings[group.layers].index_copy_(1, tokens, row_gradient.to(gradients.embeddings.dtype))
 
+    def radial(self, tokens: Tensor, gradient: Tensor) -> Tensor:
+        """`sum_t e_t . u_t`, [G, m, D]: of the rows, `sum_ij X_ij x_ij`.
+
+        Where `X` is folded, the sum over all tokens counts each `X_ij` for its row and for its column, so it is halved.
+        """
+        per_layer = (tokens * gradient).sum((1, 2))  # [G]
+        total = (per_layer if self.group.boost is None else per_layer / self.group.boost).sum()
+        return total if self.rest is None else total / 2
+
     def _added_rows(self, row_gradient: Tensor) -> AddedRows:
         """The gradients of these rows, and the row of each token of the sequence."""
         sequence = self.group.sequence
         of_token = piece(self.group.problem.rows.token_row, 0, slice(*sequence.tokens))
         return AddedRows(row_gradient, of_token, self.rows.start - sequence.rows[0])
 
-    def write_panels(self, x: Tensor, size: int) -> None:
-        """The whole gradient of the candidates, `size` of them at a time; this block has all rows and columns."""
+    def _others(self) -> Tensor:
+        """int64 [n - R]: the columns that are no rows."""
+        return self.group.problem.rows.other_columns(self.group.sequence)
+
+    def _write_tokens(self, gradient: Tensor, tokens: Tensor) -> None:
+        """The gradient of some tokens of the sequence, [G, m, D], [m]."""
+        group = self.group
+        assert group.result is not None
+        group.operations.project_gradient(
+            gradient, group.raw, group.token_norms, group.result, group.products.normalised, group.factor,
+            tokens=tokens,
+        )  # fmt: skip
+
+    def write_panels(self, x: Tensor, size: int, radial: list[Tensor]) -> None:
+        """The gradient of the candidates, `size` of them at a time; this block has all rows and columns.
+
+        Where `X` is folded, that of the rows is written already.
+        """
         group, result = self.group, self.group.result
         if result is None:
+            return
+        if self.rest is not None:
+            self._write_rest(self.rest, size, radial)
             return
         for columns in slices(0, group.sequence.token_count, size):
             out = panel = piece(result, 1, columns)
@@ -337,6 +374,17 @@ class RowBlock:
                 panel, piece(group.raw, 1, columns), piece(group.token_norms, 1, columns), out,
                 group.products.normalised, group.factor, added,
             )  # fmt: skip
+
+
+    def _write_rest(self, rest: Tensor, size: int, radial: list[Tensor]) -> None:
+        group, (groups, _, width) = self.group, self.anchors.shape
+        assert self.buffers.panel is not None
+        for columns in slices(0, rest.shape[2], size):
+            panel, tokens = shaped(self.buffers.panel, groups, columns.stop - columns.start, width), self._others()[columns]
+            group.products.token_gradient(piece(rest, 2, columns), self.anchors, panel, False)
+            if group.gradients.temperature:
+                radial.append(self.radial(group.tokens.index_select(1, tokens), panel))
+            self._write_tokens(panel, tokens)
 
 
 def normalised(embeddings: Tensor, inverse_norm: Tensor) -> Tensor:

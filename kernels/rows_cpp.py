@@ -29,8 +29,8 @@ from .chunk import (
 from .rows_torch import add_rows, gather_rows
 
 __all__ = [
-    "add_rows", "available", "frame_statistics", "gather_rows", "inverse_norms", "loss_terms", "project_gradient",
-    "similarity_gradient",
+    "add_rows", "available", "fold", "frame_statistics", "gather_rows", "inverse_norms", "loss_terms",
+    "project_gradient", "similarity_gradient",
 ]  # fmt: skip
 
 _rows: Any
@@ -109,6 +109,14 @@ def similarity_gradient(
     )  # fmt: skip
 
 
+def fold(x: Tensor, own: Tensor, others: Tensor, rest: Tensor) -> None:
+    if x.dtype == torch.float16:
+        rows_torch.fold(x, own, others, rest)
+        return
+    for layer, left in zip(x, rest, strict=True):
+        _rows.fold(_bits(layer), own.numpy(), others.numpy(), _bits(left), _threads())
+
+
 def project_gradient(
     gradient: Tensor,
     embeddings: Tensor,
@@ -117,16 +125,18 @@ def project_gradient(
     of_unit: bool,
     factor: Tensor | None = None,
     added: AddedRows | None = None,
+    tokens: Tensor | None = None,
 ) -> None:
     if factor is not None or torch.float16 in (embeddings.dtype, out.dtype):  # only float16 has a factor
-        rows_torch.project_gradient(gradient, embeddings, inverse_norm, out, of_unit, factor, added)
+        rows_torch.project_gradient(gradient, embeddings, inverse_norm, out, of_unit, factor, added, tokens)
         return
+    place = None if tokens is None else tokens.numpy()
     of_token = None if added is None else added.of_token.numpy() - added.first_row
     rows = [None] * len(gradient) if added is None else [layer.numpy() for layer in added.rows]
     layers = zip(gradient, _dense_rows(embeddings), inverse_norm, out, rows, strict=True)
     for u, layer, norms, to, of_layer in layers:
         _rows.project_gradient(
-            u.numpy(), _bits(layer), norms.numpy(), _bits(to), of_unit, of_layer, of_token, _threads()
+            u.numpy(), _bits(layer), norms.numpy(), _bits(to), of_unit, of_layer, of_token, place, _threads()
         )  # fmt: skip
 
 

@@ -186,6 +186,22 @@ def similarity_gradient(
     out.copy_(gradient * scale)
 
 
+def fold(
+    x: Tensor,  # [G, R, n], where each row is one of the columns
+    own: Tensor,  # int64 [R], which
+    others: Tensor,  # int64 [n - R], the other columns
+    rest: Tensor,  # [G, R, n - R], written: `x` at these
+) -> None:
+    """Add what is between two rows, both ways: `x_ij` and `x_ji` become their sum, and `x_ii` twice itself."""
+    pairs = x.index_select(2, own).float()
+    total = pairs + pairs.mT
+    if x.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        total = total.clamp(-largest, largest)
+    x.index_copy_(2, own, total.to(x.dtype))
+    rest.copy_(x.index_select(2, others))
+
+
 def gather_rows(source: Tensor, index: Tensor, out: Tensor) -> None:
     """`out = source[:, index]`: [G, n, D], [R] -> [G, R, D], in the element type of `out`."""
     if source.dtype == out.dtype:
@@ -207,11 +223,19 @@ def project_gradient(
     of_unit: bool,
     factor: Tensor | None = None,  # float32 [G], contiguous
     added: AddedRows | None = None,
+    tokens: Tensor | None = None,  # int64 [m]
 ) -> None:
     """`out = u - e_hat (e_hat . u)`, in the element type of `out`, with `u = factor (gradient + added)`.
 
     `u` is the gradient of the raw embeddings as if norms were constants; with `of_unit`, that of the normalised ones.
+    With `tokens`, the gradient is that of these alone, [G, m, D], and `out` is written there.
     """
+    if tokens is not None:
+        of_these = torch.empty_like(gradient, dtype=out.dtype)
+        embeddings, inverse_norm = embeddings.index_select(1, tokens), inverse_norm.index_select(1, tokens)
+        project_gradient(gradient, embeddings, inverse_norm, of_these, of_unit, factor, added)
+        out.index_copy_(1, tokens, of_these)
+        return
     u = gradient
     if added is not None:
         at = added.of_token - added.first_row

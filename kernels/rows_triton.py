@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fold_kernels as folding
 from . import gradient_kernels as gradients
 from . import rows_kernels as device
 from . import vector_kernels as vectors
@@ -48,6 +49,8 @@ MATCH_TILE = Tile(rows=4, columns=8, warps=1)
 # Rows of a matrix: 16 numbers a lane, and whole rows of up to 8,192 stay in registers.
 LONGEST_ROW, NUMBERS_A_WARP = 8192, 512
 NORM_TILE = Tile(rows=8, columns=256, warps=4)
+# Folding `X`: two squares of it in registers, 16 numbers a thread each; and lines of columns that lie apart.
+PAIR_TILE, COLUMN_TILE = Tile(rows=64, columns=64, warps=8), Tile(rows=8, columns=256, warps=4)
 
 
 def available() -> bool:
@@ -167,6 +170,23 @@ def similarity_gradient(
     )  # fmt: skip
 
 
+def fold(x: Tensor, own: Tensor, others: Tensor, rest: Tensor) -> None:
+    """Add what is between two rows, both ways, and copy the other columns: [G, R, n], [R], [n - R], [G, R, n - R]."""
+    groups, rows, left = rest.shape
+    squares = cdiv(rows, PAIR_TILE.rows)
+    launch(
+        folding.add_transposed, (squares, squares, groups), PAIR_TILE,
+        x, *x.stride()[:2], own, rows,
+        form=(x.dtype,),
+        CLAMPED=x.dtype == torch.float16,
+    )  # fmt: skip
+    launch(
+        folding.gather_columns, (cdiv(left, COLUMN_TILE.columns), cdiv(rows, COLUMN_TILE.rows), groups), COLUMN_TILE,
+        x, *x.stride()[:2], others, rest, *rest.stride()[:2], rows, left,
+        form=(x.dtype,),
+    )  # fmt: skip
+
+
 def gather_rows(source: Tensor, index: Tensor, out: Tensor) -> None:
     """`out = source[:, index]`: [G, n, D], [R] -> [G, R, D], in the element type of `out`."""
     groups, count, width = out.shape
@@ -203,17 +223,21 @@ def project_gradient(
     of_unit: bool,
     factor: Tensor | None = None,
     added: AddedRows | None = None,
+    tokens: Tensor | None = None,
 ) -> None:
-    """`out = u - e_hat (e_hat . u)`, in the element type of `out`, with `u = factor (gradient + added)` [G, n, D]."""
-    groups, tokens, width = gradient.shape
+    """`out = u - e_hat (e_hat . u)`, in the element type of `out`, with `u = factor (gradient + added)` [G, n, D].
+
+    With `tokens`, the gradient is that of these alone.
+    """
+    groups, count, width = gradient.shape
     tile, strides = _row_tile(width), embeddings.stride()
     matrices = (gradient, embeddings, out) if added is None else (gradient, embeddings, out, added.rows)
     launch(
-        vectors.project_gradient, (cdiv(tokens, tile.rows), groups), tile,
+        vectors.project_gradient, (cdiv(count, tile.rows), groups), tile,
         gradient, *gradient.stride()[:2], embeddings, *strides, inverse_norm, inverse_norm.stride(0), factor,
         *((None, 0, 0, None, 0) if added is None else (added.rows, *added.rows.stride()[:2], *added[1:])),
-        out, *out.stride()[:2], tokens, width,
-        form=(gradient.dtype, embeddings.dtype, out.dtype, factor is None, added is None),
+        tokens, out, *out.stride()[:2], count, width,
+        form=(gradient.dtype, embeddings.dtype, out.dtype, factor is None, added is None, tokens is None),
         OF_UNIT=of_unit, CLAMPED=out.dtype == torch.float16, DENSE=strides[2] == 1,
         ALIGN=_alignment(width, *matrices) if strides[2] == 1 else 1, WHOLE=width <= tile.columns,
     )  # fmt: skip

@@ -58,18 +58,22 @@ def inverse_norms(
 def project_gradient(
     gradient, gradient_g: tl.int64, gradient_n: tl.int64, embeddings, stride_g: tl.int64, stride_n: tl.int64,
     stride_d: tl.int64, inverse_norm, inverse_g: tl.int64, factor, added, added_g: tl.int64, added_n: tl.int64,
-    of_token, first_row, out, out_g: tl.int64, out_n: tl.int64, tokens, width,
+    of_token, first_row, place, out, out_g: tl.int64, out_n: tl.int64, tokens, width,
     OF_UNIT: tl.constexpr, CLAMPED: tl.constexpr, DENSE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_ROWS` tokens of one layer. `WHOLE` rows stay in registers; others are read a second time.
 
-    `factor` is None where it is 1; `added` and `of_token` are None where nothing is added.
+    `factor` is None where it is 1; `added` and `of_token` are None where nothing is added. `place` has the token of each
+    row of `gradient`; None: they are the same.
     """
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < tokens
-    inverse = tl.load(inverse_norm + group * inverse_g + row, mask=row_mask, other=0.0)
+    token = row.to(tl.int64)
+    if place is not None:
+        token = tl.load(place + row, mask=row_mask, other=0)
+    inverse = tl.load(inverse_norm + group * inverse_g + token, mask=row_mask, other=0.0)
     by = 1.0
     if factor is not None:
         by = tl.load(factor + group)
@@ -77,9 +81,9 @@ def project_gradient(
     if of_token is not None:
         at = tl.load(of_token + row, mask=row_mask, other=-1) - first_row
     has_row, added_line = (at >= 0)[:, None], group * added_g + at[:, None] * added_n
-    row = row.to(tl.int64)[:, None]
+    row, token = row.to(tl.int64)[:, None], token[:, None]
     u_line, e_line, out_line = (
-        group * gradient_g + row * gradient_n, group * stride_g + row * stride_n, group * out_g + row * out_n
+        group * gradient_g + row * gradient_n, group * stride_g + token * stride_n, group * out_g + token * out_n
     )  # fmt: skip
     width = width // ALIGN * ALIGN  # as it is; the compiler sees the factor
     radial = tl.zeros([BLOCK_ROWS], tl.float32)

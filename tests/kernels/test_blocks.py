@@ -26,6 +26,7 @@ def sizes(draw: st.DrawFn) -> Sizes:
         backward=draw(st.booleans()),
         multiprocessors=draw(st.sampled_from([0, 132])),
         wide=draw(st.booleans()),
+        foldable=draw(st.booleans()),
     )
 
 
@@ -62,7 +63,10 @@ def test_only_a_block_of_all_rows_and_columns_has_panels(sizes, mib):
     if blocks.panel:
         assert sizes.backward and (blocks.rows, blocks.columns) == (sizes.rows, sizes.tokens)
         least = TILE_ROWS if sizes.multiprocessors else LEAST_CPU_PANEL // 2  # equal ones may be smaller than the least
-        assert min(least, sizes.tokens) <= blocks.panel <= sizes.tokens + TILE_ROWS
+        tokens = max(1, sizes.tokens - sizes.rows) if blocks.folded else sizes.tokens
+        assert min(least, tokens) <= blocks.panel <= tokens + TILE_ROWS
+    else:
+        assert not blocks.folded
 
 
 def test_a_panel_counts_as_workspace():
@@ -78,6 +82,20 @@ def test_one_block_for_all_rows_is_taken_where_it_fits():
     assert blocks_for(W1, 256 * MIB).rows < W1.rows  # X alone takes 182 MiB
     blocks = blocks_for(W1, 512 * MIB)
     assert blocks.rows == W1.rows and blocks.panel > 0
+
+
+def test_blocks_of_all_rows_are_folded_where_the_width_is_large():
+    foldable = [replace(sizes, foldable=True, frames=24) for sizes in (W1, W3, W5)]
+    assert [blocks_for(sizes, 512 * MIB).folded for sizes in foldable] == [True, True, False]
+    assert not blocks_for(replace(foldable[0], width=256), 512 * MIB).folded
+    assert blocks_for(replace(foldable[1], rows=256, tokens=512, width=256, multiprocessors=0), 24 * MIB).folded
+
+
+def test_the_columns_of_a_folded_block_count_as_workspace():
+    blocks = blocks_for(replace(W3, foldable=True), 256 * MIB)
+    assert blocks.folded and blocks.panel <= W3.tokens - W3.rows
+    without = replace(blocks, folded=False)
+    assert bytes_of(W3, blocks) == bytes_of(W3, without) + 2 * blocks.layers * W3.rows * (W3.tokens - W3.rows)
 
 
 def test_columns_are_not_cut_where_enough_rows_fit():

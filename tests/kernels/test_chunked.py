@@ -1,5 +1,7 @@
 """The strategy with the row operations in plain PyTorch: any blocks give the result of the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,7 @@ from support.agreement import EXACT, assert_agrees, run
 from support.problems import problems, random_problem
 
 import gasp_fast
-from gasp_fast.kernels import rows_torch
+from gasp_fast.kernels import products, rows_torch
 from gasp_fast.kernels.chunked import ChunkedEngine
 from gasp_fast.kernels.engines import ENGINES
 
@@ -20,14 +22,17 @@ def use_reference(patch: pytest.MonkeyPatch, workspace_bytes: int) -> None:
     patch.setitem(ENGINES, "cpp", lambda embeddings, workspace: engine)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The same problems in every run, for the reason given in tests/loss/test_agreement.py.
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     problems(largest_frame=5, widths=(3, 8), most=(2, 2, 4, 15)),
     st.sampled_from(["mean", "sum", "none"]),
     st.sampled_from([100, 700, 3000, 1 << 20]),  # bytes: columns are cut in the first ones
+    st.booleans(),
 )
-def test_any_blocks_agree_with_float64(problem, reduction, workspace):
+def test_any_blocks_agree_with_float64(problem, reduction, workspace, folded):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "LEAST_FOLDED_WIDTH", 1 if folded else 1000)
         use_reference(patch, workspace)
         assert_agrees(problem, torch.float32, EXACT, "cpp", reduction=reduction)
 
@@ -63,6 +68,36 @@ def test_a_gradient_in_panels_is_that_of_one_panel(monkeypatch, dtype, options):
         assert panels.count(250) == (0 if workspace == 1 << 20 else 3 * 2)  # three panels in each of two layers
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("anchors", [9, 60, None])  # of 96 tokens; None: each of them
+def test_a_folded_gradient_is_that_of_both_products(monkeypatch, dtype, anchors):
+    problem = random_problem(0, [[30, 7, 1, 22], [18, 18]], width=128, matches=40 if anchors else 0)
+    if anchors is None:
+        every = torch.arange(96)
+        matches = gasp_fast.Matches(
+            frame_offsets=problem.matches.frame_offsets, sequence_offsets=problem.matches.sequence_offsets,
+            anchor=every, target=torch.where(every < 60, (every + 30) % 60, 60 + (every - 60 + 18) % 36),
+        )  # fmt: skip
+        problem = replace(problem, matches=matches)
+    folded: list[tuple[int, int]] = []
+    fold = rows_torch.fold
+
+    def spy(x, own, others, rest):
+        folded.append((len(own), len(others)))
+        fold(x, own, others, rest)
+
+    monkeypatch.setattr(rows_torch, "fold", spy)
+    use_reference(monkeypatch, 1 << 20)
+    results = []
+    for least in (128, 129):
+        monkeypatch.setattr(products, "LEAST_FOLDED_WIDTH", least)
+        results.append(run(problem, problem.embeddings.to(dtype), "cpp")[:3])
+    assert len(folded) == 2 * 2 and [sum(pair) for pair in folded] == [60, 60, 36, 36]  # two sequences in two layers
+    for a, b in zip(*results, strict=True):
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
 @pytest.mark.parametrize("workspace", [500, 1 << 20])

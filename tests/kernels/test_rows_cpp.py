@@ -272,6 +272,34 @@ def test_gradients_of_rows_are_added_before_the_jacobian(width, dtype):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_given_tokens_receive_a_gradient(dtype):
+    generator = torch.Generator().manual_seed(0)
+    embeddings, gradient = torch.randn(1, 9, 20, generator=generator).to(dtype), torch.randn(1, 4, 20)
+    norms, tokens = rows_cpp.inverse_norms(embeddings), torch.tensor([7, 0, 3, 8])
+    ours, expected = torch.full((1, 9, 20), 5.0), torch.full((1, 9, 20), 5.0)
+    rows_torch.project_gradient(gradient, embeddings, norms, expected, False, tokens=tokens)
+    rows_cpp.project_gradient(gradient, embeddings, norms, ours, False, tokens=tokens)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
+    assert (ours == 5.0).all(-1).sum() == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (3, 8), (70, 150), (130, 130)])
+def test_what_is_between_two_rows_is_added(rows, tokens, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(1, rows, tokens, generator=generator).to(dtype)
+    order = torch.randperm(tokens, generator=generator)
+    own, others = order[:rows].sort().values, order[rows:].sort().values
+    rest = torch.empty(1, rows, tokens + 3, dtype=dtype)[..., : tokens - rows]
+    ours, truth, true_rest = x.clone(), x.clone(), rest.clone()
+    rows_torch.fold(truth, own, others, true_rest)
+    rows_cpp.fold(ours, own, others, rest)
+    assert torch.equal(ours, truth) and torch.equal(rest, true_rest) and torch.equal(rest, x[..., others])
+    pairs = x[0][:, own].float()
+    assert torch.equal(ours[0][:, own], (pairs + pairs.mT).to(dtype))
+
+
 @pytest.mark.parametrize("definition", [None, *DEFINITIONS], ids=str)
 def test_the_number_of_threads_does_not_change_a_bit(definition):
     threads, results = torch.get_num_threads(), []

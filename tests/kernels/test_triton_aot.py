@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "triton_aot_report.py"
 PASSES = {"frame_statistics", "similarity_gradient"}  # over all similarities
 KERNELS = PASSES | {"inverse_norms", "prepare", "loss_terms", "add_rows", "gather_rows", "project_gradient"}
-KERNELS |= {"place_rows", "sums_of_pieces", "sums_of_layers", "terms_of_points"}
+KERNELS |= {"add_transposed", "gather_columns", "place_rows", "sums_of_pieces", "sums_of_layers", "terms_of_points"}
 SINGLE = {"terms_of_points"}  # twelve corners of one point: 168 registers leave three programs of four warps
 # Instructions for each similarity, by how many of its numbers are loaded at once. At 18 the passes of an H200 are
 # bound by its memory: 132 x 128 lanes at 1.7 GHz, 4 bytes read for each similarity. With frames that begin anywhere the

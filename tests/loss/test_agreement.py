@@ -8,10 +8,19 @@ from support.agreement import EXACT, SIXTEEN_BITS, assert_agrees, cpp_workspace,
 from support.problems import Problem, problems, random_problem, relative_error
 
 import gasp_fast
+from gasp_fast.kernels import products
 from gasp_fast.loss.naive import naive_loss
 
 SMALL, LARGE = 1500, 24 << 20  # bytes of workspace: with the small one most problems take several blocks
 SEQUENCES = [[30, 7, 1, 22], [18, 25, 9]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def folded_at_every_width():
+    """Narrow embeddings, too: these problems have few tokens, so that most are one block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "LEAST_FOLDED_WIDTH", 1)
+        yield
 
 
 # With a single candidate the true gradient is zero, so rounding errors are not hidden. "none" weights the two layers

@@ -12,6 +12,15 @@ from support.agreement import EXACT, assert_agrees, run
 from support.problems import problems, random_problem
 
 import gasp_fast
+from gasp_fast.kernels import products
+
+
+@pytest.fixture(autouse=True, scope="module")
+def folded_at_every_width():
+    """As on a GPU, where one block has all rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "LEAST_FOLDED_WIDTH", 1)
+        yield
 
 
 @pytest.mark.timeout(900)

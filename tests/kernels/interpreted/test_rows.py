@@ -396,6 +396,34 @@ def test_gradients_of_rows_are_added_and_scaled_before_the_jacobian(
     close(ours, truth, 5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_only_the_given_tokens_receive_a_gradient(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(2, 9, 24, generator=generator).to(dtype)
+    gradient, inverse = torch.randn(2, 4, 24, generator=generator), rows_torch.inverse_norms(embeddings)
+    tokens = torch.tensor([7, 0, 3, 8])
+    ours, truth = torch.full((2, 9, 24), 5.0), torch.full((2, 9, 24), 5.0)
+    rows_triton.project_gradient(gradient, embeddings, inverse, ours, True, tokens=tokens)
+    rows_torch.project_gradient(gradient, embeddings, inverse, truth, True, tokens=tokens)
+    close(ours, truth, 5e-6)
+    assert (ours == 5.0).all(-1).sum() == 2 * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (3, 8), (70, 400), (130, 130)])
+def test_what_is_between_two_rows_is_added(rows: int, tokens: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = (4e4 * torch.randn(2, rows, tokens, generator=generator).clamp(-1.5, 1.5)).to(dtype)  # fp16 is near its range
+    order = torch.randperm(tokens, generator=generator)
+    own, others = order[:rows].sort().values, order[rows:].sort().values
+    rest = torch.full((2, rows, tokens + 3), float("nan"), dtype=dtype)
+    ours, truth, true_rest = x.clone(), x.clone(), torch.empty(2, rows, tokens - rows, dtype=dtype)
+    rows_torch.fold(truth, own, others, true_rest)
+    rows_triton.fold(ours, own, others, rest[..., : tokens - rows])
+    assert truth.isfinite().all() and torch.equal(ours, truth) and torch.equal(rest[..., : tokens - rows], true_rest)
+    assert rest[..., tokens - rows :].isnan().all()
+
+
 def test_a_vanishing_embedding_keeps_its_whole_gradient() -> None:
     embeddings = torch.full((1, 1, 16), 1e-16)
     inverse = rows_triton.inverse_norms(embeddings)
