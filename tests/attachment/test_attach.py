@@ -11,43 +11,19 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 from support.families import EVERY_FAMILY
+from support.tracked import POINTS, batch_of, tracks_fixture  # noqa: F401 (fixture)
 
 import gasp_fast
 from gasp_fast.backbones import tiny_parts
 from gasp_fast.backbones.discovered import DiscoveredBackbone
-from gasp_fast.collator import Collator, Sample
-from gasp_fast.data.tracks.build import Tracks
 from gasp_fast.supervision.head_files import read_heads, write_heads
 from gasp_fast.supervision.heads import CorrespondenceHeads
 from gasp_fast.supervision.layer_capture import LayerCapture
-
-FRAMES, POINTS = 3, 60
 
 
 @pytest.fixture
 def model(family):
     return copy.deepcopy(family.model)
-
-
-@pytest.fixture
-def tracks(noise):
-    """Random points in three frames of one size, with depth maps."""
-    draw = np.random.default_rng(3)
-    frames = noise(FRAMES, 160, 120)
-    uv = draw.uniform(0, (160, 120), (POINTS, FRAMES, 2))
-    depth = draw.uniform(1, 3, (POINTS, FRAMES))
-    maps = [draw.uniform(1, 3, (60, 80)).astype(np.float32) for _ in range(FRAMES)]
-    return frames, uv, draw.random((POINTS, FRAMES)) < 0.8, depth, maps
-
-
-def batch_of(family, talk, tracks):
-    """Inputs of the model, positions of the visual tokens, and their matches, from the package's own collator."""
-    frames, uv, visible, depth, maps = tracks
-    own = Tracks(np.arange(FRAMES), uv[:, 0], uv, visible, depth)
-    batch = Collator(family.backbone)(
-        [Sample(frames=frames, messages=talk(frames).messages, tracks=[own], depth=maps)],
-    )
-    return batch, batch.pop("visual_positions"), batch.pop("matches")
 
 
 def gradients(*parts):

@@ -63,11 +63,11 @@ def tiny_g2vlm(seed=0, zero_map=False, **config) -> G2VLM:
     return model if zero_map else drawn(model)
 
 
-def drawn(model):
+def drawn(model, noise=0.1):
     """With a little noise on all weights: new ones are zeros and ones that hide errors."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter += noise * torch.randn_like(parameter)
     return model.eval()
 
 

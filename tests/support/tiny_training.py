@@ -1,7 +1,9 @@
 """Tiny models of the real classes, a few rendered scenes, questions about them, and configurations of small runs."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,22 @@ from torch.nn.functional import cross_entropy
 from gasp_fast.backbones.adapters import AdapterConfig
 from gasp_fast.backbones.base_model import ModelConfig
 from gasp_fast.backbones.tiny import TinyConfig, build_tiny
-from gasp_fast.data.synthetic.questions import write_qa
+from gasp_fast.data.questions.scene_frames import Rectangle, SceneFrames
+from gasp_fast.data.questions.video_qa import record_json
+from gasp_fast.data.scenes.library import scene_digest
+from gasp_fast.data.scenes.open import open_scene
 from gasp_fast.data.synthetic.scenes import SyntheticConfig, make_scene, write_scene
 from gasp_fast.data.tracks.sequences import SequenceConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.supervision.heads import HeadsConfig
 from gasp_fast.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from gasp_fast.training.distributed import Processes
+from gasp_fast.training.gasp import Gasp
+from gasp_fast.training.loop import TrainingLoop
+from gasp_fast.training.model import build_model
 from gasp_fast.training.optim import OptimisationConfig
 from gasp_fast.training.sources import QAConfig, ScenesConfig
-from gasp_fast.training.stream import DataConfig
+from gasp_fast.training.stream import DataConfig, SampleStream, Share
 
 from .forked import save_no_figure
 
@@ -55,20 +64,44 @@ class Assets:
 
     models: Models
     scenes: Path
-    questions: Path
+
+    @cached_property
+    def questions(self) -> Path:
+        """About videos of the scenes. Written when they are first used, which needs PyAV."""
+        from gasp_fast.data.synthetic.questions import write_qa
+
+        folder = self.scenes.parent / "questions"
+        list(write_qa(sorted(self.scenes.iterdir()), folder, workers=1))
+        return folder
 
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     root = tmp_path_factory.mktemp("assets")
     look = SyntheticConfig(frames=10, width=96, height=80, samples=1)
-    folders = []
+    (root / "scenes").mkdir()
     for seed in range(4):
-        folders.append(root / "scenes" / f"scene-{seed}")
-        folders[-1].parent.mkdir(exist_ok=True)
-        write_scene(make_scene(seed, look), folders[-1])
-    list(write_qa(folders, root / "questions", workers=1))
-    return Assets(Models(root), root / "scenes", root / "questions")
+        write_scene(make_scene(seed, look), root / "scenes" / f"scene-{seed}")
+    return Assets(Models(root), root / "scenes")
+
+
+def write_questions(folder: Path, scenes: Path, seen: Rectangle = (0, 0, 96, 80)) -> Path:
+    """Records about two or three frames of the scenes, for a model that sees this part of a frame."""
+    records = []
+    for number in range(8):
+        name = f"scene-{number % 4}"
+        frames = SceneFrames(name, scene_digest(open_scene(scenes / name)), (1, 4, 6)[: 2 + number % 2], seen)
+        texts = ["<image>\nHow many boxes?" + " Count well." * number, f"There are {number}."]
+        records.append(record_json(str(number), texts, "test", frames))
+    folder.mkdir(exist_ok=True)
+    (folder / "records.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About frames of the scenes."""
+    return write_questions(tmp_path_factory.mktemp("records"), assets.scenes)
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +147,17 @@ def config(assets: Assets, tmp_path: Path) -> Callable[..., TrainConfig]:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def loop_on(device, settings, batches=2):
+    """A training loop after its start, and the micro-batches of its first steps."""
+    share = Share(0, 1, settings.train.batch_size, settings.train.micro_batch_size)
+    model = build_model(settings, torch.device(device.type))
+    loop = TrainingLoop(
+        Gasp(settings, SampleStream(settings.data), model=model), share, settings.train.steps, Processes(0, 1, device)
+    )
+    _, loaded = loop.begin()
+    return loop, [[next(loaded) for _ in range(share.accumulation)] for _ in range(batches)]
 
 
 def plain_step(model, batch, weights=(0.3, 1.0), other_targets="negatives"):

@@ -3,29 +3,13 @@
 import pytest
 import torch
 from support.pretend_device import DEVICE, PretendedDevice
-
-from gasp_fast.training.distributed import Processes
-from gasp_fast.training.gasp import Gasp
-from gasp_fast.training.loop import TrainingLoop
-from gasp_fast.training.model import build_model
-from gasp_fast.training.stream import SampleStream, Share
+from support.tiny_training import loop_on
 
 # Places that read a number on a CPU only, and the reason.
 ON_A_CPU = {
     "kernels/scaling.py:scale_in_place": "a CPU is spared a multiplication by one; a GPU's kernel reads the number",
     "loss/arguments.py:checked_temperature": "checked where reading costs nothing",
 }
-
-
-def loop_on(device, settings, batches=2):
-    """A training loop after its start, and the micro-batches of its first steps."""
-    share = Share(0, 1, settings.train.batch_size, settings.train.micro_batch_size)
-    model = build_model(settings, torch.device(device.type))
-    loop = TrainingLoop(
-        Gasp(settings, SampleStream(settings.data), model=model), share, settings.train.steps, Processes(0, 1, device)
-    )
-    _, loaded = loop.begin()
-    return loop, [[next(loaded) for _ in range(share.accumulation)] for _ in range(batches)]
 
 
 @pytest.mark.parametrize(
@@ -56,19 +40,6 @@ def test_a_step_does_not_wait(config, family, mode, checkpointing, dtype, packin
     innermost = [wait.partition(" < ")[0] for wait in device.waits]
     assert [wait for wait in innermost if not wait.endswith(tuple(ON_A_CPU))] == []
     assert all(step.sums is not None for step in launched)  # log lines were on their way, too
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_torch_finds_no_wait_in_a_step_on_a_gpu(config, family):
-    settings = config(family, mixed=True, train={"batch_size": 2}, model={"dtype": "bf16"})
-    loop, steps = loop_on(torch.device("cuda", 0), settings)
-    loop.train_step(1, steps[0])  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loop.train_step(2, steps[1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_pretended_device_sees_every_kind_of_wait():
