@@ -20,6 +20,7 @@ from gasp_fast.training.stream import SampleStream
 pytestmark = ON_A_GPU
 BF16 = {"model": {"dtype": "bf16"}, "heads": {"compute": "bf16"}}
 CHOICES = {
+    "adapters": {},
     "all weights": {"train": {"mode": "full"}},
     "heads alone": {"train": {"mode": "heads"}},
     "queries and keys": {"heads": {"kind": "qk"}},
@@ -97,13 +98,9 @@ def test_a_cpu_agrees_with_the_first_step(settings, choice, dtype):
 def model_and_batch(settings, choice, dtype):
     """A scene and a question; the model is on the CPU."""
     recipe = settings(**merged(CHOICES[choice], {"model": {"dtype": dtype}, "heads": {"compute": dtype}}))
-    torch.manual_seed(0)
-    model = build_model(recipe, CPU).train()
-    stream = SampleStream(recipe.data)
-    samples = [
-        next(s for s in map(stream.__getitem__, range(50)) if (len(s.tracks) > 0) == tracked)
-        for tracked in (True, False)
-    ]
+    model, stream = build_model(recipe, CPU).train(), SampleStream(recipe.data)
+    several = [stream[position] for position in range(20)]
+    samples = [next(one for one in several if bool(one.tracks) == tracked) for tracked in (True, False)]
     collate = SteadyCollator(Collator(model.backbone), packing=recipe.train.packing)
     batch = collate(samples)
     batch.pop("counts")
@@ -117,9 +114,7 @@ def test_it_trains(settings, choice):
     records = log_of(recipe.run.out)
     assert len(records) == 2
     for record in records:
-        assert_finite(
-            {name: record[name] for name in ("loss", "lm", "grad_norm", "corr", "depth") if record[name] is not None}
-        )
+        assert_finite(record)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
