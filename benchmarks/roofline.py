@@ -50,7 +50,7 @@ SCATTERED = WRITES_SOME_ROWS | {"mul_"}
 # Triton kernels whose time is that of `model.row_time`.
 ROW_KERNELS = {
     "inverse_norms", "prepare", "frame_statistics", "loss_terms", "similarity_gradient", "add_rows", "gather_rows",
-    "project_gradient", "merge_parts",
+    "project_gradient", "add_transposed", "gather_columns", "merge_parts",
 }  # fmt: skip
 
 
@@ -118,12 +118,19 @@ class Cache:
         return share * max(0, min(end, region.start + region.size) - max(start, region.start))
 
 
+def needed_flops(workload: Workload, backward: bool) -> int:
+    """Of the products of a folded block: the gradients of anchors, and that of the other tokens (`fold_kernels`)."""
+    anchors, tokens = workload.anchors, workload.tokens
+    pairs = anchors * (3 * tokens - anchors) if backward else anchors * tokens
+    return 2 * workload.layers * workload.width * pairs
+
+
 def predict(
     workload: Workload, device: Device, workspace: int, case: Case, constants: Constants, trace: Trace
 ) -> Prediction:
     """`case.correction` is found here."""
     flops = _product_flops(trace)
-    if flops < workload.gemm_flops // (1 if case.backward else 3):
+    if flops < needed_flops(workload, case.backward):
         raise ValueError(f"{workload.name}: {flops:.3g} operations in products were traced, fewer than the loss needs")
     shape, products = (workload.layers, workload.anchors, workload.tokens, workload.width), 3 if case.backward else 1
     measured = model.measured_floors()[workload.name][1 if case.backward else 0]

@@ -42,7 +42,8 @@ TAKES_SOME_ROWS = {"index_select", "index", "gather"}  # read as much as they wr
 WRITES_SOME_ROWS = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_"}
 ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 # Triton kernels
-TOUCHES_SOME_ROWS, TOUCHES_SINGLE_NUMBERS, IN_PLACE = {"add_rows", "gather_rows"}, {"prepare"}, {"scale", "add_rows"}
+TOUCHES_SOME_ROWS, TOUCHES_SINGLE_NUMBERS = {"add_rows", "gather_rows", "gather_columns"}, {"prepare"}
+IN_PLACE = {"scale", "add_rows", "add_transposed"}
 MATRIX = 3  # tensors with fewer dimensions are vectors and tables: a few percent of the bytes, left out
 
 
@@ -186,7 +187,8 @@ def _launched(
     if function.__name__ in TOUCHES_SINGLE_NUMBERS:
         return Launch(function.__name__, [], [], grid, tile, kernel, arguments, dict(constants))
     added = matrices.pop("added", None)
-    some = function.__name__ in TOUCHES_SOME_ROWS  # of a larger matrix: as many as the smaller one has
+    # Of a larger matrix as many as the smaller one has.
+    some = function.__name__ in TOUCHES_SOME_ROWS or named.get("place") is not None
     least = min((value.numel() for value in matrices.values()), default=1)
     reads, writes = [], []
     for name, value in matrices.items():

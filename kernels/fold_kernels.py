@@ -20,7 +20,7 @@ because addition commutes.
 from __future__ import annotations
 
 from .triton_launch import jit, kernel, tl
-from .vector_kernels import LARGEST_HALF
+from .vector_kernels import LARGEST_HALF, in_rows
 
 
 @jit
@@ -32,28 +32,32 @@ def rounded(total, x, CLAMPED: tl.constexpr):
 
 @kernel("x", direct=True)
 def add_transposed(
-    x, x_g: tl.int64, x_n: tl.int64, own, rows,
-    CLAMPED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x, x_g: tl.int64, x_n: tl.int64, row_of, columns,
+    CLAMPED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a square of pairs of rows on or above the diagonal, and its mirror image.
+    """One program: what is between two runs of `BLOCK_COLUMNS` columns, both ways. `row_of` has the row of each column.
 
-    No other program touches these. On the diagonal both are the same place, and receive the same numbers.
+    All columns of a run are read and written, also those that are no rows, and to which nothing is added: memory is
+    accessed in whole sectors. No other program touches these places. With itself, a run has one such place, which is
+    written twice with the same numbers.
     """
     first, second = tl.program_id(0), tl.program_id(1)
     if first <= second:
-        base = x + tl.program_id(2).to(tl.int64) * x_g
+        x += tl.program_id(2).to(tl.int64) * x_g
+        columns = columns // ALIGN * ALIGN  # as it is; the compiler sees the factor
         i = first * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         j = second * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        own_i, own_j = tl.load(own + i, mask=i < rows, other=0), tl.load(own + j, mask=j < rows, other=0)
-        mask, mirrored = (i < rows)[:, None] & (j < rows)[None, :], (j < rows)[:, None] & (i < rows)[None, :]
-        here = base + i.to(tl.int64)[:, None] * x_n + own_j[None, :]
-        there = base + j.to(tl.int64)[:, None] * x_n + own_i[None, :]
+        row_i, row_j = tl.load(row_of + i, mask=i < columns, other=-1), tl.load(row_of + j, mask=j < columns, other=-1)
+        mask = (row_i >= 0)[:, None] & (j < columns)[None, :]
+        mirrored = (row_j >= 0)[:, None] & (i < columns)[None, :]
+        here = in_rows(x, row_i[:, None] * x_n, j, ALIGN)
+        there = in_rows(x, row_j[:, None] * x_n, i, ALIGN)
         above = tl.load(here, mask=mask, other=0.0).to(tl.float32)
         below = tl.load(there, mask=mirrored, other=0.0).to(tl.float32)
-        total = rounded(above + tl.trans(below), x, CLAMPED)
+        total, of_mirror = above + tl.trans(below), below + tl.trans(above)
         tl.debug_barrier()  # all is read before anything is written
-        tl.store(here, total, mask=mask)
-        tl.store(there, tl.trans(total), mask=mirrored)
+        tl.store(here, rounded(total, x, CLAMPED), mask=mask)
+        tl.store(there, rounded(of_mirror, x, CLAMPED), mask=mirrored)
 
 
 @kernel("rest", direct=True)

@@ -296,7 +296,7 @@ class RowBlock:
         group, tokens = self.group, piece(self.group.tokens, 1, columns)
         assert self.row_gradient is not None
         if self.rest is not None:
-            group.operations.fold(x, self.own, self._others(), self.rest)
+            group.operations.fold(x, self.own, self._row_of_token(), self._others(), self.rest)
         group.products.row_gradient(x, tokens, self.row_gradient, columns.start > 0)
         if group.total is not None:
             later = self.rows.start > group.sequence.rows[0]
@@ -334,9 +334,11 @@ class RowBlock:
 
     def _added_rows(self, row_gradient: Tensor) -> AddedRows:
         """The gradients of these rows, and the row of each token of the sequence."""
-        sequence = self.group.sequence
-        of_token = piece(self.group.problem.rows.token_row, 0, slice(*sequence.tokens))
-        return AddedRows(row_gradient, of_token, self.rows.start - sequence.rows[0])
+        return AddedRows(row_gradient, self._row_of_token(), self.rows.start - self.group.sequence.rows[0])
+
+    def _row_of_token(self) -> Tensor:
+        """int64 [n]: the row of each token of the sequence, counted from its first row; -1: none."""
+        return piece(self.group.problem.rows.token_row, 0, slice(*self.group.sequence.tokens))
 
     def _others(self) -> Tensor:
         """int64 [n - R]: the columns that are no rows."""

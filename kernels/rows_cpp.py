@@ -109,9 +109,9 @@ def similarity_gradient(
     )  # fmt: skip
 
 
-def fold(x: Tensor, own: Tensor, others: Tensor, rest: Tensor) -> None:
+def fold(x: Tensor, own: Tensor, row_of: Tensor, others: Tensor, rest: Tensor) -> None:
     if x.dtype == torch.float16:
-        rows_torch.fold(x, own, others, rest)
+        rows_torch.fold(x, own, row_of, others, rest)
         return
     for layer, left in zip(x, rest, strict=True):
         _rows.fold(_bits(layer), own.numpy(), others.numpy(), _bits(left), _threads())

@@ -189,6 +189,7 @@ def similarity_gradient(
 def fold(
     x: Tensor,  # [G, R, n], where each row is one of the columns
     own: Tensor,  # int64 [R], which
+    row_of: Tensor,  # int64 [n], the row that each column is, or -1; not used here, nor by `rows_cpp`
     others: Tensor,  # int64 [n - R], the other columns
     rest: Tensor,  # [G, R, n - R], written: `x` at these
 ) -> None:

@@ -170,15 +170,16 @@ def similarity_gradient(
     )  # fmt: skip
 
 
-def fold(x: Tensor, own: Tensor, others: Tensor, rest: Tensor) -> None:
-    """Add what is between two rows, both ways, and copy the other columns: [G, R, n], [R], [n - R], [G, R, n - R]."""
+def fold(x: Tensor, own: Tensor, row_of: Tensor, others: Tensor, rest: Tensor) -> None:
+    """Add what is between two rows, both ways, and copy the other columns: [G, R, n], [R], [n], [n - R], [G, R, n - R]."""
     groups, rows, left = rest.shape
-    squares = cdiv(rows, PAIR_TILE.rows)
+    columns = x.shape[2]
+    runs = cdiv(columns, PAIR_TILE.columns)
     launch(
-        folding.add_transposed, (squares, squares, groups), PAIR_TILE,
-        x, *x.stride()[:2], own, rows,
+        folding.add_transposed, (runs, runs, groups), PAIR_TILE,
+        x, *x.stride()[:2], row_of, columns,
         form=(x.dtype,),
-        CLAMPED=x.dtype == torch.float16,
+        CLAMPED=x.dtype == torch.float16, ALIGN=_alignment(columns, x),
     )  # fmt: skip
     launch(
         folding.gather_columns, (cdiv(left, COLUMN_TILE.columns), cdiv(rows, COLUMN_TILE.rows), groups), COLUMN_TILE,

@@ -84,9 +84,9 @@ def test_a_folded_gradient_is_that_of_both_products(monkeypatch, dtype, anchors)
     folded: list[tuple[int, int]] = []
     fold = rows_torch.fold
 
-    def spy(x, own, others, rest):
+    def spy(x, own, row_of, others, rest):
         folded.append((len(own), len(others)))
-        fold(x, own, others, rest)
+        fold(x, own, row_of, others, rest)
 
     monkeypatch.setattr(rows_torch, "fold", spy)
     use_reference(monkeypatch, 1 << 20)

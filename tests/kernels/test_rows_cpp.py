@@ -291,10 +291,11 @@ def test_what_is_between_two_rows_is_added(rows, tokens, dtype):
     x = torch.randn(1, rows, tokens, generator=generator).to(dtype)
     order = torch.randperm(tokens, generator=generator)
     own, others = order[:rows].sort().values, order[rows:].sort().values
+    row_of = torch.full((tokens,), -1).index_copy(0, own, torch.arange(rows))
     rest = torch.empty(1, rows, tokens + 3, dtype=dtype)[..., : tokens - rows]
     ours, truth, true_rest = x.clone(), x.clone(), rest.clone()
-    rows_torch.fold(truth, own, others, true_rest)
-    rows_cpp.fold(ours, own, others, rest)
+    rows_torch.fold(truth, own, row_of, others, true_rest)
+    rows_cpp.fold(ours, own, row_of, others, rest)
     assert torch.equal(ours, truth) and torch.equal(rest, true_rest) and torch.equal(rest, x[..., others])
     pairs = x[0][:, own].float()
     assert torch.equal(ours[0][:, own], (pairs + pairs.mT).to(dtype))

@@ -86,7 +86,7 @@ def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
     statistics = rows_triton.frame_statistics(chunk, None, None)
     rows_triton.similarity_gradient(chunk, statistics, upstream, None, x)
     others = index.rows.other_column
-    rows_triton.fold(x, own, others, torch.zeros(1, rows, len(others), dtype=dtype))
+    rows_triton.fold(x, own, index.rows.token_row, others, torch.zeros(1, rows, len(others), dtype=dtype))
     gradient = torch.zeros(1, tokens, width)
     rows_triton.project_gradient(gradient[:, own], embeddings, scale, torch.empty_like(embeddings), False, tokens=own)
     rows_triton.add_rows(torch.zeros(1, rows, width), own, gradient)
