@@ -82,6 +82,7 @@ class Case:
     attention: str | None = None
     liger: bool | None = None
     heads: str | None = None
+    workspace: int | None = None  # MiB, of the loss
     at_once: int = 1
     profile: bool = False
     essential: bool = False  # the targets are about these
@@ -90,7 +91,7 @@ class Case:
     def name(self) -> str:
         kind = "Trainer" if self.trainer else "geometry" if self.geometry else "plain"
         words = [self.family, f"{self.frames} frames", kind]
-        for field in ("checkpointing", "attention", "heads"):
+        for field in ("checkpointing", "attention", "heads", "workspace"):
             words += [f"{field} {getattr(self, field)}"] * (getattr(self, field) is not None)
         words += [] if self.liger is None else ["liger" if self.liger else "without liger"]
         words += [f"{self.at_once} at once"] * (self.at_once > 1)
@@ -160,7 +161,7 @@ class CaseData:
             ),
             lora=AdapterConfig(rank=self.shape.ranks[case.family]),
             heads=HeadsConfig(init="random", **chosen(compute="heads")),
-            loss=ObjectiveConfig(**weights),
+            loss=ObjectiveConfig(**weights, **chosen(workspace="workspace")),
             data=DataConfig(scenes=ScenesConfig(root=str(self.folder / "scenes"), sequences=sequences), workers=0),
             run=RunConfig(out=str(self.folder / "run"), progress=False),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from step_cases import STEPS
-from step_profile import profiled, seconds_by_part, what_ran
+from step_profile import kernels_by_part, profiled, seconds_by_part, what_ran
 from step_trainer import Clock, empty_cache, peak_memory, reset_peak, synchronize
 from transformers import AutoModelForImageTextToText
 
@@ -75,7 +75,8 @@ class OurSteps:
             self.loop.train_step(self.taken, self.batches)
             synchronize()
         parts, attention = seconds_by_part(measured)
-        return {"seconds_by_part": parts, "attention_operations": attention, **ran}
+        kernels = kernels_by_part(measured)
+        return {"seconds_by_part": parts, "kernels_by_part": kernels, "attention_operations": attention, **ran}
 
     def close(self) -> None:
         self.loop.state.accelerator.free_memory()

@@ -140,6 +140,21 @@ def seconds_by_part(measured: profile) -> tuple[dict[str, float], list[str]]:
     return {part: seconds[part] for part in PARTS if seconds[part]}, list(operations)
 
 
+def kernels_by_part(measured: profile, most: int = 8) -> dict[str, list[tuple[str, float, int]]]:
+    """The kernels of each part that take longest: name, milliseconds, launches. Empty without a GPU."""
+    spent: dict[str, Counter[str]] = defaultdict(Counter)
+    launches: Counter[tuple[str, str]] = Counter()
+    for part, event in events_by_part(measured):
+        for kernel in event.kernels:
+            spent[part][kernel.name] += kernel.duration
+            launches[part, kernel.name] += 1
+    return {
+        part: [(name[:80], spent[part][name] / 1e3, launches[part, name]) for name, _ in spent[part].most_common(most)]
+        for part in PARTS
+        if part in spent
+    }
+
+
 def events_by_part(measured: profile) -> Iterator[tuple[str, Any]]:
     """Each operation with its part."""
     every = [event for event in measured.events() or [] if event.device_type == DeviceType.CPU]
