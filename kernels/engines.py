@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import rows_cpp
+from . import rows_cpp, rows_torch
 from .chunk import RowOperations
 from .chunked import ChunkedEngine, Forward
 
@@ -79,6 +79,19 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     return (LARGE_GPU_WORKSPACE if large else GPU_WORKSPACE) << 20
 
 
+def inverse_norms(embeddings: Tensor) -> Tensor:
+    """`1 / max(|e|, 1e-12)`, float32 [L, N], by the fastest backend for these embeddings [L, N, D]."""
+    backend = choose_backend("auto", embeddings.device, embeddings.dtype)
+    operations: RowOperations = rows_torch
+    if backend == "triton":
+        from . import rows_triton
+
+        operations = rows_triton
+    elif backend == "cpp":
+        operations = rows_cpp
+    return operations.inverse_norms(embeddings)
+
+
 @cache
 def survive_fork() -> None:
     """From the first use on the CPU on, the children of a fork compute on one thread, as loader workers do.
@@ -105,7 +118,7 @@ def triton_engine(embeddings: Tensor, workspace: int | None = None) -> ChunkedEn
 ENGINES: dict[str, Callable[[Tensor, int | None], ChunkedEngine]] = {"cpp": cpp_engine, "triton": triton_engine}
 
 if TYPE_CHECKING:  # mypy checks here that each module has all operations
-    from . import product_statistics, rows_torch, rows_triton
+    from . import product_statistics, rows_triton
 
     _operations: tuple[RowOperations, ...] = (rows_cpp, rows_torch, rows_triton)
     _forward: Forward = product_statistics

@@ -137,6 +137,14 @@ class RowIndex(_Movable):
         first = sequence.frames[0] + sequence.number
         return self.column_offsets[first : first + sequence.frame_count + 1]
 
+    @cached_property
+    def in_sequence(self) -> Tensor:
+        """bool [B, N]: which tokens each sequence has."""
+        inside = self.token_row.new_zeros(len(self.sequences), self.token_row.shape[0], dtype=torch.bool)
+        for sequence in self.sequences:
+            inside[sequence.number, slice(*sequence.tokens)] = True
+        return inside
+
     def other_columns(self, sequence: SequenceSpan) -> Tensor:
         """int64 [n - A]: the columns of a sequence that are no rows."""
         if len(self.sequences) == 1:
@@ -209,6 +217,13 @@ class MatchIndex(_Movable):
     def row_ends(self) -> list[int]:
         """`row_positions` as Python numbers."""
         return self.row_positions.tolist()
+
+    @cached_property
+    def sequence_shares(self) -> Tensor:
+        """float32 [B]: the sum of `corr_share` over the matches of each sequence."""
+        shares = self.corr_share.expand(self.order.shape)[self.order].float()  # those of a sequence one after another
+        ends = [(self.row_ends[sequence.rows[0]], self.row_ends[sequence.rows[1]]) for sequence in self.rows.sequences]
+        return torch.stack([shares[first:end].sum() for first, end in ends])
 
     def tensors(self) -> list[Tensor]:
         """All tensors in a fixed order, those of `rows` first."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gasp_fast.kernels.engines import inverse_norms
+from gasp_fast.kernels.rows_torch import NORM_FLOOR
 from gasp_fast.loss.matches import Matches
 
 
@@ -19,18 +21,13 @@ def mean_cosines(embeddings: Tensor, matches: Matches) -> Tensor:
     The means of the sequences are weighted as the correspondence term weights the sequences: by the sum of the shares
     of their matches. So the parts of an optimiser step add up to its mean.
     """
-    index = matches.index
-    shares = index.corr_share.expand(len(matches))[index.order].float()  # [M], those of a sequence one after another
+    index, dtype = matches.index, embeddings.dtype
     with torch.autocast(embeddings.device.type, enabled=False):
-        norms = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)  # [G, N]
-        scales = 1 / norms.clamp(min=1e-12)
-        squares = (norms * scales).square()  # 1, or 0 for a token without direction
-        means = embeddings.new_zeros(len(embeddings), dtype=torch.float32)  # [G]
-        for sequence in index.rows.sequences:
-            tokens = slice(*sequence.tokens)
-            first, end = (int(index.row_positions[row]) for row in sequence.rows)
-            added = torch.bmm(scales[:, None, tokens].to(embeddings.dtype), embeddings[:, tokens])[:, 0]  # [G, D]
-            different = added.float().square().sum(1) - squares[:, tokens].sum(1)
-            pairs = max(1, sequence.token_count * (sequence.token_count - 1))
-            means += different / pairs * shares[first:end].sum()
-    return means
+        scales = inverse_norms(embeddings)  # [G, N]
+        squares = torch.where(scales >= 1 / NORM_FLOOR, 0.0, 1.0)  # 0 for a token without direction
+        inside = index.rows.in_sequence.to(torch.float32)  # [B, N]
+        added = torch.bmm((inside * scales[:, None]).to(dtype), embeddings)  # [G, B, D]
+        different = added.float().square().sum(2) - squares @ inside.T  # [G, B]
+        sizes = inside.sum(1)  # [B]
+        pairs = (sizes * (sizes - 1)).clamp(min=1)
+        return (different / pairs) @ index.sequence_shares
