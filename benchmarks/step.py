@@ -9,7 +9,8 @@ Three things differ from a run. Weights are random, since only shapes matter. Th
 then repeated, so that no step waits for a disk; the time to load them is recorded separately. And every sequence has
 an answer besides its tracks, so that the step without geometry still has a gradient.
 
-The cases of a group take turns on the same batches, and a ratio compares steps of the same round. The essential group
+The cases of a group take turns on the same batches, and a ratio compares steps of the same round. On a GPU,
+`seconds_in_a_row` is a step's time where none waits for the one before, as in a run. The essential group
 of each family holds our step with geometry, the Trainer's step without (`step_trainer.py`), and ours without.
 
 The most important groups run first; none begins once the time is up. A case that runs out of memory, or lacks a
@@ -38,7 +39,7 @@ import torch
 from step_cases import ROUNDS, SHAPES, WARM_UP, Case, CaseData, groups
 from step_ours import Base, OurSteps
 from step_report import one_line, plot, print_targets, save, verdicts
-from step_trainer import PlainRun, PlainTrainer, empty_cache, save_batches
+from step_trainer import ROW, PlainRun, PlainTrainer, empty_cache, save_batches
 
 from gasp_fast.benchmarking.report import machine
 from gasp_fast.planning.assumptions import Assumptions
@@ -133,6 +134,8 @@ def take_turns(running: dict[int, Steps], records: list[Record], rounds: int) ->
                 if turn and gpu:
                     running[number].ask("step")  # fills the cache of free memory again
                 answers = [running[number].ask("step") for _ in range(count)]
+                if gpu and turn == len(turns) - 1:
+                    records[number]["seconds_in_a_row"] = running[number].ask("row")["seconds"] / ROW
                 running[number].ask("rest")
                 if turn:
                     for name in ("seconds", "process_seconds"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from step_cases import STEPS
 from step_profile import kernels_by_part, profiled, seconds_by_part, what_ran
-from step_trainer import Clock, empty_cache, peak_memory, reset_peak, synchronize
+from step_trainer import ROW, Clock, empty_cache, peak_memory, reset_peak, synchronize
 from transformers import AutoModelForImageTextToText
 
 from gasp_fast.backbones import load_backbone
@@ -53,7 +53,10 @@ class OurSteps:
         self.own = allocated() - before  # memory of this model alone: heads, adapters, their optimiser
 
     def ask(self, what: str) -> dict[str, Any]:
-        """Do "step", "profile" (a step), or "rest" (free what is not needed), and return what was measured."""
+        """Do "step", "profile" (a step), "row" (`ROW` steps), or "rest" (free what is not needed).
+
+        Returns what was measured.
+        """
         if what == "rest":
             empty_cache()
             return {}
@@ -65,6 +68,10 @@ class OurSteps:
         record = self._profile() if what == "profile" else {}
         if what == "step":
             self.loop.train_step(self.taken, self.batches)
+        if what == "row":
+            for number in range(self.taken, self.taken + ROW):
+                self.loop.train_step(number, self.batches)
+            self.taken += ROW - 1
         peak = peak_memory()
         record |= {**clock.read(), "peak_memory": None if peak is None else peak - others}
         self.own += allocated() - before

@@ -30,6 +30,7 @@ def one_line(record: Record) -> str:
         f"{record['tokens_per_s']:,.0f} tokens/s",
         f"MFU {record['mfu']:.1%}",
     ]
+    parts += [f"{record['seconds_in_a_row']:.3f} s in a row"] if "seconds_in_a_row" in record else []
     parts += [] if record["peak_memory"] is None else [f"{record['peak_memory'] / 1e9:.1f} GB"]
     parts += [f"plan {record['plan_error']:+.0%}"] if "plan_error" in record else []
     if "seconds_to_trainer" in record and not record["trainer"]:

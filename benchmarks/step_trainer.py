@@ -28,6 +28,7 @@ from gasp_fast.training.distributed import quiet_libraries
 from gasp_fast.training.model import SupervisedModel
 
 STEPS = 10_000  # more than anyone asks for
+ROW = 4  # steps that are started one after another, as in a run, which waits for the device in log lines only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,10 @@ class PlainTrainer:
         theirs.close()
 
     def ask(self, what: str) -> dict[str, Any]:
-        """Let it do "step", "profile" (a step), or "rest" (free what it does not need), and return what it measured."""
+        """Let it do "step", "profile" (a step), "row" (`ROW` steps), or "rest" (free what it does not need).
+
+        Returns what it measured.
+        """
         self.pipe.send(what)
         try:
             answer: dict[str, Any] = self.pipe.recv()
@@ -151,11 +155,15 @@ class _Turns(TrainerCallback):
         self.profile: Any = None
         self.stack = ExitStack()
         self.clock = Clock()
+        self.left = 1  # steps until it answers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.left -= 1
+        if self.left > 0:
+            return
         answer = {**self.clock.read(), "peak_memory": peak_memory()}
         self.stack.close()
         if self.profile is not None:
@@ -169,6 +177,7 @@ class _Turns(TrainerCallback):
         while (request := self.pipe.recv()) == "rest":
             empty_cache()
             self.pipe.send({})
+        self.left = ROW if request == "row" else 1
         if request == "profile":
             self.ran = self.stack.enter_context(what_ran(self.model))
             self.profile = self.stack.enter_context(profiled(self.model))

@@ -17,6 +17,9 @@ Where one block holds all rows, the rest is done for one panel of tokens after t
     token gradient = project_gradient     adds the row gradient of tokens that are anchors, and applies the Jacobian of
                                           the normalisation
 
+There `X` is usually folded first (`fold_kernels`): what is between two anchors is added both ways. `X K` is then the
+whole gradient of the anchors, and the panels are of the other tokens alone.
+
 Many blocks accumulate instead, in a fixed order:
 
     total         += X^T anchors          library product

@@ -46,9 +46,7 @@ class Products:
         """Whether the products take normalised embeddings: `X` of raw ones would leave the range of float16."""
         return self.element == torch.float16
 
-    def sizes(
-        self, layers: int, sequence: SequenceSpan, width: int, backward: bool, foldable: bool = False
-    ) -> Sizes:
+    def sizes(self, layers: int, sequence: SequenceSpan, width: int, backward: bool, foldable: bool = False) -> Sizes:
         """What the blocks of this sequence depend on."""
         element = self.element.itemsize
         foldable = foldable and (self.multiprocessors > 0 or width >= LEAST_FOLDED_WIDTH)

@@ -377,12 +377,14 @@ class RowBlock:
                 group.products.normalised, group.factor, added,
             )  # fmt: skip
 
-
     def _write_rest(self, rest: Tensor, size: int, radial: list[Tensor]) -> None:
         group, (groups, _, width) = self.group, self.anchors.shape
         assert self.buffers.panel is not None
         for columns in slices(0, rest.shape[2], size):
-            panel, tokens = shaped(self.buffers.panel, groups, columns.stop - columns.start, width), self._others()[columns]
+            panel, tokens = (
+                shaped(self.buffers.panel, groups, columns.stop - columns.start, width),
+                self._others()[columns],
+            )
             group.products.token_gradient(piece(rest, 2, columns), self.anchors, panel, False)
             if group.gradients.temperature:
                 radial.append(self.radial(group.tokens.index_select(1, tokens), panel))

@@ -171,7 +171,7 @@ def similarity_gradient(
 
 
 def fold(x: Tensor, own: Tensor, row_of: Tensor, others: Tensor, rest: Tensor) -> None:
-    """Add what is between two rows, both ways, and copy the other columns: [G, R, n], [R], [n], [n - R], [G, R, n - R]."""
+    """Add what is between two rows, both ways, and copy the other columns to `rest` [G, R, n - R]."""
     groups, rows, left = rest.shape
     columns = x.shape[2]
     runs = cdiv(columns, PAIR_TILE.columns)

@@ -64,8 +64,8 @@ def project_gradient(
 ):  # fmt: skip
     """One program: `BLOCK_ROWS` tokens of one layer. `WHOLE` rows stay in registers; others are read a second time.
 
-    `factor` is None where it is 1; `added` and `of_token` are None where nothing is added. `place` has the token of each
-    row of `gradient`; None: they are the same.
+    `factor` is None where it is 1; `added` and `of_token` are None where nothing is added. `place` has the token of
+    each row of `gradient`; None: they are the same.
     """
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
