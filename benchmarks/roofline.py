@@ -49,7 +49,7 @@ HOST_OPERATION, HOST_DIRECT_LAUNCH, HOST_LAUNCH, HOST_VIEW = 15.0, 15.0, 80.0, 2
 SCATTERED = WRITES_SOME_ROWS | {"mul_"}
 # Triton kernels whose time is that of `model.row_time`.
 ROW_KERNELS = {
-    "inverse_norms", "prepare", "frame_statistics", "loss_terms", "similarity_gradient", "add_rows", "gather_rows",
+    "inverse_norms", "frame_statistics", "loss_terms", "similarity_gradient", "add_rows", "gather_rows",
     "project_gradient", "add_transposed", "gather_columns", "merge_parts",
 }  # fmt: skip
 

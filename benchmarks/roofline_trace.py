@@ -42,7 +42,8 @@ TAKES_SOME_ROWS = {"index_select", "index", "gather"}  # read as much as they wr
 WRITES_SOME_ROWS = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_"}
 ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 # Triton kernels
-TOUCHES_SOME_ROWS, TOUCHES_SINGLE_NUMBERS = {"add_rows", "gather_rows", "gather_columns"}, {"prepare"}
+TOUCHES_SOME_ROWS = {"add_rows", "gather_rows", "gather_columns"}
+WRITES_SINGLE_NUMBERS = {("frame_statistics", "similarity")}
 IN_PLACE = {"scale", "add_rows", "add_transposed"}
 MATRIX = 3  # tensors with fewer dimensions are vectors and tables: a few percent of the bytes, left out
 
@@ -184,8 +185,6 @@ def _launched(
     function = kernel.function
     named = dict(zip(function.arg_names, arguments, strict=False))
     matrices = {name: value for name, value in named.items() if isinstance(value, Tensor) and value.dim() >= MATRIX}
-    if function.__name__ in TOUCHES_SINGLE_NUMBERS:
-        return Launch(function.__name__, [], [], grid, tile, kernel, arguments, dict(constants))
     added = matrices.pop("added", None)
     # Of a larger matrix as many as the smaller one has.
     some = function.__name__ in TOUCHES_SOME_ROWS or named.get("place") is not None
@@ -193,9 +192,10 @@ def _launched(
     reads, writes = [], []
     for name, value in matrices.items():
         region = Region.of(value, least * value.element_size() if some else None)
-        if name in kernel.writes:
+        written = name in kernel.writes and (function.__name__, name) not in WRITES_SINGLE_NUMBERS
+        if written:
             writes.append(region)
-        if name not in kernel.writes or function.__name__ in IN_PLACE:
+        if not written or function.__name__ in IN_PLACE:
             reads.append(region)
     if added is not None:
         reads.append(_added_rows(added, named["of_token"]))

@@ -299,10 +299,11 @@ PYBIND11_MODULE(_rows, module) {
     const auto array = [](const char* name) { return py::arg(name).noconvert(); };  // a copy of an output would be lost
     py::class_<Chunk>(module, "Chunk")
         .def(py::init<Array<float>, const Array<float>&, const Array<float>&, float, const Array<int64_t>&, bool,
-                      const Array<int64_t>&, int64_t, const std::optional<Array<float>>&,
+                      int64_t, const Array<int64_t>&, int64_t, const std::optional<Array<float>>&,
                       const std::optional<Array<bool>>&>(),
-             array("similarity"), array("row_scale"), array("token_scale"), py::arg("temperature"), array("own_column"),
-             py::arg("exclude_own"), array("frame_offsets"), py::arg("first_token"), array("values"), array("known"));
+             array("similarity"), array("row_scale"), array("token_scale"), py::arg("temperature"), array("row_token"),
+             py::arg("exclude_own"), py::arg("first_token"), array("frame_offsets"), py::arg("first_column"),
+             array("values"), array("known"));
     py::class_<Matches>(module, "Matches")
         .def(py::init<const Array<int64_t>&, int64_t, const Array<int64_t>&, const Array<int64_t>&, const Array<float>&,
                       const Array<bool>&, Array<float>, std::optional<Array<float>>, bool, bool, float>(),

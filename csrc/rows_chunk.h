@@ -23,29 +23,31 @@ struct Chunk {
     const float* row_scale;
     const float* token_scale;
     float inverse_temperature;
-    const int64_t* own_column;
+    const int64_t* row_token;
     bool exclude_own;
-    const int64_t* frame_offsets;
     int64_t frames, first_token;
+    std::vector<int64_t> frame_offsets;  // columns of this chunk
     int64_t width = 0;         // of the values; 0: there are none
     std::vector<float> known;   // 1 or 0, as numbers: they multiply
     std::vector<float> values;  // [n, width], 0 where unknown
 
     Chunk(Array<float> similarity_, const Array<float>& row_scale_, const Array<float>& token_scale_, float temperature,
-          const Array<int64_t>& own_column_, bool exclude_own_, const Array<int64_t>& frame_offsets_,
-          int64_t first_token_, const std::optional<Array<float>>& values_, const std::optional<Array<bool>>& known_)
-        : borrowed{similarity_, row_scale_, token_scale_, own_column_, frame_offsets_},
+          const Array<int64_t>& row_token_, bool exclude_own_, int64_t first_token_,
+          const Array<int64_t>& frame_offsets_, int64_t first_column, const std::optional<Array<float>>& values_,
+          const std::optional<Array<bool>>& known_)
+        : borrowed{similarity_, row_scale_, token_scale_, row_token_},
           similarity(similarity_.mutable_data()),
           rows(similarity_.shape(0)),
           tokens(similarity_.shape(1)),
           row_scale(row_scale_.data()),
           token_scale(token_scale_.data()),
           inverse_temperature(1.0f / temperature),
-          own_column(own_column_.data()),
+          row_token(row_token_.data()),
           exclude_own(exclude_own_),
-          frame_offsets(frame_offsets_.data()),
           frames(frame_offsets_.shape(0) - 1),
-          first_token(first_token_) {
+          first_token(first_token_),
+          frame_offsets(frame_offsets_.data(), frame_offsets_.data() + frames + 1) {
+        for (int64_t& offset : frame_offsets) offset = std::clamp<int64_t>(offset - first_column, 0, tokens);
         if (!values_) return;
         width = values_->shape(1);
         known.assign(tokens, 1.0f);
@@ -64,7 +66,7 @@ struct Chunk {
     bool bounded() const { return inverse_temperature <= kBounded; }
     // The place of the row's own token within [start, end), or -1.
     int64_t own_in(int64_t r, int64_t start, int64_t end) const {
-        const int64_t own = own_column[r];
+        const int64_t own = row_token[r] - first_token;
         return exclude_own && own >= start && own < end ? own - start : -1;
     }
     int64_t longest_frame() const {

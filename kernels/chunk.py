@@ -39,13 +39,14 @@ class RowChunk:
     row_scale: Tensor  # float32 [G, R], inverse norms of the anchors
     token_scale: Tensor  # float32 [G, n], inverse norms of the tokens
     temperature: Tensor  # float32 []
-    own_column: Tensor  # int64 [R], the column that is the anchor itself; outside 0 .. n - 1 if not in this chunk
+    row_token: Tensor  # int64 [R], token of the batch that is the anchor itself; it may lie in another chunk
     exclude_own: bool
-    frame_offsets: Tensor  # int64 [P + 1], columns of each frame; a frame without columns in this chunk is empty
     first_token: int  # token of the batch that is column 0
+    frame_offsets: Tensor  # int64 [P + 1], all frames of the sequence; what lies in other chunks is left out
+    first_column: int  # column 0, counted as `frame_offsets` are: from the first token of the sequence
     values: Tensor | None  # float32 [n, V]
     known: Tensor | None  # bool [n], tokens whose values count
-    multiple: int = 1  # divides each of `frame_offsets` (1, 2, 4, ...): kernels load so many numbers at once
+    multiple: int = 1  # divides the first column and the size of each frame: kernels load so many numbers at once
     launches: Any = field(default=None, init=False, repr=False)  # what `rows_triton` computes once for all its launches
 
 

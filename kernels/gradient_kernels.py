@@ -9,7 +9,19 @@ The text of `rows_kernels` explains the two ways to take exponentials, and why r
 
 from __future__ import annotations
 
-from .rows_kernels import LARGEST_BOUND, LN2, LOG2E, exponent, log_add, log_of, online_step, share
+from .rows_kernels import (
+    LARGEST_BOUND,
+    LN2,
+    LOG2E,
+    exponent,
+    frame_columns,
+    in_frame,
+    log_add,
+    log_of,
+    online_step,
+    run_of,
+    share,
+)
 from .triton_launch import constant, jit, kernel, tl
 from .vector_kernels import LARGEST_HALF
 
@@ -136,11 +148,6 @@ def value_part(known, values, column, mask, b, center, others_b, factor, VALUES:
 
 
 @jit
-def in_frame(column, size, mask):
-    return mask & (column >= 0) & (column < size)
-
-
-@jit
 def store_gradient(line, column, gradient, mask, CLAMPED: tl.constexpr):
     """`CLAMPED` to the range of float16."""
     if CLAMPED:
@@ -151,9 +158,9 @@ def store_gradient(line, column, gradient, mask, CLAMPED: tl.constexpr):
 @kernel("out", direct=True)
 def similarity_gradient(
     similarity, pitch_g: tl.int64, pitch: tl.int64, row_scale, row_scale_g: tl.int64, token_scale,
-    token_scale_g: tl.int64, temperature, own_column, frame_offsets, values, known,
-    lse, known_lse, expected, upstream_lse, upstream_expected,
-    run_start, longest, target, positive, positive_g: tl.int64, pull, pull_g: tl.int64, first_token: tl.int64,
+    token_scale_g: tl.int64, temperature, row_token, first_token: tl.int64, frame_offsets, first_column: tl.int64,
+    columns, values, known, lse, known_lse, expected, upstream_lse, upstream_expected,
+    run_start, longest, target, positive, positive_g: tl.int64, pull, pull_g: tl.int64,
     out, out_g: tl.int64, out_pitch: tl.int64, rows, frames,
     VALUES: tl.constexpr, IGNORED: tl.constexpr, CLAMPED: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -161,15 +168,15 @@ def similarity_gradient(
     """One program: `BLOCK_ROWS` rows against one frame. The same program reads each similarity before it writes there,
     so `out` may be the memory of `similarity`.
 
-    `lse` is that of the negatives. `own_column` and the arguments from `run_start` to `pull_g` may be None.
+    `lse` is that of the negatives. `row_token` and the arguments from `run_start` to `pull_g` may be None.
     """
     group = tl.program_id(1).to(tl.int64)
     frame = tl.program_id(0) % frames
     row = tl.program_id(0) // frames * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
     row = tl.minimum(row, rows - 1).to(tl.int64)
-    begin = tl.multiple_of(tl.load(frame_offsets + frame), ALIGN)
-    size = tl.multiple_of((tl.load(frame_offsets + frame + 1) - begin).to(tl.int32), ALIGN)
+    begin, size = frame_columns(frame_offsets, frame, first_column, columns, ALIGN)
+    first_token += begin
     cell = (group * rows + row) * frames + frame
     c = LOG2E / tl.load(temperature)
     scale = tl.load(row_scale + group * row_scale_g + row) * c
@@ -225,13 +232,12 @@ def similarity_gradient(
             store_gradient(to, column[None, :], gradient * factor, row_mask[:, None] & inside[None, :], CLAMPED)
 
     tl.debug_barrier()
-    if own_column is not None:
-        own = tl.load(own_column + row) - begin
+    if row_token is not None:
+        own = tl.load(row_token + row) - first_token
         nothing = tl.zeros([BLOCK_ROWS, 1], tl.float32)
         store_gradient(to, own[:, None], nothing, in_frame(own, size, row_mask)[:, None], CLAMPED)
     if run_start is not None:
-        first = tl.load(run_start + row * longest + frame)
-        count = (tl.load(run_start + row * longest + frame + 1) - first).to(tl.int32)
+        first, count = run_of(run_start, row, longest, frame)
         before = tl.full([BLOCK_ROWS], -1, tl.int64)
         pulled = tl.zeros([BLOCK_ROWS], tl.float32)  # by the matches of one target, which lie together
         for k in range(tl.max(count, 0)):
@@ -241,7 +247,7 @@ def similarity_gradient(
                 pulled = tl.where(token == before, pulled, 0.0)
                 pulled += tl.load(pull + group * pull_g + first + k, mask=mine, other=0.0)
             before = token
-            column = token - first_token - begin
+            column = token - first_token
             here = in_frame(column, size, mine)
             s = tl.load(positive + group * positive_g + first + k, mask=here, other=0.0)
             gradient = pulled * LN2

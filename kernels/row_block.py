@@ -147,7 +147,6 @@ class LayerGroup:
     result: Tensor | None  # [G, n, D], of `gradients.keys`
     total: Tensor | None  # float32 [G, n, D], accumulator of many blocks; `result` itself where that is float32
     added: AddedRows | None = None  # row gradients of the last block, which are not in `total`
-    cut_offsets: dict[int, Tensor] = field(default_factory=dict)  # see `offsets_in`
 
     @staticmethod
     def of(
@@ -208,15 +207,6 @@ class LayerGroup:
         rest = None if buffers.rest is None else piece(buffers.rest, 0, slice(0, groups))
         return RowBlock(self, rows, parts, own, offsets, anchors, norms, scale, buffers, row_gradient, rest)
 
-    def offsets_in(self, columns: slice) -> Tensor:
-        """int64 [P + 1]: the frames as ranges of some columns, counted from the first; computed once for all blocks."""
-        found = self.cut_offsets.get(columns.start)
-        if found is None:
-            all_columns = self.problem.rows.frame_columns(self.sequence)
-            found = all_columns.clamp(columns.start, columns.stop) - columns.start
-            self.cut_offsets[columns.start] = found
-        return found
-
     def finish(self) -> None:
         """Apply the Jacobian of the normalisation to the accumulated gradient."""
         if self.total is not None and self.result is not None:
@@ -240,7 +230,6 @@ class RowBlock:
     buffers: Buffers
     row_gradient: Tensor | None  # float32 [G, R, D]
     rest: Tensor | None  # [G, R, n - R], see `Buffers`
-    cut_own: dict[int, Tensor] = field(default_factory=dict)  # see `_own_in`
 
     def chunk(self, part: Part, columns: slice) -> RowChunk:
         """Similarities of some rows with some columns."""
@@ -261,9 +250,6 @@ class RowBlock:
         self, part: Part, columns: slice, similarity: Tensor, row_scale: Tensor, token_scale: Tensor
     ) -> RowChunk:
         group, problem = self.group, self.group.problem
-        offsets, own = self.frame_columns, self.own
-        if columns.stop - columns.start < group.sequence.token_count:
-            offsets, own = group.offsets_in(columns), self._own_in(columns)
         first_token = group.sequence.tokens[0]
         span = slice(first_token + columns.start, first_token + columns.stop)
         return RowChunk(
@@ -271,20 +257,15 @@ class RowBlock:
             row_scale=row_scale,
             token_scale=token_scale,
             temperature=problem.temperature,
-            own_column=piece(own, 0, part.local),
+            row_token=piece(problem.rows.row_token, 0, part.rows),
             exclude_own=problem.exclude_own,
-            frame_offsets=offsets,
             first_token=span.start,
+            frame_offsets=self.frame_columns,
+            first_column=columns.start,
             values=None if problem.values is None else piece(problem.values, 0, span),
             known=None if problem.known is None else piece(problem.known, 0, span),
             multiple=_largest_power_of_two(problem.rows.frame_multiple | columns.start | columns.stop),
         )
-
-    def _own_in(self, columns: slice) -> Tensor:
-        """int64 [R]: `own`, counted from the first of these columns; computed once for all parts."""
-        if columns.start not in self.cut_own:
-            self.cut_own[columns.start] = self.own - columns.start
-        return self.cut_own[columns.start]
 
     def x(self, columns: slice) -> Tensor:
         """`X` of these columns, [G, R, c], to be written."""

@@ -61,7 +61,7 @@ def frame_statistics(
     previous: FrameStatistics | None,
     memory: PartMemory | None = None,
 ) -> FrameStatistics:
-    cells = 1, chunk.own_column.shape[0], chunk.frame_offsets.shape[0] - 1
+    cells = 1, chunk.row_token.shape[0], chunk.frame_offsets.shape[0] - 1
     lse = torch.empty(cells)
     ignored = matches is not None and matches.definition.ignores_targets
     found = FrameStatistics(
@@ -146,10 +146,11 @@ def _chunk(chunk: RowChunk) -> object:
         chunk.row_scale[0].numpy(),
         chunk.token_scale[0].numpy(),
         float(chunk.temperature),
-        chunk.own_column.numpy(),
+        chunk.row_token.numpy(),
         chunk.exclude_own,
-        chunk.frame_offsets.numpy(),
         chunk.first_token,
+        chunk.frame_offsets.numpy(),
+        chunk.first_column,
         None if chunk.values is None else chunk.values.numpy(),
         None if chunk.known is None else chunk.known.numpy(),
     )

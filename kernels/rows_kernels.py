@@ -22,9 +22,10 @@ others. The temperature decides on the device, the host never reads it.
 
 `best` moves only to a strictly larger similarity, and within a block it is the least column: the first of equals.
 
-**The row's own column, and targets that are ignored,** are set to -inf by `prepare` before the statistics, so the loop
-over the similarities compares nothing. The gradient computes all columns alike and then, after a barrier, writes these
-and the targets again, from `positive`; no other program writes there.
+**The row's own column, and targets that are ignored,** are in one frame of their row, and only the program of that
+frame reads them. It sets them to -inf in memory and passes a barrier, so the loop over the similarities compares
+nothing. The gradient computes all columns alike and then, after a barrier, writes these and the targets again, from
+`positive`; no other program writes there.
 
 A frame begins at any column. `ALIGN` (1, 2 or 4) divides every offset, so that many numbers are loaded at once.
 Addresses are 64-bit; a frame of a chunk has fewer than 2^31 columns.
@@ -38,6 +39,7 @@ LOG2E = constant(1.4426950408889634)
 LN2 = constant(0.6931471805599453)
 LARGEST_BOUND = constant(46.6)  # tau > 0.031
 NOWHERE = constant(2**31 - 1)  # larger than every column
+MATCHES = constant(16)  # of a row, visited at once: those of two rows fill a warp
 
 
 @jit
@@ -60,7 +62,7 @@ def log_of(total, reference):
 @jit
 def log_beside(peak, total, reference):
     """The same for a sum whose largest term is `2^peak`. Where that is the only one, the result is its similarity,
-    rounded as `prepare` rounds that of a match."""
+    rounded as `write_positives` rounds that of a match."""
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     return tl.where(total == 0.0, float("-inf"), (peak + reference) * LN2 + tl.log(total * tl.exp2(-peak)))
 
@@ -87,52 +89,55 @@ def known_at(known, values, column, inside, v: tl.constexpr, VALUES: tl.constexp
     return is_known, tl.where(is_known, value, 0.0)
 
 
-@kernel("similarity", "positive", direct=True)
-def prepare(
-    similarity, pitch_g: tl.int64, pitch: tl.int64, row_scale, row_scale_g: tl.int64, token_scale,
-    token_scale_g: tl.int64, temperature, own_column, run_start, longest, target, positive, positive_g: tl.int64,
-    first_token: tl.int64, rows, columns,
-    IGNORED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One program: the matches of `BLOCK_ROWS` rows, `BLOCK_COLUMNS` of each at a time.
-
-    Writes the similarity of each match to `positive`; then sets the row's own column, and with `IGNORED` all targets,
-    to -inf. One row may have a target several times, so all are read before any is overwritten.
-    """
-    group = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = row < rows
-    line = similarity + group * pitch_g + row.to(tl.int64) * pitch
-    if run_start is not None:
-        c = LOG2E / tl.load(temperature)
-        scale = tl.load(row_scale + group * row_scale_g + row, mask=row_mask, other=0.0) * c
-        first = tl.load(run_start + row.to(tl.int64) * longest, mask=row_mask, other=0)
-        count = (tl.load(run_start + (row + 1).to(tl.int64) * longest, mask=row_mask, other=0) - first).to(tl.int32)
-        most = tl.max(count, 0)
-        slot = tl.arange(0, BLOCK_COLUMNS)
-        for start in range(0, most, BLOCK_COLUMNS):
-            at, column, here = targets_at(first, count, start + slot, target, first_token, columns)
-            x = tl.load(line[:, None] + column, mask=here, other=0.0)
-            norm = tl.load(token_scale + group * token_scale_g + column, mask=here, other=0.0)
-            y = exponent(x, scale[:, None] * norm, reference_of(c))
-            tl.store(positive + group * positive_g + at, (y + reference_of(c)) * LN2, mask=here)
-        if IGNORED:
-            tl.debug_barrier()
-            for start in range(0, most, BLOCK_COLUMNS):
-                _, column, here = targets_at(first, count, start + slot, target, first_token, columns)
-                tl.store(line[:, None] + column, float("-inf"), mask=here)
-    if own_column is not None:
-        own = tl.load(own_column + row, mask=row_mask, other=-1)
-        tl.store(line + own, float("-inf"), mask=(own >= 0) & (own < columns))
+@jit
+def in_frame(column, size, mask):
+    return mask & (column >= 0) & (column < size)
 
 
 @jit
-def targets_at(first, count, slot, target, first_token, columns):
-    """Sorted positions, columns and presence in the chunk of the matches at some slots of each row."""
+def frame_columns(frame_offsets, frame, first_column, columns, ALIGN: tl.constexpr):
+    """The first column of a frame in the chunk, and how many it has there."""
+    begin = tl.load(frame_offsets + frame) - first_column
+    end = tl.load(frame_offsets + frame + 1) - first_column
+    begin = tl.minimum(tl.maximum(begin, 0), columns)
+    end = tl.minimum(tl.maximum(end, 0), columns)
+    return tl.multiple_of(begin, ALIGN), tl.multiple_of((end - begin).to(tl.int32), ALIGN)
+
+
+@jit
+def run_of(run_start, row, longest, frame):
+    """The sorted position of each row's first match in a frame, and how many there are."""
+    first = tl.load(run_start + row * longest + frame)
+    return first, (tl.load(run_start + row * longest + frame + 1) - first).to(tl.int32)
+
+
+@jit
+def targets_at(first, count, slot, target, first_token, size):
+    """Sorted positions of the matches at some slots of each row, their columns in the frame, and which lie there."""
     at = first[:, None] + slot[None, :]
     mine = slot[None, :] < count[:, None]
     column = tl.load(target + at, mask=mine, other=-1) - first_token
-    return at, column, mine & (column >= 0) & (column < columns)
+    return at, column, in_frame(column, size, mine)
+
+
+@jit
+def write_positives(line, norms, scale, reference, first, count, target, positive, first_token, size):
+    """The similarity of each match to `positive`."""
+    slot = tl.arange(0, MATCHES)
+    for start in range(0, tl.max(count, 0), MATCHES):
+        at, column, here = targets_at(first, count, start + slot, target, first_token, size)
+        x = tl.load(line + column, mask=here, other=0.0)
+        norm = tl.load(norms + column, mask=here, other=0.0)
+        y = exponent(x, scale[:, None] * norm, reference)
+        tl.store(positive + at, (y + reference) * LN2, mask=here)
+
+
+@jit
+def leave_out_targets(line, first, count, target, first_token, size):
+    slot = tl.arange(0, MATCHES)
+    for start in range(0, tl.max(count, 0), MATCHES):
+        _, column, here = targets_at(first, count, start + slot, target, first_token, size)
+        tl.store(line + column, float("-inf"), mask=here)
 
 
 @jit
@@ -234,31 +239,31 @@ def online_sums(
     return log_of(total, maximum), log_of(known_total, known_maximum), mean, maximum * LN2, best
 
 
-@kernel("lse", "known_lse", "expected", "best", "peak", "negative_lse", direct=True)
+@kernel("similarity", "positive", "lse", "known_lse", "expected", "best", "peak", "negative_lse", direct=True)
 def frame_statistics(
     similarity, pitch_g: tl.int64, pitch: tl.int64, row_scale, row_scale_g: tl.int64, token_scale,
-    token_scale_g: tl.int64, temperature, frame_offsets, values, known,
-    run_start, longest, target, positive, positive_g: tl.int64, first_token: tl.int64,
+    token_scale_g: tl.int64, temperature, row_token, first_token: tl.int64, frame_offsets, first_column: tl.int64,
+    columns, values, known, run_start, longest, target, positive, positive_g: tl.int64,
     lse, known_lse, expected, best, peak, negative_lse, rows, frames,
     VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, EVERY_FRAME: tl.constexpr, MERGED: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_ROWS` rows against one frame. Frames run fastest, so neighbours share cache lines.
 
-    `run_start` is None where there are no matches; `negative_lse` is None unless targets are ignored. `MERGED`: the
-    results hold the statistics of earlier columns, and these are added.
+    `row_token` is None where a row's own column counts, `run_start` where there are no matches, `negative_lse` unless
+    targets are ignored. `MERGED`: the results hold the statistics of earlier columns, and these are added.
     """
     group = tl.program_id(1).to(tl.int64)
     frame = tl.program_id(0) % frames
     row = tl.program_id(0) // frames * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
-    row = tl.minimum(row, rows - 1).to(tl.int64)  # rows beyond the last repeat it, and store nothing
-    begin = tl.multiple_of(tl.load(frame_offsets + frame), ALIGN)
-    size = tl.multiple_of((tl.load(frame_offsets + frame + 1) - begin).to(tl.int32), ALIGN)
+    row = tl.minimum(row, rows - 1).to(tl.int64)  # rows beyond the last repeat it
+    begin, size = frame_columns(frame_offsets, frame, first_column, columns, ALIGN)
+    first_token += begin
     matched = row_mask
     if run_start is not None:
-        first = tl.load(run_start + row * longest + frame)
-        count = (tl.load(run_start + row * longest + frame + 1) - first).to(tl.int32)
+        positive += group * positive_g
+        first, count = run_of(run_start, row, longest, frame)
         matched = count > 0
         if not EVERY_FRAME:  # no match, no column to read
             size = tl.multiple_of(tl.where(tl.max(count, 0) > 0, size, 0), ALIGN)
@@ -270,6 +275,14 @@ def frame_statistics(
     if VALUES > 0:
         values = tl.multiple_of(values + begin * VALUES, 4 * ALIGN)
         known = tl.multiple_of(known + begin, ALIGN)
+    if row_token is not None:
+        own = tl.load(row_token + row) - first_token
+        tl.store(line + own[:, None], float("-inf"), mask=in_frame(own, size, row_mask)[:, None])
+    if negative_lse is not None:
+        write_positives(line, norms, scale, reference_of(c), first, count, target, positive, first_token, size)
+        tl.debug_barrier()  # a row may have a target several times
+        leave_out_targets(line, first, count, target, first_token, size)
+    tl.debug_barrier()
     if c <= LARGEST_BOUND:
         all_, known_, mean, top, at = bounded_sums(
             line, norms, scale, size, c, values, known, VALUES, PADDED_VALUES, ALIGN, BLOCK_ROWS, BLOCK_COLUMNS
@@ -278,7 +291,10 @@ def frame_statistics(
         all_, known_, mean, top, at = online_sums(
             line, norms, scale, size, values, known, VALUES, PADDED_VALUES, BLOCK_ROWS, BLOCK_COLUMNS
         )
-    token = tl.where(top == float("-inf"), -1, first_token + begin + at)
+    if run_start is not None and negative_lse is None:
+        first, count = run_of(run_start, row, longest, frame)  # again: the loop has no registers for them
+        write_positives(line, norms, scale, reference_of(c), first, count, target, positive, first_token, size)
+    token = tl.where(top == float("-inf"), -1, first_token + at)
     negative = all_
     slot = tl.arange(0, PADDED_VALUES)
     value_mask = (slot < VALUES)[None, :]
@@ -287,10 +303,10 @@ def frame_statistics(
         for k in range(tl.max(count, 0)):
             mine = k < count
             other = tl.load(target + first + k, mask=mine, other=-1)
-            column = other - first_token - begin
-            new = mine & (other != before) & (column >= 0) & (column < size)
+            column = other - first_token
+            new = in_frame(column, size, mine & (other != before))
             before = other
-            s = tl.load(positive + group * positive_g + first + k, mask=new, other=float("-inf"))
+            s = tl.load(positive + first + k, mask=new, other=float("-inf"))
             all_ = log_add(all_, s)
             better = new & ((s > top) | ((s == top) & (other < token)))
             top = tl.where(better, s, top)

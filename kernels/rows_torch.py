@@ -254,7 +254,7 @@ def _scaled(chunk: RowChunk) -> Tensor:
     s = chunk.similarity * chunk.row_scale[:, :, None] * chunk.token_scale[:, None, :] / chunk.temperature
     if not chunk.exclude_own:
         return s
-    own = torch.arange(s.shape[-1], device=s.device) == chunk.own_column[:, None]  # [R, n]
+    own = torch.arange(s.shape[-1], device=s.device) == chunk.row_token[:, None] - chunk.first_token  # [R, n]
     return s.masked_fill(own, NOTHING)
 
 
@@ -306,5 +306,7 @@ def _matched(matches: ChunkMatches, frame: int) -> Tensor:
     return end > start[: end.shape[0]]
 
 
-def _frames(chunk: RowChunk) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(chunk.frame_offsets.tolist()))
+def _frames(chunk: RowChunk) -> Iterator[tuple[int, int]]:
+    """First column of each frame in the chunk, and the one after its last."""
+    offsets = (chunk.frame_offsets - chunk.first_column).clamp(0, chunk.similarity.shape[-1])
+    return itertools.pairwise(offsets.tolist())

@@ -1,9 +1,9 @@
 """The row operations of `rows_torch`, fused, in Triton: for any width of embedding.
 
 The matrix products of a chunk are left to the library. Between them, one pass reads the similarities for the
-statistics and one reads them again and writes the gradient; a small launch before the first gathers what concerns
-matches. The kernels are in `rows_kernels`, `gradient_kernels` and `vector_kernels`. This module launches them, with the
-signatures and the meaning of `rows_torch`; each launch lists its arguments in the order of the kernel's signature.
+statistics and one reads them again and writes the gradient. The kernels are in `rows_kernels`, `gradient_kernels`,
+`fold_kernels` and `vector_kernels`. This module launches them, with the signatures and the meaning of `rows_torch`;
+each launch lists its arguments in the order of the kernel's signature.
 Element types that are not part of a launch's `form` are those of `chunk`.
 
 Rows of a chunk must be dense: their numbers, their norms and the values of a token lie together in memory.
@@ -44,8 +44,6 @@ from .triton_launch import Tile, cdiv, launch, power_of_two, tl
 # Where frames are few and long, one warp to a program is too little: more warps take as many columns each.
 ROW_TILES = [Tile(rows=2, columns=128 * warps, warps=warps) for warps in (1, 2, 4, 8)]
 ENOUGH_WARPS = 48 * 132  # in all programs: 48 for each multiprocessor of an H100
-# Four rows with eight matches each fill a warp; an anchor has about as many matches as frames.
-MATCH_TILE = Tile(rows=4, columns=8, warps=1)
 # Rows of a matrix: 16 numbers a lane, and whole rows of up to 8,192 stay in registers.
 LONGEST_ROW, NUMBERS_A_WARP = 8192, 512
 NORM_TILE = Tile(rows=8, columns=256, warps=4)
@@ -83,25 +81,17 @@ def frame_statistics(
     Overwrites similarities that are left out. The memory of `previous` takes the result.
     """
     shared = _Shared.of(chunk)
-    groups, rows, columns, frames, width = shared.sizes
+    groups, rows, frames, width = shared.sizes
     ignored = matches is not None and matches.definition.ignores_targets
-    runs = _run_arguments(matches)
-    if matches is not None or shared.own_column is not None:
-        launch(
-            device.prepare, (cdiv(rows, MATCH_TILE.rows), groups, 1), MATCH_TILE,
-            *shared.similarity, shared.own_column, *runs, chunk.first_token, rows, columns,
-            form=(shared.own_column is None, matches is None),
-            IGNORED=ignored,
-        )  # fmt: skip
     memory = memory or PartMemory()
     statistics = previous or memory.statistics
     if statistics is None:
         statistics = memory.statistics = _empty_statistics(chunk.similarity, (groups, rows, frames), width, ignored)
     launch(
         device.frame_statistics, shared.grid, shared.tile,
-        *shared.similarity, *shared.values, *runs, chunk.first_token,
+        *shared.similarity, *shared.columns, *_run_arguments(matches),
         *statistics[:5], statistics.negative_lse if ignored else None, rows, frames,
-        form=(matches is None, ignored),
+        form=(chunk.exclude_own, matches is None, ignored),
         VALUES=width, PADDED_VALUES=power_of_two(width),
         EVERY_FRAME=matches is None or matches.definition.every_frame, MERGED=previous is not None,
         ALIGN=shared.align,
@@ -154,15 +144,15 @@ def similarity_gradient(
 ) -> None:
     """Write `dL/dx`. With `matches`, each adds `matches.pull` at its target's column."""
     shared = _Shared.of(chunk)
-    _, rows, _, frames, width = shared.sizes
+    _, rows, frames, width = shared.sizes
     pull, element = None if matches is None else matches.pull, out.dtype
     out_g, out_pitch, _ = out.stride()
     places = shared.align | _places(out)
     launch(
         gradients.similarity_gradient, shared.grid, shared.tile,
-        *shared.similarity, shared.own_column, *shared.values,
+        *shared.similarity, *shared.columns,
         statistics.negative_lse, statistics.known_lse, statistics.expected, *upstream,
-        *_run_arguments(matches), pull, 0 if pull is None else pull.stride()[0], chunk.first_token,
+        *_run_arguments(matches), pull, 0 if pull is None else pull.stride()[0],
         out, out_g, out_pitch, rows, frames,
         form=(element, chunk.exclude_own, matches is None, pull is None),
         VALUES=width, IGNORED=matches is not None and matches.definition.ignores_targets,
@@ -259,10 +249,9 @@ def _empty_statistics(like: Tensor, cells: tuple[int, int, int], width: int, ign
 class _Shared:
     """What the launches for a chunk have in common. Only the norms change, from one layer to the next."""
 
-    sizes: tuple[int, int, int, int, int]  # G, R, n, P, V
+    sizes: tuple[int, int, int, int]  # G, R, P, V
     similarity: tuple[Any, ...]  # kernel arguments from `similarity` to `temperature`
-    own_column: Tensor | None
-    values: tuple[Any, ...]  # kernel arguments from `frame_offsets` to `known`
+    columns: tuple[Any, ...]  # kernel arguments from `row_token` to `known`
     tile: Tile  # of a pass over similarities
     grid: tuple[int, int, int]
     places: int  # of all but `token_scale`; see `_places`
@@ -279,18 +268,18 @@ class _Shared:
 
     @staticmethod
     def _prepared(chunk: RowChunk) -> _Shared:
-        offsets, values, known = chunk.frame_offsets, chunk.values, chunk.known
+        values, known = chunk.values, chunk.known
         groups, rows, columns = chunk.similarity.shape
-        frames = offsets.shape[0] - 1
+        frames = chunk.frame_offsets.shape[0] - 1
         width, places = 0, 4 | chunk.multiple | _places(chunk.similarity)
         if values is not None and known is not None:
             values = values.contiguous()
             width, places = values.shape[1], places | values.data_ptr() // 4 | known.data_ptr()
         tile = _cached_tile(groups * rows * frames, columns // max(1, frames))
         return _Shared(
-            (groups, rows, columns, frames, width), _similarity_arguments(chunk),
-            chunk.own_column if chunk.exclude_own else None,
-            (offsets, values, known) if width else (offsets, None, None),
+            (groups, rows, frames, width), _similarity_arguments(chunk),
+            (chunk.row_token if chunk.exclude_own else None, chunk.first_token, chunk.frame_offsets,
+             chunk.first_column, columns, *((values, known) if width else (None, None))),
             tile, (cdiv(rows, tile.rows) * frames, groups, 1), places, _aligned(chunk, places),
         )  # fmt: skip
 

@@ -67,10 +67,11 @@ class Drawn:
             row_scale=norms[:, index.rows.row_token[rows]],
             token_scale=norms[:, tokens],
             temperature=torch.tensor(self.temperature, dtype=torch.float32).to(similarity),
-            own_column=index.rows.row_column[rows] - first,
+            row_token=index.rows.row_token[rows],
             exclude_own=self.exclude_own,
-            frame_offsets=index.rows.frame_columns(sequence).clamp(first, last) - first,
             first_token=tokens.start,
+            frame_offsets=index.rows.frame_columns(sequence),
+            first_column=first,
             values=values[tokens] if self.width else None,
             known=index.known[tokens] if self.width else None,
         )

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent / "triton_aot_report.py"
 PASSES = {"frame_statistics", "similarity_gradient"}  # over all similarities
-KERNELS = PASSES | {"inverse_norms", "prepare", "loss_terms", "add_rows", "gather_rows", "project_gradient"}
+KERNELS = PASSES | {"inverse_norms", "loss_terms", "add_rows", "gather_rows", "project_gradient"}
 KERNELS |= {"add_transposed", "gather_columns", "place_rows", "sums_of_pieces", "sums_of_layers", "terms_of_points"}
 SINGLE = {"terms_of_points"}  # twelve corners of one point: 168 registers leave three programs of four warps
 # Instructions for each similarity, by how many of its numbers are loaded at once. At 18 the passes of an H200 are

@@ -68,8 +68,9 @@ def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
     scale = rows_triton.inverse_norms(embeddings)
     chunk = RowChunk(
         similarity=torch.zeros(1, rows, tokens), row_scale=scale[:, own], token_scale=scale,
-        temperature=torch.tensor(0.07), own_column=own, exclude_own=True, frame_offsets=index.rows.column_offsets,
-        first_token=0, values=index.values, known=index.known, multiple=per_frame & -per_frame,
+        temperature=torch.tensor(0.07), row_token=own, exclude_own=True, first_token=0,
+        frame_offsets=index.rows.column_offsets, first_column=0, values=index.values, known=index.known,
+        multiple=per_frame & -per_frame,
     )  # fmt: skip
     weights = TermWeights(*(torch.ones(1, 1).expand(1, 256) for _ in range(2)))
     terms = MatchTerms.empty(1, 256, torch.device("cpu"))

@@ -184,10 +184,11 @@ def _chunk(problem: Problem, norms: torch.Tensor, sequence: SequenceSpan, tokens
         row_scale=norms[:, own],
         token_scale=norms[:, tokens],
         temperature=problem.temperature,
-        own_column=problem.rows.row_column[rows],
+        row_token=own,
         exclude_own=problem.exclude_own,
-        frame_offsets=problem.rows.frame_columns(sequence),
         first_token=tokens.start,
+        frame_offsets=problem.rows.frame_columns(sequence),
+        first_column=0,
         values=problem.values[tokens],
         known=problem.known[tokens],
     )

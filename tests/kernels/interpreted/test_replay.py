@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gasp_fast
 from gasp_fast.kernels import chunked, rows_triton
 from gasp_fast.kernels.blocks import Blocks, blocks_for
-from gasp_fast.kernels.chunked import ChunkedEngine
+from gasp_fast.kernels.chunk import MatchTerms, Problem, TermDefinition, TermWeights
+from gasp_fast.kernels.chunked import ChunkedEngine, Gradients
 from gasp_fast.kernels.engines import ENGINES
 from gasp_fast.kernels.products import Products
 from gasp_fast.kernels.replay import CallTensors, Recording, current, store, take
@@ -130,16 +131,22 @@ def test_a_recorded_group_computes_nothing_else(monkeypatch, device, workspace, 
                 computed.add(function.__name__)
             return function(*args, **(kwargs or {}))
 
-    problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=LAYERS, keys=keys)
+    drawn = random_problem(0, SEQUENCES, width=8, matches=12, layers=LAYERS)
+    index, embeddings = drawn.matches.to(device).index, drawn.embeddings.to(device, torch.bfloat16)
+    keys_or_same = embeddings.clone() if keys else embeddings
+    tau, gradient = torch.tensor(0.07, device=device), torch.empty_like(embeddings)
+    problem = Problem(embeddings, keys_or_same, index.rows, tau, index.values, index.known, True)
+    weights = TermWeights(*torch.ones(2, LAYERS, 12, device=device)) if backward else None
+    terms, definition = MatchTerms.empty(LAYERS, 12, device), TermDefinition("sequence", "negatives", 1e-6)
+    gradients = Gradients(None if keys else gradient, gradient) if backward else Gradients()
     use_engine(monkeypatch, workspace, replays=True)
+    engine = ENGINES["triton"](embeddings, workspace)
     monkeypatch.setattr(rows_triton, "launch", lambda *arguments, **options: None)
     for name in ("similarity", "row_gradient", "token_gradient"):
         monkeypatch.setattr(Products, name, lambda *arguments: None)
-    with Watch():
-        results(problem, torch.bfloat16, device, backward=backward)
-    allowed = {"empty.memory_format", "empty_like.default", "new_empty.default"}  # memory
-    allowed |= {"clamp.default", "sub.Tensor"}  # offsets of columns and rows, equal for all layers
-    assert computed <= allowed
+    with Watch():  # not around `gasp_loss`: a mode does not see what happens in an operator of ours
+        engine.terms_and_gradients(problem, index, weights, terms, definition, gradients)
+    assert computed and computed <= {"empty.memory_format", "empty_like.default", "new_empty.default"}  # memory
 
 
 def one_call(matches, embeddings):
@@ -150,7 +157,10 @@ def one_call(matches, embeddings):
     return [out.loss.detach(), out.corr_per_layer, leaf.grad]
 
 
-@pytest.mark.parametrize(("workspace", "dtype"), [(300, torch.bfloat16), (1 << 20, torch.float32)])
+@pytest.mark.parametrize(
+    ("workspace", "dtype"),
+    [(150, torch.bfloat16), (150, torch.float32), (300, torch.bfloat16), (1 << 20, torch.float32)],
+)
 def test_later_calls_with_the_same_matches_repeat(monkeypatch, repeated, poisoned_memory, device, workspace, dtype):
     """The first call notes its form, the second records, others repeat: with other embeddings and other memory."""
     problem = random_problem(0, SEQUENCES, width=8, matches=12, layers=1)

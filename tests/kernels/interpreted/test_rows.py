@@ -53,9 +53,8 @@ class Problem:
                     whole,
                     similarity=memory[..., : end - begin],
                     token_scale=whole.token_scale[:, span],
-                    own_column=whole.own_column - begin,
-                    frame_offsets=whole.frame_offsets.clamp(begin, end) - begin,
                     first_token=whole.first_token + begin,
+                    first_column=begin,
                     values=None if whole.values is None else whole.values[span],
                     known=None if whole.known is None else whole.known[span],
                 )
@@ -99,10 +98,11 @@ def problems(draw: st.DrawFn, temperatures: tuple[float, ...] = (0.07, 0.5, 0.01
         row_scale=rows_torch.inverse_norms(anchors),
         token_scale=rows_torch.inverse_norms(candidates),
         temperature=torch.tensor(draw(st.sampled_from(temperatures))),
-        own_column=own if draw(st.booleans()) else own + tokens,
+        row_token=FIRST_TOKEN + (own if draw(st.booleans()) else own + tokens),
         exclude_own=draw(st.booleans()),
-        frame_offsets=offsets,
         first_token=FIRST_TOKEN,
+        frame_offsets=offsets,
+        first_column=0,
         values=None if values is None else values.nan_to_num(0.0),
         known=known if width else None,
         multiple=multiple,
@@ -120,7 +120,7 @@ def _with_matches(chunk: RowChunk, generator: torch.Generator, busiest: int, def
     longest = frames + 2
     start, row_of, target, has_depth = [EARLIER], [0] * EARLIER, [0] * EARLIER, [False] * EARLIER
     for row in range(rows):
-        own = int(chunk.own_column[row])
+        own = int(chunk.row_token[row]) - FIRST_TOKEN
         for frame in range(longest):
             begin, end = (offsets[frame], offsets[frame + 1]) if frame < frames else (0, 0)
             allowed = end > begin and not begin <= own < end  # anchor and target are in different frames
@@ -306,10 +306,11 @@ def small_chunk(similarity: Tensor, offsets: list[int], temperature: float = 0.0
         row_scale=torch.ones(groups, rows),
         token_scale=torch.ones(groups, tokens),
         temperature=torch.tensor(temperature),
-        own_column=torch.arange(rows),
+        row_token=torch.arange(rows),
         exclude_own=False,
-        frame_offsets=torch.tensor(offsets),
         first_token=0,
+        frame_offsets=torch.tensor(offsets),
+        first_column=0,
         values=None,
         known=None,
     )
