@@ -362,10 +362,8 @@ class RowBlock:
         group, (groups, _, width) = self.group, self.anchors.shape
         assert self.buffers.panel is not None
         for columns in slices(0, rest.shape[2], size):
-            panel, tokens = (
-                shaped(self.buffers.panel, groups, columns.stop - columns.start, width),
-                self._others()[columns],
-            )
+            panel = shaped(self.buffers.panel, groups, columns.stop - columns.start, width)
+            tokens = self._others()[columns]
             group.products.token_gradient(piece(rest, 2, columns), self.anchors, panel, False)
             if group.gradients.temperature:
                 radial.append(self.radial(group.tokens.index_select(1, tokens), panel))

@@ -250,12 +250,15 @@ def frame_statistics(
 ):  # fmt: skip
     """One program: `BLOCK_ROWS` rows against one frame. Frames run fastest, so neighbours share cache lines.
 
+    The last rows come first, since the product wrote them last. So the gradient, which begins with the first rows,
+    finds these in the cache.
+
     `row_token` is None where a row's own column counts, `run_start` where there are no matches, `negative_lse` unless
     targets are ignored. `MERGED`: the results hold the statistics of earlier columns, and these are added.
     """
-    group = tl.program_id(1).to(tl.int64)
+    group = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     frame = tl.program_id(0) % frames
-    row = tl.program_id(0) // frames * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = (tl.num_programs(0) // frames - 1 - tl.program_id(0) // frames) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
     row = tl.minimum(row, rows - 1).to(tl.int64)  # rows beyond the last repeat it
     begin, size = frame_columns(frame_offsets, frame, first_column, columns, ALIGN)

@@ -38,7 +38,7 @@ from .triton_launch import Tile, cdiv, launch, power_of_two, tl
 # The passes over similarities: 128 columns are 16 bytes a lane, where frames begin at multiples of 4. With one warp to
 # a program no sum leaves it and nothing passes through shared memory (two warps: 1 to 3 instructions more for each
 # similarity). Rows share the reads of norms, values and flags. Instructions for each similarity, and registers (sm_90):
-#   statistics   2 rows 14.9, 71;   4 rows 12.9, 115: too few warps to cover the memory's latency
+#   statistics   2 rows 15.3, 72;   4 rows 12.9, 115: too few warps to cover the memory's latency
 #   gradient     2 rows 15.3, 64;   4 rows 12.8, 80, but on an H100 half as fast again (36 against 23 microseconds for
 #                512 rows of 13,824 columns)
 # Where frames are few and long, one warp to a program is too little: more warps take as many columns each.

@@ -12,6 +12,7 @@ allocations depends on neither size here.
 | `layer_us` | a later call with the same matches, which repeats a recording                                 |
 | `part_us`  | each part of a call with 28 layers of bf16, whose rows are one block in four parts            |
 | `later_us` | the same, where later layers repeat the recording of the first                                |
+| `cut_us`   | each launch of a later call whose columns are cut, with the products beside it                   |
 | `call_us`  | `gasp_loss` with one layer, forward and backward                                              |
 
 Each `..._ratio` is a time divided by that of one product of 1 x 1 matrices. Prints a JSON object;
@@ -41,7 +42,8 @@ from gasp_fast.kernels.products import Products
 from gasp_fast.kernels.replay import recorded
 
 ROWS, FRAMES, PER_FRAME, WIDTH, MATCHES = 144, 16, 16, 16, 1250
-LAYERS, PARTS = 28, 4  # of the second figure
+LAYERS, PARTS = 28, 4  # of `part_us`
+LARGE, SMALLER = 1 << 30, 4000  # bytes of workspace; the second one cuts columns
 SMALL = torch.zeros(1, 1)
 started = 0
 
@@ -97,14 +99,16 @@ def some_matches() -> gasp_fast.Matches:
     )
 
 
-def engine_call(matches: gasp_fast.Matches, embeddings: Tensor, replays: bool = False) -> Callable[[], object]:
+def engine_call(
+    matches: gasp_fast.Matches, embeddings: Tensor, replays: bool = False, workspace: int = LARGE
+) -> Callable[[], object]:
     """Both terms and the gradients of all layers."""
     index, layers = matches.index, len(embeddings)
     problem = Problem(embeddings, embeddings, index.rows, torch.tensor(0.07), index.values, index.known, True)
     weights = TermWeights(*(torch.full((layers, 1), 1e-4).expand(layers, MATCHES) for _ in range(2)))
     terms = MatchTerms.empty(layers, MATCHES, embeddings.device)
     gradient = torch.empty_like(embeddings)
-    engine = ChunkedEngine(operations=rows_triton, workspace_bytes=1 << 30, replays=replays)
+    engine = ChunkedEngine(operations=rows_triton, workspace_bytes=workspace, replays=replays)
     definition, gradients = TermDefinition("sequence", "negatives", 1e-6), Gradients(gradient, gradient, False)
     return lambda: engine.terms_and_gradients(problem, index, weights, terms, definition, gradients)
 
@@ -147,23 +151,27 @@ if __name__ == "__main__":
     one_layer = engine_call(matches, embeddings[:1].clone(), replays=True)
     layers = engine_call(matches, embeddings.bfloat16())
     repeated = engine_call(matches, embeddings.bfloat16(), replays=True)
+    cut = engine_call(matches, embeddings[:1].bfloat16(), replays=True, workspace=SMALLER)
     loss = whole_call(matches, embeddings[0])
-    for call in (first, layers, repeated, *[one_layer, loss] * 2):  # the second call records, later ones repeat
+    for call in (first, layers, repeated, *[one_layer, cut, loss] * 2):  # the second call records, later ones repeat
         call()
     started = 0
     one_layer()
-    launches = started
+    launches, started = started, 0
+    cut()
+    cut_launches = started
     product = least_us(lambda: torch.mm(SMALL, SMALL), 1000)
     times = {
         "layer": least_us(one_layer, 20),
         "first": least_us(first, 20),
         "part": least_us(layers, 1) / (LAYERS * PARTS),
+        "cut": least_us(cut, 1) / cut_launches,
         "call": least_us(loss, 10),
     }
     times["later"] = (least_us(repeated, 1) - least_us(layers, 1) / LAYERS) / ((LAYERS - 1) * PARTS)
     report = {f"{name}_us": time for name, time in times.items()}
     report |= {f"{name}_ratio": time / product for name, time in times.items()}
-    report |= {"product_us": product, "launches": launches}
+    report |= {"product_us": product, "launches": launches, "cut_launches": cut_launches}
     print(json.dumps({name: round(value, 2) for name, value in report.items()}))
     if len(sys.argv) > 1:
         for call, repeats in ((first, 200), (one_layer, 200), (layers, 5), (loss, 200)):

@@ -2,8 +2,9 @@
 
 A layer may cost 80 times a product of 1 x 1 matrices: 47 to 50 were measured, and 91 to 100 for the first call with
 some matches, which nothing was computed for. 37 to 43 were measured for a part of a layer, and 7 for one that repeats
-that of an earlier layer. The other bounds are above that, because other processors have other ratios. They guard
-against new tensors, views and launches in the path of a layer (each costs 1 to 4 products).
+that of an earlier layer. A launch of a later call whose columns are cut takes 10, with the products beside it, and took
+60 where that call did not repeat an earlier one. The other bounds are above that, because other processors have other
+ratios. They guard against new tensors, views and launches in the path of a layer (each costs 1 to 4 products).
 
 Runs in a process of its own, because a driver that starts nothing takes the place of the GPU's. Noise makes the ratios
 worse, so the bounds are met if one of three tries meets them.
@@ -20,7 +21,8 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent / "host_time_report.py"
-MOST = {"layer_ratio": 80, "first_ratio": 115, "part_ratio": 55, "later_ratio": 15}  # times one product of 1 x 1
+# times one product of 1 x 1
+MOST = {"layer_ratio": 80, "first_ratio": 115, "part_ratio": 55, "later_ratio": 15, "cut_ratio": 20}
 TRIES = 3
 
 

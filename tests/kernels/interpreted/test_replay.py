@@ -158,8 +158,7 @@ def one_call(matches, embeddings):
 
 
 @pytest.mark.parametrize(
-    ("workspace", "dtype"),
-    [(150, torch.bfloat16), (150, torch.float32), (300, torch.bfloat16), (1 << 20, torch.float32)],
+    ("workspace", "dtype"), [(150, torch.bfloat16), (300, torch.bfloat16), (1 << 20, torch.float32)]
 )
 def test_later_calls_with_the_same_matches_repeat(monkeypatch, repeated, poisoned_memory, device, workspace, dtype):
     """The first call notes its form, the second records, others repeat: with other embeddings and other memory."""
