@@ -11,6 +11,7 @@ from gasp_fast.files import read_json, write_atomically
 
 from .answers import HUB, Settings, Subject, answer_file, run_in_environment
 from .environment import VERSION
+from .paper import published
 from .scores import Judged, categories, check_against_lmms_eval, judged, paired, score
 from .suites import Benchmark
 
@@ -34,11 +35,11 @@ def collect(
     for one in benchmarks:
         seen = settings.of(one, roles["model"].kind)
         row: dict[str, Any] = {"key": one.key, "title": one.title, "tasks": one.tasks, **seen, "notes": list(one.notes)}
-        row["claim"] = one.claim
         row["questions"], row["of"] = len(answers["model"][one.key]), _total(one, out)
         for role in roles:
             found = answers[role][one.key]
             row[role] = {"score": score(found), "categories": categories(found), **_extra(one, role, out)}
+        row["paper"] = published(roles["model"].kind, one.key, row["model"]["categories"])
         if one.key in tests:
             row["difference"] = tests[one.key]
         rows.append(row)

@@ -49,7 +49,6 @@ class Benchmark:
     questions: int | None = None  # in the whole benchmark, where a part of it may be missing
     extra: tuple[str, ...] = ()  # further metrics that are kept
     notes: tuple[str, ...] = field(default=())
-    claim: str = ""  # the change that the authors of GASP state in the README of their repository
 
     @property
     def frames(self) -> int | None:
@@ -99,17 +98,17 @@ BLINK_TASKS = (
 )  # fmt: skip
 
 
-def _vsi(key: str, title: str, task: str, note: str, claim: str = "") -> Benchmark:
+def _vsi(key: str, title: str, task: str, note: str) -> Benchmark:
     return Benchmark(
         key, title, (task,), Data("nyu-visionx/VSI-Bench", "vsibench"), "vsibench_overall", vsi_score, videos=True,
-        group=vsi_group, category=lambda verdict: vsi_group(verdict)[0], notes=(note,), claim=claim,
+        group=vsi_group, category=lambda verdict: vsi_group(verdict)[0], notes=(note,),
     )  # fmt: skip
 
 
-def _blink(key: str, title: str, names: Sequence[str], claim: str = "") -> Benchmark:
+def _blink(key: str, title: str, names: Sequence[str]) -> Benchmark:
     return Benchmark(
         key, title, tuple(f"blink_{name}" for name in names), Data("BLINK-Benchmark/BLINK"), "blink_acc",
-        of("is_correct"), notes=("The mean of all questions; tasks with more questions count more.",), claim=claim,
+        of("is_correct"), notes=("The mean of all questions; tasks with more questions count more.",),
     )  # fmt: skip
 
 
@@ -118,13 +117,12 @@ _ALL = (
         "all_angles", "All-Angles Bench", ("all_angles",), Data("ch-chenyu/All-Angles-Bench"), "all_angles_acc",
         of("score"), category=text_of("category"), questions=2132,
         notes=("Most images are under Ego-Exo4D's own licence. Questions whose images are missing are left out.",),
-        claim="+18.2 %",
     ),
     _vsi(
         "vsibench", "VSI-Bench", "vsibench_any_part",
-        "The mean of eight categories; relative direction is the mean of its three parts.", claim="+29.0 %",
+        "The mean of eight categories; relative direction is the mean of its three parts.",
     ),
-    _blink("blink", "BLINK", BLINK_TASKS, claim="+15.0 % (multi-view)"),
+    _blink("blink", "BLINK", BLINK_TASKS),
     Benchmark(
         "cv_bench", "CV-Bench", ("cv_bench_official",), Data("nyu-visionx/CV-Bench"), "cv_bench_official",
         of("is_correct"), group=cv_group, category=text_of("source"),
@@ -210,9 +208,7 @@ def chosen(suite: str) -> list[Benchmark]:
     found: dict[str, Benchmark] = {}
     for word in (part.strip() for part in suite.split(",")):
         if word in of_task and word not in BENCHMARKS:
-            found[word] = replace(
-                of_task[word], claim="", key=word, title=f"{of_task[word].title}: {word}", tasks=(word,)
-            )
+            found[word] = replace(of_task[word], key=word, title=f"{of_task[word].title}: {word}", tasks=(word,))
             continue
         if word not in SUITES and word not in BENCHMARKS:
             raise ValueError(

@@ -1,6 +1,8 @@
 """Tables of results made by hand."""
 
-from gasp_fast.downstream.tables import bias_rows, by_category, label, markdown, overview
+from gasp_fast.downstream.paper import SCORES, published
+from gasp_fast.downstream.suites import BENCHMARKS
+from gasp_fast.downstream.tables import ABOUT_PAPER, bias_rows, by_category, label, markdown, overview
 
 
 def row(key, title, **scores):
@@ -43,12 +45,25 @@ def test_a_table_says_what_is_missing_what_was_seen_and_that_a_trial_is_none():
     assert "5 of 9 questions; at most 784 pixels. As it is." in text
 
 
-def test_the_authors_claim_is_beside_the_difference():
-    claimed = [{**RESULTS["benchmarks"][0], "claim": "+29.0 %"}, RESULTS["benchmarks"][1]]
-    rows = overview({**RESULTS, "benchmarks": claimed})
-    assert [row[-1] for row in rows] == ["the authors' claim", "+29.0 %", ""]
-    assert "The authors' claim is that of" in markdown({**RESULTS, "benchmarks": claimed})
-    assert "claim" not in markdown(RESULTS)
+def test_what_is_known_of_the_paper_is_beside_the_difference():
+    paper = {"": [None, 36.9], "counting": [33.8, 41.6]}
+    known = {**RESULTS, "benchmarks": [{**RESULTS["benchmarks"][0], "paper": paper}, RESULTS["benchmarks"][1]]}
+    assert [row[-1] for row in overview(known)] == ["the paper", "36.9", ""]
+    assert by_category(known, known["benchmarks"][0])[-1] == ["the paper", "36.9", "41.6 (base 33.8)"]
+    assert ABOUT_PAPER in markdown(known) and "paper" not in markdown(RESULTS)
+
+
+def test_scores_of_the_paper_are_found_by_model_benchmark_and_part_of_the_category():
+    names = ["counting", "camera_pose_estimation"]
+    assert published("qwen2_5_vl", "all_angles", names) == {
+        "": [None, 43.4], "camera_pose_estimation": [34.1, 52.8],
+    }  # fmt: skip
+    assert published("llava_next_video", "blink", ["blink_multi_view_reasoning", "blink_counting"]) == {
+        "blink_multi_view_reasoning": [42.1, 57.1]
+    }
+    assert published("llava_next_video", "vsibench", ["object_counting"])["object_counting"] == [23.5, 52.5]
+    assert published("qwen2_5_vl", "cv_bench", ["3D"]) == published("qwen3_vl", "vsibench", ["object_counting"]) == {}
+    assert {benchmark for known in SCORES.values() for benchmark in known} <= set(BENCHMARKS)
 
 
 def test_a_model_without_a_base_has_no_difference():
