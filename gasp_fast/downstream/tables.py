@@ -94,7 +94,7 @@ def by_category(results: Results, row: Mapping[str, Any]) -> Rows:
     rows = [["", "score", *map(readable, names)]]
     for role in roles:
         found = row[role]
-        rows.append([role, percent(found["score"]), *(percent(found["categories"].get(name)) for name in ("", *names))])
+        rows.append([role, percent(found["score"]), *(percent(found["categories"].get(name)) for name in names)])
     if "base" in roles:
         ours, base = row["model"]["categories"], row["base"]["categories"]
         changes = [ours[name] - base[name] if name in ours and name in base else None for name in names]
