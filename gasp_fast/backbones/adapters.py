@@ -6,7 +6,8 @@ checkpointing once more, and peft casts the input to fp32 in between. Here one c
     with cast_once(model, torch.bfloat16):  # the forward and backward passes of a step
         ...
 
-The values are those of autocast: the same rounded weights, and gradients that are rounded to bf16 and added up in fp32.
+The weights are rounded as by autocast, and gradients are rounded to bf16 and added up in fp32. The product with B adds
+to the output of the frozen layer (`adapted_linear`).
 """
 
 from __future__ import annotations
@@ -112,12 +113,16 @@ class AdapterMatrix(nn.Linear):
         self.weight = linear.weight
         self.cast_weight: Tensor | None = None  # set by `cast_once`
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, total: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """The product; with `total` [N, outputs], `total += factor * product` for [N, inputs] of the same type."""
+        weight: Tensor = self.weight
         if self.cast_weight is not None:
-            return F.linear(input, _CastWeight.apply(self.weight, self.cast_weight))
-        if not torch.is_autocast_enabled(input.device.type):
-            input = input.to(self.weight.dtype)
-        return F.linear(input, self.weight)
+            weight = _CastWeight.apply(self.weight, self.cast_weight)
+        if total is not None:
+            return total.addmm_(input, weight.to(total.dtype).mT, alpha=factor)
+        if self.cast_weight is None and not torch.is_autocast_enabled(input.device.type):
+            input = input.to(weight.dtype)
+        return F.linear(input, weight)
 
 
 class _CastWeight(torch.autograd.Function):
@@ -151,8 +156,11 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _use_adapter_matrices(model: nn.Module) -> None:
-    """Replace the linear layers of every LoRA module by `AdapterMatrix`."""
+    """Replace the linear layers of every LoRA module by `AdapterMatrix`, and let its product add to the frozen one."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import Linear
+
+    from .adapted_linear import AdaptedLinear
 
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -160,3 +168,5 @@ def _use_adapter_matrices(model: nn.Module) -> None:
             for matrices in (module.lora_A, module.lora_B):
                 for name, linear in matrices.items():
                     matrices[name] = AdapterMatrix(linear)
+            if type(module) is Linear:
+                module.__class__ = AdaptedLinear

@@ -35,20 +35,29 @@ def gradients_of_two_passes(model, inputs, context=nullcontext):
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "full"])
-def test_gradients_are_bitwise_those_of_peft_under_autocast(shipped, inputs, checkpointing):
+def test_gradients_are_those_of_peft_under_autocast_and_not_less_exact(shipped, inputs, checkpointing):
     options = {"r": 4, "lora_alpha": 8, "target_modules": shipped.backbone.lora_targets}
     theirs = moved(get_peft_model(shipped.backbone.load_model(torch.bfloat16), LoraConfig(**options)))
     ours = moved(add_adapters(shipped.backbone, shipped.backbone.load_model(torch.bfloat16), AdapterConfig(rank=4)))
+    exact = moved(get_peft_model(shipped.backbone.load_model(torch.bfloat16).float(), LoraConfig(**options)))
     for model in (theirs, ours):
         use_checkpointing(model, checkpointing)
     loss, expected = gradients_of_two_passes(theirs, inputs)
     counter = CastCounter(ours)
     with counter:
         ours_loss, gradients = gradients_of_two_passes(ours, inputs, lambda: cast_once(ours, torch.bfloat16))
-    assert torch.equal(ours_loss, loss) and gradients.keys() == expected.keys() and len(expected) > 8
-    for name, gradient in gradients.items():
-        assert gradient.dtype == torch.float32 and torch.equal(gradient, expected[name]), name
     assert set(counter.casts.values()) == {1} and len(counter.casts) == len(gradients)
+    for _ in range(2):
+        true_loss = exact(**inputs, use_cache=False).loss
+        true_loss.backward()
+    truth = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys() == truth.keys() and len(truth) > 8
+    assert abs(ours_loss - true_loss) <= 2**-7 * true_loss and abs(ours_loss - loss) <= 2**-7 * loss
+    ours_error, their_error = (
+        sum((found[name] - truth[name]).square().sum() for name in truth) for found in (gradients, expected)
+    )
+    assert ours_error <= 1.2 * their_error and ours_error < 0.05**2 * sum(g.square().sum() for g in truth.values())
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
 
 
 def test_after_the_context_adapters_use_their_weights_as_they_are_then(shipped, inputs):
