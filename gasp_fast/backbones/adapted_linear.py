@@ -1,9 +1,9 @@
 """A frozen linear layer with one adapter, `y = x W^T + s (x A^T) B^T`, in as few passes over `y` as its products take.
 
 peft computes the adapter's output, multiplies it by `s` and adds it to the frozen layer's: two more passes over `y`,
-and one over its gradient. On an H200 the multiplications alone took 6 ms of a step (1.2 s) of Qwen2.5-VL-7B and 10 of one
-(0.7 s) of LLaVA-NeXT-Video-7B. Here the last product adds to `y` itself, and `s` is a factor of it. The sum is rounded
-once instead of three times.
+and one over its gradient. On an H200 the multiplications alone took 6 ms of a step (1.2 s) of Qwen2.5-VL-7B and 10 of
+one (0.7 s) of LLaVA-NeXT-Video-7B. Here the last product adds to `y` itself, and `s` is a factor of it. The sum is
+rounded once instead of three times.
 """
 
 from __future__ import annotations

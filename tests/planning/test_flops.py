@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.families import SHIPPED
 from support.planning import setup_of
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from gasp_fast.backbones.vision_layers import MULTIPLE
 from gasp_fast.planning.flops import flops_by_part, model_flops
@@ -59,7 +59,8 @@ class TotalCounter(FlopCounterMode):
         parents = frozenset({"Global"})
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        in_place: Any = {torch.ops.aten.addmm_: addmm_flop}  # torch does not count it
+        super().__init__(custom_mapping=in_place, **options)
         self.mod_tracker: Any = self.NoModules()
 
 
