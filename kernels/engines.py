@@ -80,16 +80,12 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
 
 
 def inverse_norms(embeddings: Tensor) -> Tensor:
-    """`1 / max(|e|, 1e-12)`, float32 [L, N], by the fastest backend for these embeddings [L, N, D]."""
-    backend = choose_backend("auto", embeddings.device, embeddings.dtype)
-    operations: RowOperations = rows_torch
-    if backend == "triton":
-        from . import rows_triton
+    """`1 / max(|e|, 1e-12)`, float32 [L, N], of embeddings [L, N, D]: in one kernel on a GPU, else by torch."""
+    if choose_backend("auto", embeddings.device, embeddings.dtype) != "triton":
+        return rows_torch.inverse_norms(embeddings)
+    from . import rows_triton
 
-        operations = rows_triton
-    elif backend == "cpp":
-        operations = rows_cpp
-    return operations.inverse_norms(embeddings)
+    return rows_triton.inverse_norms(embeddings)
 
 
 @cache
