@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from gasp_fast.backbones.base_model import usable_device
     from gasp_fast.downstream import answers, data, environment, results, suites, tables
-    from gasp_fast.evaluation.tables import terminal_rows
 
     wanted = suites.chosen(arguments.suite)
     device = str(usable_device(arguments.device))
@@ -82,6 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
     answers.run_answers(list(roles.values()), present, settings, python, folder, arguments.out)
     found = results.collect(roles, present, settings, list(lacking.values()), python, folder, arguments.out)
     page = tables.write_tables(found, arguments.out)
-    console.print(terminal_rows(tables.overview(found), {}, ("benchmark",)))
+    console.print(tables.terminal_table(found))
     console.print(f"tables: {page}", highlight=False, soft_wrap=True)
     return 0

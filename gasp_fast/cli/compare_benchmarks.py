@@ -28,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gasp_fast.downstream.comparison import ablation_rows, find_results, gap_rows, read_models, write_comparison
+    from gasp_fast.downstream.comparison import (
+        ablation_rows,
+        by_benchmark,
+        find_results,
+        gap_rows,
+        read_models,
+        write_comparison,
+    )
     from gasp_fast.evaluation.tables import terminal_rows
 
     names = None if arguments.names is None else [name.strip() for name in arguments.names.split(",")]
@@ -36,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     page = write_comparison(models, arguments.out)
     console = Console()
     console.print("Change against the base, percentage points:")
-    console.print(terminal_rows(gap_rows(models), {}))
+    console.print(terminal_rows(by_benchmark(gap_rows(models)), {}, ("",)))
     console.print("\nPCK, and the mean of each benchmark's categories:")
-    console.print(terminal_rows(ablation_rows(models), {}))
+    console.print(terminal_rows(by_benchmark(ablation_rows(models)), {}, ("",)))
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
     return 0

@@ -129,6 +129,12 @@ def ablation_rows(models: Sequence[Model]) -> Rows:
     return rows
 
 
+def by_benchmark(rows: Rows) -> Rows:
+    """A column for each model instead of a row: a terminal has no room for a column for each benchmark."""
+    turned = [list(column) for column in zip(*rows, strict=True)]
+    return [["", *turned[0][1:]], *turned[1:]]
+
+
 def write_comparison(models: Sequence[Model], out: Path) -> Path:
     """Writes comparison.json, the figures and index.html; returns the page."""
     out.mkdir(parents=True, exist_ok=True)

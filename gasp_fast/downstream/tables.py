@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from gasp_fast.evaluation.page import folded, links, write_page
-from gasp_fast.evaluation.tables import html_rows
+from gasp_fast.evaluation.tables import html_rows, terminal_rows
 from gasp_fast.files import write_atomically
 
 Results = Mapping[str, Any]
@@ -85,6 +87,10 @@ def in_paper(scores: Sequence[float | None] | None) -> str:
         return ""
     without, gasp = scores
     return f"{gasp:.1f}" if without is None else f"{gasp:.1f} (base {without:.1f})"
+
+
+def terminal_table(results: Results) -> Table:
+    return terminal_rows(overview(results), {}, ("benchmark", PAPER))
 
 
 def by_category(results: Results, row: Mapping[str, Any]) -> Rows:

@@ -109,14 +109,15 @@ def terminal_table(reports: Mapping[str, Report], kinds: Sequence[str] | None = 
     )
 
 
-def terminal_rows(rows: Sequence[Sequence[str]], meanings: Mapping[str, str], text: Sequence[str] = ()) -> Table:
-    """Rows below a row of headings; columns named in `text` are not numbers."""
+def terminal_rows(
+    rows: Sequence[Sequence[str]], meanings: Mapping[str, str], text: Sequence[str] = ("model",)
+) -> Table:
+    """Rows below a row of headings; columns named in `text` are not numbers, and fold where the terminal is narrow."""
     legend = "; ".join(f"{column}: {meaning}" for column, meaning in meanings.items())
     table = Table(box=None, pad_edge=False, header_style="bold", caption=legend or None, caption_justify="left")
-    folded = ("model", *text)
     for heading in rows[0]:
-        words = heading in (*folded, "features")
-        table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=heading not in folded)
+        words = heading in (*text, "features")
+        table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=heading not in text)
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -1,8 +1,12 @@
 """Tables of results made by hand."""
 
+from io import StringIO
+
+from rich.console import Console
+
 from gasp_fast.downstream.paper import SCORES, published
 from gasp_fast.downstream.suites import BENCHMARKS
-from gasp_fast.downstream.tables import ABOUT_PAPER, bias_rows, by_category, label, markdown, overview
+from gasp_fast.downstream.tables import ABOUT_PAPER, bias_rows, by_category, label, markdown, overview, terminal_table
 
 
 def row(key, title, **scores):
@@ -64,6 +68,16 @@ def test_scores_of_the_paper_are_found_by_model_benchmark_and_part_of_the_catego
     assert published("llava_next_video", "vsibench", ["object_counting"])["object_counting"] == [23.5, 52.5]
     assert published("qwen2_5_vl", "cv_bench", ["3D"]) == published("qwen3_vl", "vsibench", ["object_counting"]) == {}
     assert {benchmark for known in SCORES.values() for benchmark in known} <= set(BENCHMARKS)
+
+
+def test_a_terminal_of_80_columns_shows_every_number_in_its_row():
+    whole = row("all_angles", "All-Angles Bench", base=(0.0, 0.0), model=(1.0, 1.0))
+    known = {**whole, "questions": 1980, "of": 2132, "paper": {"": [None, 43.4]}}
+    printed = StringIO()
+    Console(file=printed, width=80).print(terminal_table({**RESULTS, "benchmarks": [known]}))
+    lines = [line.split() for line in printed.getvalue().splitlines()]
+    numbers = ["1,980", "of", "2,132", "0.0", "100.0", "+100.0", "-1.0", "to", "+20.0", "43.4"]
+    assert ["All-Angles", *numbers] in lines and ["Bench"] in lines
 
 
 def test_a_model_without_a_base_has_no_difference():
