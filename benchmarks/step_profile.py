@@ -33,7 +33,7 @@ from gasp_fast.training.model import SupervisedModel
 PARTS = ("decoder", "attention", "adapters", "vision", "lm head", "heads", "geometric loss", "norms, activations",
          "optimiser", "rest")  # fmt: skip
 RANGE = "part:"  # prefix of the ranges' names
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul",
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul",
             "aten::mkldnn_linear", "mkldnn::_linear_pointwise"}  # fmt: skip
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "flash_attn")
 STOCK = ("torch", "transformers", "peft", "")  # packages of the usual modules

@@ -48,7 +48,7 @@ WAVE_LOSS, TILE_EDGE, TILE_START, OVERLAP = 0.2, 2.4, 70, 1.4
 # Bytes that memory moves in one unit of time, for each multiprocessor: 4.3 TB/s against 790 TFLOP/s (H200), 3.0 against
 # 750 (H100); the mean of both.
 BYTES_PER_UNIT = 300
-# Time without work of the device before the kernels of a part (one product, four row kernels), of a block (anchors and
+# Time without work of the device before the kernels of a part (one product, three row kernels), of a block (anchors and
 # the gradient of the rows), of a panel (the gradient of the tokens, added or projected) and of folding.
 PART_UNITS, BLOCK_UNITS, PANEL_UNITS, FOLD_UNITS = 1500, 900, 600, 900
 # Time of the host to start them: about 220, 150 and 90 microseconds on the machine of an H100. That of an H200 took two

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from gasp_fast.backbones.tiny import SIZES_7B, build_tiny
 from gasp_fast.planning.shapes import LLAVA_NEXT_VIDEO_7B, QWEN2_5_VL_7B, shape_from_source
+from gasp_fast.training.distributed import Processes
 from gasp_fast.training.loader import make_loader
 from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream, Share
@@ -23,8 +25,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import step  # noqa: E402
 import step_cases  # noqa: E402
+import step_ours  # noqa: E402
 import step_profile  # noqa: E402
 import step_report  # noqa: E402
+import step_trainer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,29 @@ def test_a_profile_has_every_part(result: dict[str, Any]) -> None:
     assert sum(parts["rest"] for parts in ours) < 0.15 * sum(sum(parts.values()) for parts in ours)
 
 
+def test_the_kernels_of_each_part_are_listed_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = [("heads", "a", 2.0), ("rest", "c", 1.0), ("heads", "b", 9.0), ("heads", "a", 3.0)]
+    events = [(part, SimpleNamespace(kernels=[SimpleNamespace(name=name, duration=t)])) for part, name, t in kernels]
+    monkeypatch.setattr(step_profile, "events_by_part", lambda measured: events)
+    measured: Any = None
+    assert step_profile.kernels_by_part(measured) == {
+        "heads": [("b", 0.009, 1), ("a", 0.005, 2)], "rest": [("c", 0.001, 1)],
+    }  # fmt: skip
+
+
+def test_steps_in_a_row_are_taken_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = step_cases.Case(family="qwen2_5_vl", frames=2, geometry=False)
+    data, processes = step_cases.CaseData(step_cases.SHAPES["tiny"], tmp_path), Processes(0, 1, torch.device("cpu"))
+    config, (batches, _) = data.config(case), data.batches(case)
+    ours = step_ours.OurSteps(config, step_ours.Base(config, processes.device), batches, processes)
+    taken: list[int] = []
+    take = ours.loop.train_step
+    monkeypatch.setattr(ours.loop, "train_step", lambda number, some: (taken.append(number), take(number, some)))
+    ours.ask("step"), ours.ask("row"), ours.ask("step")
+    ours.close()
+    assert taken == list(range(1, 3 + step_trainer.ROW))
+
+
 @pytest.mark.alone
 def test_a_plan_reproduces_the_step_it_was_calibrated_with(result: dict[str, Any]) -> None:
     calibrated = [record for record in result["cases"] if "factors" in record]
@@ -119,7 +146,8 @@ def test_products_are_attributed_to_their_part_forward_backward_and_recomputed(c
     with step_profile.profiled(model) as measured:
         model(**batch)["loss"].backward()
     events = step_profile.events_by_part(measured)
-    products = Counter(part for part, event in events if event.name in ("aten::mm", "aten::addmm"))
+    names = "aten::mm", "aten::addmm", "aten::addmm_"
+    products = Counter(part for part, event in events if event.name in names)
     layers, layer_products = model.backbone.layer_count, 7
     # Frozen weights: once forward, once again, once backward, where the first layer's q, k and v need none.
     assert products["decoder"] == pytest.approx(3 * layers * layer_products, abs=layer_products)
