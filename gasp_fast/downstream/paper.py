@@ -1,9 +1,8 @@
 """What is known of the scores in the paper's tables (arXiv 2605.30231), in percent.
 
-The paper itself was not at hand. These are numbers that readers of it have published in notes; each is in the notes of
-at least two of them, or agrees with what others say, unless it is marked. Where notes contradict each other (the LoRA
-ranks of Table 4, the overall score on CV-Bench) or leave open which questions count (the mean of BLINK), nothing is
-listed.
+Its tables were not at hand. These are numbers that readers of the paper have published in notes, each in those of at
+least two. Where notes contradict each other (the LoRA ranks of Table 4, the overall score on CV-Bench), nothing is
+listed, and so are the means of Table 4: they are of Table 1's columns, which are no official scores.
 """
 
 from __future__ import annotations
@@ -15,21 +14,20 @@ from typing import NamedTuple
 class Published(NamedTuple):
     """The scores of one backbone: fine-tuned on the same questions without geometry, and with all of GASP."""
 
-    without: float | None
+    without: float
     gasp: float
 
 
 # By `model_type` and benchmark: a part of a category's name, or "" for the whole benchmark.
 SCORES: dict[str, dict[str, dict[str, Published]]] = {
     "llava_next_video": {
-        "all_angles": {"": Published(None, 38.1), "camera": Published(22.7, 40.9)},
-        "vsibench": {"": Published(None, 37.1), "object counting": Published(23.5, 52.5)},
+        "all_angles": {"camera": Published(22.7, 40.9)},
+        "vsibench": {"object counting": Published(23.5, 52.5)},
         "blink": {"multi view": Published(42.1, 57.1)},
     },
     "qwen2_5_vl": {
-        # The two means are in one note only.
-        "all_angles": {"": Published(None, 43.4), "camera": Published(34.1, 52.8)},
-        "vsibench": {"": Published(None, 36.9), "object counting": Published(33.8, 41.6)},
+        "all_angles": {"camera": Published(34.1, 52.8)},
+        "vsibench": {"object counting": Published(33.8, 41.6)},
         "blink": {"multi view": Published(41.5, 53.4)},
         # Table 3. The notes do not name the model; no other of the paper's two is near these numbers.
         "videomme": {"": Published(60.6, 63.2)},
@@ -39,7 +37,7 @@ SCORES: dict[str, dict[str, dict[str, Published]]] = {
 }
 
 
-def published(kind: str, benchmark: str, categories: Iterable[str]) -> dict[str, list[float | None]]:
+def published(kind: str, benchmark: str, categories: Iterable[str]) -> dict[str, list[float]]:
     """What is known for a model of this type: [without, gasp] by category, and by "" of the whole benchmark."""
     known: Mapping[str, Published] = SCORES.get(kind, {}).get(benchmark, {})
     found = {"": list(known[""])} if "" in known else {}

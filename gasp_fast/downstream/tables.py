@@ -20,7 +20,7 @@ Results = Mapping[str, Any]
 Rows = list[list[str]]
 TABLES, PAGE = "tables.md", "index.html"
 BIAS = "Bias: average sizes in the prompt"
-PAPER = "the paper"
+PAPER = "paper (base)"
 ABOUT_PAPER = (
     "The paper: scores of the same backbone that readers of it have published in notes; its tables were not at hand. "
     "Its base is fine-tuned on the same questions without geometry; here the base is the model before training. How "
@@ -70,7 +70,7 @@ def overview(results: Results) -> Rows:
     """A row for each benchmark, below a row of headings."""
     headings = ["benchmark", "questions", *(["base"] if "base" in results else []), "model"]
     headings += ["difference", "95 % interval"] if "base" in results else []
-    paper = any(row.get("paper") for row in results["benchmarks"])
+    paper = any("" in row.get("paper", {}) for row in results["benchmarks"])
     rows = [headings + ([PAPER] if paper else [])]
     for row in results["benchmarks"]:
         cells = [row["title"], questions(row)]
@@ -81,12 +81,9 @@ def overview(results: Results) -> Rows:
     return rows
 
 
-def in_paper(scores: Sequence[float | None] | None) -> str:
+def in_paper(scores: Sequence[float] | None) -> str:
     """Published scores, which are percent: with GASP, and before it."""
-    if scores is None:
-        return ""
-    without, gasp = scores
-    return f"{gasp:.1f}" if without is None else f"{gasp:.1f} (base {without:.1f})"
+    return "" if scores is None else f"{scores[1]:.1f} ({scores[0]:.1f})"
 
 
 def terminal_table(results: Results) -> Table:

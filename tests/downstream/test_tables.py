@@ -50,18 +50,17 @@ def test_a_table_says_what_is_missing_what_was_seen_and_that_a_trial_is_none():
 
 
 def test_what_is_known_of_the_paper_is_beside_the_difference():
-    paper = {"": [None, 36.9], "counting": [33.8, 41.6]}
+    paper = {"": [60.6, 63.2], "counting": [33.8, 41.6]}
     known = {**RESULTS, "benchmarks": [{**RESULTS["benchmarks"][0], "paper": paper}, RESULTS["benchmarks"][1]]}
-    assert [row[-1] for row in overview(known)] == ["the paper", "36.9", ""]
-    assert by_category(known, known["benchmarks"][0])[-1] == ["the paper", "36.9", "41.6 (base 33.8)"]
+    assert [row[-1] for row in overview(known)] == ["paper (base)", "63.2 (60.6)", ""]
+    assert by_category(known, known["benchmarks"][0])[-1] == ["paper (base)", "63.2 (60.6)", "41.6 (33.8)"]
     assert ABOUT_PAPER in markdown(known) and "paper" not in markdown(RESULTS)
 
 
 def test_scores_of_the_paper_are_found_by_model_benchmark_and_part_of_the_category():
     names = ["counting", "camera_pose_estimation"]
-    assert published("qwen2_5_vl", "all_angles", names) == {
-        "": [None, 43.4], "camera_pose_estimation": [34.1, 52.8],
-    }  # fmt: skip
+    assert published("qwen2_5_vl", "all_angles", names) == {"camera_pose_estimation": [34.1, 52.8]}
+    assert published("qwen2_5_vl", "nextqa", ["nextqa_mc_test"]) == {"": [76.6, 74.7]}
     assert published("llava_next_video", "blink", ["blink_multi_view_reasoning", "blink_counting"]) == {
         "blink_multi_view_reasoning": [42.1, 57.1]
     }
@@ -72,11 +71,11 @@ def test_scores_of_the_paper_are_found_by_model_benchmark_and_part_of_the_catego
 
 def test_a_terminal_of_80_columns_shows_every_number_in_its_row():
     whole = row("all_angles", "All-Angles Bench", base=(0.0, 0.0), model=(1.0, 1.0))
-    known = {**whole, "questions": 1980, "of": 2132, "paper": {"": [None, 43.4]}}
+    known = {**whole, "questions": 1980, "of": 2132, "paper": {"": [34.1, 52.8]}}
     printed = StringIO()
     Console(file=printed, width=80).print(terminal_table({**RESULTS, "benchmarks": [known]}))
     lines = [line.split() for line in printed.getvalue().splitlines()]
-    numbers = ["1,980", "of", "2,132", "0.0", "100.0", "+100.0", "-1.0", "to", "+20.0", "43.4"]
+    numbers = ["1,980", "of", "2,132", "0.0", "100.0", "+100.0", "-1.0", "to", "+20.0", "52.8", "(34.1)"]
     assert ["All-Angles", *numbers] in lines and ["Bench"] in lines
 
 
