@@ -23,14 +23,14 @@ class AdaptedLinear(Linear):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         name = names[0]
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         total = self.base_layer(rows)  # of this call alone, so that the product may add to it
         inner = self.lora_A[name](self.lora_dropout[name](rows))
         if inner.dtype == total.dtype:
             total = self.lora_B[name](inner, total, self.scaling[name])
         else:  # without autocast: adapters in fp32 beside a model in bf16
             total = (total + self.lora_B[name](inner) * self.scaling[name]).to(total.dtype)
-        return total.view(*x.shape[:-1], -1)
+        return total.view(*x.shape[:-1], total.shape[-1])  # -1 would be ambiguous without tokens
 
     def _is_plain(self, name: str) -> bool:
         known = name in self.lora_A and name not in self.lora_variant

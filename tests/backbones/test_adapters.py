@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from support.casts import CastCounter
 
 from gasp_fast.backbones.adapters import AdapterConfig, add_adapters, cast_once
@@ -82,6 +83,20 @@ def test_without_autocast_adapters_compute_in_their_own_type(shipped, inputs):
     theirs = moved(get_peft_model(shipped.backbone.load_model(torch.bfloat16), LoraConfig(**options)))
     ours = moved(add_adapters(shipped.backbone, shipped.backbone.load_model(torch.bfloat16), AdapterConfig(rank=4)))
     assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0,), (2, 0), ()])
+def test_any_number_of_tokens_is_computed_as_peft_does(shipped, shape):
+    options = {"r": 4, "lora_alpha": 8, "target_modules": shipped.backbone.lora_targets}
+    models = (
+        moved(get_peft_model(shipped.backbone.load_model(torch.float32), LoraConfig(**options))),
+        moved(add_adapters(shipped.backbone, shipped.backbone.load_model(torch.float32), AdapterConfig(rank=4))),
+    )
+    layers = [next(m for m in model.modules() if isinstance(m, LoraLayer)) for model in models]
+    x = torch.randn(*shape, layers[0].in_features, generator=torch.Generator().manual_seed(0))
+    theirs, ours = (layer(x) for layer in layers)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert ours.shape == theirs.shape and type(layers[1]) is not type(layers[0])
 
 
 def test_peft_saves_merges_and_loads_them_as_its_own(shipped, inputs, tmp_path):
