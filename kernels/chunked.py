@@ -64,10 +64,11 @@ from .chunk import (
     TermDefinition,
     TermWeights,
 )
+from .fp16_scales import fp16_scale
 from .index import MatchIndex, SequenceSpan
 from .products import Products
 from .replay import CallTensors, Recording
-from .row_block import Buffers, Gradients, LayerGroup, Norms, Part, fp16_scale, piece, slices
+from .row_block import Buffers, Gradients, LayerGroup, Norms, Part, piece, slices
 
 ALIGNED = 64  # bytes: kernels suppose at most so much of where their arguments begin
 

@@ -19,15 +19,8 @@ because addition commutes.
 
 from __future__ import annotations
 
-from .triton_launch import jit, kernel, tl
-from .vector_kernels import LARGEST_HALF, in_rows
-
-
-@jit
-def rounded(total, x, CLAMPED: tl.constexpr):
-    if CLAMPED:
-        total = tl.clamp(total, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
-    return total.to(x.dtype.element_ty)
+from .triton_launch import kernel, tl
+from .vector_kernels import in_rows, rounded
 
 
 @kernel("x", direct=True)

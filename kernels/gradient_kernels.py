@@ -23,7 +23,7 @@ from .rows_kernels import (
     share,
 )
 from .triton_launch import constant, jit, kernel, tl
-from .vector_kernels import LARGEST_HALF
+from .vector_kernels import rounded
 
 LOG2E_REST = constant(1.4426950408889634 - 1.44269502162933349609375)  # what the float32 `LOG2E` lacks
 
@@ -149,10 +149,7 @@ def value_part(known, values, column, mask, b, center, others_b, factor, VALUES:
 
 @jit
 def store_gradient(line, column, gradient, mask, CLAMPED: tl.constexpr):
-    """`CLAMPED` to the range of float16."""
-    if CLAMPED:
-        gradient = tl.clamp(gradient, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(line + column, gradient.to(line.dtype.element_ty), mask=mask)
+    tl.store(line + column, rounded(gradient, line, CLAMPED), mask=mask)
 
 
 @kernel("out", direct=True)

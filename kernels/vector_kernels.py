@@ -23,6 +23,14 @@ def in_rows(base, line, column, ALIGN: tl.constexpr):
 
 
 @jit
+def rounded(values, out, CLAMPED: tl.constexpr):
+    """In the element type of `out`, and `CLAMPED` to the range of float16; NaN stays NaN."""
+    if CLAMPED:
+        values = tl.clamp(values, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
+    return values.to(out.dtype.element_ty)
+
+
+@jit
 def load_rows(base, line, column, stride_d, mask, DENSE: tl.constexpr, ALIGN: tl.constexpr):
     """Some rows in float32. The numbers of `DENSE` rows lie together."""
     if DENSE:
@@ -122,9 +130,7 @@ def store_tangent(
     tangent = u - radial[:, None] * unit
     if OF_UNIT:
         tangent *= inverse[:, None]
-    if CLAMPED:
-        tangent = tl.clamp(tangent, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(in_rows(out, line, column, ALIGN), tangent.to(out.dtype.element_ty), mask=mask)
+    tl.store(in_rows(out, line, column, ALIGN), rounded(tangent, out, CLAMPED), mask=mask)
 
 
 @kernel("out", direct=True)

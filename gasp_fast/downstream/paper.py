@@ -1,8 +1,8 @@
 """What is known of the scores in the paper's tables (arXiv 2605.30231), in percent.
 
-Its tables were not at hand. These are numbers that readers of the paper have published in notes, each in those of at
-least two. Where notes contradict each other (the LoRA ranks of Table 4, the overall score on CV-Bench), nothing is
-listed, and so are the means of Table 4: they are of Table 1's columns, which are no official scores.
+Its tables were not at hand. These numbers are from notes that readers of the paper have published; each is in at least
+two of them. What notes contradict each other about is left out: the LoRA ranks of Table 4, and the overall score on
+CV-Bench. So are the means in Table 4: they are means of the columns of Table 1, and no official scores.
 """
 
 from __future__ import annotations
