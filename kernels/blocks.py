@@ -12,6 +12,9 @@ panel of float32 numbers, which is projected before the next one takes its place
 added before the products: with half of the tokens anchors, that saves a quarter of both gradient products. It takes
 memory for the columns that are no rows, and passes over `X`, which are worth it unless the width is small.
 
+On a GPU such a block may be larger than the workspace, by as much as the accumulator of all tokens that it replaces:
+blocks that accumulate have that beside their workspace, so the peak of memory is no higher.
+
 Where `X` of all rows does not fit, each block adds to an accumulator of all tokens. A gradient product with few rows is
 slow then: it reads and writes the accumulator once for every block, which costs as much as the product itself at about
 900 rows. So rows are as many as fit. Where few whole rows fit, columns are cut, too. Every similarity is then computed
@@ -93,6 +96,12 @@ class Sizes:
         return self.tokens - self.rows
 
     @property
+    def accumulator(self) -> int:
+        """Bytes of the tokens' gradient in float32, which blocks that accumulate have beside the workspace; 0: none."""
+        accumulates = self.backward and self.foldable and self.multiprocessors > 0 and not self.wide
+        return 4 * self.tokens * self.width if accumulates else 0
+
+    @property
     def rest_pitch(self) -> int:
         """Numbers from one row of the columns that are no rows to the next; libraries are fast at multiples of this."""
         return _up(self.left, PITCH) * PITCH
@@ -102,7 +111,7 @@ class Scratch(NamedTuple):
     """Float32 memory of a block: where each part of it begins, and its size, in numbers.
 
     Similarities come first. Row gradients and the panel take their place where `X` has memory of its own and all
-    columns are in it.
+    columns are in it. Where `X` is folded, the panel takes that of the row gradients, which are projected before.
     """
 
     row_gradient: int
@@ -116,9 +125,10 @@ class Scratch(NamedTuple):
             return Scratch(similarity, similarity, similarity)
         shared = sizes.element < 4 and blocks.columns == sizes.tokens
         row_gradient = 0 if shared else similarity
-        panel = row_gradient + blocks.layers * blocks.rows * sizes.width
-        end = panel if sizes.wide and not blocks.folded else panel + blocks.layers * blocks.panel * sizes.width
-        return Scratch(row_gradient, panel, max(similarity, end))
+        end = row_gradient + blocks.layers * blocks.rows * sizes.width
+        panel = row_gradient if blocks.folded else end
+        in_panel = 0 if sizes.wide and not blocks.folded else blocks.layers * blocks.panel * sizes.width
+        return Scratch(row_gradient, panel, max(similarity, end, panel + in_panel))
 
 
 def blocks_for(sizes: Sizes, workspace: int) -> Blocks:
@@ -153,7 +163,7 @@ def _blocks_on_cpu(sizes: Sizes, workspace: int) -> Blocks:
 
 @lru_cache(maxsize=256)
 def _blocks_on_gpu(sizes: Sizes, workspace: int) -> Blocks:
-    whole = list(_whole_blocks(sizes, workspace))
+    whole = list(_whole_blocks(sizes, workspace + sizes.accumulator))
     candidates = [*whole]
     for rows in _shares(sizes.rows, MOST_BLOCKS):
         if rows == sizes.rows and whole:  # without an accumulator
@@ -181,7 +191,7 @@ def _cut_blocks(sizes: Sizes, workspace: int, square: Blocks) -> Iterator[Blocks
 
 
 def _whole_blocks(sizes: Sizes, workspace: int) -> Iterator[Blocks]:
-    """Blocks of all rows and columns, with panels where gradients are computed."""
+    """Blocks of all rows and columns in so many bytes, with panels where gradients are computed."""
     for layers in range(1, sizes.layers + 1):
         for part in _parts(sizes, sizes.rows) if layers == 1 else [sizes.rows]:
             blocks = Blocks(layers, sizes.rows, part, sizes.tokens)

@@ -74,7 +74,7 @@ class Buffers:
     x: Tensor  # [G, R, c], in the type of the products; `similarity` itself where that is float32
     similarity: Tensor  # float32 [G, part, c]
     row_gradient: Tensor | None  # float32 [G, R, D]; in the memory of `similarity` where `Scratch` says so
-    panel: Tensor | None  # float32 [G, panel, D], after `row_gradient`; None where nothing needs it
+    panel: Tensor | None  # float32 [G, panel, D], where `Scratch` says so; None where nothing needs it
     rest: Tensor | None  # [G, R, n - R], the columns of `x` that are no rows; None where it is not folded
     parts: dict[tuple[int, int, int], Part] = field(default_factory=dict)  # by number of layers, first and last row
     of_part: dict[tuple[int, int, int], PartMemory] = field(default_factory=dict)  # the same, rows counted in the block

@@ -39,7 +39,7 @@ TIGHT = Sizes(37, 793, 25252, 256, element=2, backward=True, multiprocessors=0, 
 @example(TIGHT, 128)
 def test_a_block_fits_the_workspace(sizes, mib):
     blocks = blocks_for(sizes, mib * MIB)
-    assert bytes_of(sizes, blocks) <= mib * MIB
+    assert bytes_of(sizes, blocks) <= mib * MIB + (sizes.accumulator if blocks.panel else 0)
     assert 1 <= blocks.part <= blocks.rows <= sizes.rows
     assert 1 <= blocks.columns <= sizes.tokens and 1 <= blocks.layers <= sizes.layers
     if not sizes.multiprocessors:
@@ -89,6 +89,15 @@ def test_one_block_for_all_rows_is_taken_where_it_fits():
     assert blocks.rows == W1.rows and blocks.panel > 0
 
 
+def test_one_block_for_all_rows_may_take_the_memory_of_the_accumulator():
+    foldable = replace(W1, foldable=True, frames=24)
+    blocks = blocks_for(foldable, 256 * MIB)
+    assert blocks.folded and 256 * MIB < bytes_of(foldable, blocks) <= (256 + 189) * MIB  # 4 x 13,824 x 3,584 bytes
+    assert [replace(foldable, **without).accumulator for without in (
+        {"backward": False}, {"wide": True}, {"foldable": False}, {"multiprocessors": 0},
+    )] == [0] * 4  # fmt: skip
+
+
 def test_blocks_of_all_rows_are_folded_where_the_width_is_large():
     foldable = [replace(sizes, foldable=True, frames=24) for sizes in (W1, W3, W5)]
     assert [blocks_for(sizes, 512 * MIB).folded for sizes in foldable] == [True, True, False]
@@ -99,8 +108,22 @@ def test_blocks_of_all_rows_are_folded_where_the_width_is_large():
 def test_the_columns_of_a_folded_block_count_as_workspace():
     blocks = blocks_for(replace(W3, foldable=True), 256 * MIB)
     assert blocks.folded and blocks.panel <= W3.tokens - W3.rows
-    without = replace(blocks, folded=False)
-    assert bytes_of(W3, blocks) == bytes_of(W3, without) + 2 * blocks.layers * W3.rows * (W3.tokens - W3.rows)
+    one = replace(blocks, panel=1)  # similarities are larger than row gradients and one token of a panel
+    rest = 2 * blocks.layers * W3.rows * (W3.tokens - W3.rows)
+    assert bytes_of(W3, one) == bytes_of(W3, replace(one, folded=False)) + rest
+
+
+def test_the_panel_of_a_folded_block_takes_the_place_of_the_row_gradients():
+    blocks = replace(blocks_for(replace(W3, foldable=True), 256 * MIB), part=128)  # few similarities
+    gradients = 4 * blocks.layers * W3.rows * W3.width
+    few, many = (bytes_of(W3, replace(blocks, panel=panel)) for panel in (1, W3.rows))
+    assert (
+        few
+        == many
+        == bytes_of(W3, replace(blocks, folded=False, panel=W3.rows))
+        - gradients
+        + (2 * blocks.layers * W3.rows * (W3.tokens - W3.rows))
+    )
 
 
 def test_columns_are_not_cut_where_enough_rows_fit():

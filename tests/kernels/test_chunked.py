@@ -7,10 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.agreement import EXACT, assert_agrees, run
+from support.allocations import allocations
 from support.problems import problems, random_problem
 
 import gasp_fast
-from gasp_fast.kernels import products, rows_torch
+from gasp_fast.kernels import blocks, products, rows_torch
 from gasp_fast.kernels.chunked import ChunkedEngine
 from gasp_fast.kernels.engines import ENGINES
 
@@ -68,6 +69,33 @@ def test_a_gradient_in_panels_is_that_of_one_panel(monkeypatch, dtype, options):
         assert panels.count(250) == (0 if workspace == 1 << 20 else 3 * 2)  # three panels in each of two layers
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_one_block_of_all_rows_takes_no_more_memory_than_blocks_that_accumulate(monkeypatch):
+    """As on a GPU, where it may be larger than the workspace."""
+    of_cpu = products.Products.of
+    monkeypatch.setattr(products.Products, "of", staticmethod(lambda some: replace(of_cpu(some), multiprocessors=8)))
+    tokens, width, workspace = 1 << 12, 512, 20
+    anchors = torch.arange(1 << 10)
+    matches = gasp_fast.Matches(
+        frame_offsets=torch.tensor([0, tokens // 2, tokens]), anchor=anchors, target=anchors + tokens // 2
+    )
+    embeddings = torch.randn(1, tokens, width).half().requires_grad_()  # multiplied in float32 by a CPU
+
+    def work():
+        embeddings.grad = None
+        gasp_fast.gasp_loss(embeddings, matches, workspace=workspace, backend="cpp").loss.backward()
+
+    def peak():
+        blocks._blocks_on_gpu.cache_clear()
+        work()  # allocates what is allocated only once
+        return allocations(work)[1]
+
+    of_one_block = peak()
+    monkeypatch.setattr(blocks, "_whole_blocks", lambda *_: [])
+    assert workspace << 20 < of_one_block - embeddings.nbytes
+    assert of_one_block <= peak()
+    blocks._blocks_on_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.agreement import cpp_workspace
+from support.allocations import allocations
 from support.problems import random_problem, relative_error
 from torch.utils.checkpoint import checkpoint
 
@@ -68,18 +69,6 @@ def test_any_chunking_gives_the_same_result(dtype, workspace):
         chunked = step(problem, dtype)
     for a, b in zip(whole, chunked, strict=True):
         assert relative_error(b, a) < (1e-6 if dtype == torch.float32 else 3e-3)
-
-
-def allocations(work):
-    """(largest single tensor, peak of all that was alive), in bytes, of what `work` allocates on the CPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for size in sizes:
-        alive += size
-        peak = max(peak, alive)
-    return max(sizes, default=0), peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
