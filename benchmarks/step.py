@@ -10,8 +10,9 @@ then repeated, so that no step waits for a disk; the time to load them is record
 an answer besides its tracks, so that the step without geometry still has a gradient.
 
 The cases of a group take turns on the same batches, and a ratio compares steps of the same round. On a GPU,
-`seconds_in_a_row` is a step's time where none waits for the one before, as in a run. The essential group
-of each family holds our step with geometry, the Trainer's step without (`step_trainer.py`), and ours without.
+`seconds_in_a_row` is a step's time where none waits for the one before, as in a run, and `pauses` says where in a step
+it had nothing to do (`step_pauses.py`). The essential group of each family holds our step with geometry, the Trainer's
+step without (`step_trainer.py`), and ours without.
 
 The most important groups run first; none begins once the time is up. A case that runs out of memory, or lacks a
 package, is recorded with the reason. The result is written as soon as the cases of a group are timed, and after each
@@ -67,7 +68,7 @@ def measure(
     with restored_transformers():
         running = start(group, records, data)
         try:
-            take_turns(running, records, rounds)
+            take_turns(group, running, records, rounds)
             summarise(group, records, data, gpu)
             keep(records)
             for number, steps in running.items():
@@ -123,7 +124,7 @@ EMPTY: Record = {"all_seconds": (), "all_process_seconds": ()}
 TIMES = ("seconds", "process_seconds", "peak_memory")  # a profiler changes them
 
 
-def take_turns(running: dict[int, Steps], records: list[Record], rounds: int) -> None:
+def take_turns(group: Sequence[Case], running: dict[int, Steps], records: list[Record], rounds: int) -> None:
     """Time `rounds` steps of every case. A GPU takes a few at a time, since it frees its memory between turns."""
     gpu = torch.cuda.is_available()
     at_once = 3 if gpu else 1
@@ -136,6 +137,8 @@ def take_turns(running: dict[int, Steps], records: list[Record], rounds: int) ->
                 answers = [running[number].ask("step") for _ in range(count)]
                 if gpu and turn == len(turns) - 1:
                     records[number]["seconds_in_a_row"] = running[number].ask("row")["seconds"] / ROW
+                    if not group[number].trainer:
+                        records[number]["pauses"] = running[number].ask("pauses")["pauses"]
                 running[number].ask("rest")
                 if turn:
                     for name in ("seconds", "process_seconds"):

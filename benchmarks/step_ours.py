@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from step_cases import STEPS
+from step_pauses import activities_recorded, pauses
 from step_profile import kernels_by_part, profiled, seconds_by_part, what_ran
 from step_trainer import ROW, Clock, empty_cache, peak_memory, reset_peak, synchronize
 from transformers import AutoModelForImageTextToText
@@ -53,7 +54,7 @@ class OurSteps:
         self.own = allocated() - before  # memory of this model alone: heads, adapters, their optimiser
 
     def ask(self, what: str) -> dict[str, Any]:
-        """Do "step", "profile" (a step), "row" (`ROW` steps), or "rest" (free what is not needed).
+        """Do "step", "profile" or "pauses" (of a step), "row" (`ROW` steps), or "rest" (free what is not needed).
 
         Returns what was measured.
         """
@@ -65,7 +66,7 @@ class OurSteps:
         others = before - self.own - self.base.bytes
         reset_peak()
         clock = Clock()
-        record = self._profile() if what == "profile" else {}
+        record = self._profile() if what == "profile" else self._pauses() if what == "pauses" else {}
         if what == "step":
             self.loop.train_step(self.taken, self.batches)
         if what == "row":
@@ -84,6 +85,11 @@ class OurSteps:
         parts, attention = seconds_by_part(measured)
         kernels = kernels_by_part(measured)
         return {"seconds_by_part": parts, "kernels_by_part": kernels, "attention_operations": attention, **ran}
+
+    def _pauses(self) -> dict[str, Any]:
+        with activities_recorded() as activities:
+            self.loop.train_step(self.taken, self.batches)
+        return {"pauses": pauses(activities)}
 
     def close(self) -> None:
         self.loop.state.accelerator.free_memory()

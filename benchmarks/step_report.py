@@ -31,6 +31,7 @@ def one_line(record: Record) -> str:
         f"MFU {record['mfu']:.1%}",
     ]
     parts += [f"{record['seconds_in_a_row']:.3f} s in a row"] if "seconds_in_a_row" in record else []
+    parts += [f"{record['pauses']['idle_seconds']:.3f} s without a kernel"] if "pauses" in record else []
     parts += [] if record["peak_memory"] is None else [f"{record['peak_memory'] / 1e9:.1f} GB"]
     parts += [f"plan {record['plan_error']:+.0%}"] if "plan_error" in record else []
     if "seconds_to_trainer" in record and not record["trainer"]:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import step  # noqa: E402
 import step_cases  # noqa: E402
 import step_ours  # noqa: E402
+import step_pauses  # noqa: E402
 import step_profile  # noqa: E402
 import step_report  # noqa: E402
 import step_trainer  # noqa: E402
@@ -117,6 +118,25 @@ def test_the_kernels_of_each_part_are_listed_by_time(monkeypatch: pytest.MonkeyP
     }  # fmt: skip
 
 
+def test_pauses_are_what_no_kernel_covers() -> None:
+    # Two kernels at once, a pause, a kernel inside another one, the same pause again.
+    kernels = [
+        (0, 50, "a"),
+        (20, 90, "b"),
+        (100, 300, "c"),
+        (120, 140, "d"),
+        (350, 400, "a"),
+        (380, 410, "b"),
+        (413, 414, "c"),
+    ]
+    assert step_pauses.pauses(step_pauses.Activity(start, end, name) for start, end, name in kernels) == {
+        "span_seconds": 414e-9,
+        "idle_seconds": 63e-9,
+        "pauses": [["c", "a", 50e-6, 1, 50e-6], ["b", "c", 13e-6, 2, 10e-6]],
+    }
+    assert step_pauses.pauses([]) == {"span_seconds": 0.0, "idle_seconds": 0.0, "pauses": []}
+
+
 def test_steps_in_a_row_are_taken_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = step_cases.Case(family="qwen2_5_vl", frames=2, geometry=False)
     data, processes = step_cases.CaseData(step_cases.SHAPES["tiny"], tmp_path), Processes(0, 1, torch.device("cpu"))
@@ -126,8 +146,9 @@ def test_steps_in_a_row_are_taken_one_after_another(tmp_path: Path, monkeypatch:
     take = ours.loop.train_step
     monkeypatch.setattr(ours.loop, "train_step", lambda number, some: (taken.append(number), take(number, some)))
     ours.ask("step"), ours.ask("row"), ours.ask("step")
+    assert ours.ask("pauses")["pauses"]["pauses"] == []  # those of a GPU
     ours.close()
-    assert taken == list(range(1, 3 + step_trainer.ROW))
+    assert taken == list(range(1, 4 + step_trainer.ROW))
 
 
 @pytest.mark.alone
