@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 
 from . import replay
+from .block_memory import Buffers, Gradients, Part, piece, slices
 from .blocks import Blocks, blocks_for
 from .chunk import (
     ChunkMatches,
@@ -68,7 +69,7 @@ from .fp16_scales import fp16_scale
 from .index import MatchIndex, SequenceSpan
 from .products import Products
 from .replay import CallTensors, Recording
-from .row_block import Buffers, Gradients, LayerGroup, Norms, Part, piece, slices
+from .row_block import LayerGroup, Norms
 
 ALIGNED = 64  # bytes: kernels suppose at most so much of where their arguments begin
 

@@ -1,0 +1,137 @@
+"""The memory of a block: what is allocated once for a sequence, and used for every block of all its layers.
+
+Nothing is allocated or sliced more often than it must be: an allocation or a view costs the host about a microsecond.
+For the same reason most of these dataclasses are not frozen: to create a frozen one takes several times as long. Only
+`Part` is ever changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .blocks import Blocks, Scratch, Sizes
+from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, PartMemory, RowChunk
+from .products import Products
+from .replay import scratch
+
+if TYPE_CHECKING:
+    from .row_block import LayerGroup
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Memory for the gradients that are needed, and whether that of the temperature is."""
+
+    embeddings: Tensor | None = None  # [L, N, D]
+    keys: Tensor | None = None  # [L, N, D]; `embeddings` itself where the keys are the embeddings
+    temperature: bool = False
+    scale: Tensor | None = None  # float32 [L], written: the powers of two by which stored gradients are multiplied
+
+    @cached_property
+    def any(self) -> bool:
+        return self.embeddings is not None or self.keys is not None or self.temperature
+
+
+@dataclass
+class Part:
+    """Some rows of a block, and what is computed for them; used again for the same rows of other layers."""
+
+    layers: slice
+    rows: slice  # of the batch
+    local: slice  # of the block
+    frames: int  # P, of the sequence
+    boost: Tensor | None  # float32 [G], factor of upstream gradients; see `fp16_boost`
+    memory: PartMemory
+    matches: ChunkMatches | None = None
+    statistics: FrameStatistics | None = None
+    upstream: FrameUpstream | None = None  # gradients of `statistics`
+    anchors: Tensor | None = None  # [G, r, D], of the block's
+    chunks: dict[int, RowChunk] = field(default_factory=dict)  # by their first column; see `RowBlock.chunk`
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # [G, r, c], of the block's `X`, by their first column
+
+    def gradient(self, x: Tensor, columns: slice) -> Tensor:
+        """The rows of this part in the `X` of some columns, which has the same memory for all layers."""
+        found = self.gradients.get(columns.start)
+        if found is None:
+            found = self.gradients[columns.start] = piece(x, 1, self.local)
+        return found
+
+    def boosted(self, values: Tensor) -> Tensor:
+        """These layers of weights or upstream gradients [L, ...], times their boost."""
+        values = piece(values, 0, self.layers)
+        return values if self.boost is None else values * self.boost.view(-1, *[1] * (values.dim() - 1))
+
+
+@dataclass
+class Buffers:
+    """Memory of a block, allocated once for a sequence. Smaller blocks use the beginning of it."""
+
+    anchors: Tensor  # [G, R, D], in the type of the products
+    x: Tensor  # [G, R, c], in the type of the products; `similarity` itself where that is float32
+    similarity: Tensor  # float32 [G, part, c]
+    row_gradient: Tensor | None  # float32 [G, R, D]; in the memory of `similarity` where `Scratch` says so
+    panel: Tensor | None  # float32 [G, panel, D], where `Scratch` says so; None where nothing needs it
+    rest: Tensor | None  # [G, R, n - R], the columns of `x` that are no rows; None where it is not folded
+    parts: dict[tuple[int, int, int], Part] = field(default_factory=dict)  # by number of layers, first and last row
+    of_part: dict[tuple[int, int, int], PartMemory] = field(default_factory=dict)  # the same, rows counted in the block
+
+    @staticmethod
+    def allocate(blocks: Blocks, sizes: Sizes, products: Products, like: Tensor) -> Buffers:
+        layers, rows, columns, width = blocks.layers, blocks.rows, blocks.columns, sizes.width
+        begin = Scratch.of(sizes, blocks)
+        block = scratch(like.new_empty(begin.size, dtype=torch.float32))
+        anchors = scratch(like.new_empty((layers, rows, width), dtype=products.element))
+        x = similarity = block.as_strided((layers, blocks.part, columns), (blocks.part * columns, columns, 1))
+        if not sizes.backward:
+            return Buffers(anchors, x, similarity, None, None, None)
+        if sizes.element < 4:
+            x = scratch(like.new_empty((layers, rows, columns), dtype=products.element))
+        strides = rows * width, width, 1
+        row_gradient, panel = block.as_strided((layers, rows, width), strides, begin.row_gradient), None
+        if blocks.panel and (blocks.folded or not sizes.wide):
+            strides = blocks.panel * width, width, 1
+            panel = block.as_strided((layers, blocks.panel, width), strides, begin.panel)
+        rest = None
+        if blocks.folded:
+            rest = scratch(like.new_empty((layers, rows, sizes.rest_pitch), dtype=products.element))[..., : sizes.left]
+        return Buffers(anchors, x, similarity, row_gradient, panel, rest)
+
+    def part(self, group: LayerGroup, rows: slice, block: slice) -> Part:
+        """Some rows of a block for the layers of `group`. Views and launches are prepared for the first group only."""
+        layers = group.layers.stop - group.layers.start
+        part = self.parts.get((layers, rows.start, rows.stop))
+        if part is None:
+            local = slice(rows.start - block.start, rows.stop - block.start)
+            memory = self.of_part.setdefault((layers, local.start, local.stop), PartMemory())
+            part = Part(group.layers, rows, local, group.sequence.frame_count, group.boost, memory)
+            self.parts[layers, rows.start, rows.stop] = part
+        part.layers, part.boost = group.layers, group.boost
+        part.statistics = part.upstream = None
+        return part
+
+
+def piece(values: Tensor, dimension: int, span: slice) -> Tensor:
+    """`span` of a dimension; the tensor itself where that is all of it."""
+    if span.start == 0 and span.stop == values.shape[dimension]:
+        return values
+    return values.narrow(dimension, span.start, span.stop - span.start)
+
+
+def shaped(buffer: Tensor, *shape: int) -> Tensor:
+    """The beginning of `buffer` in this shape [G, ., .]; the buffer itself where it has this shape."""
+    if buffer.shape == shape:
+        return buffer
+    _, rows, columns = shape
+    return buffer.as_strided(shape, (rows * columns, columns, 1))  # one view, not two
+
+
+def slices(start: int, stop: int, size: int) -> list[slice]:
+    """`start` to `stop` in pieces of `size`."""
+    if start < stop <= start + size:
+        return [slice(start, stop)]
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, max(1, size))]
