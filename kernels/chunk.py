@@ -29,6 +29,7 @@ class Problem:
     values: Tensor | None  # float32 [N, V]
     known: Tensor | None  # bool [N], tokens whose values count; None where `values` is None
     exclude_own: bool  # leave a row's own token out of its frame
+    duals: Tensor | None = None  # [L, N, D], where `embeddings_i . duals_k` is the inner product; see `chunked`
 
 
 @dataclass  # not frozen: one is made for every chunk, and a frozen one takes the host several times as long
@@ -188,7 +189,7 @@ class AddedRows(NamedTuple):
 class RowOperations(Protocol):
     """The passes over a chunk between the matrix products. `rows_torch` defines what each computes."""
 
-    def inverse_norms(self, embeddings: Tensor) -> Tensor: ...
+    def inverse_norms(self, embeddings: Tensor, duals: Tensor | None = None) -> Tensor: ...
 
     def frame_statistics(
         self,
@@ -232,4 +233,5 @@ class RowOperations(Protocol):
         factor: Tensor | None = None,
         added: AddedRows | None = None,
         tokens: Tensor | None = None,
+        duals: Tensor | None = None,
     ) -> None: ...

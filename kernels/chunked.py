@@ -35,6 +35,13 @@ same pass runs again with them as weights: four products.
 Where a block has only some of the columns, it is visited twice: first for the statistics, which are merged from left to
 right; then, with complete statistics, for the gradient, from similarities that are computed again.
 
+**Duals.** Where embeddings `x` stand for longer vectors `e = W x`, their inner products are `x_i . G x_k`, `G = W^T W`.
+With `x'_k = G x_k`, the dual of `x_k`, every step stays as it is but for three operands: similarities are products of
+anchors and duals, norms are `sqrt(x . x')`, and the Jacobian takes the inner product with the dual. The gradient
+products combine embeddings, not duals, because the gradient of `e_i` is a combination of the `e_k`: its coefficients
+combine the `x_k` into a `c_i` with `dL/de_i = W c_i`. These `c` are the result; `gasp_fast.loss.metric` makes gradients
+of `x` and `G` from them. Embeddings and duals must be raw, hence not float16.
+
 Raw embeddings enter the products; norms are applied to the products' results and to `X` (see `rows_torch`). float16 is
 the exception: `X` would leave its range. There the products take normalised embeddings, and `boost` is a power of two
 that brings `X` near 1. Each row is a different token, so adding the row gradient at the anchors has one writer per
@@ -228,9 +235,13 @@ class ChunkedEngine:
         """
         layers, _, width = problem.embeddings.shape
         products = Products.of(problem.embeddings)
-        return forward.serves(problem) and any(
-            blocks_for(products.sizes(layers, span, width, False), self.workspace_bytes).columns < span.token_count
-            for span in problem.rows.sequences
+        return (
+            problem.duals is None
+            and forward.serves(problem)
+            and any(
+                blocks_for(products.sizes(layers, span, width, False), self.workspace_bytes).columns < span.token_count
+                for span in problem.rows.sequences
+            )
         )
 
     def _for_each_block(
@@ -313,11 +324,11 @@ class ChunkedEngine:
             return None
         weights = row_pass.weights or ()
         users = [embeddings] if keys is embeddings else [embeddings, keys]
-        users += [] if gradients.keys is None else [gradients.keys]
+        users += [tensor for tensor in (problem.duals, gradients.keys) if tensor is not None]
         own = [norms.tokens, *row_pass.terms] if norms.rows is None else [norms.tokens, norms.rows, *row_pass.terms]
         scratch = [row_pass.positive] if row_pass.pull is None else [row_pass.positive, row_pass.pull]
         forms = [(t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNED) for t in users]
-        kind = row_pass.definition, keys is embeddings, gradients.keys is None
+        kind = row_pass.definition, keys is embeddings, problem.duals is None, gradients.keys is None
         form = (*kind, *forms, *[weight.stride() for weight in weights])
         return CallTensors(row_pass.index, form, [*users, *own, *weights], [*scratch, problem.temperature])
 

@@ -31,7 +31,7 @@ class Norms:
 
     @staticmethod
     def of(problem: Problem, operations: RowOperations) -> Norms:
-        tokens = operations.inverse_norms(problem.keys)
+        tokens = operations.inverse_norms(problem.keys, problem.duals)
         same = problem.keys is problem.embeddings
         return Norms(tokens, tokens.index_select(1, problem.rows.row_token) if same else None)
 
@@ -48,6 +48,7 @@ class LayerGroup:
     gradients: Gradients
     raw: Tensor  # [G, n, D], the candidates
     tokens: Tensor  # [G, n, D], the same as the products take them: `raw`, or normalised
+    duals: Tensor | None  # [G, n, D]; None: similarities are products with `tokens` themselves
     token_norms: Tensor  # float32 [G, n], inverse norms of `raw`
     token_scale: Tensor  # float32 [G, n], of `tokens`: `token_norms`, or ones where `tokens` are normalised
     row_norms: Tensor | None  # float32 [G, A], inverse norms of all anchors; None where these are no candidates
@@ -86,9 +87,10 @@ class LayerGroup:
                 total = result
                 if result.dtype != torch.float32:
                     total = scratch(torch.empty_like(result, dtype=torch.float32))
+        duals = None if problem.duals is None else piece(piece(problem.duals, 0, layers), 1, span)
         return LayerGroup(
-            problem, layers, sequence, products, operations, gradients, raw, tokens, token_norms, scale, row_norms,
-            boost, factor, result, total,
+            problem, layers, sequence, products, operations, gradients, raw, tokens, duals, token_norms, scale,
+            row_norms, boost, factor, result, total,
         )  # fmt: skip
 
     def block(self, rows: slice, blocks: Blocks, buffers: Buffers) -> RowBlock:
@@ -120,8 +122,9 @@ class LayerGroup:
         """Apply the Jacobian of the normalisation to the accumulated gradient."""
         if self.total is not None and self.result is not None:
             self.operations.project_gradient(
-                self.total, self.raw, self.token_norms, self.result, self.products.normalised, self.factor, self.added
-            )
+                self.total, self.raw, self.token_norms, self.result, self.products.normalised, self.factor, self.added,
+                duals=self.duals,
+            )  # fmt: skip
 
 
 @dataclass
@@ -143,7 +146,7 @@ class RowBlock:
     def chunk(self, part: Part, columns: slice) -> RowChunk:
         """Similarities of some rows with some columns."""
         group = self.group
-        tokens = piece(group.tokens, 1, columns)  # [G, c, D]
+        tokens = piece(group.tokens if group.duals is None else group.duals, 1, columns)  # [G, c, D]
         if part.anchors is None:
             part.anchors = piece(self.anchors, 1, part.local)
         row_scale, token_scale = piece(self.row_scale, 1, part.local), piece(group.token_scale, 1, columns)
@@ -198,7 +201,8 @@ class RowBlock:
         assert row_gradient is not None
         gradients, problem = group.gradients, group.problem
         if gradients.temperature:
-            radial.append(self.radial(self.anchors, row_gradient))
+            anchors = self.anchors if group.duals is None else group.duals.index_select(1, self.own)
+            radial.append(self.radial(anchors, row_gradient))
         if self.rest is not None:
             self._write_tokens(row_gradient, self.own)
         elif problem.keys is problem.embeddings:
@@ -214,7 +218,7 @@ class RowBlock:
             gradients.embeddings[group.layers].index_copy_(1, tokens, row_gradient.to(gradients.embeddings.dtype))
 
     def radial(self, tokens: Tensor, gradient: Tensor) -> Tensor:
-        """`sum_t e_t . u_t`, [G, m, D]: of the rows, `sum_ij X_ij x_ij`.
+        """`sum_t e_t . u_t`, [G, m, D]: of the rows, `sum_ij X_ij x_ij`. With duals, these are the tokens.
 
         Where `X` is folded, the sum over all tokens counts each `X_ij` for its row and for its column, so it is halved.
         """
@@ -240,7 +244,7 @@ class RowBlock:
         assert group.result is not None
         group.operations.project_gradient(
             gradient, group.raw, group.token_norms, group.result, group.products.normalised, group.factor,
-            tokens=tokens,
+            tokens=tokens, duals=group.duals,
         )  # fmt: skip
 
     def write_panels(self, x: Tensor, size: int, radial: list[Tensor]) -> None:
@@ -265,6 +269,7 @@ class RowBlock:
             group.operations.project_gradient(
                 panel, piece(group.raw, 1, columns), piece(group.token_norms, 1, columns), out,
                 group.products.normalised, group.factor, added,
+                duals=None if group.duals is None else piece(group.duals, 1, columns),
             )  # fmt: skip
 
     def _write_rest(self, rest: Tensor, size: int, radial: list[Tensor]) -> None:
@@ -275,7 +280,8 @@ class RowBlock:
             tokens = self._others()[columns]
             group.products.token_gradient(piece(rest, 2, columns), self.anchors, panel, False)
             if group.gradients.temperature:
-                radial.append(self.radial(group.tokens.index_select(1, tokens), panel))
+                compared = group.tokens if group.duals is None else group.duals
+                radial.append(self.radial(compared.index_select(1, tokens), panel))
             self._write_tokens(panel, tokens)
 
 

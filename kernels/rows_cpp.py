@@ -1,9 +1,9 @@
 """The row operations on the CPU: the extension `csrc/rows.cpp` with the signatures of `rows_torch`.
 
 Tensors are passed as NumPy views, without a copy; bfloat16, which NumPy lacks, as its 16 bits. One layer at a time
-(`G = 1`): a CPU gains nothing from several layers in one call. The extension does not know float16: norms and
-projections of float16 embeddings are computed by `rows_torch`. So are sums of statistics, which occur only where
-columns are cut, and `gather_rows` and `add_rows`, where torch is as fast as memory.
+(`G = 1`): a CPU gains nothing from several layers in one call. The extension knows neither float16, which alone has a
+factor, nor duals: norms and projections of these are computed by `rows_torch`. So are sums of statistics, which occur
+only where columns are cut, and `gather_rows` and `add_rows`, where torch is as fast as memory.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def available() -> bool:
     return _rows is not None
 
 
-def inverse_norms(embeddings: Tensor) -> Tensor:
-    if embeddings.dtype == torch.float16:
-        return rows_torch.inverse_norms(embeddings)
+def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
+    if embeddings.dtype == torch.float16 or duals is not None:
+        return rows_torch.inverse_norms(embeddings, duals)
     out = torch.empty(embeddings.shape[:-1], dtype=torch.float32)
     for layer, norms in zip(embeddings, out, strict=True):
         _rows.inverse_norms(_bits(_dense_rows(layer)), norms.numpy(), _threads())
@@ -126,9 +126,10 @@ def project_gradient(
     factor: Tensor | None = None,
     added: AddedRows | None = None,
     tokens: Tensor | None = None,
+    duals: Tensor | None = None,
 ) -> None:
-    if factor is not None or torch.float16 in (embeddings.dtype, out.dtype):  # only float16 has a factor
-        rows_torch.project_gradient(gradient, embeddings, inverse_norm, out, of_unit, factor, added, tokens)
+    if factor is not None or duals is not None or torch.float16 in (embeddings.dtype, out.dtype):
+        rows_torch.project_gradient(gradient, embeddings, inverse_norm, out, of_unit, factor, added, tokens, duals)
         return
     place = None if tokens is None else tokens.numpy()
     of_token = None if added is None else added.of_token.numpy() - added.first_row

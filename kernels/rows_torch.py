@@ -45,12 +45,23 @@ from .chunk import (
 )
 
 NORM_FLOOR = 1e-12
+LEAST_COSINE = 2.0**-8  # of a token and its dual
 NOTHING = float("-inf")  # the log of an empty sum
 
 
-def inverse_norms(embeddings: Tensor) -> Tensor:
-    """`1 / max(|e|, 1e-12)`: [..., N, D] of any float type -> float32 [..., N]."""
-    return embeddings.float().square().sum(-1).sqrt().clamp(min=NORM_FLOOR).reciprocal()
+def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
+    """`1 / max(|e|, 1e-12)`: [..., N, D] of any float type -> float32 [..., N].
+
+    With `duals`, `|e|^2 = e . e'` is a difference of large numbers where it is small. What rounding makes of one below
+    `LEAST_COSINE |e| |e'|` is not used, but that bound. A token for which both are 0 has no direction, and gets 0.
+    """
+    e = embeddings.float()
+    if duals is None:
+        return e.square().sum(-1).sqrt().clamp(min=NORM_FLOOR).reciprocal()
+    d = duals.float()
+    least = LEAST_COSINE * (e.square().sum(-1) * d.square().sum(-1)).sqrt()
+    inverse = torch.maximum((e * d).sum(-1), least).rsqrt()
+    return torch.where(least == 0, 0.0, inverse)
 
 
 def frame_statistics(
@@ -225,16 +236,19 @@ def project_gradient(
     factor: Tensor | None = None,  # float32 [G], contiguous
     added: AddedRows | None = None,
     tokens: Tensor | None = None,  # int64 [m]
+    duals: Tensor | None = None,  # [G, n, D]
 ) -> None:
     """`out = u - e_hat (e_hat . u)`, in the element type of `out`, with `u = factor (gradient + added)`.
 
     `u` is the gradient of the raw embeddings as if norms were constants; with `of_unit`, that of the normalised ones.
-    With `tokens`, the gradient is that of these alone, [G, m, D], and `out` is written there.
+    With `tokens`, the gradient is that of these alone, [G, m, D], and `out` is written there. With `duals`, the product
+    in brackets is that of a normalised dual and `u`.
     """
     if tokens is not None:
         of_these = torch.empty_like(gradient, dtype=out.dtype)
         embeddings, inverse_norm = embeddings.index_select(1, tokens), inverse_norm.index_select(1, tokens)
-        project_gradient(gradient, embeddings, inverse_norm, of_these, of_unit, factor, added)
+        duals = None if duals is None else duals.index_select(1, tokens)
+        project_gradient(gradient, embeddings, inverse_norm, of_these, of_unit, factor, added, duals=duals)
         out.index_copy_(1, tokens, of_these)
         return
     u = gradient
@@ -244,7 +258,8 @@ def project_gradient(
     if factor is not None:
         u = u * factor[:, None, None]
     unit = embeddings.float() * inverse_norm[..., None]
-    radial = (unit * u).sum(-1, keepdim=True)
+    dual = unit if duals is None else duals.float() * inverse_norm[..., None]
+    radial = (dual * u).sum(-1, keepdim=True)
     clamped = inverse_norm[..., None] >= 1.0 / NORM_FLOOR
     tangent = u - torch.where(clamped, 0.0, radial) * unit
     out.copy_(tangent * inverse_norm[..., None] if of_unit else tangent)

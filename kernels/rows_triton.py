@@ -55,17 +55,17 @@ def available() -> bool:
     return tl is not None
 
 
-def inverse_norms(embeddings: Tensor) -> Tensor:
-    """`1 / max(|e|, 1e-12)`: [..., N, D] of any float type -> float32 [..., N]."""
+def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
+    """`1 / max(|e|, 1e-12)`: [..., N, D] of any float type -> float32 [..., N]. The numbers of a dual lie together."""
     stack = embeddings if embeddings.dim() == 3 else embeddings.reshape(-1, *embeddings.shape[-2:])  # [G, N, D]
     groups, tokens, width = stack.shape
     out = scratch(torch.empty(embeddings.shape[:-1], dtype=torch.float32, device=stack.device))
-    strides = stack.stride()
+    strides, matrices = stack.stride(), (stack,) if duals is None else (stack, duals)
     launch(
         vectors.inverse_norms, (cdiv(tokens, NORM_TILE.rows), groups), NORM_TILE,
-        stack, *strides, out, tokens, width,
-        form=(stack.dtype,),
-        DENSE=strides[2] == 1, ALIGN=_alignment(width, stack) if strides[2] == 1 else 1,
+        stack, *strides, *_dual_arguments(duals), out, tokens, width,
+        form=(stack.dtype, duals is None),
+        DENSE=strides[2] == 1, ALIGN=_alignment(width, *matrices) if strides[2] == 1 else 1,
     )  # fmt: skip
     return out
 
@@ -215,23 +215,33 @@ def project_gradient(
     factor: Tensor | None = None,
     added: AddedRows | None = None,
     tokens: Tensor | None = None,
+    duals: Tensor | None = None,
 ) -> None:
     """`out = u - e_hat (e_hat . u)`, in the element type of `out`, with `u = factor (gradient + added)` [G, n, D].
 
-    With `tokens`, the gradient is that of these alone.
+    With `tokens`, the gradient is that of these alone. With `duals`, the product is with a normalised dual.
     """
     groups, count, width = gradient.shape
     tile, strides = _row_tile(width), embeddings.stride()
-    matrices = (gradient, embeddings, out) if added is None else (gradient, embeddings, out, added.rows)
+    matrices = [gradient, embeddings, out]
+    matrices += [] if added is None else [added.rows]
+    matrices += [] if duals is None else [duals]
     launch(
         vectors.project_gradient, (cdiv(count, tile.rows), groups), tile,
         gradient, *gradient.stride()[:2], embeddings, *strides, inverse_norm, inverse_norm.stride(0), factor,
         *((None, 0, 0, None, 0) if added is None else (added.rows, *added.rows.stride()[:2], *added[1:])),
-        tokens, out, *out.stride()[:2], count, width,
-        form=(gradient.dtype, embeddings.dtype, out.dtype, factor is None, added is None, tokens is None),
+        tokens, *_dual_arguments(duals), out, *out.stride()[:2], count, width,
+        form=(
+            gradient.dtype, embeddings.dtype, out.dtype, factor is None, added is None, tokens is None, duals is None,
+        ),
         OF_UNIT=of_unit, CLAMPED=out.dtype == torch.float16, DENSE=strides[2] == 1,
         ALIGN=_alignment(width, *matrices) if strides[2] == 1 else 1, WHOLE=width <= tile.columns,
     )  # fmt: skip
+
+
+def _dual_arguments(duals: Tensor | None) -> tuple[Any, ...]:
+    """Kernel arguments from `duals` to `duals_n`."""
+    return (None, 0, 0) if duals is None else (duals, *duals.stride()[:2])
 
 
 def _empty_statistics(like: Tensor, cells: tuple[int, int, int], width: int, ignored: bool) -> FrameStatistics:

@@ -7,11 +7,12 @@ program owns some rows, so there are no atomics and equal inputs give equal bits
 
 from __future__ import annotations
 
-from .rows_torch import NORM_FLOOR
+from .rows_torch import LEAST_COSINE, NORM_FLOOR
 from .triton_launch import constant, jit, kernel, tl
 
 SMALLEST_NORM = constant(NORM_FLOOR)
 LARGEST_INVERSE = constant(1 / NORM_FLOOR)
+LEAST = constant(LEAST_COSINE)
 LARGEST_HALF = constant(65504.0)
 
 
@@ -42,23 +43,35 @@ def load_rows(base, line, column, stride_d, mask, DENSE: tl.constexpr, ALIGN: tl
 
 @kernel("out", direct=True)
 def inverse_norms(
-    embeddings, stride_g: tl.int64, stride_n: tl.int64, stride_d: tl.int64, out, tokens, width,
+    embeddings, stride_g: tl.int64, stride_n: tl.int64, stride_d: tl.int64, duals, duals_g: tl.int64,
+    duals_n: tl.int64, out, tokens, width,
     DENSE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_ROWS` tokens of one layer."""
+    """One program: `BLOCK_ROWS` tokens of one layer. `duals` is None where they are the embeddings."""
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     line = group * stride_g + row.to(tl.int64)[:, None] * stride_n
     width = width // ALIGN * ALIGN  # as it is; the compiler sees the factor
     total = tl.zeros([BLOCK_ROWS], tl.float32)
+    of_duals, of_both = total, total
     for start in range(0, width, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         mask = (row < tokens)[:, None] & (column < width)[None, :]
         e = load_rows(embeddings, line, column, stride_d, mask, DENSE, ALIGN)
         total += tl.sum(e * e, 1)
-    norm = tl.sqrt_rn(total)
-    inverse = tl.where(norm > SMALLEST_NORM, tl.div_rn(1.0, tl.maximum(norm, SMALLEST_NORM)), LARGEST_INVERSE)
-    inverse = tl.where(norm != norm, norm, inverse)  # NaN stays NaN
+        if duals is not None:
+            d_line = group * duals_g + row.to(tl.int64)[:, None] * duals_n
+            d = load_rows(duals, d_line, column, 1, mask, True, ALIGN)
+            of_duals += tl.sum(d * d, 1)
+            of_both += tl.sum(e * d, 1)
+    if duals is not None:
+        least = LEAST * tl.sqrt_rn(total) * tl.sqrt_rn(of_duals)
+        norm = tl.sqrt_rn(tl.maximum(of_both, least, propagate_nan=tl.PropagateNan.ALL))
+        inverse = tl.where(least == 0.0, 0.0, tl.div_rn(1.0, norm))
+    else:
+        norm = tl.sqrt_rn(total)
+        inverse = tl.where(norm > SMALLEST_NORM, tl.div_rn(1.0, tl.maximum(norm, SMALLEST_NORM)), LARGEST_INVERSE)
+        inverse = tl.where(norm != norm, norm, inverse)  # NaN stays NaN
     tl.store(out + group * tokens + row, inverse, mask=row < tokens)
 
 
@@ -66,14 +79,15 @@ def inverse_norms(
 def project_gradient(
     gradient, gradient_g: tl.int64, gradient_n: tl.int64, embeddings, stride_g: tl.int64, stride_n: tl.int64,
     stride_d: tl.int64, inverse_norm, inverse_g: tl.int64, factor, added, added_g: tl.int64, added_n: tl.int64,
-    of_token, first_row, place, out, out_g: tl.int64, out_n: tl.int64, tokens, width,
+    of_token, first_row, place, duals, duals_g: tl.int64, duals_n: tl.int64,
+    out, out_g: tl.int64, out_n: tl.int64, tokens, width,
     OF_UNIT: tl.constexpr, CLAMPED: tl.constexpr, DENSE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_ROWS` tokens of one layer. `WHOLE` rows stay in registers; others are read a second time.
 
     `factor` is None where it is 1; `added` and `of_token` are None where nothing is added. `place` has the token of
-    each row of `gradient`; None: they are the same.
+    each row of `gradient`; None: they are the same. `duals` is None where they are the embeddings.
     """
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -100,7 +114,11 @@ def project_gradient(
         mask = row_mask[:, None] & (column < width)[None, :]
         u = load_sum(gradient, u_line, added, added_line, has_row, by, column, mask, ALIGN)
         unit = load_rows(embeddings, e_line, column, stride_d, mask, DENSE, ALIGN) * inverse[:, None]
-        radial += tl.sum(unit * u, 1)
+        dual = unit
+        if duals is not None:
+            d_line = group * duals_g + token * duals_n
+            dual = load_rows(duals, d_line, column, 1, mask, True, ALIGN) * inverse[:, None]
+        radial += tl.sum(dual * u, 1)
         if WHOLE:
             store_tangent(out, out_line, column, mask, u, unit, radial, inverse, OF_UNIT, CLAMPED, ALIGN)
     if not WHOLE:

@@ -4,7 +4,7 @@
 scales it. `UnreducedTerms` returns the terms one by one; backward runs the pass again with the upstream gradients as
 weights. `FrameMatching` is `frame_match` with its gradient.
 
-Each takes its embeddings and then, if there are any, its keys, in one list of `tensors`.
+Each takes its embeddings and then, if there are any, its keys or its duals (`metric.py`), in one list of `tensors`.
 
 None of them can be differentiated twice, because autograd does not record how backward computes its gradients.
 `create_graph=True` raises an error; without this check second derivatives would silently be zero.
@@ -13,7 +13,7 @@ None of them can be differentiated twice, because autograd does not record how b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from gasp_fast.kernels.scaling import scale_in_place
 from . import operators
 from .arguments import traced
 from .config import LossConfig
+
+Beside = Literal["", "keys", "duals"]
 
 
 class FusedLoss(torch.autograd.Function):
@@ -39,11 +41,11 @@ class FusedLoss(torch.autograd.Function):
         reduction: str,
         index: MatchIndex,
         layer_weights: Tensor,  # [L]
-        with_keys: bool,
+        beside: Beside,
         temperature: Tensor,  # []
-        *tensors: Tensor,  # one [L, N, D], or L of [N, D]; as many keys, `with_keys`
+        *tensors: Tensor,  # one [L, N, D], or L of [N, D]; as many of what is `beside` them
     ) -> tuple[Tensor, ...]:
-        ctx.config, ctx.reduction, ctx.index, ctx.with_keys, ctx.scaled = config, reduction, index, with_keys, False
+        ctx.config, ctx.reduction, ctx.index, ctx.beside, ctx.scaled = config, reduction, index, beside, False
         loss, corr, depth, best, confidence, *gradients = FusedLoss._compute(ctx, layer_weights, temperature, *tensors)
         ctx.save_for_backward(layer_weights, temperature, *tensors, *gradients)
         ctx.mark_non_differentiable(corr, depth, best, confidence)
@@ -66,14 +68,13 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def _compute(ctx: Any, layer_weights: Tensor, temperature: Tensor, *tensors: Tensor) -> list[Tensor]:
         config, needs = ctx.config, _needs(ctx, 5)
-        embeddings, keys = _split(tensors, ctx.with_keys)
+        stacks = _stacks(tensors, ctx.beside)
         if not traced():
-            stacks = operators.Stacks(embeddings, keys)
             return operators.loss_and_gradients(
                 stacks, ctx.index, temperature, layer_weights, needs, ctx.reduction, config
             )
         return operators.fused_loss(
-            embeddings, keys, ctx.index.tensors(), temperature, layer_weights, needs, config.corr_weight,
+            *stacks.lists(), ctx.index.tensors(), temperature, layer_weights, needs, config.corr_weight,
             config.depth_weight, ctx.reduction, config.negatives, config.other_targets, config.eps, config.backend,
             config.workspace,
         )  # fmt: skip
@@ -91,11 +92,11 @@ class UnreducedTerms(torch.autograd.Function):
         config: LossConfig,
         computed: tuple[Tensor, Tensor] | None,
         index: MatchIndex,
-        with_keys: bool,
+        beside: Beside,
         temperature: Tensor,  # []
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.config, ctx.index, ctx.with_keys = config, index, with_keys
+        ctx.config, ctx.index, ctx.beside = config, index, beside
         if computed is None:
             corr, depth, best, confidence, _ = UnreducedTerms._compute(
                 ctx, (None, None), [False] * 3, temperature, tensors
@@ -122,13 +123,11 @@ class UnreducedTerms(torch.autograd.Function):
         temperature: Tensor,
         tensors: Sequence[Tensor],
     ) -> list[Tensor]:
-        config = ctx.config
-        embeddings, keys = _split(tensors, ctx.with_keys)
+        config, stacks = ctx.config, _stacks(tensors, ctx.beside)
         if not traced():
-            stacks = operators.Stacks(embeddings, keys)
             return operators.terms_and_gradients(stacks, ctx.index, temperature, *weights, needs, config)
         return operators.unreduced_terms(
-            embeddings, keys, ctx.index.tensors(), temperature, *weights, needs, config.negatives,
+            *stacks.lists(), ctx.index.tensors(), temperature, *weights, needs, config.negatives,
             config.other_targets, config.eps, config.backend, config.workspace,
         )  # fmt: skip
 
@@ -146,17 +145,17 @@ class FrameMatching(torch.autograd.Function):
         exclude_own: bool,
         backend: str,
         workspace: int | None,
-        with_keys: bool,
+        beside: Beside,
         temperature: Tensor,  # []
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         statistics = operators.frame_match(
-            *_split(tensors, with_keys), rows.tensors(), longest, temperature, values, known, exclude_own, backend,
+            *_split(tensors, beside), rows.tensors(), longest, temperature, values, known, exclude_own, backend,
             workspace,
         )  # fmt: skip
         lse, known_lse, expected, best, peak = statistics
         ctx.rows, ctx.values, ctx.known, ctx.exclude_own = rows, values, known, exclude_own
-        ctx.backend, ctx.workspace, ctx.with_keys = backend, workspace, with_keys
+        ctx.backend, ctx.workspace, ctx.beside = backend, workspace, beside
         ctx.save_for_backward(*statistics, temperature, *tensors)
         ctx.mark_non_differentiable(known_lse, best, peak)
         return lse, known_lse, expected, best, peak
@@ -167,22 +166,27 @@ class FrameMatching(torch.autograd.Function):
         saved = ctx.saved_tensors
         statistics, (temperature, *tensors) = saved[:5], saved[5:]
         gradients = operators.frame_match_gradient(
-            *_split(tensors, ctx.with_keys), ctx.rows.tensors(), temperature, _needs(ctx, 8), ctx.values, ctx.known,
+            *_split(tensors, ctx.beside), ctx.rows.tensors(), temperature, _needs(ctx, 8), ctx.values, ctx.known,
             ctx.exclude_own, statistics, lse_gradient, expected_gradient, ctx.backend, ctx.workspace,
         )  # fmt: skip
         return _input_gradients(ctx, 8, gradients)
 
 
-def _split(tensors: Sequence[Tensor], with_keys: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Embeddings and keys."""
-    count = len(tensors) // 2 if with_keys else len(tensors)
+def _split(tensors: Sequence[Any], beside: Beside) -> tuple[list[Any], list[Any]]:
+    """Embeddings, and what is beside them."""
+    count = len(tensors) // 2 if beside else len(tensors)
     return list(tensors[:count]), list(tensors[count:])
+
+
+def _stacks(tensors: Sequence[Tensor], beside: Beside) -> operators.Stacks:
+    embeddings, others = _split(tensors, beside)
+    return operators.Stacks(embeddings, **({beside: others} if beside else {}))
 
 
 def _needs(ctx: Any, before: int) -> list[bool]:
     """Whether the temperature, any embedding, any key needs its gradient."""
     temperature, *tensors = ctx.needs_input_grad[before:]
-    embeddings, keys = _split(tensors, ctx.with_keys)
+    embeddings, keys = _split(tensors, ctx.beside)
     return [temperature, any(embeddings), any(keys)]
 
 
@@ -192,7 +196,7 @@ def _input_gradients(ctx: Any, before: int, gradients: Sequence[Tensor]) -> tupl
     temperature_gradient, *others = gradients
     computed = iter(others)
     tensors: list[Tensor | None] = []
-    for side in _split(needs, ctx.with_keys):  # all gradients of a side are computed where one is needed
+    for side in _split(needs, ctx.beside):  # all gradients of a side are computed where one is needed
         tensors += [(next(computed) if any(side) else None) for _ in side]
     wanted = [gradient if need else None for gradient, need in zip(tensors, needs, strict=True)]
     return (*(None,) * before, temperature_gradient if needs_temperature else None, *wanted)

@@ -16,6 +16,7 @@ from torch import Tensor
 from gasp_fast.kernels.chunk import TermDefinition
 from gasp_fast.kernels.engines import survive_fork
 from gasp_fast.kernels.index import MatchIndex, RowIndex
+from gasp_fast.kernels.rows_torch import LEAST_COSINE
 
 
 class DenseFrames(NamedTuple):
@@ -43,24 +44,29 @@ def dense_frame_match(
     values: Tensor | None,  # [N, V]
     known: Tensor | None,  # bool [N]
     exclude_own: bool,
+    metric: Tensor | None = None,  # [L, D, D]
 ) -> DenseFrames:
     if not torch.compiler.is_compiling():
         survive_fork()
     with torch.autocast(embeddings.device.type, enabled=False):  # losses are computed in the type of the embeddings
-        return _dense_frame_match(embeddings, keys, rows, temperature, values, known, exclude_own)
+        if metric is not None:
+            return _dense_frame_match(
+                *_normalized_in(metric, embeddings), rows, temperature, values, known, exclude_own
+            )
+        unit = _normalized(embeddings)
+        candidates = unit if keys is embeddings else _normalized(keys)
+        return _dense_frame_match(unit, candidates, rows, temperature, values, known, exclude_own)
 
 
 def _dense_frame_match(
-    embeddings: Tensor,
-    keys: Tensor,
+    unit: Tensor,
+    candidates: Tensor,
     rows: RowIndex,
     temperature: Tensor,
     values: Tensor | None,
     known: Tensor | None,
     exclude_own: bool,
 ) -> DenseFrames:
-    unit = _normalized(embeddings)
-    candidates = unit if keys is embeddings else _normalized(keys)
     per_sequence, similarity = [], []
     for span in rows.sequences:
         first, last = span.tokens
@@ -90,9 +96,12 @@ def dense_terms(
     definition: TermDefinition,
     match_depth: Tensor | None = None,  # [M], and [N] below: in full precision, where the caller has it
     patch_depth: Tensor | None = None,
+    metric: Tensor | None = None,  # [L, D, D]
 ) -> DenseTerms:
     values = index.values if patch_depth is None else torch.where(index.known, patch_depth, 0)[:, None]
-    frames = dense_frame_match(embeddings, keys, index.rows, temperature, values, index.known, exclude_own=True)
+    frames = dense_frame_match(
+        embeddings, keys, index.rows, temperature, values, index.known, exclude_own=True, metric=metric
+    )
     row, frame = _by_match(index, index.row), _by_match(index, _local_frame(index))
     positive = _by_match(index, _positives(index, frames.similarity).mT).mT  # [L, M]
     lse = frames.lse[:, row, frame]
@@ -119,6 +128,18 @@ def _normalized(embeddings: Tensor) -> Tensor:
     """Norms of 16-bit numbers are taken in float32: float16 has no 1e-12 to clamp at."""
     wide = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
     return F.normalize(wide, dim=-1, eps=1e-12).to(embeddings.dtype)
+
+
+def _normalized_in(metric: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings and duals (`metric.py`), both divided by the norms of `inverse_norms`."""
+    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    duals = embeddings @ metric.to(embeddings.dtype)
+    x, dual = embeddings.to(wide), duals.to(wide)
+    with torch.no_grad():
+        least = LEAST_COSINE * (x.square().sum(-1) * dual.square().sum(-1)).sqrt()
+    squares = torch.maximum((x * dual).sum(-1), least)
+    inverse = torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).rsqrt())[..., None]
+    return (x * inverse).to(embeddings.dtype), (dual * inverse).to(embeddings.dtype)
 
 
 def _frame_statistics(

@@ -91,7 +91,7 @@ def frame_match(
             exclude_anchor,
             chosen,
             workspace,
-            bool(key_layers),
+            "keys" if key_layers else "",
             tau,
             *layers,
             *key_layers,

@@ -30,6 +30,7 @@ from .autograd import FusedLoss, UnreducedTerms, refuse_transforms
 from .config import LossConfig
 from .dense import dense_terms
 from .matches import Matches
+from .metric import checked_metric, with_duals
 from .reduction import MatchShares, MeansOfMatches, layer_losses
 
 PCK_RADIUS = 2  # patches, on the token grid (paper, Sec. 5)
@@ -70,15 +71,18 @@ def gasp_loss(
     return_metrics: bool = False,
     backend: str = "auto",  # "auto" | "triton" | "cpp" | "torch"
     workspace: int | None = None,  # MiB of scratch memory; None = 256 on GPUs of 40 GB and more, 128 below, 24 on a CPU
+    metric: Tensor | Sequence[Tensor] | None = None,  # [L, D, D], symmetric: inner products are `e_i . metric e_k`
 ) -> GaspOutput:
     """`corr_weight * corr + depth_weight * depth`, each averaged over its matches and then over layers.
 
     `reduction="sum"` sums over matches instead; `"none"` returns `loss`, `corr` and `depth` as [L, M] terms. There, a
     match without depth has a depth term of 0, and `layer_weights` multiply the terms of `loss`. With `keys`, anchors
-    are rows of `embeddings` and their candidates rows of `keys`: a loss on the queries and keys of attention.
+    are rows of `embeddings` and their candidates rows of `keys`: a loss on the queries and keys of attention. With
+    `metric = W^T W`, embeddings stand for the longer vectors `W e` (`metric.py`).
     """
     layers = checked_embeddings(embeddings)
     key_layers = checked_keys(keys, layers)
+    metrics = checked_metric(metric, layers, key_layers)
     _check_arguments(layers, matches, negatives, corr_weight, depth_weight, eps, reduction)
     check_choice("other_targets", other_targets, ("negatives", "ignored"))
     check_workspace(workspace)
@@ -104,24 +108,26 @@ def gasp_loss(
         corr, depth, best, confidence = dense_terms(
             stack, layer_stack(key_layers) if key_layers else stack, matches.index, tau,
             TermDefinition(config.negatives, config.other_targets, config.eps),
-            matches.target_depth, matches.patch_depth,
+            matches.target_depth, matches.patch_depth, layer_stack(metrics) if metrics else None,
         )  # fmt: skip
-    elif reduction == "none":
-        corr, depth, best, confidence = UnreducedTerms.apply(
-            config, None, matches.index, bool(key_layers), tau, *layers, *key_layers
-        )
     else:
         if not torch.is_grad_enabled():  # autograd functions see what requires grad, not whether gradients are recorded
-            layers, key_layers, tau = _detached(layers), _detached(key_layers), tau.detach()
-        tensors = [*layers, *key_layers]
-        loss, corr, depth, best, confidence = FusedLoss.apply(
-            config, reduction, matches.index, layer_weights.detach(), bool(key_layers), tau, *tensors
-        )
-        if torch.is_grad_enabled():
-            # The loss has its gradient already. That of `corr` or `depth` is computed only if a caller needs it.
-            corr, depth, *_ = UnreducedTerms.apply(
-                config, (corr, depth), matches.index, bool(key_layers), tau, *tensors
+            layers, key_layers, metrics = _detached(layers), _detached(key_layers), _detached(metrics)
+            tau = tau.detach()
+        beside, others = "keys" if key_layers else "", key_layers
+        if metrics:
+            layers, others = with_duals(layers, metrics)
+            beside = "duals"
+        inputs = matches.index, beside, tau, *layers, *others
+        if reduction == "none":
+            corr, depth, best, confidence = UnreducedTerms.apply(config, None, *inputs)
+        else:
+            loss, corr, depth, best, confidence = FusedLoss.apply(
+                config, reduction, matches.index, layer_weights.detach(), *inputs[1:]
             )
+            if torch.is_grad_enabled():
+                # The loss has its gradient already. That of `corr` or `depth` is computed only if a caller needs it.
+                corr, depth, *_ = UnreducedTerms.apply(config, (corr, depth), *inputs)
 
     wanted = Wanted(reduction, layer_weights, return_metrics)
     return _output(config, matches, wanted, loss, corr, depth, best, confidence)

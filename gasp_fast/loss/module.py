@@ -50,6 +50,7 @@ class GaspLoss(nn.Module):
         embeddings: Tensor | Sequence[Tensor],
         matches: Matches,
         keys: Tensor | Sequence[Tensor] | None = None,
+        metric: Tensor | Sequence[Tensor] | None = None,
     ) -> GaspOutput:
         return gasp_loss(
             embeddings,
@@ -66,6 +67,7 @@ class GaspLoss(nn.Module):
             keys=keys,
             other_targets=self.other_targets,
             workspace=self.workspace,
+            metric=metric,
         )
 
     def extra_repr(self) -> str:

@@ -50,6 +50,7 @@ def naive_loss(
     reduction: str = "mean",
     keys: Tensor | None = None,  # [L, N, D]
     other_targets: str = "negatives",
+    metric: Tensor | None = None,  # [L, D, D], positive definite
 ) -> NaiveLoss:
     """Both terms of every match, and the loss that `gasp_loss` makes of them."""
     (layers, tokens, _), anchor, target = embeddings.shape, matches.anchor, matches.target
@@ -61,6 +62,8 @@ def naive_loss(
     in_frame = frame == frame[target, None]  # [M, N], the frame of the target
     in_sequence = (sequence == sequence[anchor, None]) & (token != anchor[:, None])  # [M, N], without the anchor
 
+    if metric is not None:  # with `metric = C C^T`, the rows of E C have the inner products E C C^T E^T
+        embeddings = embeddings @ torch.linalg.cholesky(metric)
     unit = F.normalize(embeddings, dim=-1, eps=1e-12)
     candidates = unit if keys is None else F.normalize(keys, dim=-1, eps=1e-12)
     s = torch.einsum("lmd,lnd->lmn", unit[:, anchor], candidates) / temperature

@@ -15,13 +15,14 @@ Where nothing traces the program, `loss_and_gradients` and `terms_and_gradients`
 Python costs the host 50 microseconds, and makes a new index, which has to read its numbers again.
 
 Embeddings come as a list: either one tensor [L, N, D] or L tensors [N, D]. Neither form is copied into the other. Keys
-come in the same form; an empty list means that the embeddings are the keys. `workspace` is in MiB.
+come in the same form; an empty list means that the embeddings are the keys. So do duals (`metric.py`). `workspace` is
+in MiB.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from .reduction import term_weights
 def fused_loss(
     embeddings: Sequence[Tensor],
     keys: Sequence[Tensor],
+    duals: Sequence[Tensor],
     index: Sequence[Tensor],  # MatchIndex.tensors()
     temperature: Tensor,  # []
     layer_weights: Tensor,  # [L]
@@ -68,8 +70,8 @@ def fused_loss(
     """
     config: Any = {"negatives": negatives, "other_targets": other_targets, "backend": backend}
     return loss_and_gradients(
-        Stacks(list(embeddings), list(keys)), MatchIndex.from_tensors(list(index)), temperature, layer_weights, needs,
-        reduction,
+        Stacks(list(embeddings), list(keys), list(duals)), MatchIndex.from_tensors(list(index)), temperature,
+        layer_weights, needs, reduction,
         LossConfig(corr_weight=corr_weight, depth_weight=depth_weight, eps=eps, workspace=workspace, **config),
     )  # fmt: skip
 
@@ -95,7 +97,8 @@ def loss_and_gradients(
 
 @fused_loss.register_fake
 def _(
-    embeddings: Sequence[Tensor], keys: Sequence[Tensor], index: Sequence[Tensor], temperature: Tensor,
+    embeddings: Sequence[Tensor], keys: Sequence[Tensor], duals: Sequence[Tensor], index: Sequence[Tensor],
+    temperature: Tensor,
     layer_weights: Tensor, needs: Sequence[bool], *_: Any,
 ) -> list[Tensor]:  # fmt: skip
     loss = embeddings[0].new_empty((), dtype=torch.float32)
@@ -107,6 +110,7 @@ def _(
 def unreduced_terms(
     embeddings: Sequence[Tensor],
     keys: Sequence[Tensor],
+    duals: Sequence[Tensor],
     index: Sequence[Tensor],  # MatchIndex.tensors()
     temperature: Tensor,
     corr_weights: Tensor | None,  # float32 [L, M]; with both, gradients of `sum weight * term` are computed
@@ -121,8 +125,8 @@ def unreduced_terms(
     """[corr, depth, best, confidence, dtemperature, *dembeddings, *dkeys]; gradients as far as needed."""
     config: Any = {"negatives": negatives, "other_targets": other_targets, "backend": backend}
     return terms_and_gradients(
-        Stacks(list(embeddings), list(keys)), MatchIndex.from_tensors(list(index)), temperature, corr_weights,
-        depth_weights, needs, LossConfig(eps=eps, workspace=workspace, **config),
+        Stacks(list(embeddings), list(keys), list(duals)), MatchIndex.from_tensors(list(index)), temperature,
+        corr_weights, depth_weights, needs, LossConfig(eps=eps, workspace=workspace, **config),
     )  # fmt: skip
 
 
@@ -143,7 +147,8 @@ def terms_and_gradients(
 
 @unreduced_terms.register_fake
 def _(
-    embeddings: Sequence[Tensor], keys: Sequence[Tensor], index: Sequence[Tensor], temperature: Tensor,
+    embeddings: Sequence[Tensor], keys: Sequence[Tensor], duals: Sequence[Tensor], index: Sequence[Tensor],
+    temperature: Tensor,
     corr_weights: Tensor | None, depth_weights: Tensor | None, needs: Sequence[bool], *_: Any,
 ) -> list[Tensor]:  # fmt: skip
     return [*_fake_terms(embeddings, index), *_fake_gradients(embeddings, keys, temperature, needs)]
@@ -169,7 +174,7 @@ def frame_match(
             ENGINES[backend](stack, workspace).frame_match(
                 Problem(stack, stack_keys, row_index, tau, values, known, exclude_own)
             )[:5]
-            for _, stack, stack_keys in Stacks(list(embeddings), list(keys))
+            for _, stack, stack_keys, _ in Stacks(list(embeddings), list(keys))
         ]
     return [torch.cat(statistic) if len(statistic) > 1 else statistic[0] for statistic in zip(*parts, strict=True)]
 
@@ -211,7 +216,7 @@ def frame_match_gradient(
     stacks = Stacks(list(embeddings), list(keys))
     memory = GradientMemory(stacks, needs)
     with _without_autocast(embeddings):
-        for number, (layers, stack, stack_keys) in enumerate(stacks):
+        for number, (layers, stack, stack_keys, _) in enumerate(stacks):
             memory.temperature = _sum(memory.temperature, ENGINES[backend](stack, workspace).frame_match_gradient(
                 Problem(stack, stack_keys, row_index, tau, values, known, exclude_own),
                 FrameStatistics.of(value[layers] for value in statistics),
@@ -244,8 +249,8 @@ def _terms_and_gradients(
     memory, tau = GradientMemory(stacks, needs, scale), _kernel_temperature(temperature, embeddings)
     definition = TermDefinition(config.negatives, config.other_targets, config.eps)
     with _without_autocast(embeddings):
-        for number, (layers, stack, keys) in enumerate(stacks):
-            problem = Problem(stack, keys, index.rows, tau, index.values, index.known, exclude_own=True)
+        for number, (layers, stack, keys, duals) in enumerate(stacks):
+            problem = Problem(stack, keys, index.rows, tau, index.values, index.known, exclude_own=True, duals=duals)
             engine = ENGINES[config.backend](stack, config.workspace)
             memory.temperature = _sum(memory.temperature, engine.terms_and_gradients(
                 problem, index, None if weights is None else weights.of_layers(layers), terms.of_layers(layers),
@@ -256,17 +261,22 @@ def _terms_and_gradients(
 
 @dataclass(frozen=True)
 class Stacks:
-    """Embeddings and keys as stacks of layers; iterates over (layers, [G, N, D], keys [G, N, D])."""
+    """Embeddings, keys and duals as stacks of layers [G, N, D]; iterates over (layers, the three of them)."""
 
     embeddings: list[Tensor]
-    keys: list[Tensor]  # empty: the embeddings
+    keys: list[Tensor] = field(default_factory=list)  # empty: the embeddings
+    duals: list[Tensor] = field(default_factory=list)  # empty: none
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def lists(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return self.embeddings, self.keys, self.duals
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         start = 0
         for number, embeddings in enumerate(self.embeddings):
             stack = embeddings if embeddings.dim() == 3 else embeddings[None]
             keys = self.keys[number].view_as(stack) if self.keys else stack
-            yield slice(start, start + len(stack)), stack, keys
+            duals = self.duals[number].view_as(stack) if self.duals else None
+            yield slice(start, start + len(stack)), stack, keys, duals
             start += len(stack)
 
 

@@ -39,7 +39,7 @@ def test_any_blocks_agree_with_float64(problem, reduction, workspace, folded):
 
 
 @pytest.mark.parametrize("workspace", [700, 1 << 20])
-@pytest.mark.parametrize("options", [{}, {"keys": True}, {"other_targets": "ignored"}])
+@pytest.mark.parametrize("options", [{}, {"keys": True}, {"metric": True}, {"other_targets": "ignored"}])
 def test_two_runs_agree_to_the_last_bit(monkeypatch, workspace, options):
     use_reference(monkeypatch, workspace)
     problem = random_problem(0, SEQUENCES, width=12, matches=40, **options)
@@ -56,9 +56,9 @@ def test_a_gradient_in_panels_is_that_of_one_panel(monkeypatch, dtype, options):
     panels: list[int] = []
     project = rows_torch.project_gradient
 
-    def spy(gradient, *arguments):
+    def spy(gradient, *arguments, **options):
         panels.append(gradient.shape[1])
-        project(gradient, *arguments)
+        project(gradient, *arguments, **options)
 
     monkeypatch.setattr(rows_torch, "project_gradient", spy)
     results = []

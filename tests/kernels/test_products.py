@@ -106,10 +106,10 @@ def test_a_loss_scale_keeps_small_float16_gradients_exact(monkeypatch, fp16_prod
     rounded = problem.embeddings.half()
     truth = judge(problem, rounded)
     assert relative_error(truth.embedding_gradient.half(), truth.embedding_gradient) > 3e-3
-    embeddings, keys = leaves(problem, rounded)
-    loss = gasp_fast.gasp_loss(embeddings, problem.matches, keys=keys, backend="cpp").loss
+    embeddings, beside = leaves(problem, rounded)
+    loss = gasp_fast.gasp_loss(embeddings, problem.matches, **beside, backend="cpp").loss
     (loss * 4096).backward()
-    assert relative_error(gradient_of(embeddings, keys).double() / 4096, truth.embedding_gradient) < 1e-3
+    assert relative_error(gradient_of(embeddings, **beside).double() / 4096, truth.embedding_gradient) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

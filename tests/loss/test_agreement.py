@@ -84,7 +84,7 @@ def test_cold_temperatures_underflow_nowhere(negatives, temperature):
 @settings(max_examples=60, deadline=None)
 @given(problems(widths=(8, 40)))
 def test_error_is_at_most_twice_that_of_dense_arithmetic_in_the_same_type(problem):
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16) if problem.metric is None else (torch.bfloat16,):
         rounded = problem.embeddings.to(dtype)
         truth = judge(problem, rounded)
         dense, ours = run(problem, rounded, "torch"), run(problem, rounded, "cpp")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.agreement import gradient_of, judge
+from support.agreement import gradient_of, judge, leaves
 from support.problems import Problem, random_problem, relative_error
 
 import gasp_fast
@@ -20,17 +20,17 @@ WIDTHS = [40, 128, 256, 1000]
 
 def step(problem: Problem, dtype: torch.dtype, backend: str, loss_scale: float = 1.0, **options):
     """loss, dE (and dK), dtau, metrics on the GPU."""
-    embeddings = problem.embeddings.to(DEVICE, dtype).requires_grad_()
-    keys = None if problem.keys is None else problem.keys.to(DEVICE, dtype).requires_grad_()
+    embeddings, beside = leaves(problem, problem.embeddings.to(DEVICE, dtype))
+    beside = {name: leaf.detach().to(DEVICE).requires_grad_() for name, leaf in beside.items()}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     temperature = torch.tensor(0.07, dtype=wide, device=DEVICE, requires_grad=True)
     out = gasp_fast.gasp_loss(
-        embeddings, problem.matches.to(DEVICE), keys=keys, temperature=temperature, negatives=problem.negatives,
+        embeddings, problem.matches.to(DEVICE), **beside, temperature=temperature, negatives=problem.negatives,
         other_targets=problem.other_targets, return_metrics=True, backend=backend, **options,
     )  # fmt: skip
     weights = torch.linspace(-1, 2, out.loss.numel(), dtype=out.loss.dtype, device=DEVICE).view(out.loss.shape)
     (loss_scale * out.loss * (weights if out.loss.dim() else 1)).sum().backward()
-    gradient = gradient_of(embeddings, keys).to(torch.float64) / loss_scale
+    gradient = gradient_of(embeddings, **beside).to(torch.float64) / loss_scale
     return out.loss.detach(), gradient, temperature.grad / loss_scale, out.metrics
 
 
@@ -65,6 +65,22 @@ def test_keys_weights_and_ignored_targets_agree_with_float64(dtype, other_target
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert relative_error(ours[0].cpu(), truth.loss) <= tolerance
     assert relative_error(ours[1].cpu(), truth.embedding_gradient) <= tolerance
+
+
+@pytest.mark.parametrize("workspace", [1, 256])  # with one MiB, columns are cut
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_metric_agrees_with_float64(dtype, reduction, workspace):
+    problem = random_problem(0, SEQUENCES, width=136, matches=900, planted=2.0, weighted=True, metric=True)
+    rounded = replace(
+        problem, embeddings=problem.embeddings.to(dtype).double(), metric=problem.metric.to(dtype).double()
+    )
+    truth = judge(rounded, reduction=reduction)
+    ours = step(rounded, dtype, "triton", workspace=workspace, reduction=reduction)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert relative_error(ours[0].cpu(), truth.loss) <= tolerance
+    assert relative_error(ours[1].cpu(), truth.embedding_gradient) <= tolerance
+    assert relative_error(ours[2].cpu(), truth.temperature_gradient) <= 10 * tolerance
 
 
 @pytest.mark.parametrize("width", WIDTHS)

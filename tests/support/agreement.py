@@ -23,26 +23,36 @@ SIXTEEN_BITS = 1e-2  # bfloat16 and float16
 
 
 def run(problem: Problem, embeddings: Tensor, backend: str, **options):
-    """Loss, gradients of embeddings (with those of keys after them) and temperature, and the output."""
-    embeddings, keys = leaves(problem, embeddings)
+    """Loss, gradients of embeddings (see `gradient_of`) and temperature, and the output."""
+    embeddings, beside = leaves(problem, embeddings)
     wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     temperature = torch.tensor(problem.temperature, dtype=wide, requires_grad=True)
     out = gasp_fast.gasp_loss(
-        embeddings, problem.matches, keys=keys, temperature=temperature, negatives=problem.negatives,
+        embeddings, problem.matches, **beside, temperature=temperature, negatives=problem.negatives,
         other_targets=problem.other_targets, return_metrics=True, backend=backend, **options,
     )  # fmt: skip
     weighted_sum(out.loss).backward()
-    return out.loss.detach(), gradient_of(embeddings, keys), temperature.grad, out
+    return out.loss.detach(), gradient_of(embeddings, **beside), temperature.grad, out
 
 
-def leaves(problem: Problem, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Embeddings, and the keys in the same type, as leaves that require grad."""
-    keys = None if problem.keys is None else problem.keys.to(embeddings.dtype).clone().requires_grad_()
-    return embeddings.detach().clone().requires_grad_(), keys
+def leaves(problem: Problem, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embeddings, and keys or metric in the same type, as leaves that require grad."""
+    given = {"keys": problem.keys, "metric": problem.metric}
+    beside = {name: of.to(embeddings.dtype).clone().requires_grad_() for name, of in given.items() if of is not None}
+    return embeddings.detach().clone().requires_grad_(), beside
 
 
-def gradient_of(embeddings: Tensor, keys: Tensor | None) -> Tensor:
+def gradient_of(embeddings: Tensor, keys: Tensor | None = None, metric: Tensor | None = None) -> Tensor:
+    """That of the keys after it; or that of the metric, whose symmetric part counts, times the largest inverse norm: a
+    gradient of embeddings has the size of inverse norms, one of the metric does not depend on them."""
+    if metric is not None:
+        size = float(inverse_norms(embeddings.detach()).max())
+        return torch.cat([embeddings.grad.flatten(), size * (metric.grad + metric.grad.mT).flatten() / 2])
     return embeddings.grad if keys is None else torch.stack([embeddings.grad, keys.grad])
+
+
+def inverse_norms(embeddings: Tensor) -> Tensor:
+    return embeddings.double().norm(dim=-1).clamp(min=1e-12).reciprocal()
 
 
 @dataclass(frozen=True)
@@ -62,12 +72,13 @@ class Truth:
 def judge(problem: Problem, embeddings: Tensor | None = None, reduction: str = "mean", **options) -> Truth:
     """The correct values for these embeddings (by default the problem's own), in float64."""
     rounded = problem.embeddings if embeddings is None else embeddings
-    keys = None if problem.keys is None else problem.keys.to(rounded.dtype).double().clone().requires_grad_()
-    embeddings = rounded.detach().double().clone().requires_grad_()
+    embeddings, beside = leaves(problem, rounded)
+    embeddings, *others = (leaf.detach().double().requires_grad_() for leaf in (embeddings, *beside.values()))
+    beside = dict(zip(beside, others, strict=True))
     temperature = torch.tensor(problem.temperature, dtype=torch.float64, requires_grad=True)
     matches = problem.matches
     out: NaiveLoss = naive_loss(
-        embeddings, matches, temperature, problem.negatives, reduction=reduction, keys=keys,
+        embeddings, matches, temperature, problem.negatives, reduction=reduction, **beside,
         other_targets=problem.other_targets, **options,
     )  # fmt: skip
     weighted_sum(out.loss).backward()
@@ -79,7 +90,7 @@ def judge(problem: Problem, embeddings: Tensor | None = None, reduction: str = "
     offset = matches.token_xy[out.best] - matches.token_xy[matches.target]  # [L, M, 2]
     return Truth(
         loss=out.loss.detach(),
-        embedding_gradient=gradient_of(embeddings, keys),
+        embedding_gradient=gradient_of(embeddings, **beside),
         temperature_gradient=temperature.grad,
         corr_per_layer=(out.corr.detach() * corr_weight).sum(1),
         depth_per_layer=(out.depth.detach() * depth_weight).sum(1),
@@ -105,12 +116,13 @@ def natural_sizes(problem: Problem, reduction: str = "mean") -> dict[str, float]
     weights["none"] = float(upstream(layers * matches, torch.float64).abs().sum())
     weight = weights[reduction]
     both = problem.embeddings if problem.keys is None else torch.stack([problem.embeddings, problem.keys])
-    inverse_norms = both.norm(dim=-1).clamp(min=1e-12).reciprocal()
     tau = problem.temperature
-    return {"loss": weight / tau, "dE": weight / tau * float(inverse_norms.max()), "dtau": weight / tau**2}
+    return {"loss": weight / tau, "dE": weight / tau * float(inverse_norms(both).max()), "dtau": weight / tau**2}
 
 
 def assert_agrees(problem: Problem, dtype: torch.dtype, tolerance: float, backend: str, **options) -> None:
+    if problem.metric is not None and dtype == torch.float16:
+        dtype = torch.bfloat16  # duals would leave the range of float16
     rounded = problem.embeddings.to(dtype)
     truth = judge(problem, rounded, **options)
     loss, embedding_gradient, temperature_gradient, out = run(problem, rounded, backend, **options)

@@ -19,12 +19,13 @@ class Problem:
     negatives: str
     keys: Tensor | None = None  # float64 [L, N, D]
     other_targets: str = "negatives"
+    metric: Tensor | None = None  # float64 [L, D, D], positive definite
 
     def __repr__(self) -> str:  # hypothesis prints failing examples
         offsets = self.matches.frame_offsets.tolist()
         return (
             f"Problem(shape={list(self.embeddings.shape)}, offsets={offsets}, {self.matches}, tau={self.temperature}, "
-            f"keys={self.keys is not None}, other_targets={self.other_targets})"
+            f"keys={self.keys is not None}, metric={self.metric is not None}, other_targets={self.other_targets})"
         )
 
 
@@ -43,6 +44,7 @@ def random_problem(
     keys: bool = False,
     weighted: bool = False,
     other_targets: str = "negatives",
+    metric: bool = False,
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
@@ -72,6 +74,8 @@ def random_problem(
     depth_valid = uniform(count) < 0.8
     weight = uniform(count) * (uniform(count) < 0.8) if weighted else None
     drawn_keys = torch.randn(embeddings.shape, generator=generator, dtype=torch.float64) * scale
+    factor = torch.randn(layers, width, 2 * width, generator=generator, dtype=torch.float64) / (2 * width) ** 0.5
+    identity = torch.eye(width, dtype=torch.float64)
     return Problem(
         embeddings * scale,
         gasp_fast.Matches(
@@ -89,6 +93,7 @@ def random_problem(
         negatives,
         keys=drawn_keys if keys else None,
         other_targets=other_targets,
+        metric=(identity + factor @ factor.mT) / 2 if metric else None,
     )
 
 
@@ -100,12 +105,13 @@ def problems(
     most: tuple[int, int, int, int] = (3, 3, 5, 30),  # layers, sequences, frames, matches
 ) -> Problem:
     """Ragged frames, several sequences, duplicate anchors and matches, holes in depth, one-token and empty frames; with
-    and without keys, weights and ignored targets."""
+    and without keys or a metric, weights and ignored targets."""
     layers, most_sequences, most_frames, most_matches = most
     frames = st.lists(st.integers(0, largest_frame), min_size=1, max_size=most_frames)
     sequences = draw(st.lists(frames, min_size=1, max_size=most_sequences))
     if sum(map(sum, sequences)) == 0:
         sequences[0][0] = 1
+    beside = draw(st.sampled_from(["", "keys", "metric"]))
     return random_problem(
         draw(st.integers(0, 2**31)),
         sequences,
@@ -117,7 +123,8 @@ def problems(
         holes=draw(st.sampled_from([0.0, 0.3, 1.0])),
         planted=draw(st.sampled_from([0.0, 0.5, 3.0])),
         scale=draw(st.sampled_from([0.01, 1.0, 30.0])),
-        keys=draw(st.booleans()),
+        keys=beside == "keys",
+        metric=beside == "metric",
         weighted=draw(st.booleans()),
         other_targets=draw(st.sampled_from(["negatives", "ignored"])),
     )
