@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gasp_fast.loss.frame_matching import FrameMatch, frame_match
     from gasp_fast.loss.function import GaspOutput, LayerMetrics, gasp_loss
     from gasp_fast.loss.matches import Matches
+    from gasp_fast.loss.metric import InMetric, in_metric
     from gasp_fast.loss.module import GaspLoss
     from gasp_fast.loss.naive import naive_loss
     from gasp_fast.supervision.heads import CorrespondenceHead
@@ -33,6 +34,7 @@ _HOME = {
     "GaspCallback": "gasp_fast.attachment.callback",
     "GaspLoss": "gasp_fast.loss.module",
     "GaspOutput": "gasp_fast.loss.function",
+    "InMetric": "gasp_fast.loss.metric",
     "LayerMetrics": "gasp_fast.loss.function",
     "LossConfig": "gasp_fast.loss.config",
     "Matches": "gasp_fast.loss.matches",
@@ -40,6 +42,7 @@ _HOME = {
     "build_tracks": "gasp_fast.data.tracks.build",
     "frame_match": "gasp_fast.loss.frame_matching",
     "gasp_loss": "gasp_fast.loss.function",
+    "in_metric": "gasp_fast.loss.metric",
     "naive_loss": "gasp_fast.loss.naive",
     "open_scene": "gasp_fast.data.scenes.open",
 }
@@ -79,6 +82,7 @@ __all__ = [
     "GaspCallback",
     "GaspLoss",
     "GaspOutput",
+    "InMetric",
     "LayerMetrics",
     "LossConfig",
     "Matches",
@@ -86,6 +90,7 @@ __all__ = [
     "build_tracks",
     "frame_match",
     "gasp_loss",
+    "in_metric",
     "naive_loss",
     "open_scene",
 ]

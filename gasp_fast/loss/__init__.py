@@ -3,6 +3,7 @@
 function.py        `gasp_loss`: one call for all layers
 module.py          `GaspLoss`: the same as an `nn.Module`
 matches.py         `Matches`: the ground truth, validated once
+metric.py          `in_metric`: embeddings that stand for longer vectors
 frame_matching.py  `frame_match`: each query token against each frame of its sequence
 naive.py           `naive_loss`: the definition in plain PyTorch; the tests compare with it in float64
 dense.py           the `torch` backend

@@ -30,7 +30,7 @@ from .autograd import FusedLoss, UnreducedTerms, refuse_transforms
 from .config import LossConfig
 from .dense import dense_terms
 from .matches import Matches
-from .metric import checked_metric, with_duals
+from .metric import InMetric
 from .reduction import MatchShares, MeansOfMatches, layer_losses
 
 PCK_RADIUS = 2  # patches, on the token grid (paper, Sec. 5)
@@ -57,7 +57,7 @@ class GaspOutput:
 
 
 def gasp_loss(
-    embeddings: Tensor | Sequence[Tensor],  # [L, N, D], [N, D], or L tensors [N, D]; raw, not normalised
+    embeddings: Tensor | Sequence[Tensor] | InMetric,  # [L, N, D], [N, D], or L tensors [N, D]; raw, not normalised
     matches: Matches,
     keys: Tensor | Sequence[Tensor] | None = None,  # like embeddings: the candidates; None = the embeddings
     temperature: float | Tensor = LossConfig.temperature,  # a 0-dim tensor may require grad
@@ -71,18 +71,24 @@ def gasp_loss(
     return_metrics: bool = False,
     backend: str = "auto",  # "auto" | "triton" | "cpp" | "torch"
     workspace: int | None = None,  # MiB of scratch memory; None = 256 on GPUs of 40 GB and more, 128 below, 24 on a CPU
-    metric: Tensor | Sequence[Tensor] | None = None,  # [L, D, D], symmetric: inner products are `e_i . metric e_k`
 ) -> GaspOutput:
     """`corr_weight * corr + depth_weight * depth`, each averaged over its matches and then over layers.
 
     `reduction="sum"` sums over matches instead; `"none"` returns `loss`, `corr` and `depth` as [L, M] terms. There, a
     match without depth has a depth term of 0, and `layer_weights` multiply the terms of `loss`. With `keys`, anchors
-    are rows of `embeddings` and their candidates rows of `keys`: a loss on the queries and keys of attention. With
-    `metric = W^T W`, embeddings stand for the longer vectors `W e` (`metric.py`).
+    are rows of `embeddings` and their candidates rows of `keys`: a loss on the queries and keys of attention.
+    Embeddings that stand for longer vectors are passed as `in_metric(embeddings, metric)`.
     """
-    layers = checked_embeddings(embeddings)
+    metric: InMetric | None = None
+    if isinstance(embeddings, InMetric):
+        metric, layers = embeddings, embeddings.embeddings
+    else:
+        layers = checked_embeddings(embeddings)
     key_layers = checked_keys(keys, layers)
-    metrics = checked_metric(metric, layers, key_layers)
+    if metric and key_layers:
+        raise ValueError(
+            "embeddings is in a metric, and keys is given; there, candidates are the embeddings themselves"
+        )
     _check_arguments(layers, matches, negatives, corr_weight, depth_weight, eps, reduction)
     check_choice("other_targets", other_targets, ("negatives", "ignored"))
     check_workspace(workspace)
@@ -108,22 +114,19 @@ def gasp_loss(
         corr, depth, best, confidence = dense_terms(
             stack, layer_stack(key_layers) if key_layers else stack, matches.index, tau,
             TermDefinition(config.negatives, config.other_targets, config.eps),
-            matches.target_depth, matches.patch_depth, layer_stack(metrics) if metrics else None,
+            matches.target_depth, matches.patch_depth, layer_stack(metric.metrics) if metric else None,
         )  # fmt: skip
     else:
+        beside = "duals" if metric else "keys" if key_layers else ""
+        tensors = [*metric.coordinates, *metric.duals] if metric else [*layers, *key_layers]
         if not torch.is_grad_enabled():  # autograd functions see what requires grad, not whether gradients are recorded
-            layers, key_layers, metrics = _detached(layers), _detached(key_layers), _detached(metrics)
-            tau = tau.detach()
-        beside, others = "keys" if key_layers else "", key_layers
-        if metrics:
-            layers, others = with_duals(layers, metrics)
-            beside = "duals"
-        inputs = matches.index, beside, tau, *layers, *others
+            tensors, tau = _detached(tensors), tau.detach()
+        inputs = matches.index, beside, tau, *tensors
         if reduction == "none":
             corr, depth, best, confidence = UnreducedTerms.apply(config, None, *inputs)
         else:
             loss, corr, depth, best, confidence = FusedLoss.apply(
-                config, reduction, matches.index, layer_weights.detach(), *inputs[1:]
+                config, reduction, matches.index, layer_weights.detach(), beside, tau, *tensors
             )
             if torch.is_grad_enabled():
                 # The loss has its gradient already. That of `corr` or `depth` is computed only if a caller needs it.

@@ -20,7 +20,7 @@ difference of large numbers is lost. If all tokens share that part, subtract it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,35 +28,41 @@ from torch import Tensor
 from .arguments import checked_embeddings
 
 
-def checked_metric(metric: Tensor | Sequence[Tensor] | None, layers: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
-    """One metric for each tensor of `layers`, [L, K, K] or [K, K]; an empty list where there is none."""
-    if metric is None:
-        return []
-    if keys:
-        raise ValueError("metric and keys are both given; a metric needs anchors and candidates from the same tensor")
+class InMetric(NamedTuple):
+    """What `in_metric` returns; each a list with one tensor for each of the embeddings."""
+
+    embeddings: list[Tensor]  # as given, [L, N, K] or [N, K]
+    metrics: list[Tensor]  # [L, K, K] or [K, K]
+    coordinates: list[Tensor]  # the embeddings, for engines: their gradients are coefficients `c`
+    duals: list[Tensor]  # need no gradient
+
+
+def in_metric(embeddings: Tensor | Sequence[Tensor], metric: Tensor | Sequence[Tensor]) -> InMetric:
+    """Embeddings [L, N, K] whose inner products are `e_i . metric e_k`; to be passed to `gasp_loss` in their place.
+
+    `metric` is `W^T W` [L, K, K], symmetric, where the embeddings stand for `W e`. Both may be a single layer, or lists
+    of layers. Gradients of both are exact, and that of the metric is symmetric.
+    """
+    layers, metrics = checked_embeddings(embeddings), checked_embeddings(metric, "metric")
     if layers[0].dtype == torch.float16:
-        raise TypeError("embeddings has dtype float16, whose range duals leave; with metric, pass bfloat16 or float32")
-    found = checked_embeddings(metric, "metric")
-    if len(layers) > 1 and len(found) == 1 and found[0].dim() == 3:
-        found = list(found[0].unbind())
+        raise TypeError("embeddings has dtype float16, whose range their duals leave; pass bfloat16 or float32")
+    if len(layers) > 1 and len(metrics) == 1 and metrics[0].dim() == 3:
+        metrics = list(metrics[0].unbind())
     shapes = [(*layer.shape[:-2], layer.shape[-1], layer.shape[-1]) for layer in layers]
-    if [tuple(one.shape) for one in found] != shapes:
+    if [tuple(one.shape) for one in metrics] != shapes:
         raise ValueError(
-            f"metric has {len(found)} tensor(s) with shape {list(found[0].shape)}; embeddings need {len(shapes)} with "
-            f"shape {list(shapes[0])}: symmetric, one for each layer"
+            f"metric has {len(metrics)} tensor(s) with shape {list(metrics[0].shape)}; these embeddings need "
+            f"{len(shapes)} with shape {list(shapes[0])}: W^T W of each layer"
         )
-    if found[0].device != layers[0].device:
-        raise ValueError(f"metric lies on {found[0].device}, embeddings on {layers[0].device}; move it there")
-    return found
-
-
-def with_duals(layers: list[Tensor], metrics: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The embeddings, whose gradients may be given as coefficients `c`, and their duals, which need none."""
+    if metrics[0].device != layers[0].device:
+        raise ValueError(f"metric lies on {metrics[0].device}, embeddings on {layers[0].device}; move it there")
     both = _Coordinates.apply(len(layers), *layers, *metrics)
-    return list(both[: len(layers)]), list(both[len(layers) :])
+    return InMetric(layers, metrics, list(both[: len(layers)]), list(both[len(layers) :]))
 
 
 class _Coordinates(torch.autograd.Function):
+    """(*embeddings, *metrics) to (*embeddings, *duals); backward, coefficients to gradients."""
+
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         layers, metrics = tensors[:count], tensors[count:]

@@ -11,6 +11,7 @@ from .arguments import check_number, check_temperature
 from .config import LossConfig
 from .function import GaspOutput, gasp_loss
 from .matches import Matches
+from .metric import InMetric
 
 
 class GaspLoss(nn.Module):
@@ -47,10 +48,9 @@ class GaspLoss(nn.Module):
 
     def forward(
         self,
-        embeddings: Tensor | Sequence[Tensor],
+        embeddings: Tensor | Sequence[Tensor] | InMetric,
         matches: Matches,
         keys: Tensor | Sequence[Tensor] | None = None,
-        metric: Tensor | Sequence[Tensor] | None = None,
     ) -> GaspOutput:
         return gasp_loss(
             embeddings,
@@ -67,7 +67,6 @@ class GaspLoss(nn.Module):
             keys=keys,
             other_targets=self.other_targets,
             workspace=self.workspace,
-            metric=metric,
         )
 
     def extra_repr(self) -> str:

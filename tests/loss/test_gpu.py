@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.agreement import gradient_of, judge, leaves
+from support.agreement import gradient_of, in_given_metric, judge, leaves
 from support.problems import Problem, random_problem, relative_error
 
 import gasp_fast
@@ -25,7 +25,8 @@ def step(problem: Problem, dtype: torch.dtype, backend: str, loss_scale: float =
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     temperature = torch.tensor(0.07, dtype=wide, device=DEVICE, requires_grad=True)
     out = gasp_fast.gasp_loss(
-        embeddings, problem.matches.to(DEVICE), **beside, temperature=temperature, negatives=problem.negatives,
+        in_given_metric(embeddings, beside), problem.matches.to(DEVICE), keys=beside.get("keys"),
+        temperature=temperature, negatives=problem.negatives,
         other_targets=problem.other_targets, return_metrics=True, backend=backend, **options,
     )  # fmt: skip
     weights = torch.linspace(-1, 2, out.loss.numel(), dtype=out.loss.dtype, device=DEVICE).view(out.loss.shape)

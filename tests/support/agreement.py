@@ -28,8 +28,9 @@ def run(problem: Problem, embeddings: Tensor, backend: str, **options):
     wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     temperature = torch.tensor(problem.temperature, dtype=wide, requires_grad=True)
     out = gasp_fast.gasp_loss(
-        embeddings, problem.matches, **beside, temperature=temperature, negatives=problem.negatives,
-        other_targets=problem.other_targets, return_metrics=True, backend=backend, **options,
+        in_given_metric(embeddings, beside), problem.matches, keys=beside.get("keys"), temperature=temperature,
+        negatives=problem.negatives, other_targets=problem.other_targets, return_metrics=True, backend=backend,
+        **options,
     )  # fmt: skip
     weighted_sum(out.loss).backward()
     return out.loss.detach(), gradient_of(embeddings, **beside), temperature.grad, out
@@ -40,6 +41,11 @@ def leaves(problem: Problem, embeddings: Tensor) -> tuple[Tensor, dict[str, Tens
     given = {"keys": problem.keys, "metric": problem.metric}
     beside = {name: of.to(embeddings.dtype).clone().requires_grad_() for name, of in given.items() if of is not None}
     return embeddings.detach().clone().requires_grad_(), beside
+
+
+def in_given_metric(embeddings: Tensor, beside: dict[str, Tensor]) -> Tensor | gasp_fast.InMetric:
+    """What `gasp_loss` takes as embeddings."""
+    return gasp_fast.in_metric(embeddings, beside["metric"]) if "metric" in beside else embeddings
 
 
 def gradient_of(embeddings: Tensor, keys: Tensor | None = None, metric: Tensor | None = None) -> Tensor:
