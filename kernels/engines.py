@@ -79,13 +79,13 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     return (LARGE_GPU_WORKSPACE if large else GPU_WORKSPACE) << 20
 
 
-def inverse_norms(embeddings: Tensor) -> Tensor:
+def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
     """`1 / max(|e|, 1e-12)`, float32 [L, N], of embeddings [L, N, D]: in one kernel on a GPU, else by torch."""
     if choose_backend("auto", embeddings.device, embeddings.dtype) != "triton":
-        return rows_torch.inverse_norms(embeddings)
+        return rows_torch.inverse_norms(embeddings, duals)
     from . import rows_triton
 
-    return rows_triton.inverse_norms(embeddings)
+    return rows_triton.inverse_norms(embeddings, duals)
 
 
 @cache

@@ -33,16 +33,20 @@ from gasp_fast.kernels.scaling import place_scaled
 from gasp_fast.loss.config import LossConfig
 from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
+from gasp_fast.loss.metric import in_metric
 
 from .heads import CorrespondenceHead, CorrespondenceHeads
 from .layer_capture import HeadInput, LayerCapture, normed
-from .live_projections import LiveProjections
+from .live_projections import Compared, LiveProjections
 from .similarity import mean_cosines
 
 # Hidden rows and embeddings of the layers that share a call of the loss; heads and loss need two to three times as much
 # beside them. 10 layers of 16 frames of 144 tokens (2,304 x 4,096 in bf16: 38 MB), 2 of four such sequences at once,
 # 1 layer of 24 frames of 576 tokens. A call costs the host of an H200 about a millisecond beside its products.
 GROUP_BYTES = 360 << 20
+
+# How much wider than their coordinates embeddings must be for these to be worth it.
+WIDER = 1.5
 
 LayerReduction = Literal["mean", "sum"]
 
@@ -196,16 +200,26 @@ class SupervisedLayer(nn.Module):
         self.layer, self.head, self.reads, self.embeddings = layer, head, reads, embeddings
 
     @property
+    def in_metric(self) -> bool:
+        """Whether the loss takes the head's coordinates and their metric: exact, and less work where the head's output
+        is wider than they are. Only of a head that computes in bf16, as the products for it do."""
+        in_bf16 = self.head.second.compute == "bf16" and self.embeddings in (None, torch.bfloat16)
+        return in_bf16 and self.head.second.out_features >= WIDER * self.head.coordinates_width
+
+    @property
     def width(self) -> int:
-        return self.head.second.out_features
+        return self.head.coordinates_width if self.in_metric else self.head.second.out_features
 
     def weights(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, None]:
-        """Rows [N, hidden] to embeddings [1, N, width], of anchors and candidates alike."""
+    def forward(self, rows: Tensor) -> Compared:
+        """Rows [N, hidden] to what the loss compares, of anchors and candidates alike."""
+        if self.in_metric:
+            coordinates, metric = self.head.coordinates(rows)
+            return Compared(coordinates[None], metric=metric[None])
         embeddings: Tensor = self.head(rows)
-        return (embeddings if self.embeddings is None else embeddings.to(self.embeddings))[None], None
+        return Compared((embeddings if self.embeddings is None else embeddings.to(self.embeddings))[None])
 
 
 def _rows(states: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
@@ -227,13 +241,14 @@ def _loss_of_rows(
     `rows` are G tensors [N, hidden], `shares` [G]. The layers are alike, in particular in their `parts`.
     """
     made = [layer(normed(some, norm)) for layer, norm, some in zip(layers, norms, rows, strict=True)]
-    embeddings, keys = zip(*made, strict=True)  # G of [parts, N, width]
+    embeddings, keys, metric = (_stacked(same) for same in zip(*made, strict=True))
+    assert embeddings is not None
+    compared = embeddings if metric is None else in_metric(embeddings, metric)
     parts = layers[0].parts
-    stack = _stacked(embeddings)
     out = gasp_loss(
-        stack,
+        compared,
         matches,
-        keys=None if keys[0] is None else _stacked(keys),
+        keys=keys,
         temperature=temperature,
         negatives=config.negatives,
         other_targets=config.other_targets,
@@ -248,13 +263,14 @@ def _loss_of_rows(
     assert out.metrics is not None
     corr, depth = out.corr_per_layer, out.depth_per_layer
     pck = torch.full_like(corr, torch.nan) if out.metrics.pck is None else out.metrics.pck
-    metrics = corr, depth, pck, mean_cosines(stack, matches)  # [G * parts]
+    metrics = corr, depth, pck, mean_cosines(compared, matches)  # [G * parts]
     return out.loss, *(metrics if parts == 1 else (metric.view(-1, parts).mean(1) for metric in metrics))
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """G of [parts, N, width] in one stack [G * parts, N, width]: only the layers of a stack are computed together."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+    some = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(some) if len(some) > 1 else some[0] if some else None
 
 
 class _GroupLoss(torch.autograd.Function):

@@ -24,6 +24,7 @@ from .live_projections import AttentionHeads, HeadKind
 from .precision import Compute, PrecisionLinear
 
 LARGEST_SIZE = 65_536  # of the layers of a head: four times the width of the widest supported models
+ALIGNED = 8  # numbers of two bytes: widths of which products load 16 bytes at once
 _PART = r"\s*\d{1,6}(-\d{1,6})?\s*"
 LAYERS = re.compile(rf"all|{_PART}(,{_PART})*")
 
@@ -97,6 +98,35 @@ class CorrespondenceHead(nn.Module):
         """`hidden [..., hidden_size]` of any float dtype -> raw (not normalised) embeddings `[..., out_size]`."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.second(F.gelu(self.first(hidden)))
+
+    @property
+    def coordinates_width(self) -> int:
+        """K of `coordinates`: the inner width and one, rounded up to what products are fast at."""
+        return -(-(self.second.in_features + 1) // ALIGNED) * ALIGNED
+
+    def coordinates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden [N, hidden_size]` to bf16 coordinates `[N, K]` of the embeddings, and the metric `[K, K]`.
+
+        An embedding is `e = W h + b`, with `h` of the inner width, so all embeddings lie in a space of as many
+        dimensions and one. A loss of cosines needs no more than their inner products (`gasp_fast.loss.metric`). With
+        the mean `m` of all `h`,
+
+            e = [W, b + W m] [h - m, 1]
+
+        Products in 16 bits need the mean: trained embeddings point in all directions, so that `W m` nearly cancels
+        `b`, and `h` by itself has inner products that are small differences of large ones. `m` is a constant here, and
+        the gradients of `W` and `b` are those of `e`.
+        """
+        count, width = len(hidden), self.coordinates_width
+        with torch.autocast(hidden.device.type, enabled=False):
+            h = F.gelu(self.first(hidden)).bfloat16()
+            mean = h.detach().sum(0, dtype=torch.float32).div(max(1, count)).bfloat16()  # 0 without tokens, not NaN
+            weight = self.second.weight.bfloat16()
+            offset = self.second.bias.bfloat16() + weight @ mean  # [out]
+            ones = width - h.shape[1]  # of which the first counts
+            x = torch.cat([h - mean, h.new_ones(count, ones)], dim=1)
+            factor = torch.cat([weight, offset[:, None], weight.new_zeros(len(weight), ones - 1)], dim=1)  # [out, K]
+            return x, factor.mT @ factor
 
     @classmethod
     def from_query_projection(

@@ -20,7 +20,7 @@ the losses of the groups are averaged.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ from .layer_capture import HeadInput
 
 HeadKind = Literal["correspondence", "tied", "qk", "correspondence_and_qk"]
 AttentionHeads = Literal["mean", "groups"]
+
+
+class Compared(NamedTuple):
+    """What the loss compares of a layer, in `parts` losses."""
+
+    embeddings: Tensor  # [parts, N, D], of anchors
+    keys: Tensor | None = None  # [parts, N, D], of candidates; None: the same
+    metric: Tensor | None = None  # [parts, D, D], of their inner products; None: the usual one
 
 
 class LiveProjections(nn.Module):
@@ -67,8 +75,8 @@ class LiveProjections(nn.Module):
         norms = [norm for norm in self._norms[: len(self._projections)] if norm is not None]
         return [weight for module in (*self._projections, *norms) for weight in module.parameters()]
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows [N, hidden] to what anchors show, `[parts, N, D]`, and candidates; None: the same."""
+    def forward(self, rows: Tensor) -> Compared:
+        """Rows [N, hidden] to what is compared of them."""
         projected = [projection(rows) for projection in self._projections]  # [N, heads * head_dim] each
         projected = [
             some if norm is None else norm(some.unflatten(-1, (-1, self.head_dim))).flatten(-2)
@@ -77,12 +85,12 @@ class LiveProjections(nn.Module):
         if self.embeddings is not None:
             projected = [some.to(self.embeddings) for some in projected]
         if self.kind == "tied":
-            return projected[0][None], None
+            return Compared(projected[0][None])
         queries, keys = projected
         if self.heads == "groups":
-            return by_group(queries, keys, self.head_dim)
+            return Compared(*by_group(queries, keys, self.head_dim))
         queries, keys = comparable(queries, keys, self.head_dim)
-        return queries[None], keys[None]
+        return Compared(queries[None], keys[None])
 
 
 def head_norm(attention: nn.Module, name: str, head_dim: int) -> nn.Module | None:

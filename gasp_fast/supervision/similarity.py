@@ -12,22 +12,29 @@ from torch import Tensor
 from gasp_fast.kernels.engines import inverse_norms
 from gasp_fast.kernels.rows_torch import NORM_FLOOR
 from gasp_fast.loss.matches import Matches
+from gasp_fast.loss.metric import InMetric
 
 
 @torch.no_grad()
-def mean_cosines(embeddings: Tensor, matches: Matches) -> Tensor:
+def mean_cosines(embeddings: Tensor | InMetric, matches: Matches) -> Tensor:
     """Of each layer of `embeddings` [G, N, D], `[G]`: the mean over pairs of tokens of one sequence.
 
     The means of the sequences are weighted as the correspondence term weights the sequences: by the sum of the shares
     of their matches. So the parts of an optimiser step add up to its mean.
     """
-    index, dtype = matches.index, embeddings.dtype
-    with torch.autocast(embeddings.device.type, enabled=False):
-        scales = inverse_norms(embeddings)  # [G, N]
-        squares = torch.where(scales >= 1 / NORM_FLOOR, 0.0, 1.0)  # 0 for a token without direction
+    duals = metric = None
+    if isinstance(embeddings, InMetric):
+        (stack,), (duals,), (metric,) = embeddings.embeddings, embeddings.duals, embeddings.metrics
+    else:
+        stack = embeddings
+    index, dtype = matches.index, stack.dtype
+    with torch.autocast(stack.device.type, enabled=False):
+        scales = inverse_norms(stack, duals)  # [G, N]
+        some = (scales > 0) & (scales < 1 / NORM_FLOOR)  # others have no direction
         inside = index.rows.in_sequence.to(torch.float32)  # [B, N]
-        added = torch.bmm((inside * scales[:, None]).to(dtype), embeddings)  # [G, B, D]
-        different = added.float().square().sum(2) - squares @ inside.T  # [G, B]
+        added = torch.bmm((inside * scales[:, None]).to(dtype), stack)  # [G, B, D]
+        of_added = added if metric is None else added @ metric.to(dtype)
+        different = (added.float() * of_added.float()).sum(2) - some.float() @ inside.T  # [G, B]
         sizes = inside.sum(1)  # [B]
         pairs = (sizes * (sizes - 1)).clamp(min=1)
         return (different / pairs) @ index.sequence_shares
