@@ -9,8 +9,8 @@ modules again. What belongs to no part, or cannot be attributed, is "rest".
     attention           the decoder's attention itself, without its projections
     adapters            the products of A and B
     vision, lm head     the whole module
-    heads               all heads
-    geometric loss      the loss and the selection of its rows
+    heads               all heads; of those whose coordinates are compared, without their second product
+    geometric loss      the loss, that second product, and the selection of rows
     norms, activations  what else runs in decoder layers
     optimiser           AdamW and clipping
 """
@@ -111,7 +111,7 @@ def _parts(model: SupervisedModel) -> Iterator[tuple[nn.Module, str]]:
             yield module, "adapters"
     if model.supervision is not None:
         yield model.supervision, "geometric loss"
-        yield from ((layer.head, "heads") for layer in model.supervision.by_layer.values())  # type: ignore[misc]
+        yield from ((layer, "heads") for layer in model.supervision.by_layer.values())
 
 
 def _add_range(module: nn.Module, part: str) -> Iterator[Any]:

@@ -8,8 +8,9 @@ addition are two):
     adapters        2 S x weights of the adapters
     vision          2 patches x weights of a block x blocks, its own attention, and the projector on N tokens
     lm head         2 x labelled tokens x hidden x vocabulary        (only labelled tokens get logits)
-    heads           2 N x weights of the heads
+    heads           2 N x weights of the heads                      (of their first matrices, with coordinates)
     geometric loss  2 A N x width x supervised layers                (one product; two more are its backward)
+                    2 N x width^2 x supervised layers on top, with coordinates: their duals (`loss/metric.py`)
 
 Backward costs once the forward where weights are frozen (only the input's gradient is computed), twice where they are
 trained, and in attention. A frozen vision tower has no backward. Forward and backward are the model FLOPs, and all
@@ -65,9 +66,10 @@ def flops_by_part(setup: TrainingSetup, sequence: SequenceSize) -> dict[str, Flo
     needless = 2 * vision if setup.checkpointing and not setup.design.frozen_tower else 0.0
     lm_head = 2.0 * sequence.labelled * shape.hidden * shape.vocabulary
     live, compared = setup.live_sizes
-    heads = 2.0 * sequence.tracked * (setup.head_weights + shape.hidden * live) * setup.supervised_layers
+    heads = 2.0 * sequence.tracked * (setup.head_products + shape.hidden * live) * setup.supervised_layers
     head_inputs = 2.0 * sequence.tracked * shape.hidden * setup.head_sizes[0] * setup.supervised_layers
-    loss = 2.0 * sequence.anchors * sequence.tracked * (setup.head_sizes[1] + compared) * setup.supervised_layers
+    loss = 2.0 * sequence.anchors * sequence.tracked * (setup.compared + compared) * setup.supervised_layers
+    loss += 2.0 * sequence.tracked * setup.coordinates**2 * setup.supervised_layers
     return {
         "decoder": Flops(decoder, weights * decoder, again * (decoder - last)),
         "attention": Flops(attention, 2 * attention * through, (0.5 * through + again) * attention),

@@ -115,7 +115,7 @@ def _vision_bytes(setup: TrainingSetup, visual: int) -> tuple[float, float]:
 
 def _head_bytes(setup: TrainingSetup, tracked: int) -> tuple[float, float]:
     """Kept until backward (the gradients that were computed in forward), and the working set of a group of layers."""
-    hidden, middle, out = setup.shape.hidden, setup.head_sizes[0], setup.head_sizes[1] + setup.live_sizes[0]
+    hidden, middle, out = setup.shape.hidden, setup.head_sizes[0], setup.compared + setup.live_sizes[0]
     inputs = 0 if setup.heads_only else setup.supervised_layers * tracked * hidden * _residual_bytes(setup)
     kept = inputs + 4.0 * setup.parameters.heads
     group = GROUP_BYTES // max(1, tracked * (hidden + out) * _residual_bytes(setup))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gasp_fast.supervision.heads import by_coordinates, coordinates_width
+
 from .shapes import ModelShape
 from .step_design import StepDesign
 
@@ -96,6 +98,23 @@ class TrainingSetup:
         """Of the two matrices of one correspondence head."""
         middle, out = self.head_sizes
         return middle * (self.shape.hidden + out)
+
+    @property
+    def coordinates(self) -> int:
+        """Width of the coordinates that the loss compares in place of a head's embeddings; 0: it compares these."""
+        middle, out = self.head_sizes
+        used = self.design.coordinates and by_coordinates(middle, out, self.head_precision, self.embedding_precision)
+        return coordinates_width(middle) if used else 0
+
+    @property
+    def head_products(self) -> int:
+        """Operations of a token in the products of one correspondence head, by two."""
+        return self.head_sizes[0] * self.shape.hidden if self.coordinates else self.head_weights
+
+    @property
+    def compared(self) -> int:
+        """Width of what the loss compares of a correspondence head."""
+        return self.coordinates or self.head_sizes[1]
 
     @property
     def parameters(self) -> ParameterCounts:

@@ -71,7 +71,11 @@ def work_of_micro_batch(setup: TrainingSetup) -> list[Work]:
     casts = 2 * CAST + 12.0  # the gradient of an adapter is cast to fp32 and added
     if not setup.design.cast_once:
         casts += CAST * (1 + setup.recomputed)
-    return [Work("adapters", bytes=casts * setup.parameters.adapters, speed="operands")]
+    metrics = 6.0 * setup.head_sizes[1] * setup.coordinates**2 * setup.supervised_layers  # W^T W, and its backward
+    return [
+        Work("adapters", bytes=casts * setup.parameters.adapters, speed="operands"),
+        Work("heads", metrics, "heads"),
+    ]
 
 
 def operations(setup: TrainingSetup) -> float:

@@ -35,7 +35,7 @@ from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
 from gasp_fast.loss.metric import in_metric
 
-from .heads import CorrespondenceHead, CorrespondenceHeads
+from .heads import CorrespondenceHead, CorrespondenceHeads, by_coordinates, coordinates_width
 from .layer_capture import HeadInput, LayerCapture, normed
 from .live_projections import Compared, LiveProjections
 from .similarity import mean_cosines
@@ -44,9 +44,6 @@ from .similarity import mean_cosines
 # beside them. 10 layers of 16 frames of 144 tokens (2,304 x 4,096 in bf16: 38 MB), 2 of four such sequences at once,
 # 1 layer of 24 frames of 576 tokens. A call costs the host of an H200 about a millisecond beside its products.
 GROUP_BYTES = 360 << 20
-
-# How much wider than their coordinates embeddings must be for these to be worth it.
-WIDER = 1.5
 
 LayerReduction = Literal["mean", "sum"]
 
@@ -201,14 +198,15 @@ class SupervisedLayer(nn.Module):
 
     @property
     def in_metric(self) -> bool:
-        """Whether the loss takes the head's coordinates and their metric: exact, and less work where the head's output
-        is wider than they are. Only of a head that computes in bf16, as the products for it do."""
-        in_bf16 = self.head.second.compute == "bf16" and self.embeddings in (None, torch.bfloat16)
-        return in_bf16 and self.head.second.out_features >= WIDER * self.head.coordinates_width
+        """Whether the loss takes the head's coordinates and their metric."""
+        last = self.head.second
+        embeddings = last.compute if self.embeddings is None else "bf16" if self.embeddings == torch.bfloat16 else ""
+        return by_coordinates(last.in_features, last.out_features, last.compute, embeddings)
 
     @property
     def width(self) -> int:
-        return self.head.coordinates_width if self.in_metric else self.head.second.out_features
+        last = self.head.second
+        return coordinates_width(last.in_features) if self.in_metric else last.out_features
 
     def weights(self) -> list[nn.Parameter]:
         return list(self.head.parameters())

@@ -25,6 +25,7 @@ from .precision import Compute, PrecisionLinear
 
 LARGEST_SIZE = 65_536  # of the layers of a head: four times the width of the widest supported models
 ALIGNED = 8  # numbers of two bytes: widths of which products load 16 bytes at once
+WIDER = 1.5  # than its coordinates, at least, are embeddings in whose place the loss takes these
 _PART = r"\s*\d{1,6}(-\d{1,6})?\s*"
 LAYERS = re.compile(rf"all|{_PART}(,{_PART})*")
 
@@ -73,6 +74,17 @@ class HeadsConfig:
         return compute, dtype if self.embeddings == "auto" else self.embeddings
 
 
+def coordinates_width(mid_size: int) -> int:
+    """K of a head's coordinates: the inner width and one, rounded up to what products are fast at."""
+    return -(-(mid_size + 1) // ALIGNED) * ALIGNED
+
+
+def by_coordinates(mid_size: int, out_size: int, compute: str, embeddings: str) -> bool:
+    """Whether the loss takes a head's coordinates and their metric in place of its embeddings: the same loss, and less
+    work where these are wider. Only where both are bf16, as the products for it are."""
+    return compute == embeddings == "bf16" and out_size >= WIDER * coordinates_width(mid_size)
+
+
 class CorrespondenceHead(nn.Module):
     """Linear -> GELU -> Linear, `hidden_size -> mid_size -> out_size`.
 
@@ -99,11 +111,6 @@ class CorrespondenceHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.second(F.gelu(self.first(hidden)))
 
-    @property
-    def coordinates_width(self) -> int:
-        """K of `coordinates`: the inner width and one, rounded up to what products are fast at."""
-        return -(-(self.second.in_features + 1) // ALIGNED) * ALIGNED
-
     def coordinates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """`hidden [N, hidden_size]` to bf16 coordinates `[N, K]` of the embeddings, and the metric `[K, K]`.
 
@@ -117,7 +124,7 @@ class CorrespondenceHead(nn.Module):
         `b`, and `h` by itself has inner products that are small differences of large ones. `m` is a constant here, and
         the gradients of `W` and `b` are those of `e`.
         """
-        count, width = len(hidden), self.coordinates_width
+        count, width = len(hidden), coordinates_width(self.second.in_features)
         with torch.autocast(hidden.device.type, enabled=False):
             h = F.gelu(self.first(hidden)).bfloat16()
             mean = h.detach().sum(0, dtype=torch.float32).div(max(1, count)).bfloat16()  # 0 without tokens, not NaN

@@ -17,6 +17,7 @@ from gasp_fast.planning.flops import flops_by_part, model_flops
 from gasp_fast.planning.shapes import PATCHES, ModelShape
 from gasp_fast.planning.step_design import FIRST_MEASURED
 from gasp_fast.planning.training_setup import SequenceSize
+from gasp_fast.planning.work import work_of_micro_batch
 from gasp_fast.training.loader import make_loader
 from gasp_fast.training.model import build_model
 from gasp_fast.training.stream import SampleStream, Share
@@ -70,13 +71,14 @@ class TotalCounter(FlopCounterMode):
 WAYS = ("forward", "backward", "recompute")
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_flops_of_a_training_step_are_those_that_torch_counts(config: Any, family: str, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "heads"), [("lora", "fp32"), ("full", "fp32"), ("lora", "bf16")])
+def test_flops_of_a_training_step_are_those_that_torch_counts(config: Any, family: str, mode: str, heads: str) -> None:
     """Forward and backward, heads and geometric loss included, of a batch of the real loader."""
     recipe = config(
         family,
         mixed=True,
         train={"mode": mode, "batch_size": 2, "micro_batch_size": 2},
+        heads={"compute": heads, "embeddings": heads},
         loss={"backend": "torch"},
         model={"attention": "eager"},
     )
@@ -94,6 +96,8 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(config: Any, famil
     with TotalCounter(display=False) as counter:
         model.train()(**batch)["loss"].backward()
     assert batch_flops(batch) == model_flops(setup, sizes)
+    assert (setup.coordinates > 0) == (heads == "bf16")
+    metrics = sum(work.flops for work in work_of_micro_batch(setup))
     masked = sum(flops_by_part(setup, size)["attention"].model for size in sizes)  # torch counts the whole square
     # LLaVA reads the last but one layer of its tower, a third of this one's: no gradient enters the last.
     unread = padded = 0.0
@@ -104,7 +108,7 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(config: Any, famil
     if (family, mode) == ("llava_next_video", "full"):
         of_frame = PATCHES * shape.frame_tokens
         unread = 2 * patches * (2 * shape.vision_block_weights + 4 * of_frame * shape.vision_hidden)
-    assert counter.get_total_flops() == pytest.approx(batch_flops(batch) + masked + padded - unread, rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(batch_flops(batch) + metrics + masked + padded - unread, rel=0.03)
 
 
 def test_training_heads_alone_differentiates_heads_and_loss_only(config: Any, family: str) -> None:
@@ -180,8 +184,11 @@ def test_flops_of_one_sequence_by_hand() -> None:
     layer = 3584 * (2 * 3584 + 2 * 512 + 3 * 18944)  # weights
     assert flops["decoder"].forward == 2 * 1000 * 28 * layer and flops["decoder"].backward == flops["decoder"].forward
     assert flops["attention"].forward == 2 * 1000**2 * 3584 * 28
-    assert flops["heads"].total == 3 * 2 * 900 * 28 * (3584 * 1792 * 2)
-    assert flops["geometric loss"].total == 6 * 100 * 900 * 3584 * 28
+    assert flops["heads"].total == 3 * 2 * 900 * 28 * (3584 * 1792)
+    assert flops["geometric loss"].total == 6 * (100 * 900 * 1800 + 900 * 1800**2) * 28
+    fp32 = flops_by_part(setup_of("heads.compute=fp32"), size)
+    assert fp32["heads"].total == 3 * 2 * 900 * 28 * (3584 * 1792 * 2)
+    assert fp32["geometric loss"].total == 6 * 100 * 900 * 3584 * 28
     assert flops["lm head"].forward == 2 * 10 * 3584 * 152064
     assert flops["vision"].backward == 0
     assert flops["attention"].model == 3 * flops["attention"].forward  # its backward recomputes on top

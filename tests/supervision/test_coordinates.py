@@ -8,7 +8,7 @@ from support.problems import relative_error
 
 import gasp_fast
 from gasp_fast.loss.naive import naive_loss
-from gasp_fast.supervision import geometric
+from gasp_fast.supervision import heads
 from gasp_fast.supervision.geometric import GeometricSupervision, SupervisedLayer
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads
 from gasp_fast.supervision.similarity import mean_cosines
@@ -60,7 +60,7 @@ def truth(head, hidden, matches):
 
 def of_route(head, hidden, matches, coordinates, monkeypatch):
     hidden = hidden.clone().requires_grad_()
-    monkeypatch.setattr(geometric, "WIDER", 1.5 if coordinates else 1e9)
+    monkeypatch.setattr(heads, "WIDER", 1.5 if coordinates else 1e9)
     compared = SupervisedLayer(0, head, "output", None)(hidden)
     assert (compared.metric is not None) == coordinates
     embeddings = compared.embeddings
@@ -99,9 +99,9 @@ def test_supervision_by_coordinates_is_supervision_by_embeddings(monkeypatch):
     head, hidden, matches = problem(centred=True)
     results = []
     for wider in (1.5, 1e9):
-        monkeypatch.setattr(geometric, "WIDER", wider)
-        heads = CorrespondenceHeads({0: copy.deepcopy(head), 1: copy.deepcopy(head)})
-        supervision = GeometricSupervision(heads, learnable_temperature=True)
+        monkeypatch.setattr(heads, "WIDER", wider)
+        both = CorrespondenceHeads({0: copy.deepcopy(head), 1: copy.deepcopy(head)})
+        supervision = GeometricSupervision(both, learnable_temperature=True)
         states = [hidden.clone()[None].requires_grad_() for _ in range(2)]
         capture = supervision.capture([torch.nn.Identity()] * 2, torch.nn.Identity())
         monkeypatch.setattr(type(capture), "hidden", lambda self, layer, read=None, states=states: states[layer])
