@@ -95,6 +95,13 @@ def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
     added = AddedRows(torch.zeros(1, rows, width), index.rows.token_row, 0)
     for factor, sums in ((None, None), (None, added), (torch.ones(1), added)):
         rows_triton.project_gradient(gradient, embeddings, scale, torch.empty_like(embeddings), False, factor, sums)
+    duals = embeddings if dtype == torch.float16 else torch.zeros_like(embeddings)  # float16 has none
+    rows_triton.inverse_norms(embeddings, duals)
+    for only, sums in ((own, None), (None, added)):
+        part = gradient[:, :rows] if only is not None else gradient
+        rows_triton.project_gradient(
+            part, embeddings, scale, torch.empty_like(embeddings), False, None, sums, only, duals
+        )
     shares, places = (index.corr_share, index.depth_share), torch.zeros(tokens, 2, dtype=torch.int64)
     for xy in (None, places):
         match_means.match_means(terms, index.target, shares, xy, xy, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -413,6 +414,43 @@ def test_only_the_given_tokens_receive_a_gradient(dtype: torch.dtype) -> None:
     rows_torch.project_gradient(gradient, embeddings, inverse, truth, True, tokens=tokens)
     close(ours, truth, 5e-6)
     assert (ours == 5.0).all(-1).sum() == 2 * 5
+
+
+@pytest.mark.parametrize("width", [1, 24, 9000])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_projected_gradients_with_duals_are_those_of_pytorch(
+    width: int, transposed: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.randn(2, 9, width, generator=generator)
+    duals = embeddings + torch.randn(2, 9, width, generator=generator) / 2
+    embeddings[:, 3], duals[:, 4], duals[:, 5] = 0, 0, -duals[:, 5]
+    embeddings, duals = embeddings.to(dtype), duals.to(dtype)
+    if transposed:
+        embeddings = embeddings.mT.contiguous().mT
+    inverse = rows_triton.inverse_norms(embeddings, duals)
+    close(inverse, rows_torch.inverse_norms(embeddings, duals), 1e-6)
+    gradient, rows = torch.randn(2, 9, width, generator=generator), torch.randn(2, 4, width, generator=generator)
+    added = AddedRows(rows, torch.tensor([-1, 7, 5, 0, 4, 8, -1, 6, -1]), first_row=5)
+    for more, tokens in ((None, None), (added, None), (None, torch.tensor([7, 0, 3, 8]))):
+        given = gradient if tokens is None else rows
+        ours, truth = torch.full((2, 9, width), 5.0), torch.full((2, 9, width), 5.0)
+        rows_triton.project_gradient(given, embeddings, inverse, ours, False, None, more, tokens, duals)
+        rows_torch.project_gradient(given, embeddings, inverse, truth, False, None, more, tokens, duals)
+        close(ours, truth, 5e-6)
+
+
+@pytest.mark.parametrize("norms", [rows_torch.inverse_norms, rows_triton.inverse_norms])
+def test_a_norm_that_is_lost_in_rounding_has_a_bound(norms: Callable[..., torch.Tensor]) -> None:
+    x, dual = torch.zeros(2, 1, 5, 8)
+    x[0, :4, 0], dual[0, :, :2] = 2.0, torch.tensor([[3, 4], [0, 5], [-3, 4], [0.01, 5], [3, 4]])
+    x[0, 4] = float("nan")
+    inverse = norms(x, dual)[0]
+    bound = (2 * 5 / 256) ** -0.5  # |x| |x'| / 2^8
+    assert inverse[:4].tolist() == pytest.approx([6**-0.5, bound, bound, bound], rel=1e-6)
+    assert inverse[4].isnan()
+    assert norms(torch.zeros(1, 1, 8), dual[:, :1]).item() == norms(x[:, :1], torch.zeros(1, 1, 8)).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
