@@ -126,11 +126,11 @@ def features_of(
             yield layer, "head", embeddings, embeddings
         attention, size = subject.backbone.attention(subject.network, layer), subject.backbone.attention_shape.head_dim
         if subject.tied:
-            queries, _ = LiveProjections(layer, attention, size, "tied")(inputs)
+            queries = LiveProjections(layer, attention, size, "tied")(inputs).embeddings
             yield layer, "head", queries[0], queries[0]
-        queries, keys = LiveProjections(layer, attention, size, "qk")(inputs)
-        assert keys is not None
-        yield layer, "q", queries[0], keys[0]
+        compared = LiveProjections(layer, attention, size, "qk")(inputs)
+        assert compared.keys is not None
+        yield layer, "q", compared.embeddings[0], compared.keys[0]
 
 
 def measure(config: TrainConfig, subject: Subject, scenes: Path, questions: Path, sequences: int) -> dict[str, Any]:

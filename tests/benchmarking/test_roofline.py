@@ -121,9 +121,7 @@ def test_the_recorded_products_are_those_of_the_loss(predictions):
     forward = load.gemm_flops // 3
     folded = 2 * forward - forward * load.anchors // load.tokens  # both gradients
     for prediction in predictions:
-        in_one_block = prediction["workspace"] >= 256
-        backward = (folded if in_one_block else 2 * forward) * prediction["backward"]
-        assert prediction["product_flops"] == forward + backward
+        assert prediction["product_flops"] == forward + folded * prediction["backward"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from support.tiny_training import FAMILIES
 from gasp_fast.backbones.base_model import DTYPES, use_checkpointing
 from gasp_fast.collator import Collator
 from gasp_fast.loss.function import gasp_loss
+from gasp_fast.loss.metric import InMetric
 from gasp_fast.supervision import geometric
 from gasp_fast.supervision.heads import HeadsConfig
 from gasp_fast.training.model import build_model
@@ -169,14 +170,15 @@ def test_by_default_heads_and_loss_compute_in_the_type_of_the_model(config, monk
     seen = []
 
     def watched(embeddings, *args, **kwargs):
-        seen.append(embeddings.dtype)
+        compared = embeddings.duals[0] if isinstance(embeddings, InMetric) else embeddings
+        seen.append((compared.dtype, compared is embeddings))
         return gasp_loss(embeddings, *args, **kwargs)
 
     monkeypatch.setattr(geometric, "gasp_loss", watched)
     settings = replace(config(model={"dtype": dtype}), heads=HeadsConfig())
     model = build_model(settings, CPU).train()
     model(**batch_of(settings, model))["loss"].backward()
-    assert seen == [DTYPES[dtype]]  # one call for all layers
+    assert seen == [(DTYPES[dtype], dtype == "fp32")]  # one call for all layers; in bf16, by coordinates
     assert {layer.head.first.compute for layer in model.supervision.by_layer.values()} == {dtype}
     assert {p.dtype for p in model.supervision.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.supervision.parameters()} == {torch.float32}
