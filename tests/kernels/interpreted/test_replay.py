@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.agreement import in_given_metric
 from support.problems import random_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,17 +50,18 @@ def use_engine(patch: pytest.MonkeyPatch, workspace: int, replays: bool, layers:
 
 def results(problem, dtype, device, backward=True, temperature=False, **options):
     embeddings = problem.embeddings.to(device, dtype).requires_grad_(backward)
-    keys = None if problem.keys is None else problem.keys.to(device, dtype).requires_grad_(backward)
+    beside = {"keys": problem.keys, "metric": problem.metric}
+    beside = {name: of.to(device, dtype).requires_grad_(backward) for name, of in beside.items() if of is not None}
     tau = torch.tensor(problem.temperature, device=device, requires_grad=temperature)
     options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
     with torch.set_grad_enabled(backward):
         out = gasp_fast.gasp_loss(
-            embeddings, problem.matches.to(device), keys=keys, temperature=tau, backend="triton",
-            negatives=problem.negatives, other_targets=problem.other_targets, **options,
+            in_given_metric(embeddings, beside), problem.matches.to(device), keys=beside.get("keys"), temperature=tau,
+            backend="triton", negatives=problem.negatives, other_targets=problem.other_targets, **options,
         )  # fmt: skip
     if backward:
         out.loss.backward(torch.ones_like(out.loss))
-    grads = [t.grad for t in (embeddings, keys, tau) if t is not None and t.grad is not None]
+    grads = [t.grad for t in (embeddings, *beside.values(), tau) if t.grad is not None]
     return [out.loss.detach(), out.corr_per_layer, out.depth_per_layer, *grads]
 
 
@@ -69,6 +71,7 @@ def results(problem, dtype, device, backward=True, temperature=False, **options)
     [
         (torch.float32, {}, {"layer_weights": torch.arange(1.0, LAYERS + 1), "reduction": "sum"}),
         (torch.bfloat16, {"other_targets": "ignored", "negatives": "frame", "weighted": True}, {}),
+        (torch.float32, {"metric": True}, {}),
     ],
 )
 def test_repeated_layers_have_the_same_bits(
@@ -120,8 +123,8 @@ def test_layers_that_compute_otherwise_are_not_repeated(monkeypatch, repeated, d
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("backward", [True, False])
-@pytest.mark.parametrize("keys", [True, False])
-def test_a_recorded_group_computes_nothing_else(monkeypatch, device, workspace, backward, keys):
+@pytest.mark.parametrize(("keys", "with_duals"), [(True, False), (False, False), (False, True)])
+def test_a_recorded_group_computes_nothing_else(monkeypatch, device, workspace, backward, keys, with_duals):
     """Launches and products do nothing here, so every operation of torch but a view would be missed by a recording."""
     computed: set[str] = set()
 
@@ -135,7 +138,8 @@ def test_a_recorded_group_computes_nothing_else(monkeypatch, device, workspace, 
     index, embeddings = drawn.matches.to(device).index, drawn.embeddings.to(device, torch.bfloat16)
     keys_or_same = embeddings.clone() if keys else embeddings
     tau, gradient = torch.tensor(0.07, device=device), torch.empty_like(embeddings)
-    problem = Problem(embeddings, keys_or_same, index.rows, tau, index.values, index.known, True)
+    duals = embeddings.clone() if with_duals else None
+    problem = Problem(embeddings, keys_or_same, index.rows, tau, index.values, index.known, True, duals)
     weights = TermWeights(*torch.ones(2, LAYERS, 12, device=device)) if backward else None
     terms, definition = MatchTerms.empty(LAYERS, 12, device), TermDefinition("sequence", "negatives", 1e-6)
     gradients = Gradients(None if keys else gradient, gradient) if backward else Gradients()
