@@ -53,7 +53,8 @@ def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
     """`1 / max(|e|, 1e-12)`: [..., N, D] of any float type -> float32 [..., N].
 
     With `duals`, `|e|^2 = e . e'` is a difference of large numbers where it is small. What rounding makes of one below
-    `LEAST_COSINE |e| |e'|` is not used, but that bound. A token for which both are 0 has no direction, and gets 0.
+    `LEAST_COSINE |e| |e'|` is not used, but that bound. A token for which both are 0 has no direction: it gets 1e-12,
+    with which its cosines and its gradient vanish (a factor of 0 would turn -inf, an excluded similarity, into NaN).
     """
     e = embeddings.float()
     if duals is None:
@@ -61,7 +62,7 @@ def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
     d = duals.float()
     least = LEAST_COSINE * (e.square().sum(-1) * d.square().sum(-1)).sqrt()
     inverse = torch.maximum((e * d).sum(-1), least).rsqrt()
-    return torch.where(least == 0, 0.0, inverse)
+    return torch.where(least == 0, NORM_FLOOR, inverse)
 
 
 def frame_statistics(

@@ -67,7 +67,7 @@ def inverse_norms(
     if duals is not None:
         least = LEAST * tl.sqrt_rn(total) * tl.sqrt_rn(of_duals)
         norm = tl.sqrt_rn(tl.maximum(of_both, least, propagate_nan=tl.PropagateNan.ALL))
-        inverse = tl.where(least == 0.0, 0.0, tl.div_rn(1.0, tl.where(least == 0.0, 1.0, norm)))
+        inverse = tl.where(least == 0.0, SMALLEST_NORM, tl.div_rn(1.0, tl.where(least == 0.0, 1.0, norm)))
     else:
         norm = tl.sqrt_rn(total)
         inverse = tl.where(norm > SMALLEST_NORM, tl.div_rn(1.0, tl.maximum(norm, SMALLEST_NORM)), LARGEST_INVERSE)

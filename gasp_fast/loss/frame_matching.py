@@ -27,6 +27,7 @@ from .arguments import (
 from .autograd import FrameMatching, refuse_transforms
 from .config import LossConfig
 from .dense import dense_frame_match
+from .metric import InMetric
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def frame_match(
     Similarities are cosines over temperature. `anchors` and the offsets are read on the host: keep them on the CPU when
     the embeddings are on a GPU, and nothing waits for the device.
     """
+    if isinstance(embeddings, InMetric):
+        raise TypeError("embeddings is what in_metric returned, and only gasp_loss takes that; pass the vectors")
     layers = checked_embeddings(embeddings)
     key_layers = checked_keys(keys, layers)
     check_workspace(workspace)

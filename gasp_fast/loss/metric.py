@@ -74,8 +74,9 @@ class _Coordinates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *coefficients: Tensor) -> tuple[Any, ...]:
-        count, needed = len(ctx.saved_tensors) // 2, ctx.needs_input_grad[1:]
-        layers, metrics = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes them at every access
+        count, needed = len(saved) // 2, ctx.needs_input_grad[1:]
+        layers, metrics = saved[:count], saved[count:]
         of_layers: list[Tensor | None] = [None] * count
         of_metrics: list[Tensor | None] = [None] * count
         with torch.autocast(layers[0].device.type, enabled=False):

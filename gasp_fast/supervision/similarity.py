@@ -30,7 +30,7 @@ def mean_cosines(embeddings: Tensor | InMetric, matches: Matches) -> Tensor:
     index, dtype = matches.index, stack.dtype
     with torch.autocast(stack.device.type, enabled=False):
         scales = inverse_norms(stack, duals)  # [G, N]
-        some = (scales > 0) & (scales < 1 / NORM_FLOOR)  # others have no direction
+        some = (scales > NORM_FLOOR) & (scales < 1 / NORM_FLOOR)  # others have no direction
         inside = index.rows.in_sequence.to(torch.float32)  # [B, N]
         added = torch.bmm((inside * scales[:, None]).to(dtype), stack)  # [G, B, D]
         of_added = added if metric is None else added @ metric.to(dtype)

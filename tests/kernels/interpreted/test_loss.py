@@ -98,6 +98,18 @@ def test_a_nan_in_any_token_that_takes_part_reaches_the_loss(negatives, where):
     assert out.loss.isnan()
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_in_a_metric_a_zero_row_stays_finite_and_a_nan_reaches_the_loss(value):
+    problem = random_problem(0, [[9, 4, 1], [5, 7]], width=8, matches=20, metric=True)
+    embeddings, metric = problem.embeddings.float(), problem.metric.float()
+    embeddings[1, problem.matches.anchor[0]] = value
+    embeddings.requires_grad_()
+    out = gasp_fast.gasp_loss(gasp_fast.in_metric(embeddings, metric), problem.matches, backend="triton")
+    assert out.corr_per_layer.isnan().tolist() == [False, value != 0]
+    (gradient,) = torch.autograd.grad(out.loss, embeddings)
+    assert gradient.isfinite().all() == (value == 0)
+
+
 @pytest.mark.parametrize("depth", [1e18, 3e38])
 def test_the_largest_depth_is_a_number_and_a_larger_one_is_unknown(depth):
     offsets, anchor, target = torch.tensor([0, 4, 8, 11]), torch.tensor([2, 3]), torch.tensor([5, 9])
