@@ -41,7 +41,7 @@ def in_metric(embeddings: Tensor | Sequence[Tensor], metric: Tensor | Sequence[T
     """Embeddings [L, N, K] whose inner products are `e_i . metric e_k`; to be passed to `gasp_loss` in their place.
 
     `metric` is `W^T W` [L, K, K], symmetric, where the embeddings stand for `W e`. Both may be a single layer, or lists
-    of layers. Gradients of both are exact, and that of the metric is symmetric.
+    of layers. Both get their gradients. That of the metric is exact in its symmetric part, the only one that counts.
     """
     layers, metrics = checked_embeddings(embeddings), checked_embeddings(metric, "metric")
     if layers[0].dtype == torch.float16:

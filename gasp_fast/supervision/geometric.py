@@ -197,7 +197,7 @@ class SupervisedLayer(nn.Module):
         self.layer, self.head, self.reads, self.embeddings = layer, head, reads, embeddings
 
     @property
-    def in_metric(self) -> bool:
+    def compares_coordinates(self) -> bool:
         """Whether the loss takes the head's coordinates and their metric."""
         last = self.head.second
         embeddings = last.compute if self.embeddings is None else "bf16" if self.embeddings == torch.bfloat16 else ""
@@ -206,14 +206,14 @@ class SupervisedLayer(nn.Module):
     @property
     def width(self) -> int:
         last = self.head.second
-        return coordinates_width(last.in_features) if self.in_metric else last.out_features
+        return coordinates_width(last.in_features) if self.compares_coordinates else last.out_features
 
     def weights(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
 
     def forward(self, rows: Tensor) -> Compared:
         """Rows [N, hidden] to what the loss compares, of anchors and candidates alike."""
-        if self.in_metric:
+        if self.compares_coordinates:
             coordinates, metric = self.head.coordinates(rows)
             return Compared(coordinates[None], metric=metric[None])
         embeddings: Tensor = self.head(rows)

@@ -135,6 +135,6 @@ def test_no_tokens_give_every_weight_a_gradient_of_zero():
 )  # fmt: skip
 def test_coordinates_serve_wide_heads_in_bf16(compute, embeddings, out, expected):
     layer = SupervisedLayer(0, CorrespondenceHead(HIDDEN, MID, out, compute), "output", embeddings)
-    assert layer.in_metric is expected
+    assert layer.compares_coordinates is expected
     assert layer.width == (32 if expected else out)
     assert layer(torch.randn(5, HIDDEN)).embeddings.shape == (1, 5, layer.width)
