@@ -121,5 +121,6 @@ def _head_bytes(setup: TrainingSetup, tracked: int) -> tuple[float, float]:
     group = GROUP_BYTES // max(1, tracked * (hidden + out) * _residual_bytes(setup))
     layers = min(setup.supervised_layers, max(1, group))
     element = 2 if setup.head_precision == "bf16" else 4
-    at_work = layers * tracked * (element * (3.0 * hidden + 4.0 * middle) + 8.0 * out) + (128 << 20)
+    compared = 8.0 * out + 2.0 * setup.coordinates  # embeddings, their gradients in both types; duals
+    at_work = layers * tracked * (element * (3.0 * hidden + 4.0 * middle) + compared) + (128 << 20)
     return kept, at_work if setup.supervised_layers else 0.0
