@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, Scratch, Sizes
+from .blocks import Blocks, Scratch, Sizes, in_gradient
 from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, PartMemory, RowChunk
 from .products import Products
 from .replay import scratch
@@ -52,13 +52,15 @@ class Part:
     upstream: FrameUpstream | None = None  # gradients of `statistics`
     anchors: Tensor | None = None  # [G, r, D], of the block's
     chunks: dict[int, RowChunk] = field(default_factory=dict)  # by their first column; see `RowBlock.chunk`
-    gradients: dict[int, Tensor] = field(default_factory=dict)  # [G, r, c], of the block's `X`, by their first column
+    gradients: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [G, r, c], of the block's `X`: `gradient`
 
     def gradient(self, x: Tensor, columns: slice) -> Tensor:
-        """The rows of this part in the `X` of some columns, which has the same memory for all layers."""
-        found = self.gradients.get(columns.start)
+        """The rows of this part in the `X` of some columns. Only where `X` has memory of its own is that the same for
+        all layers."""
+        key = columns.start, int(x.storage_offset())
+        found = self.gradients.get(key)
         if found is None:
-            found = self.gradients[columns.start] = piece(x, 1, self.local)
+            found = self.gradients[key] = piece(x, 1, self.local)
         return found
 
     def boosted(self, values: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class Buffers:
     """Memory of a block, allocated once for a sequence. Smaller blocks use the beginning of it."""
 
     anchors: Tensor  # [G, R, D], in the type of the products
-    x: Tensor  # [G, R, c], in the type of the products; `similarity` itself where that is float32
+    x: Tensor | None  # [G, R, c], in the type of the products; `similarity` where that is float32; None: see `x_of`
     similarity: Tensor  # float32 [G, part, c]
     row_gradient: Tensor | None  # float32 [G, R, D]; in the memory of `similarity` where `Scratch` says so
     panel: Tensor | None  # float32 [G, panel, D], where `Scratch` says so; None where nothing needs it
@@ -86,11 +88,13 @@ class Buffers:
         begin = Scratch.of(sizes, blocks)
         block = scratch(like.new_empty(begin.size, dtype=torch.float32))
         anchors = scratch(like.new_empty((layers, rows, width), dtype=products.element))
-        x = similarity = block.as_strided((layers, blocks.part, columns), (blocks.part * columns, columns, 1))
+        similarity = block.as_strided((layers, blocks.part, columns), (blocks.part * columns, columns, 1))
         if not sizes.backward:
-            return Buffers(anchors, x, similarity, None, None, None)
+            return Buffers(anchors, None, similarity, None, None, None)
+        x: Tensor | None = similarity
         if sizes.element < 4:
-            x = scratch(like.new_empty((layers, rows, columns), dtype=products.element))
+            size = layers, rows, columns
+            x = None if in_gradient(sizes, blocks) else scratch(like.new_empty(size, dtype=products.element))
         strides = rows * width, width, 1
         row_gradient, panel = block.as_strided((layers, rows, width), strides, begin.row_gradient), None
         if blocks.panel and (blocks.folded or not sizes.wide):
@@ -100,6 +104,13 @@ class Buffers:
         if blocks.folded:
             rest = scratch(like.new_empty((layers, rows, sizes.rest_pitch), dtype=products.element))[..., : sizes.left]
         return Buffers(anchors, x, similarity, row_gradient, panel, rest)
+
+    def x_of(self, result: Tensor | None) -> Tensor:
+        """Where `X` is: without memory of its own, at the beginning of the gradient that is written last."""
+        if self.x is not None:
+            return self.x
+        assert result is not None
+        return result
 
     def part(self, group: LayerGroup, rows: slice, block: slice) -> Part:
         """Some rows of a block for the layers of `group`. Views and launches are prepared for the first group only."""

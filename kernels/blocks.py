@@ -13,7 +13,8 @@ added before the products: with half of the tokens anchors, that saves a quarter
 memory for the columns that are no rows, and passes over `X`, which are worth it unless the width is small.
 
 On a GPU such a block may be larger than the workspace, by as much as the accumulator of all tokens that it replaces:
-blocks that accumulate have that beside their workspace, so the peak of memory is no higher.
+blocks that accumulate have that beside their workspace, so the peak of memory is no higher. These, in turn, have `X` in
+the memory of the gradient itself, if it fits there: the gradient is written when the last block is done.
 
 Where `X` of all rows does not fit, each block adds to an accumulator of all tokens. A gradient product with few rows is
 slow then: it reads and writes the accumulator once for every block, which costs as much as the product itself at about
@@ -139,11 +140,17 @@ def blocks_for(sizes: Sizes, workspace: int) -> Blocks:
 def bytes_of(sizes: Sizes, blocks: Blocks) -> int:
     """Memory of a block: anchors, `X`, similarities, row gradients, the panel, and the columns that are no rows."""
     numbers = blocks.rows * sizes.width
-    if sizes.backward and sizes.element < 4:
+    if sizes.backward and sizes.element < 4 and not in_gradient(sizes, blocks):
         numbers += blocks.rows * blocks.columns
     if blocks.folded:
         numbers += blocks.rows * sizes.rest_pitch
     return blocks.layers * sizes.element * numbers + 4 * Scratch.of(sizes, blocks).size
+
+
+def in_gradient(sizes: Sizes, blocks: Blocks) -> bool:
+    """Whether `X` has the memory of the gradient, of the same type. Until the end, blocks accumulate elsewhere."""
+    accumulates = sizes.accumulator > 0 and sizes.element < 4 and (blocks.panel, blocks.layers) == (0, 1)
+    return accumulates and blocks.rows * blocks.columns <= sizes.tokens * sizes.width
 
 
 @lru_cache(maxsize=256)
@@ -179,7 +186,7 @@ def _blocks_on_gpu(sizes: Sizes, workspace: int) -> Blocks:
 
 def _cut_blocks(sizes: Sizes, workspace: int, square: Blocks) -> Iterator[Blocks]:
     """Blocks that are more or less square, with equal parts and equal cuts of the columns."""
-    for percent in (60, 70, 80, 90, 100, 120):
+    for percent in (60, 70, 80, 90, 100, 120, 160, 200):
         rows = min(sizes.rows, max(1, square.rows * percent // 100 // TILE_ROWS) * TILE_ROWS)
         for part in _parts(sizes, rows, most=4):
             without = bytes_of(sizes, Blocks(1, rows, part, 0))

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.agreement import EXACT, assert_agrees, run
+from support.agreement import EXACT, assert_agrees, judge, run
 from support.allocations import allocations
-from support.problems import problems, random_problem
+from support.half_products import HalfProducts
+from support.problems import problems, random_problem, relative_error
 
 import gasp_fast
-from gasp_fast.kernels import blocks, products, rows_torch
+from gasp_fast.kernels import block_memory, blocks, chunked, products, rows_torch
 from gasp_fast.kernels.chunked import ChunkedEngine
 from gasp_fast.kernels.engines import ENGINES
 
@@ -96,6 +97,31 @@ def test_one_block_of_all_rows_takes_no_more_memory_than_blocks_that_accumulate(
     assert workspace << 20 < of_one_block - embeddings.nbytes
     assert of_one_block <= peak()
     blocks._blocks_on_gpu.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [60, 25])
+def test_what_is_in_the_memory_of_the_gradient_disturbs_nothing(monkeypatch, dtype, columns):
+    """As on a GPU: `X` of one block after another, where the gradient is written at the end."""
+    HalfProducts.use(monkeypatch, dtype, multiprocessors=8)
+    use_reference(monkeypatch, 0)  # bytes; the blocks are these
+    monkeypatch.setattr(chunked, "blocks_for", lambda sizes, _: blocks.Blocks(1, 9, 4, min(columns, sizes.tokens)))
+    where = blocks.in_gradient
+    problem = random_problem(0, SEQUENCES, width=12, matches=40, layers=3)
+    used: list[bool] = []
+
+    def there(sizes, of):
+        used.append(where(sizes, of))
+        return used[-1]
+
+    results = []
+    for decided in (there, lambda *_: False):
+        monkeypatch.setattr(block_memory, "in_gradient", decided)
+        results.append(run(problem, problem.embeddings.to(dtype), "cpp")[:3])
+    assert used == [True, True]  # once for each sequence
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    truth = judge(problem, problem.embeddings.to(dtype))
+    assert relative_error(results[0][1], truth.embedding_gradient) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

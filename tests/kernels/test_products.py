@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.agreement import gradient_of, judge, leaves, run
+from support.half_products import HalfProducts
 from support.problems import random_problem, relative_error
 
 import gasp_fast
@@ -59,21 +60,11 @@ def test_the_bf16_unit_reads_embeddings_in_any_memory_layout(amx, layout, sequen
     assert torch.equal(*losses)
 
 
-class HalfProducts(Products):
-    """What a GPU does: 16-bit operands, float32 sums and results."""
-
-    def product(self, a, b, out, accumulate):
-        assert a.dtype == b.dtype == torch.float16
-        product = a.float() @ b.float()
-        out.add_(product) if accumulate else out.copy_(product)
-
-
 @pytest.mark.parametrize("fp16_products", [True, False])
 def test_float16_products_lose_no_small_gradient(monkeypatch, fp16_products):
     """As on a GPU: a mean over many matches of embeddings of norm 60 has gradients below float16's smallest number."""
     if fp16_products:
-        ways = HalfProducts(torch.float16, converts=False, wide_result=True)
-        monkeypatch.setattr(Products, "of", staticmethod(lambda embeddings: ways))
+        HalfProducts.use(monkeypatch, torch.float16)
     engine = ChunkedEngine(operations=rows_torch, workspace_bytes=20_000)
     monkeypatch.setitem(ENGINES, "cpp", lambda embeddings, workspace: engine)
     problem = random_problem(0, [[30, 7, 1, 22], [18, 25, 9]], width=36, matches=300, scale=10.0)
@@ -96,8 +87,7 @@ def test_a_loss_scale_keeps_small_float16_gradients_exact(monkeypatch, fp16_prod
     """The gradient of this mean is about 1e-6, where float16 has 4 bits. Training in float16 multiplies the loss by a
     large number first, and the gradient must then be as exact as float16 can be, although it was computed before."""
     if fp16_products:
-        ways = HalfProducts(torch.float16, converts=False, wide_result=True)
-        monkeypatch.setattr(Products, "of", staticmethod(lambda embeddings: ways))
+        HalfProducts.use(monkeypatch, torch.float16)
     engine = ChunkedEngine(operations=rows_torch, workspace_bytes=20_000)
     monkeypatch.setitem(ENGINES, "cpp", lambda embeddings, workspace: engine)
     problem = random_problem(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.agreement import in_given_metric
+from support.half_products import HalfProducts
 from support.problems import random_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,6 +83,19 @@ def test_repeated_layers_have_the_same_bits(
     for replays in (False, True):
         use_engine(monkeypatch, workspace, replays)
         found.append(results(problem, dtype, device, **loss_options))
+    assert repeated == [1, 2] * len(SEQUENCES)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("columns", [100, 4])
+def test_layers_with_x_in_the_memory_of_their_gradients_have_the_same_bits(monkeypatch, repeated, device, columns):
+    HalfProducts.use(monkeypatch, torch.bfloat16, multiprocessors=8)
+    engines = {again: ChunkedEngine(operations=rows_triton, workspace_bytes=0, replays=again) for again in (0, 1)}
+    monkeypatch.setattr(chunked, "blocks_for", lambda sizes, _: Blocks(1, 3, 2, min(columns, sizes.tokens)))
+    problem, found = random_problem(0, SEQUENCES, width=8, matches=12, layers=LAYERS), []
+    for engine in engines.values():
+        monkeypatch.setitem(ENGINES, "triton", lambda embeddings, mib, engine=engine: engine)
+        found.append(results(problem, torch.bfloat16, device))
     assert repeated == [1, 2] * len(SEQUENCES)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
