@@ -36,7 +36,7 @@ phase() {
 bench() { phase "$1" "$2" python3 -c 'from gasp_fast.cli import main; main()' bench --out "$out/$1" "${@:3}"; }
 
 # All files with gpu tests. Others cannot be collected on a machine without the packages of `.[dev]`.
-test_files="tests/loss/test_gpu.py tests/supervision/test_heads.py"
+test_files="tests/loss/test_gpu.py tests/supervision/test_heads.py tests/supervision/test_coordinates.py"
 if python3 -c 'import omegaconf' 2>/dev/null; then
   test_files="$test_files tests/backbones/test_vision_layers.py tests/g2vlm/test_model.py tests/gpu"
 else

@@ -58,15 +58,15 @@ def truth(head, hidden, matches):
     return gradients(naive_loss(e[None], matches).loss, head, hidden), e.detach()
 
 
-def of_route(head, hidden, matches, coordinates, monkeypatch):
-    hidden = hidden.clone().requires_grad_()
+def of_route(head, hidden, matches, coordinates, monkeypatch, backend="cpp"):
+    hidden = hidden.detach().clone().requires_grad_()
     monkeypatch.setattr(heads, "WIDER", 1.5 if coordinates else 1e9)
     compared = SupervisedLayer(0, head, "output", None)(hidden)
     assert (compared.metric is not None) == coordinates
     embeddings = compared.embeddings
     if compared.metric is not None:
         embeddings = gasp_fast.in_metric(embeddings, compared.metric)
-    out = gasp_fast.gasp_loss(embeddings, matches, backend="cpp")
+    out = gasp_fast.gasp_loss(embeddings, matches, backend=backend)
     return gradients(out.loss, head, hidden), mean_cosines(embeddings, matches)
 
 
@@ -84,7 +84,7 @@ def test_coordinates_have_the_inner_products_of_the_embeddings(centred):
 @pytest.mark.parametrize("centred", [False, True])
 def test_gradients_by_coordinates_are_as_exact_as_by_embeddings(monkeypatch, centred):
     head, hidden, matches = problem(centred)
-    (exact, e), unit = truth(head, hidden, matches), None
+    exact, e = truth(head, hidden, matches)
     ours, cosine = of_route(head, hidden, matches, True, monkeypatch)
     usual, usual_cosine = of_route(head, hidden, matches, False, monkeypatch)
     for name, a, b, c in zip(["loss", "hidden", "W1", "b1", "W2", "b2"], ours, usual, exact, strict=True):
@@ -92,6 +92,19 @@ def test_gradients_by_coordinates_are_as_exact_as_by_embeddings(monkeypatch, cen
     unit = torch.nn.functional.normalize(e, dim=1)
     expected = (unit.sum(0).square().sum() - TOKENS) / (TOKENS * (TOKENS - 1))
     assert abs(float(cosine - expected)) < 0.01 and abs(float(cosine - usual_cosine)) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("centred", [False, True])
+def test_gradients_by_coordinates_are_as_exact_on_a_gpu(monkeypatch, centred):
+    head, hidden, matches = problem(centred, tokens=1536)
+    exact, _ = truth(head, hidden, matches)
+    on_gpu = copy.deepcopy(head).cuda(), hidden.cuda(), matches.to("cuda")
+    ours, _ = of_route(*on_gpu, True, monkeypatch, "triton")
+    usual, _ = of_route(*on_gpu, False, monkeypatch, "triton")
+    for name, a, b, c in zip(["loss", "hidden", "W1", "b1", "W2", "b2"], ours, usual, exact, strict=True):
+        assert relative_error(a.cpu(), c) <= 2 * relative_error(b.cpu(), c) + torch.finfo(BF16).eps, name
 
 
 def test_supervision_by_coordinates_is_supervision_by_embeddings(monkeypatch):
