@@ -26,8 +26,8 @@ class Lasting:
 
 @pytest.fixture(scope="session", autouse=INTERPRETED)
 def language_is_replaced_once() -> Iterator[None]:
-    """At each launch, and at each call of a function in a kernel, the interpreter replaces all of `triton.language` that
-    the function sees, and puts it back after the launch. That takes longer than the kernels. Here it stays replaced."""
+    """At each launch, and at each call of a function in a kernel, the interpreter replaces all of `triton.language`
+    that the function sees, and puts it back after the launch. That takes longer than the kernels. Here it stays."""
     interpreter = import_module("triton.runtime.interpreter")
     replace, seen = interpreter._patch_lang, set()
 
