@@ -32,7 +32,7 @@ def install():
     paths = sysconfig.get_paths(vars={"base": str(ENVIRONMENT), "platbase": str(ENVIRONMENT)})
     Path(paths["purelib"], "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     wanted = [package.strip("'") for package in PACKAGES if not package.startswith("'transformers")]
-    command = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "-q", *wanted]
+    command = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "-q", "--no-compile", *wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     if done.returncode:
         pytest.skip(f"lmms-eval cannot be installed here: {done.stderr.strip().splitlines()[-1][:200]}")

@@ -3,7 +3,7 @@
 The host functions run on CPU tensors, but each launch is replaced by a compilation with the arguments, switches and
 tile of that launch. Must run without TRITON_INTERPRET.
 
-    python product_statistics_aot_report.py bfloat16,3584
+    python product_statistics_aot_report.py bfloat16,3584 …     element type, width
 """
 
 import json
@@ -64,5 +64,7 @@ if __name__ == "__main__":
     product_statistics.launch = compile_instead  # type: ignore[assignment]
     product_statistics.inverse_norms = rows_torch.inverse_norms  # type: ignore[assignment]
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # IEEE float32 has no tensor core
-    name, embedding_width = sys.argv[1].split(",")
-    every_launch(getattr(torch, name), int(embedding_width))
+    for case in sys.argv[1:]:
+        name, embedding_width = case.split(",")
+        print(json.dumps({"case": case}))
+        every_launch(getattr(torch, name), int(embedding_width))

@@ -1,28 +1,30 @@
 """The forward pass that stores no similarities compiles for Hopper as it is launched: tensor cores, no spills."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.ahead_of_time import reports_by_case
 
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent / "product_statistics_aot_report.py"
 
 
+CASES = ("bfloat16,3584", "float16,3584", "float32,3584", "bfloat16,4096", "bfloat16,256", "float32,256")
+
+
+@pytest.fixture(scope="module")
+def reports_of() -> dict[str, list[dict[str, Any]]]:
+    """By case, from one process: each would import torch and Triton anew."""
+    return reports_by_case(SCRIPT, CASES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["bfloat16,3584", "float16,3584", "float32,3584", "bfloat16,4096", "bfloat16,256", "float32,256"]
-)
-def test_the_product_compiles_for_hopper_without_spills(case: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(SCRIPT), case], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.mark.parametrize("case", CASES)
+def test_the_product_compiles_for_hopper_without_spills(reports_of: dict[str, list[dict[str, Any]]], case: str) -> None:
+    reports = reports_of[case]
+    print(reports)
     products = [report for report in reports if report["kernel"] == "product_statistics"]
     assert len(products) == 7
     for report in products:

@@ -1,12 +1,10 @@
 """Every row kernel compiles for Hopper as it is launched, does not spill, and costs few instructions."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.ahead_of_time import reports_by_case
 
 pytest.importorskip("triton")
 
@@ -19,26 +17,23 @@ SINGLE = {"terms_of_points"}  # twelve corners of one point: 168 registers leave
 # bound by its memory: 132 x 128 lanes at 1.7 GHz, 4 bytes read for each similarity. With frames that begin anywhere the
 # gradient of two rows has more than that of four, but is faster (rows_triton).
 MOST = {4: 18, 2: 21, 1: 25}
+CASES = (  # element type, width, tokens of a frame
+    "bfloat16,3584,256", "float16,1000,256", "float32,40,256",
+    "bfloat16,16384,256", "bfloat16,64,646", "bfloat16,64,75",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports_of() -> dict[str, list[dict[str, Any]]]:
+    """By case, from one process: what cases have in common is compiled once."""
+    return reports_by_case(SCRIPT, CASES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",  # element type, width, tokens of a frame
-    [
-        "bfloat16,3584,256",
-        "float16,1000,256",
-        "float32,40,256",
-        "bfloat16,16384,256",
-        "bfloat16,64,646",
-        "bfloat16,64,75",
-    ],
-)
-def test_kernels_compile_for_hopper_without_spills(case: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(SCRIPT), case], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
-    print(done.stdout)
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile_for_hopper_without_spills(reports_of: dict[str, list[dict[str, Any]]], case: str) -> None:
+    reports = reports_of[case]
+    print(reports)
     assert {report["kernel"] for report in reports} == KERNELS
     for report in reports:
         assert report["spill_bytes"] == 0, report

@@ -3,7 +3,7 @@
 The host functions run on CPU tensors of real shapes, but each launch is replaced by a compilation with exactly the
 arguments, constants and tile of that launch. Must run without TRITON_INTERPRET.
 
-    python triton_aot_report.py bfloat16,3584,256     element type, width, tokens of a frame
+    python triton_aot_report.py bfloat16,3584,256 …     element type, width, tokens of a frame
 """
 
 import json
@@ -118,5 +118,7 @@ if __name__ == "__main__":
     for module in (rows_triton, match_means, scaling, surfaces):
         module.launch = compile_instead  # type: ignore[attr-defined]
     scaling.INTERPRETED = surfaces.INTERPRETED = True  # tensors of the CPU count as those of a GPU
-    name, width, per_frame = sys.argv[1].split(",")
-    every_launch(getattr(torch, name), int(width), int(per_frame))
+    for case in sys.argv[1:]:
+        name, width, per_frame = case.split(",")
+        print(json.dumps({"case": case}))
+        every_launch(getattr(torch, name), int(width), int(per_frame))

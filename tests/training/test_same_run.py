@@ -23,13 +23,25 @@ from gasp_fast.training.config import TrainConfig
 from gasp_fast.training.gasp import RULES
 
 
+@pytest.fixture(scope="module")
+def folder_of_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("stopped")
+
+
 @pytest.fixture
-def run(config, tmp_path, capsys):
-    """A run of 4 steps that stopped at 2. Returns its folder, and what continues it with overrides."""
-    settings = config(mixed=True, train={"steps": 4, "warmup": 0.5}, run={"save_every": 2})
-    train(settings)
-    out = Path(settings.run.out)
-    shutil.rmtree(out / "checkpoint-4")
+def run(config, folder_of_run, tmp_path, capsys):
+    """A run of 4 steps that stopped at 2. Returns its folder, and what continues it with overrides.
+
+    It is trained once. Each test gets a copy in the same folder, whose name is part of the run's configuration.
+    """
+    out, kept = folder_of_run / "run", folder_of_run / "kept"
+    settings = config(mixed=True, train={"steps": 4, "warmup": 0.5}, run={"save_every": 2, "out": str(out)})
+    if not kept.exists():
+        train(settings)
+        shutil.rmtree(out / "checkpoint-4")
+        shutil.copytree(out, kept, symlinks=True)
+    shutil.rmtree(out)
+    shutil.copytree(kept, out, symlinks=True)
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(settings))
     capsys.readouterr()
@@ -323,10 +335,10 @@ def test_epochs_that_give_the_same_steps_are_no_change(run):
     assert status == 0 and "from step" not in printed, printed
 
 
-def test_weight_decay_that_is_allowed_is_applied(run):
+def test_weight_decay_that_is_allowed_is_applied(run, tmp_path):
     """Head biases and other vectors are not decayed; matrices shrink."""
     out, again = run
-    whole = shutil.copytree(out, out.with_name("whole"), symlinks=True)
+    whole = shutil.copytree(out, tmp_path / "whole", symlinks=True)
     assert again()[0] == 0
     plain = load_file(out / "checkpoint-4" / "heads.safetensors")
     shutil.rmtree(out)

@@ -5,6 +5,9 @@ run without a GPU this folder collects nothing, and `../test_triton_interpreted.
 """
 
 import os
+from collections.abc import Iterator
+from importlib import import_module
+from types import FunctionType
 
 import pytest
 import torch
@@ -12,6 +15,32 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_A_CPU = ["test_loss.py", "test_product_statistics.py", "test_rows.py"]  # tensors of a CPU
 collect_ignore_glob = [] if INTERPRETED else ON_A_CPU if torch.cuda.is_available() else ["test_*.py"]
+
+
+class Lasting:
+    """Of a replacement that is never taken back."""
+
+    def restore(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETED)
+def language_is_replaced_once() -> Iterator[None]:
+    """At each launch, and at each call of a function in a kernel, the interpreter replaces all of `triton.language`
+    that the function sees, and puts it back after the launch. That takes longer than the kernels. Here it stays."""
+    interpreter = import_module("triton.runtime.interpreter")
+    replace, seen = interpreter._patch_lang, set()
+
+    def replace_once(function: FunctionType) -> Lasting:
+        module = function.__module__
+        if module not in seen:
+            seen.add(module)
+            replace(function)
+        return Lasting()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
 
 
 @pytest.fixture
