@@ -51,6 +51,7 @@ def result(out: Path) -> dict[str, Any]:
 # ---- a run on small shapes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_every_case_is_measured_or_gives_the_reason(result: dict[str, Any], out: Path) -> None:
     cases = [case for group in step_cases.groups("tiny") for case in group]
     assert [record["name"] for record in result["cases"]] == [case.name for case in cases]
@@ -73,6 +74,7 @@ def essential(result: dict[str, Any], family: str) -> tuple[dict[str, Any], ...]
     return with_geometry, trainer, plain
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("family", SIZES_7B)
 def test_our_step_and_the_trainers_see_the_same_sequences(result: dict[str, Any], family: str) -> None:
     ours, trainer, plain = essential(result, family)
@@ -81,6 +83,7 @@ def test_our_step_and_the_trainers_see_the_same_sequences(result: dict[str, Any]
     assert len(ours["all_seconds"]) == len(trainer["all_seconds"]) == len(plain["all_seconds"])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("family", SIZES_7B)
 def test_the_kernels_that_ran_are_recorded(result: dict[str, Any], family: str) -> None:
     ours, trainer, _ = essential(result, family)
