@@ -212,8 +212,11 @@ class SupervisedLayer(nn.Module):
         return list(self.head.parameters())
 
     def forward(self, rows: Tensor) -> Compared:
-        """Rows [N, hidden] to what the loss compares, of anchors and candidates alike."""
-        if self.compares_coordinates:
+        """Rows [N, hidden] to what the loss compares, of anchors and candidates alike.
+
+        Of few tokens that is the embeddings: the metric, a product of W with itself, would take longer than it saves.
+        """
+        if self.compares_coordinates and len(rows) >= self.head.second.out_features:
             coordinates, metric = self.head.coordinates(rows)
             return Compared(coordinates[None], metric=metric[None])
         embeddings: Tensor = self.head(rows)

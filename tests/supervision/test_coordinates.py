@@ -13,7 +13,7 @@ from gasp_fast.supervision.geometric import GeometricSupervision, SupervisedLaye
 from gasp_fast.supervision.heads import CorrespondenceHead, CorrespondenceHeads
 from gasp_fast.supervision.similarity import mean_cosines
 
-HIDDEN, MID, OUT, TOKENS = 48, 31, 128, 96
+HIDDEN, MID, OUT, TOKENS = 48, 31, 128, 160
 BF16 = torch.bfloat16
 
 
@@ -150,4 +150,5 @@ def test_coordinates_serve_wide_heads_in_bf16(compute, embeddings, out, expected
     layer = SupervisedLayer(0, CorrespondenceHead(HIDDEN, MID, out, compute), "output", embeddings)
     assert layer.compares_coordinates is expected
     assert layer.width == (32 if expected else out)
-    assert layer(torch.randn(5, HIDDEN)).embeddings.shape == (1, 5, layer.width)
+    assert layer(torch.randn(out, HIDDEN)).embeddings.shape == (1, out, layer.width)
+    assert layer(torch.randn(out - 1, HIDDEN)).embeddings.shape == (1, out - 1, out)  # too few tokens for a metric
