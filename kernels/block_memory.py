@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +17,6 @@ from .blocks import Blocks, Scratch, Sizes, in_gradient
 from .chunk import ChunkMatches, FrameStatistics, FrameUpstream, PartMemory, RowChunk
 from .products import Products
 from .replay import scratch
-
-if TYPE_CHECKING:
-    from .row_block import LayerGroup
 
 
 @dataclass(frozen=True)
@@ -112,16 +108,16 @@ class Buffers:
         assert result is not None
         return result
 
-    def part(self, group: LayerGroup, rows: slice, block: slice) -> Part:
-        """Some rows of a block for the layers of `group`. Views and launches are prepared for the first group only."""
-        layers = group.layers.stop - group.layers.start
+    def part(self, of_layers: slice, frames: int, boost: Tensor | None, rows: slice, block: slice) -> Part:
+        """Some rows of a block for these layers. Views and launches are prepared for the first ones only."""
+        layers = of_layers.stop - of_layers.start
         part = self.parts.get((layers, rows.start, rows.stop))
         if part is None:
             local = slice(rows.start - block.start, rows.stop - block.start)
             memory = self.of_part.setdefault((layers, local.start, local.stop), PartMemory())
-            part = Part(group.layers, rows, local, group.sequence.frame_count, group.boost, memory)
+            part = Part(of_layers, rows, local, frames, boost, memory)
             self.parts[layers, rows.start, rows.stop] = part
-        part.layers, part.boost = group.layers, group.boost
+        part.layers, part.boost = of_layers, boost
         part.statistics = part.upstream = None
         return part
 

@@ -110,7 +110,8 @@ class LayerGroup:
             if self.products.normalised:
                 anchors.copy_(normalised(anchors, norms))
         scale = torch.ones_like(norms) if self.products.normalised else norms
-        parts = [buffers.part(self, part, rows) for part in slices(rows.start, rows.stop, blocks.part)]
+        whose = self.layers, self.sequence.frame_count, self.boost
+        parts = [buffers.part(*whose, part, rows) for part in slices(rows.start, rows.stop, blocks.part)]
         row_gradient = None
         if buffers.row_gradient is not None:
             row_gradient = shaped(buffers.row_gradient, groups, count, width)

@@ -10,7 +10,8 @@ addition are two):
     lm head         2 x labelled tokens x hidden x vocabulary        (only labelled tokens get logits)
     heads           2 N x weights of the heads                      (of their first matrices, with coordinates)
     geometric loss  2 A N x width x supervised layers                (one product; two more are its backward)
-                    2 N x width^2 x supervised layers on top, with coordinates: their duals (`loss/metric.py`)
+                    2 N x width^2 x supervised layers on top, with coordinates: their duals (`loss/metric.py`);
+                    micro-batches are taken to have enough tokens for these (`supervision/heads.py`)
 
 Backward costs once the forward where weights are frozen (only the input's gradient is computed), twice where they are
 trained, and in attention. A frozen vision tower has no backward. Forward and backward are the model FLOPs, and all

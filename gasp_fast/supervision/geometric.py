@@ -35,7 +35,7 @@ from gasp_fast.loss.function import gasp_loss
 from gasp_fast.loss.matches import Matches
 from gasp_fast.loss.metric import in_metric
 
-from .heads import CorrespondenceHead, CorrespondenceHeads, by_coordinates, coordinates_width
+from .heads import CorrespondenceHead, CorrespondenceHeads, by_coordinates, coordinates_width, fewest_tokens
 from .layer_capture import HeadInput, LayerCapture, normed
 from .live_projections import Compared, LiveProjections
 from .similarity import mean_cosines
@@ -177,8 +177,9 @@ class SupervisedLayers(nn.ModuleDict):
     def _groups(
         self, layers: Sequence[SupervisedLayer | LiveProjections], states: Sequence[Tensor], tokens: int
     ) -> Iterator[slice]:
-        """Neighbours of one kind and width, in as few groups as fit `group_bytes`, about equal, none of them empty."""
-        for (_, width), same in groupby(range(len(layers)), key=lambda at: (type(layers[at]), layers[at].width)):
+        """Neighbours of one kind and size, in as few groups as fit `group_bytes`, about equal, none of them empty."""
+        kinds = [(type(layer), layer.sizes, layer.width) for layer in layers]
+        for (*_, width), same in groupby(range(len(layers)), key=kinds.__getitem__):
             first, *others = same
             count, end = 1 + len(others), first + 1 + len(others)
             bytes_ = tokens * (states[first].shape[-1] + width) * states[first].element_size()  # of one layer
@@ -199,24 +200,27 @@ class SupervisedLayer(nn.Module):
     @property
     def compares_coordinates(self) -> bool:
         """Whether the loss takes the head's coordinates and their metric."""
-        last = self.head.second
-        embeddings = last.compute if self.embeddings is None else "bf16" if self.embeddings == torch.bfloat16 else ""
-        return by_coordinates(last.in_features, last.out_features, last.compute, embeddings)
+        compute = self.head.second.compute
+        embeddings = compute if self.embeddings is None else "bf16" if self.embeddings == torch.bfloat16 else ""
+        return by_coordinates(*self.sizes, compute, embeddings)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Inner and outer width of the head. Only layers of the same sizes share a call of the loss."""
+        return self.head.second.in_features, self.head.second.out_features
 
     @property
     def width(self) -> int:
-        last = self.head.second
-        return coordinates_width(last.in_features) if self.compares_coordinates else last.out_features
+        """Of what the loss compares."""
+        inner, outer = self.sizes
+        return coordinates_width(inner) if self.compares_coordinates else outer
 
     def weights(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
 
     def forward(self, rows: Tensor) -> Compared:
-        """Rows [N, hidden] to what the loss compares, of anchors and candidates alike.
-
-        Of few tokens that is the embeddings: the metric, a product of W with itself, would take longer than it saves.
-        """
-        if self.compares_coordinates and len(rows) >= self.head.second.out_features:
+        """Rows [N, hidden] to what the loss compares, of anchors and candidates alike. Of few it is the embeddings."""
+        if self.compares_coordinates and len(rows) >= fewest_tokens(*self.sizes):
             coordinates, metric = self.head.coordinates(rows)
             return Compared(coordinates[None], metric=metric[None])
         embeddings: Tensor = self.head(rows)

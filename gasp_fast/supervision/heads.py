@@ -85,6 +85,13 @@ def by_coordinates(mid_size: int, out_size: int, compute: str, embeddings: str) 
     return compute == embeddings == "bf16" and out_size >= WIDER * coordinates_width(mid_size)
 
 
+def fewest_tokens(mid_size: int, out_size: int) -> float:
+    """From how many tokens on coordinates save more than their metric costs: `D K^2` operations, against `K (D - K)` of
+    each token in the head's second product. What the loss saves is not counted."""
+    width = coordinates_width(mid_size)
+    return out_size * width / (out_size - width)
+
+
 class CorrespondenceHead(nn.Module):
     """Linear -> GELU -> Linear, `hidden_size -> mid_size -> out_size`.
 

@@ -66,6 +66,11 @@ class LiveProjections(nn.Module):
         return sum(projection.out_features for projection in self._projections)
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Only layers of the same sizes share a call of the loss."""
+        return self.width, self.parts
+
+    @property
     def parts(self) -> int:
         """Losses of which the layer's is the mean."""
         groups = self.kind == "qk" and self.heads == "groups"

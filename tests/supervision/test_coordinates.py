@@ -150,5 +150,16 @@ def test_coordinates_serve_wide_heads_in_bf16(compute, embeddings, out, expected
     layer = SupervisedLayer(0, CorrespondenceHead(HIDDEN, MID, out, compute), "output", embeddings)
     assert layer.compares_coordinates is expected
     assert layer.width == (32 if expected else out)
-    assert layer(torch.randn(out, HIDDEN)).embeddings.shape == (1, out, layer.width)
-    assert layer(torch.randn(out - 1, HIDDEN)).embeddings.shape == (1, out - 1, out)  # too few tokens for a metric
+    enough = 96 if out == 48 else 43  # 48 x 32 / (48 - 32), 128 x 32 / (128 - 32)
+    assert layer(torch.randn(enough, HIDDEN)).embeddings.shape == (1, enough, layer.width)
+    assert layer(torch.randn(enough - 1, HIDDEN)).embeddings.shape == (1, enough - 1, out)
+
+
+def test_coordinates_as_wide_as_a_neighbours_embeddings_have_a_call_of_their_own():
+    _, hidden, matches = problem(centred=False)
+    both = {0: CorrespondenceHead(HIDDEN, MID, OUT, "bf16"), 1: CorrespondenceHead(HIDDEN, 40, 32, "bf16")}
+    supervision = GeometricSupervision(CorrespondenceHeads(both))
+    assert {layer.width for layer in supervision.by_layer.supervised} == {32}
+    capture = supervision.capture([torch.nn.Identity()] * 2, torch.nn.Identity())
+    capture.hidden = lambda layer, read=None: hidden[None]
+    assert supervision(capture, torch.arange(TOKENS), matches)["corr"].shape == (2,)
