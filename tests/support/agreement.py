@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -127,8 +127,10 @@ def natural_sizes(problem: Problem, reduction: str = "mean") -> dict[str, float]
 
 
 def assert_agrees(problem: Problem, dtype: torch.dtype, tolerance: float, backend: str, **options) -> None:
-    if problem.metric is not None and dtype == torch.float16:
-        dtype = torch.bfloat16  # duals would leave the range of float16
+    if dtype.itemsize == 2:
+        # Duals are rounded, as longer embeddings would be. No fixed bound holds then, but that of dense arithmetic:
+        # `test_error_is_at_most_twice_that_of_dense_arithmetic_in_the_same_type`.
+        problem = replace(problem, metric=None)
     rounded = problem.embeddings.to(dtype)
     truth = judge(problem, rounded, **options)
     loss, embedding_gradient, temperature_gradient, out = run(problem, rounded, backend, **options)
