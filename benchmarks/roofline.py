@@ -141,7 +141,7 @@ def predict(
     for work in trace.work:
         name, seconds = time_of(work, cache.touch(work), device, constants, case)
         shares[name] += seconds
-    shares["gaps"] = len(trace.work) * constants.torch.gap * 1e-6
+    shares["pauses"] = constants.pause.seconds(len(trace.work))
     host = _host_time(trace)
     total = max(sum(shares.values()), host)
     targets = TARGETS if case.backward else FORWARD_TARGETS
@@ -173,7 +173,8 @@ def time_of(work: Work, cached: float, device: Device, constants: Constants, cas
     passes = -(-work.numbers // (work.programs * work.tile.rows * work.tile.columns))
     if work.name == "scale" and case.upstream == 1:  # each program reads that number and ends
         code, moved, cached = replace(code, loop=0, outside=0), 0, 0
-    return work.name, model.row_time(constants.row, device, work.programs, passes, code, moved - cached, cached)
+    seconds = model.row_time(constants.row, device, work.programs, passes, code, moved - cached, cached)
+    return work.name, seconds + (constants.row.chain * 1e-6 if work.name == model.CHAINED else 0)
 
 
 def _host_time(trace: Trace) -> float:
@@ -238,7 +239,7 @@ def traced(name: str, workspace: int, backward: bool, fused: bool) -> Trace:
 
 
 def print_fit(fit: model.Fit, checks: dict[str, dict[str, float]]) -> None:
-    print("Constants fitted to benchmarks/results/h200-2026-11-26; model against measurement:")
+    print("Constants fitted to h200-2026-11-26 and h200-2026-11-27 in benchmarks/results; model against measurement:")
     for group, residuals in fit.residuals.items():
         largest = max(residuals, key=lambda name: abs(residuals[name]))
         print(f"  {group:14s} {len(residuals):3d} values, rms {fit.rms(group):.1%}, ", end="")

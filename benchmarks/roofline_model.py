@@ -1,13 +1,16 @@
 """How long a piece of work takes on a GPU: formulas with few constants, fitted to what an H200 measured.
 
     product        computing: its result is cut into tiles, as many as there are multiprocessors at once; the cost of a
-                   tile is its inner dimension and a start. Moving: its operands and results.
+                   tile is its inner dimension and a start. Where tiles are few, the library divides the inner dimension
+                   and adds up the parts. Moving: its operands and results.
     row kernel     issuing its instructions; moving what it reads and writes; waiting, once for each pass of its loop
     torch kernel   moving what it reads and writes
 
 The parts of one kernel overlap, but not fully: their times are added as a norm, `(a^p + b^p)^(1/p)`, with a fitted `p`
-(1 is a sum, infinity the largest). `fitted` reads the measurements of
-`benchmarks/results/h200-2026-11-26` and returns the constants with the residual of every measurement.
+(1 is a sum, infinity the largest). `fitted` reads the measurements of two days and returns the constants with the
+residual of every measurement: `results/h200-2026-11-26`, an earlier design and bare products, and `kernels.json` of
+`results/h200-2026-11-27`, the kernels of the present one. Products of the second day are compared with each other, within
+a run: the clock of a GPU depends on what it has done before, by a tenth and more.
 """
 
 from __future__ import annotations
@@ -16,15 +19,20 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-MEASURED = Path(__file__).parent / "results" / "h200-2026-11-26"
+RESULTS = Path(__file__).parent / "results"
+MEASURED, KERNELS = RESULTS / "h200-2026-11-26", RESULTS / "h200-2026-11-27" / "kernels.json"
 WARP = 32
+CHAINED = "loss_terms"
 ISSUED = 4  # instructions of warps that a multiprocessor starts in one cycle
-# Tiles of cuBLAS on sm_90; the fastest for a product is taken.
-TILES = ((128, 256), (256, 128), (192, 192), (256, 144), (256, 112), (192, 128), (128, 192), (128, 128), (64, 128))
+# Tiles of cuBLAS on sm_90, and in how many parts it may divide the inner dimension; the fastest for a product is taken.
+TILES = ((128, 256), (256, 128), (192, 192), (256, 144), (256, 112), (192, 128), (128, 192), (128, 160), (128, 128),
+         (64, 128))  # fmt: skip
+DIVISIONS, LEAST_INNER = (1, 2, 3, 4, 6, 8), 256
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,7 @@ class Device:
     cache_bandwidth: float = 5.5e12
 
 
-# Thirteen measurements of row kernels do not determine more than three constants. The others are set: the norm is that
-# of the products, and three quarters of the cache hold what the last kernels touched.
-ROW_NORM, CACHE_SHARE = 1.4, 0.75
+CACHE_SHARE = 0.75  # of the cache holds what the last kernels touched
 
 # The H200 copied 4.28 TB/s. An H100 has the same multiprocessors and .70 of the memory's bandwidth.
 H200 = Device("H200", 4.28e12, 60e6)
@@ -61,6 +67,9 @@ class RowConstants:
     gigahertz: float  # cycles that start `ISSUED` instructions
     latency: float  # microseconds of a pass of the main loop while nothing else runs
     launch: float  # microseconds
+    chain: float  # microseconds of `loss_terms` beside that: it waits for loads that need each other
+    bandwidth: float  # of reading, relative to that of a copy
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,17 @@ class TorchConstants:
 
     copy: float  # kernels that read and write vectors: gather, copy, fill
     scattered: float  # kernels that do not: adding rows, multiplying by a number on the device
+
+
+@dataclass(frozen=True)
+class PauseConstants:
+    """When no kernel runs, though the host is fast enough."""
+
     gap: float  # microseconds between two kernels
+    call: float  # milliseconds of a call, at its begin and end
+
+    def seconds(self, kernels: int) -> float:
+        return 1e-3 * self.call + 1e-6 * self.gap * kernels
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,7 @@ class Constants:
     product: ProductConstants
     row: RowConstants
     torch: TorchConstants
+    pause: PauseConstants
 
 
 def product_time(
@@ -84,16 +104,28 @@ def product_time(
     batch: int = 1, element: int = 2,
 ) -> float:  # fmt: skip
     """Seconds of `batch` products [m, k] x [k, n]."""
+    operands, result = element * (m * k + n * k), out_bytes * m * n * (2 if accumulate else 1)
+    fastest = math.inf
+    for parts in DIVISIONS:
+        if parts > 1 and k < parts * LEAST_INNER:
+            break
+        partial = 8 * parts * m * n if parts > 1 else 0  # float32, written and read
+        moving = batch * (operands + result + partial) / (device.bandwidth * constants.bandwidth)
+        computing = _computing_time(constants, device, m, n, k / parts, batch * parts)
+        launches = 1 if parts == 1 else 2
+        fastest = min(fastest, together(constants.norm, computing, moving) + launches * constants.launch * 1e-6)
+    return fastest
+
+
+def _computing_time(constants: ProductConstants, device: Device, m: int, n: int, k: float, batch: int) -> float:
     rate = constants.teraflops * 1e12 / device.multiprocessors
-    computing = math.inf
+    fastest = math.inf
     for rows, columns in TILES:
         exact = batch * math.ceil(m / rows) * math.ceil(n / columns) / device.multiprocessors
         waves = max(1.0, constants.quantum * math.ceil(exact) + (1 - constants.quantum) * exact)
         slower = 1 + constants.edge * (1 / rows + 1 / columns)
-        computing = min(computing, waves * slower * 2 * rows * columns * (k + constants.start) / rate)
-    moved = batch * (element * (m * k + n * k) + out_bytes * m * n * (2 if accumulate else 1))
-    moving = moved / (device.bandwidth * constants.bandwidth)
-    return together(constants.norm, computing, moving) + constants.launch * 1e-6
+        fastest = min(fastest, waves * slower * 2 * rows * columns * (k + constants.start) / rate)
+    return fastest
 
 
 def row_time(
@@ -109,10 +141,10 @@ def row_time(
     loop, outside, warps, resident = (getattr(code, name) for name in ("loop", "outside", "warps", "resident"))
     instructions = programs * warps * (outside + passes * loop)
     issuing = instructions / (ISSUED * device.multiprocessors * constants.gigahertz * 1e9)
-    moving = memory_bytes / device.bandwidth + cache_bytes / device.cache_bandwidth
+    moving = memory_bytes / (device.bandwidth * constants.bandwidth) + cache_bytes / device.cache_bandwidth
     waves = math.ceil(programs / (device.multiprocessors * resident))
     waiting = waves * passes * constants.latency * 1e-6
-    return together(ROW_NORM, issuing, moving, waiting) + constants.launch * 1e-6
+    return together(constants.norm, issuing, moving, waiting) + constants.launch * 1e-6
 
 
 def torch_time(constants: TorchConstants, device: Device, moved: float, scattered: bool) -> float:
@@ -143,10 +175,14 @@ class Fit:
 
 def fitted() -> Fit:
     product, product_residuals = _fit(_product_errors, ProductConstants(850, 3, 96, 0.3, 0.9, 1.4, 2))
-    row, row_residuals = _fit(_row_errors, RowConstants(1.7, 0.7, 1))
-    torch, torch_residuals = _fit(_torch_errors, TorchConstants(2.7, 1.6, 3))
-    residuals = {"products": product_residuals, "row kernels": row_residuals, "torch kernels": torch_residuals}
-    return Fit(Constants(product, row, torch), residuals)
+    row, row_residuals = _fit(_row_errors, RowConstants(1.7, 0.7, 1, 4, 1, 1.4))
+    torch, torch_residuals = _fit(_torch_errors, TorchConstants(2.7, 1.6))
+    pause, pause_residuals = _fit(_pause_errors, PauseConstants(2, 0.5))
+    residuals = {
+        "products": product_residuals, "row kernels": row_residuals, "torch kernels": torch_residuals,
+        "pauses": pause_residuals,
+    }  # fmt: skip
+    return Fit(Constants(product, row, torch, pause), residuals)
 
 
 def _product_errors(constants: ProductConstants) -> dict[str, float]:
@@ -155,7 +191,7 @@ def _product_errors(constants: ProductConstants) -> dict[str, float]:
 
     errors = {}
     layers, anchors, tokens, width = 28, 6912, 13824, 3584  # every time is scaled to this problem
-    for rows, times in read("gemm-and-trials.json")["gemm"]:
+    for rows, times in read(MEASURED / "gemm-and-trials.json")["gemm"]:
         measured = [milliseconds * 1e-3 * rows / (layers * anchors) for milliseconds in times]
         for out, (s, row, token) in ((4, measured[:3]), (2, measured[4:])):
             kind = "fp32" if out == 4 else "bf16"
@@ -167,6 +203,23 @@ def _product_errors(constants: ProductConstants) -> dict[str, float]:
         shape = workload_shape(name)
         errors[f"{name}, one product"] = floor_time(constants, H200, *shape, products=1) / one
         errors[f"{name}, three products"] = floor_time(constants, H200, *shape, products=3) / three
+    errors.update(_shares_of_runs(constants))
+    return errors
+
+
+def _shares_of_runs(constants: ProductConstants) -> dict[str, float]:
+    """Products of the second day, each relative to the others of its run."""
+    ratios: dict[str, dict[str, float]] = {}
+    for product in read(KERNELS)["products"]:
+        modelled = sum(
+            launches * product_time(constants, H200, m, n, k, 4, bool(accumulate), batch)
+            for launches, batch, m, n, k, accumulate in product["shapes"]
+        )
+        ratios.setdefault(product["run"], {})[product["name"]] = modelled / product["milliseconds"]
+    errors = {}
+    for run, of_run in ratios.items():
+        mean = math.exp(np.mean(np.log(list(of_run.values()))))
+        errors.update({f"{run}, {name}, 27 November": ratio / mean for name, ratio in of_run.items()})
     return errors
 
 
@@ -180,14 +233,14 @@ def floor_time(
 
 def workload_shape(name: str) -> tuple[int, int, int, int]:
     """(L, A, N, D) of a workload in the measurements."""
-    record = next(record for record in read("loss-and-peers.json")["bench"] if record["name"] == name)
+    record = next(record for record in read(MEASURED / "loss-and-peers.json")["bench"] if record["name"] == name)
     return record["L"], record["A"], record["N"], record["D"]
 
 
 def measured_floors() -> dict[str, tuple[float, float]]:
     """Seconds of one product and of three, the mean over the runs of each workload."""
     runs: dict[str, list[tuple[float, float]]] = {}
-    for record in read("loss-and-peers.json")["bench"]:
+    for record in read(MEASURED / "loss-and-peers.json")["bench"]:
         pair = record["one_product_ms"]["p50"] * 1e-3, record["three_products_ms"]["p50"] * 1e-3
         runs.setdefault(record["name"], []).append(pair)
     return {name: tuple(np.mean(both, axis=0).tolist()) for name, both in runs.items()}
@@ -200,22 +253,22 @@ class RecordedCode:
     loop: int
     outside: int
     warps: int
-    rows: int
-    columns: int
-    passes: int  # over the numbers it reads
     resident: int
+    rows: int = 0
+    columns: int = 0
+    passes: int = 1  # over the numbers it reads
 
 
 def recorded_codes() -> dict[str, RecordedCode]:
     names = [field.name for field in fields(RecordedCode)]
     return {
         name: RecordedCode(**{key: value for key, value in code.items() if key in names})
-        for name, code in read("row-kernels.json")["codes"].items()
+        for name, code in read(MEASURED / "row-kernels.json")["codes"].items()
     }
 
 
 def _row_errors(constants: RowConstants) -> dict[str, float]:
-    codes, record = recorded_codes(), read("row-kernels.json")
+    codes, record = recorded_codes(), read(MEASURED / "row-kernels.json")
 
     def model(run: dict, kernel: dict) -> float:
         code, programs, numbers = codes[kernel["code"]], run["programs"], run["numbers"]
@@ -233,13 +286,25 @@ def _row_errors(constants: RowConstants) -> dict[str, float]:
         seconds = run["milliseconds"] * 1e-3 / run["launches"]
         together = sum(model(run, kernel) for kernel in run["kernels"])
         errors[f"both trial kernels, {run['workload']}"] = together / seconds
+    for run in read(KERNELS)["row_kernels"]:
+        modelled = sum(
+            launch["count"] * _recorded_time(constants, run["kernel"], launch) for launch in run["launches"]
+        )
+        errors[f"{run['kernel']}, {run['workload']}, 27 November"] = modelled / (run["milliseconds"] * 1e-3)
     return errors
 
 
+def _recorded_time(constants: RowConstants, kernel: str, launch: dict) -> float:
+    code = RecordedCode(**launch["code"])
+    moved = launch["memory_bytes"], launch["cache_bytes"]
+    seconds = row_time(constants, H200, launch["programs"], launch["passes"], code, *moved)
+    return seconds + (constants.chain * 1e-6 if kernel == CHAINED else 0)
+
+
 def _torch_errors(constants: TorchConstants) -> dict[str, float]:
-    """Kernels of torch in the profile of each workload, and the time between kernels of W1."""
+    """Kernels of torch in the profile of each workload."""
     errors = {}
-    profile = read("loss-and-peers.json")["profile"]
+    profile = read(MEASURED / "loss-and-peers.json")["profile"]
     for name in ("w1", "w2", "w3"):
         kernels = profile[name]["kernels"]
         layers, anchors, tokens, width = workload_shape(name)
@@ -253,14 +318,20 @@ def _torch_errors(constants: TorchConstants) -> dict[str, float]:
         errors[f"gather, {name}"] = model(4 * anchors, False) / seconds("vectorized_gather")
         errors[f"add rows, {name}"] = model(12 * anchors, True) / seconds("indexFuncLargeIndex")
         errors[f"scale, {name}"] = model(4 * tokens, True) / seconds("elementwise_kernel<128, 4")
-    busy = sum(k[1] for k in profile["w1"]["kernels"]) * 1e-3
-    launches = sum(k[2] for k in profile["w1"]["kernels"])
-    errors["time between kernels, w1"] = constants.gap * 1e-6 * launches / (profile["w1"]["wall"] - busy)
     return errors
 
 
-def read(name: str) -> dict:
-    return json.loads((MEASURED / name).read_text())
+def _pause_errors(constants: PauseConstants) -> dict[str, float]:
+    return {
+        f"{run['launches']} kernels, {run['workload']}, {number}": constants.seconds(run["launches"])
+        / (run["milliseconds"] * 1e-3)
+        for number, run in enumerate(read(KERNELS)["pauses"])
+    }
+
+
+@cache
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
 def _fit(errors: Callable, start: object) -> tuple:

@@ -26,7 +26,7 @@ def compared(constants: Constants) -> dict[str, dict[str, float]]:
     """Ratio to three products, modelled and measured, of each workload and run."""
     floors = model.measured_floors()
     checks = {}
-    for name, run, milliseconds, *_ in model.read("gemm-and-trials.json")["trial"]:
+    for name, run, milliseconds, *_ in model.read(model.MEASURED / "gemm-and-trials.json")["trial"]:
         if run in RUNS and name in FRAMES:
             floor = floors[name][1]
             modelled, measured = past_time(constants, name, *RUNS[run]) / floor, milliseconds * 1e-3 / floor
@@ -47,11 +47,12 @@ def past_time(constants: Constants, name: str, workspace: int, kernels: tuple[st
         busy += _row_passes(constants, together, count, tokens, FRAMES[name], kernels)
         busy += model.torch_time(constants.torch, H200, 4.0 * together * count * width, scattered=False)
         busy += model.torch_time(constants.torch, H200, 12.0 * together * count * width, scattered=True)
-        busy += CHUNK_KERNELS * constants.torch.gap * 1e-6
-    busy = groups * (busy + _norms(constants, together, tokens, width) + GROUP_KERNELS * constants.torch.gap * 1e-6)
+        busy += CHUNK_KERNELS * constants.pause.gap * 1e-6
+    busy = groups * (busy + _norms(constants, together, tokens, width) + GROUP_KERNELS * constants.pause.gap * 1e-6)
     host = 1e-3 * groups * (HOST_GROUP + chunks * HOST_CHUNK)
     scale = model.torch_time(constants.torch, H200, 4.0 * layers * tokens * width, scattered=True)
-    return max(busy, host) + scale  # scaled by the upstream gradient at the end
+    pause = 1e-3 * constants.pause.call
+    return max(busy, host) + scale + pause  # scaled by the upstream gradient at the end
 
 
 def past_blocks(name: str, workspace: int) -> tuple[int, int]:

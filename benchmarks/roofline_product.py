@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from roofline_model import CACHE_SHARE, ISSUED, ROW_NORM, Constants, Device, together
+from roofline_model import CACHE_SHARE, ISSUED, Constants, Device, together
 from roofline_sass import ProductCode, Way
 from roofline_trace import Launch
 
@@ -105,7 +105,7 @@ def _program_time(constants: Constants, code: ProductCode, multiplying: float, w
     if code.resident == 1:
         return alone
     issuing = (way.instructions + loop) * code.warps / ISSUED * cycle
-    return max(alone, together(ROW_NORM, code.resident * multiplying, code.resident * issuing, waiting))
+    return max(alone, together(constants.row.norm, code.resident * multiplying, code.resident * issuing, waiting))
 
 
 def _last_end(seconds: list[float], places: int) -> float:
