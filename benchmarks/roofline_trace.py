@@ -44,6 +44,7 @@ ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_str
 # Triton kernels
 TOUCHES_SOME_ROWS = {"add_rows", "gather_rows", "gather_columns"}
 WRITES_SINGLE_NUMBERS = {("frame_statistics", "similarity")}
+READS_EVERY_SECTOR = {("gather_columns", "x")}  # also of what it does not copy
 IN_PLACE = {"scale", "add_rows", "add_transposed"}
 MATRIX = 3  # tensors with fewer dimensions are vectors and tables: a few percent of the bytes, left out
 
@@ -191,7 +192,8 @@ def _launched(
     least = min((value.numel() for value in matrices.values()), default=1)
     reads, writes = [], []
     for name, value in matrices.items():
-        region = Region.of(value, least * value.element_size() if some else None)
+        whole = not some or (function.__name__, name) in READS_EVERY_SECTOR
+        region = Region.of(value, None if whole else least * value.element_size())
         written = name in kernel.writes and (function.__name__, name) not in WRITES_SINGLE_NUMBERS
         if written:
             writes.append(region)

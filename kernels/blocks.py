@@ -45,10 +45,12 @@ from .rows_triton import tile_for
 TILE_ROWS = 128
 # Tiles of a product's result, one for each multiprocessor at a time; the fastest is taken. Of a last, incomplete wave
 # the share `WAVE_LOSS` is lost; edges take as long as `TILE_EDGE` more rows or columns, the start of a tile as long as
-# an inner dimension of `TILE_START`; computing and moving overlap in part, as a norm with the exponent `OVERLAP`. The
-# values are those that `benchmarks/roofline.py` fits.
-TILES = ((128, 256), (256, 128), (192, 192), (192, 128), (128, 128))
-WAVE_LOSS, TILE_EDGE, TILE_START, OVERLAP = 0.2, 2.4, 70, 1.4
+# an inner dimension of `TILE_START`; computing and moving overlap in part, as a norm with the exponent `OVERLAP`.
+# Operands and results move at the share `PRODUCT_BANDWIDTH` of the speed of a copy. Where tiles are few, the library
+# divides the inner dimension, into at least `LEAST_INNER` each. The values are those that `benchmarks/roofline.py` fits.
+TILES = ((128, 256), (256, 128), (192, 192), (192, 128), (128, 160), (128, 128))
+WAVE_LOSS, TILE_EDGE, TILE_START, OVERLAP, PRODUCT_BANDWIDTH = 0.23, 2.7, 91, 1.6, 0.7
+DIVISIONS, LEAST_INNER = (1, 2, 3, 4, 6, 8), 256
 # Bytes that memory moves in one unit of time, for each multiprocessor: 4.3 TB/s against 790 TFLOP/s (H200), 3.0 against
 # 750 (H100); the mean of both.
 BYTES_PER_UNIT = 300
@@ -282,14 +284,24 @@ def _device_time(sizes: Sizes, blocks: Blocks, layers: int) -> float:
 
 def _product(sizes: Sizes, layers: int, m: int, n: int, k: int, results: int) -> float:
     """Time of products [m, k] x [k, n], whose float32 results are moved so many times; see `roofline_model`."""
-    computing = inf
+    moved, fastest = layers * (sizes.element * (m + n) * k + 4 * results * m * n), inf
+    for parts in DIVISIONS:
+        if parts > 1 and k < parts * LEAST_INNER:
+            break
+        partial = 8 * layers * parts * m * n if parts > 1 else 0  # float32, written and read
+        moving = (moved + partial) / (PRODUCT_BANDWIDTH * BYTES_PER_UNIT * sizes.multiprocessors)
+        computing = _computing(sizes, layers * parts, m, n, k / parts)
+        fastest = min(fastest, (computing**OVERLAP + moving**OVERLAP) ** (1 / OVERLAP))
+    return fastest
+
+
+def _computing(sizes: Sizes, products: int, m: int, n: int, k: float) -> float:
+    fastest = inf
     for rows, columns in TILES:
-        exact = layers * _up(m, rows) * _up(n, columns) / sizes.multiprocessors
+        exact = products * _up(m, rows) * _up(n, columns) / sizes.multiprocessors
         waves = max(1.0, WAVE_LOSS * ceil(exact) + (1 - WAVE_LOSS) * exact)
-        computing = min(computing, waves * (rows + TILE_EDGE) * (columns + TILE_EDGE) * (k + TILE_START))
-    moved = layers * (sizes.element * (m + n) * k + 4 * results * m * n)
-    moving = moved / (0.8 * BYTES_PER_UNIT * sizes.multiprocessors)
-    return ((computing / (128 * 256)) ** OVERLAP + moving**OVERLAP) ** (1 / OVERLAP)
+        fastest = min(fastest, waves * (rows + TILE_EDGE) * (columns + TILE_EDGE) * (k + TILE_START))
+    return fastest / (128 * 256)
 
 
 def _row_kernels(sizes: Sizes, layers: int, part: int, columns: int) -> float:
