@@ -86,7 +86,7 @@ void bounded_statistics(const Chunk& c, int64_t r, int64_t start, int64_t n, boo
 void exact_statistics(const Chunk& c, int64_t r, int64_t start, int64_t n, bool with_values, float* y, float* among,
                       Found& found) {
     scale_row(c.row(r) + start, c.token_scale + start, c.log2_factor(r), n, y);
-    const float* known = c.known.data() + start;
+    const float* known = c.known + start;
     const float peak = largest(y, n), known_peak = with_values ? largest_known(y, known, n) : peak;
     const bool far = (peak - known_peak) * kLn2 >= kFar;
     const float reference = or_zero(peak), known_reference = far ? or_zero(known_peak) : reference;
@@ -141,7 +141,7 @@ void statistics_of_frame(const Chunk& c, int64_t r, int64_t f, const Matches* ma
         x[column] = *next++;
         const bool known = with_values && c.known[start + column] != 0.0f;
         found.add(matches->positive[first], x[column] * (scale[column] * factor), column, known,
-                  c.values.data() + (start + column) * c.width, c.width);
+                  c.values + (start + column) * c.width, c.width);
     });
 }
 
@@ -300,7 +300,7 @@ PYBIND11_MODULE(_rows, module) {
     py::class_<Chunk>(module, "Chunk")
         .def(py::init<Array<float>, const Array<float>&, const Array<float>&, float, const Array<int64_t>&, bool,
                       int64_t, const Array<int64_t>&, int64_t, const std::optional<Array<float>>&,
-                      const std::optional<Array<bool>>&>(),
+                      const std::optional<Array<float>>&>(),
              array("similarity"), array("row_scale"), array("token_scale"), py::arg("temperature"), array("row_token"),
              py::arg("exclude_own"), py::arg("first_token"), array("frame_offsets"), py::arg("first_column"),
              array("values"), array("known"));

@@ -27,14 +27,14 @@ struct Chunk {
     bool exclude_own;
     int64_t frames, first_token;
     std::vector<int64_t> frame_offsets;  // columns of this chunk
-    int64_t width = 0;         // of the values; 0: there are none
-    std::vector<float> known;   // 1 or 0, as numbers: they multiply
-    std::vector<float> values;  // [n, width], 0 where unknown
+    int64_t width = 0;              // of the values; 0: there are none
+    const float* known = nullptr;   // 1 or 0
+    const float* values = nullptr;  // [n, width], 0 where unknown
 
     Chunk(Array<float> similarity_, const Array<float>& row_scale_, const Array<float>& token_scale_, float temperature,
           const Array<int64_t>& row_token_, bool exclude_own_, int64_t first_token_,
           const Array<int64_t>& frame_offsets_, int64_t first_column, const std::optional<Array<float>>& values_,
-          const std::optional<Array<bool>>& known_)
+          const std::optional<Array<float>>& known_)
         : borrowed{similarity_, row_scale_, token_scale_, row_token_},
           similarity(similarity_.mutable_data()),
           rows(similarity_.shape(0)),
@@ -49,15 +49,10 @@ struct Chunk {
           frame_offsets(frame_offsets_.data(), frame_offsets_.data() + frames + 1) {
         for (int64_t& offset : frame_offsets) offset = std::clamp<int64_t>(offset - first_column, 0, tokens);
         if (!values_) return;
+        borrowed.insert(borrowed.end(), {*values_, *known_});
         width = values_->shape(1);
-        known.assign(tokens, 1.0f);
-        values.assign(values_->data(), values_->data() + tokens * width);
-        if (!known_) return;
-        const bool* is_known = known_->data();
-        for (int64_t k = 0; k < tokens; ++k) known[k] = is_known[k] ? 1.0f : 0.0f;
-        for (int64_t k = 0; k < tokens; ++k)
-            for (int64_t v = 0; v < width; ++v)
-                values[k * width + v] = is_known[k] ? values[k * width + v] : 0.0f;
+        known = known_->data();
+        values = values_->data();
     }
 
     float* row(int64_t r) const { return similarity + r * tokens; }

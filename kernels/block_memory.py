@@ -101,12 +101,12 @@ class Buffers:
             rest = scratch(like.new_empty((layers, rows, sizes.rest_pitch), dtype=products.element))[..., : sizes.left]
         return Buffers(anchors, x, similarity, row_gradient, panel, rest)
 
-    def x_of(self, result: Tensor | None) -> Tensor:
-        """Where `X` is: without memory of its own, at the beginning of the gradient that is written last."""
+    def x_of(self, result: Tensor | None, groups: int, rows: int, columns: int) -> Tensor:
+        """`X`, [G, R, c]: without memory of its own, at the beginning of each layer of the gradient, [G, n, D]."""
         if self.x is not None:
-            return self.x
+            return shaped(self.x, groups, rows, columns)
         assert result is not None
-        return result
+        return result.as_strided((groups, rows, columns), (result.stride(0), columns, 1))
 
     def part(self, of_layers: slice, frames: int, boost: Tensor | None, rows: slice, block: slice) -> Part:
         """Some rows of a block for these layers. Views and launches are prepared for the first ones only."""

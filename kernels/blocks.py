@@ -13,8 +13,8 @@ added before the products: with half of the tokens anchors, that saves a quarter
 memory for the columns that are no rows, and passes over `X`, which are worth it unless the width is small.
 
 On a GPU such a block may be larger than the workspace, by as much as the accumulator of all tokens that it replaces:
-blocks that accumulate have that beside their workspace, so the peak of memory is no higher. These, in turn, have `X` in
-the memory of the gradient itself, if it fits there: the gradient is written when the last block is done.
+blocks that accumulate have that beside their workspace, so the peak of memory is no higher. Both have `X` in the memory
+of the gradient itself, if it fits there (`in_gradient`).
 
 Where `X` of all rows does not fit, each block adds to an accumulator of all tokens. A gradient product with few rows is
 slow then: it reads and writes the accumulator once for every block, which costs as much as the product itself at about
@@ -150,9 +150,13 @@ def bytes_of(sizes: Sizes, blocks: Blocks) -> int:
 
 
 def in_gradient(sizes: Sizes, blocks: Blocks) -> bool:
-    """Whether `X` has the memory of the gradient, of the same type. Until the end, blocks accumulate elsewhere."""
-    accumulates = sizes.accumulator > 0 and sizes.element < 4 and (blocks.panel, blocks.layers) == (0, 1)
-    return accumulates and blocks.rows * blocks.columns <= sizes.tokens * sizes.width
+    """Whether `X` has the memory of the gradient, of the same type, which nothing is written to while `X` is needed.
+
+    Blocks that accumulate do so elsewhere until the end. A folded `X` is read for the last time by the product that
+    gives the gradient of the rows; the other columns have memory of their own.
+    """
+    written_later = sizes.accumulator > 0 and sizes.element < 4 and (blocks.folded or blocks.panel == 0)
+    return written_later and blocks.rows * blocks.columns <= sizes.tokens * sizes.width
 
 
 @lru_cache(maxsize=256)
@@ -214,8 +218,9 @@ def _whole_blocks(sizes: Sizes, workspace: int) -> Iterator[Blocks]:
 
 
 def _foldings(sizes: Sizes, blocks: Blocks) -> list[Blocks]:
-    """A block of all rows, folded where that is possible, and as it is."""
-    return [replace(blocks, folded=True), blocks] if sizes.foldable else [blocks]
+    """A block of all rows, folded where that is possible, and as it is, both with the smallest panel."""
+    whole = replace(blocks, panel=1)
+    return [replace(whole, folded=True), whole] if sizes.foldable else [whole]
 
 
 def _panel_tokens(sizes: Sizes, blocks: Blocks) -> int:

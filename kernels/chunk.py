@@ -26,8 +26,8 @@ class Problem:
     keys: Tensor  # [L, N, D], the candidates; `embeddings` itself where both are the same
     rows: RowIndex
     temperature: Tensor  # float32 []
-    values: Tensor | None  # float32 [N, V]
-    known: Tensor | None  # bool [N], tokens whose values count; None where `values` is None
+    values: Tensor | None  # float32 [N, V], 0 where they do not count
+    known: Tensor | None  # float32 [N], 1 where the values of a token count, else 0; None where `values` is None
     exclude_own: bool  # leave a row's own token out of its frame
     duals: Tensor | None = None  # [L, N, D], where `embeddings_i . duals_k` is the inner product; see `chunked`
 
@@ -45,8 +45,8 @@ class RowChunk:
     first_token: int  # token of the batch that is column 0
     frame_offsets: Tensor  # int64 [P + 1], all frames of the sequence; what lies in other chunks is left out
     first_column: int  # column 0, counted as `frame_offsets` are: from the first token of the sequence
-    values: Tensor | None  # float32 [n, V]
-    known: Tensor | None  # bool [n], tokens whose values count
+    values: Tensor | None  # float32 [n, V], 0 where they do not count
+    known: Tensor | None  # float32 [n], 1 where the values of a token count, else 0
     multiple: int = 1  # divides the first column and the size of each frame: kernels load so many numbers at once
     launches: Any = field(default=None, init=False, repr=False)  # what `rows_triton` computes once for all its launches
 

@@ -136,15 +136,14 @@ def loss_terms(
 
 
 @jit
-def value_part(known, values, column, mask, b, center, others_b, factor, VALUES: tl.constexpr):
-    """`sum_v b_v (v_k - E_v)` at some columns, 0 where the value is not known; `b` and `center` have the `factor`."""
-    is_known = tl.load(known + column, mask=mask, other=0) != 0
-    part = -center[:, None] * tl.where(is_known, 1.0, 0.0)
+def add_value_part(total, known, values, column, mask, b, center, others_b, factor, VALUES: tl.constexpr):
+    """Adds `sum_v b_v (v_k - E_v)` at some columns, 0 where no value is known; `b` and `center` have the `factor`."""
+    total -= center[:, None] * tl.load(known + column, mask=mask, other=0.0)
     for v in tl.static_range(VALUES):
         b_v = b if v == 0 else tl.load(others_b + v) * factor
         value = tl.load(values + column * VALUES + v, mask=mask, other=0.0)
-        part += b_v[:, None] * tl.where(is_known, value, 0.0)
-    return part
+        total += b_v[:, None] * value
+    return total
 
 
 @jit
@@ -198,7 +197,7 @@ def similarity_gradient(
     norms = tl.multiple_of(token_scale + group * token_scale_g + begin, 4 * ALIGN)
     if VALUES > 0:
         values = tl.multiple_of(values + begin * VALUES, 4 * ALIGN)
-        known = tl.multiple_of(known + begin, ALIGN)
+        known = tl.multiple_of(known + begin, 4 * ALIGN)
     offset = tl.arange(0, BLOCK_COLUMNS)
     if c <= LARGEST_BOUND:
         ratio = tl.where(frame_lse == float("-inf"), 0.0, tl.exp2(reference - known_reference) * known_rest)
@@ -211,7 +210,10 @@ def similarity_gradient(
             weight = row_a[:, None]
             if VALUES > 0:
                 at, mask = column[None, :], inside[None, :]
-                weight += value_part(known, values, at, mask, b * ratio, center * ratio, others_b, ratio * LN2, VALUES)
+                b_here, center_here = b * ratio, center * ratio
+                weight = add_value_part(
+                    weight, known, values, at, mask, b_here, center_here, others_b, ratio * LN2, VALUES
+                )
             store_gradient(to, column[None, :], e * weight * factor, row_mask[:, None] & inside[None, :], CLAMPED)
     else:
         for start in range(0, size, BLOCK_COLUMNS):
@@ -221,7 +223,8 @@ def similarity_gradient(
             factor = scale[:, None] * tl.load(norms + column, mask=inside, other=0.0)[None, :]
             gradient = row_a[:, None] * tl.exp2(exponent(x, factor, reference[:, None]))
             if VALUES > 0:
-                part = value_part(known, values, column[None, :], inside[None, :], b, center, others_b, LN2, VALUES)
+                at, mask = column[None, :], inside[None, :]
+                part = add_value_part(0.0, known, values, at, mask, b, center, others_b, LN2, VALUES)
                 # Only a token of unknown value, whose part is 0, lies above the known ones: 0 times inf would be NaN.
                 y = exponent(x, factor, known_reference[:, None])
                 y = tl.minimum(y, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -251,7 +254,8 @@ def similarity_gradient(
             if not IGNORED:
                 gradient += a * share(s, tl.where(frame_lse == float("-inf"), float("inf"), frame_lse))
             if VALUES > 0:
-                part = value_part(known, values, column[:, None], here[:, None], b, center, others_b, LN2, VALUES)
+                at, mask = column[:, None], here[:, None]
+                part = add_value_part(0.0, known, values, at, mask, b, center, others_b, LN2, VALUES)
                 known_s = tl.where(frame_known == float("-inf"), float("inf"), frame_known)
                 known_s = tl.minimum(s - known_s, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as above
                 gradient += tl.sum(part, 1) * tl.exp(known_s)

@@ -170,7 +170,7 @@ class MatchIndex(_Movable):
     corr_share: Tensor  # float64, like `weight`, divided by that of all matches
     depth_share: Tensor  # float64, like `weight`, divided by `depth_total`
     values: Tensor  # float32 [N, 1], patch depth, 0 where unknown
-    known: Tensor  # bool [N]
+    known: Tensor  # float32 [N], 1 where the patch depth is known, else 0
 
     @staticmethod
     def build(
@@ -210,7 +210,7 @@ class MatchIndex(_Movable):
             corr_share=weight.double() / _positive_or_one(each.sum()),
             depth_share=weight.double() / depth_total,
             values=_zero_unless(known, patch_depth)[:, None],
-            known=known,
+            known=known.float(),
         )
 
     @cached_property

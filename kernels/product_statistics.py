@@ -153,7 +153,7 @@ def _known_values(problem: Problem) -> Tensor | None:
     """float32 [N, V], NaN where unknown: one array to read instead of two."""
     if problem.values is None or problem.known is None or problem.values.shape[1] == 0:
         return None
-    return problem.values.masked_fill(~problem.known[:, None], float("nan")).contiguous()
+    return problem.values.masked_fill(problem.known[:, None] == 0, float("nan")).contiguous()
 
 
 def _tf32_allowed() -> bool:

@@ -183,7 +183,7 @@ class RowBlock:
     def x(self, columns: slice) -> Tensor:
         """`X` of these columns, [G, R, c], to be written."""
         groups, rows, _ = self.anchors.shape
-        return shaped(self.buffers.x_of(self.group.result), groups, rows, columns.stop - columns.start)
+        return self.buffers.x_of(self.group.result, groups, rows, columns.stop - columns.start)
 
     def multiply(self, x: Tensor, columns: slice) -> None:
         """The product of `X` and the candidates: the gradient of the rows. Adds that of the columns to `total`."""

@@ -83,10 +83,10 @@ def share(part, whole):
 
 @jit
 def known_at(known, values, column, inside, v: tl.constexpr, VALUES: tl.constexpr):
-    """Which tokens are of known value, and their v-th value, 0 where it is not known."""
-    is_known = tl.load(known + column, mask=inside, other=0) != 0
+    """1 where a value is known, else 0, and the v-th value, 0 where it is not."""
+    is_known = tl.load(known + column, mask=inside, other=0.0)
     value = tl.load(values + column * VALUES + v, mask=inside, other=0.0)
-    return is_known, tl.where(is_known, value, 0.0)
+    return is_known, value
 
 
 @jit
@@ -149,6 +149,16 @@ def of_lane(terms, ALIGN: tl.constexpr):
 
 
 @jit
+def place_in_lane(line, norms, scale, size, c, peak, first, ALIGN: tl.constexpr):
+    """Which of the `ALIGN` columns from `first` on has the exponent `peak`."""
+    column = first[:, None] + tl.arange(0, ALIGN)[None, :]
+    inside = column < size
+    x = tl.load(line + column, mask=inside, other=0.0)
+    y = exponent(x, scale[:, None] * tl.load(norms + column, mask=inside, other=0.0), c)
+    return tl.min(tl.where(inside & (y == peak[:, None]), column, NOWHERE), 1)
+
+
+@jit
 def bounded_sums(
     line, norms, scale, size, c, values, known,
     VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, ALIGN: tl.constexpr,
@@ -161,8 +171,8 @@ def bounded_sums(
     moment = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // ALIGN], tl.float32)  # of a single value
     slot = tl.arange(0, PADDED_VALUES)
     moments = tl.zeros([BLOCK_ROWS, PADDED_VALUES], tl.float32)  # of several
-    top = tl.full([BLOCK_ROWS, BLOCK_COLUMNS], float("-inf"), tl.float32)
-    begin_of_top = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int32)
+    top = tl.full([BLOCK_ROWS, BLOCK_COLUMNS // ALIGN], float("-inf"), tl.float32)
+    begin_of_top = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // ALIGN], tl.int32)
     for start in range(0, size, BLOCK_COLUMNS):
         column = start + offset
         inside = column < size
@@ -175,17 +185,20 @@ def bounded_sums(
         for v in tl.static_range(VALUES):
             is_known, value = known_at(known, values, column, inside, v, VALUES)
             if v == 0:
-                known_total += of_lane(e * tl.where(is_known, 1.0, 0.0)[None, :], ALIGN)
+                known_total += of_lane(e * is_known[None, :], ALIGN)
             if VALUES == 1:
                 moment += of_lane(e * value[None, :], ALIGN)
             else:
                 part = tl.sum(e * value[None, :], 1)
                 moments += tl.where(slot[None, :] == v, part[:, None], 0.0)
-        better = y > top
-        top = tl.where(better, y, top)
+        highest = tl.max(tl.reshape(y, [BLOCK_ROWS, BLOCK_COLUMNS // ALIGN, ALIGN]), 2)
+        better = highest > top
+        top = tl.where(better, highest, top)
         begin_of_top = tl.where(better, start, begin_of_top)
     peak = tl.max(top, 1)
-    best = tl.min(tl.where(top == peak[:, None], begin_of_top + offset[None, :], NOWHERE), 1)
+    lane = begin_of_top + ALIGN * tl.arange(0, BLOCK_COLUMNS // ALIGN)[None, :]
+    first = tl.min(tl.where(top == peak[:, None], lane, NOWHERE), 1)
+    best = place_in_lane(line, norms, scale, size, c, peak, first, ALIGN)
     known_sum = tl.sum(known_total, 1)
     if VALUES == 1:
         moments = tl.sum(moment, 1)[:, None]
@@ -230,7 +243,7 @@ def online_sums(
         for v in tl.static_range(VALUES):
             is_known, value = known_at(known, values, column, inside, v, VALUES)
             if v == 0:
-                known_y = tl.where(is_known[None, :], y, float("-inf"))
+                known_y = tl.where((is_known > 0.0)[None, :], y, float("-inf"))
                 known_maximum, known_total, e, shrink = online_step(known_y, known_maximum, known_total)
                 moments *= shrink[:, None]
             part = tl.sum(e * value[None, :], 1)
@@ -277,7 +290,7 @@ def frame_statistics(
     norms = tl.multiple_of(token_scale + group * token_scale_g + begin, 4 * ALIGN)
     if VALUES > 0:
         values = tl.multiple_of(values + begin * VALUES, 4 * ALIGN)
-        known = tl.multiple_of(known + begin, ALIGN)
+        known = tl.multiple_of(known + begin, 4 * ALIGN)
     if row_token is not None:
         own = tl.load(row_token + row) - first_token
         tl.store(line + own[:, None], float("-inf"), mask=in_frame(own, size, row_mask)[:, None])
@@ -315,7 +328,7 @@ def frame_statistics(
             top = tl.where(better, s, top)
             token = tl.where(better, other, token)
             if VALUES > 0:
-                is_known = tl.load(known + column, mask=new, other=0) != 0
+                is_known = tl.load(known + column, mask=new, other=0.0) > 0.0
                 value_at = values + column[:, None] * VALUES + slot[None, :]
                 value = tl.load(value_at, mask=value_mask & (new & is_known)[:, None], other=0.0)
                 known_s = tl.where(is_known, s, float("-inf"))

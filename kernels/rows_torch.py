@@ -189,7 +189,7 @@ def similarity_gradient(
             offset = (b * statistics.expected[:, :, frame]).sum(-1, keepdim=True)
             deviation = b @ chunk.values[start:end].mT - offset  # [G, R, n_f], sum_v b_v (v_kv - E_v)
             among_known = _softmax_gradient(s[..., start:end], statistics.known_lse[:, :, frame], deviation)
-            part = part + torch.where(chunk.known[start:end], among_known, 0.0)
+            part = part + torch.where(chunk.known[start:end] > 0, among_known, 0.0)
         gradient[..., start:end] = part
     if matches is not None and matches.pull is not None:
         for at, row, column in _pairs(chunk, matches):
@@ -294,7 +294,7 @@ def _statistics_of(s: Tensor, first_token: int, known: Tensor | None, values: Te
     lse = s.logsumexp(-1)
     if values is None or known is None:
         return lse, torch.full_like(lse, NOTHING), s.new_zeros(groups, rows, 0), best, peak
-    known_s = s.masked_fill(~known, NOTHING)
+    known_s = s.masked_fill(known == 0, NOTHING)
     known_lse = known_s.logsumexp(-1)
     weight = torch.where(known_lse[..., None] == NOTHING, 0.0, (known_s - known_lse[..., None]).exp())
     return lse, known_lse, weight @ values, best, peak

@@ -284,7 +284,7 @@ class _Shared:
         width, places = 0, 4 | chunk.multiple | _places(chunk.similarity)
         if values is not None and known is not None:
             values = values.contiguous()
-            width, places = values.shape[1], places | values.data_ptr() // 4 | known.data_ptr()
+            width, places = values.shape[1], places | values.data_ptr() // 4 | known.data_ptr() // 4
         tile = _cached_tile(groups * rows * frames, columns // max(1, frames))
         return _Shared(
             (groups, rows, frames, width), _similarity_arguments(chunk),

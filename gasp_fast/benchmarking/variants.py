@@ -48,7 +48,7 @@ def dense(embeddings: Tensor, matches: Matches) -> Tensor:
     own = torch.arange(tokens, device=s.device) == rows[:, None]
     s = s.masked_fill(own, float("-inf"))
     corr = s.logsumexp(-1)[:, index.row] - s[:, index.row, index.target]  # [L, M]
-    known = s.masked_fill(~index.known, float("-inf")).unflatten(-1, (frames, -1))  # [L, A, F, n]
+    known = s.masked_fill(index.known == 0, float("-inf")).unflatten(-1, (frames, -1))  # [L, A, F, n]
     expected = (known.softmax(-1) * index.values[:, 0].view(frames, -1)).sum(-1)  # [L, A, F]
     expected = expected[:, index.row, index.target // (tokens // frames)]  # [L, M]
     depth = (index.depth - expected).abs() / (index.depth + expected + LossConfig.eps) * index.has_depth

@@ -141,7 +141,7 @@ class FrameMatching(torch.autograd.Function):
         rows: RowIndex,
         longest: int,
         values: Tensor | None,  # float32 [N, V]
-        known: Tensor | None,  # bool [N]
+        known: Tensor | None,  # float32 [N]
         exclude_own: bool,
         backend: str,
         workspace: int | None,

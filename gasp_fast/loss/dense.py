@@ -41,8 +41,8 @@ def dense_frame_match(
     keys: Tensor,  # [L, N, D]
     rows: RowIndex,
     temperature: Tensor,
-    values: Tensor | None,  # [N, V]
-    known: Tensor | None,  # bool [N]
+    values: Tensor | None,  # [N, V], 0 where unknown
+    known: Tensor | None,  # float32 [N], 1 or 0
     exclude_own: bool,
     metric: Tensor | None = None,  # [L, D, D]
 ) -> DenseFrames:
@@ -98,7 +98,7 @@ def dense_terms(
     patch_depth: Tensor | None = None,
     metric: Tensor | None = None,  # [L, D, D]
 ) -> DenseTerms:
-    values = index.values if patch_depth is None else torch.where(index.known, patch_depth, 0)[:, None]
+    values = index.values if patch_depth is None else torch.where(index.known > 0, patch_depth, 0)[:, None]
     frames = dense_frame_match(
         embeddings, keys, index.rows, temperature, values, index.known, exclude_own=True, metric=metric
     )
@@ -159,7 +159,7 @@ def _frame_statistics(
     if values is None:
         expected = s.new_zeros(*s.shape[:-1], 0)
     else:
-        logits = s if known is None else s.masked_fill(~known[start:end], float("-inf"))
+        logits = s if known is None else s.masked_fill(known[start:end] == 0, float("-inf"))
         some = logits.detach().amax(-1, keepdim=True) != float("-inf")  # NaN is passed on
         # A softmax of nothing but -inf is NaN, and so is its gradient: such rows get logits of 0, then weights of 0.
         weight = torch.where(some, torch.where(some, logits, 0).softmax(-1), 0)

@@ -118,7 +118,7 @@ def _row_index(
 
 
 def _value_table(values: Tensor | None, known: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Values as [N, V], zero where unknown, and the mask of known tokens [N]."""
+    """Values as [N, V], zero where unknown, and float32 [N], 1 for a known token."""
     if known is not None and values is None:
         raise ValueError("known is given without values; it says which values count")
     if values is None:
@@ -144,4 +144,4 @@ def _value_table(values: Tensor | None, known: Tensor | None, like: Tensor) -> t
         raise TypeError(f"known has dtype {known.dtype}; it must be bool")
     mask = torch.ones(tokens, dtype=torch.bool, device=device) if known is None else known
     table = values[:, None] if values.dim() == 1 else values
-    return torch.where(mask[:, None], table, 0), mask
+    return torch.where(mask[:, None], table, 0), mask.float()

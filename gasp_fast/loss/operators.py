@@ -162,7 +162,7 @@ def frame_match(
     longest: int,  # P, the frames of the longest sequence
     temperature: Tensor,
     values: Tensor | None,  # float32 [N, V]
-    known: Tensor | None,  # bool [N]
+    known: Tensor | None,  # float32 [N]
     exclude_own: bool,
     backend: str,
     workspace: int | None,

@@ -61,7 +61,7 @@ class Drawn:
         norms = operations.inverse_norms(self.embeddings).to(similarity.dtype)
         generator = torch.Generator().manual_seed(self.seed)
         values = 0.5 + 3 * torch.rand(len(index.known), max(self.width, 1), generator=generator).to(similarity.dtype)
-        values = index.values.to(values) if self.width == 1 else values
+        values = index.values.to(values) if self.width == 1 else values * index.known[:, None]
         return RowChunk(
             similarity=similarity[:, :, first:last].contiguous(),
             row_scale=norms[:, index.rows.row_token[rows]],

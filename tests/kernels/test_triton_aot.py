@@ -16,7 +16,7 @@ SINGLE = {"terms_of_points"}  # twelve corners of one point: 168 registers leave
 # Instructions for each similarity, by how many of its numbers are loaded at once. At 18 the passes of an H200 are
 # bound by its memory: 132 x 128 lanes at 1.7 GHz, 4 bytes read for each similarity. With frames that begin anywhere the
 # gradient of two rows has more than that of four, but is faster (rows_triton).
-MOST = {4: 18, 2: 21, 1: 25}
+MOST = {4: 14, 2: 18, 1: 22}
 CASES = (  # element type, width, tokens of a frame
     "bfloat16,3584,256", "float16,1000,256", "float32,40,256",
     "bfloat16,16384,256", "bfloat16,64,646", "bfloat16,64,75",

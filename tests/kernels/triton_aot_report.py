@@ -33,13 +33,16 @@ def compile_instead(kernel: Kernel, grid: tuple[int, ...], tile: Tile, *argument
 
 
 def bounded_loop(compiled: HopperCode, elements: int) -> float | None:
-    """Instructions for each element of the loop that takes exactly one exponential for it, if there is one."""
+    """Instructions for each element of the loop that takes one exponential for it, if there is one.
+
+    The assembler may compute some exponentials again to save registers; the other loops take two for each element.
+    """
     for end, text in compiled.code if elements else ():
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target is None or int(target[1], 16) > end:
             continue
         body = [inside for at, inside in compiled.code if int(target[1], 16) <= at <= end]
-        if sum("MUFU.EX2" in inside for inside in body) == elements:
+        if elements <= sum("MUFU.EX2" in inside for inside in body) < 1.5 * elements:
             return round(len(body) / elements, 2)
     return None
 

@@ -39,6 +39,7 @@ def posed(
 
     embeddings = normal(layers, tokens, embedding_width).to(dtype)
     embeddings[:, tokens // 2 :] = embeddings[:, : tokens - tokens // 2].clone()  # equals: the first is best
+    known = (torch.rand(tokens, generator=generator) < 0.5).float() if values else None
     return Problem(
         embeddings=embeddings,
         keys=normal(layers, tokens, embedding_width).to(dtype) if keys else embeddings,
@@ -46,8 +47,8 @@ def posed(
             torch.randperm(tokens, generator=generator)[:rows].sort().values, frame_offsets, sequence_offsets
         ),
         temperature=torch.tensor(temperature),
-        values=normal(tokens, values) / 100 if values else None,
-        known=torch.rand(tokens, generator=generator) < 0.5 if values else None,
+        values=None if known is None else known[:, None] * normal(tokens, values) / 100,
+        known=known,
         exclude_own=exclude_own,
     )
 
@@ -96,8 +97,9 @@ def test_a_value_far_below_the_maximum_is_not_lost() -> None:
     problem = posed([[8, 4]], layers=1, rows=1, values=1, temperature=0.01)
     problem.embeddings[0] = torch.tensor([[1.0, 0.0]]).repeat(12, 12)
     problem.embeddings[0, 1:8] *= -1
-    assert problem.known is not None
+    assert problem.known is not None and problem.values is not None
     problem.known[:] = torch.arange(12) > 0
+    problem.values[:, 0] = torch.arange(12)
     assert_same(product_statistics.frame_match(problem), reference(problem))
 
 

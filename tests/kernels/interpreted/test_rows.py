@@ -93,7 +93,7 @@ def problems(draw: st.DrawFn, temperatures: tuple[float, ...] = (0.07, 0.5, 0.01
     if draw(st.booleans()):  # opposite to all candidates: no similarity near the bound
         candidates, anchors = candidates.abs(), -anchors.abs()
     known = torch.rand(tokens, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    values = torch.where(known[:, None], normal(tokens, width).abs() + 0.5, float("nan")) if width else None
+    values = torch.where(known[:, None], normal(tokens, width).abs() + 0.5, 0.0) if width else None
     chunk = RowChunk(
         similarity=anchors @ candidates.mT,
         row_scale=rows_torch.inverse_norms(anchors),
@@ -104,8 +104,8 @@ def problems(draw: st.DrawFn, temperatures: tuple[float, ...] = (0.07, 0.5, 0.01
         first_token=FIRST_TOKEN,
         frame_offsets=offsets,
         first_column=0,
-        values=None if values is None else values.nan_to_num(0.0),
-        known=known if width else None,
+        values=values,
+        known=known.float() if width else None,
         multiple=multiple,
     )
     definition = TermDefinition(
@@ -340,7 +340,7 @@ def test_a_row_without_other_tokens_has_zero_upstream_gradients() -> None:
         small_chunk(torch.ones(1, 1, 1), [0, 1]),
         exclude_own=True,
         values=torch.ones(1, 1),
-        known=torch.ones(1, dtype=torch.bool),
+        known=torch.ones(1),
     )
     nothing = torch.zeros(0, dtype=torch.int64)
     matches = ChunkMatches(
