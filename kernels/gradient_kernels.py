@@ -166,9 +166,9 @@ def similarity_gradient(
 
     `lse` is that of the negatives. `row_token` and the arguments from `run_start` to `pull_g` may be None.
     """
-    group = tl.program_id(1).to(tl.int64)
-    frame = tl.program_id(0) % frames
-    row = tl.program_id(0) // frames * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    frame = tl.program_id(0)
+    group = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < rows
     row = tl.minimum(row, rows - 1).to(tl.int64)
     begin, size = frame_columns(frame_offsets, frame, first_column, columns, ALIGN)

@@ -290,7 +290,7 @@ class _Shared:
             (groups, rows, frames, width), _similarity_arguments(chunk),
             (chunk.row_token if chunk.exclude_own else None, chunk.first_token, chunk.frame_offsets,
              chunk.first_column, columns, *((values, known) if width else (None, None))),
-            tile, (cdiv(rows, tile.rows) * frames, groups, 1), places, _aligned(chunk, places),
+            tile, (frames, cdiv(rows, tile.rows), groups), places, _aligned(chunk, places),
         )  # fmt: skip
 
 

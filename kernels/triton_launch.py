@@ -30,8 +30,9 @@ from . import replay
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 except ImportError:  # CPU builds of torch come without it
-    triton = tl = None
+    triton = tl = libdevice = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 _hooks: Any = None if triton is None else triton.knobs.runtime
