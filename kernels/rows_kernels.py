@@ -290,11 +290,10 @@ def frame_statistics(
     row = tl.minimum(row, rows - 1).to(tl.int64)  # rows beyond the last repeat it
     begin, size = frame_columns(frame_offsets, frame, first_column, columns, ALIGN)
     first_token += begin
-    matched = row_mask
     if run_start is not None:
         positive += group * positive_g
-        first, count = run_of(run_start, row, longest, frame)
-        matched = count > 0
+        if negative_lse is not None or not EVERY_FRAME:
+            first, count = run_of(run_start, row, longest, frame)
         if not EVERY_FRAME:  # no match, no column to read
             size = tl.multiple_of(tl.where(tl.max(count, 0) > 0, size, 0), ALIGN)
 
@@ -322,7 +321,7 @@ def frame_statistics(
             line, norms, scale, size, values, known, VALUES, PADDED_VALUES, BLOCK_ROWS, BLOCK_COLUMNS
         )
     if run_start is not None and negative_lse is None:
-        first, count = run_of(run_start, row, longest, frame)  # again: the loop has no registers for them
+        first, count = run_of(run_start, row, longest, frame)  # only now: the loop has no registers for them
         write_positives(line, norms, scale, reference_of(c), first, count, target, positive, first_token, size)
     token = tl.where(top == float("-inf"), -1, first_token + at)
     negative = all_
@@ -349,6 +348,7 @@ def frame_statistics(
                 known_ = log_add(known_, known_s)
                 mean += (value - mean) * share(known_s, known_)[:, None]
     if run_start is not None:
+        matched = count > 0
         known_ = tl.where(matched, known_, float("-inf"))
         mean = tl.where(matched[:, None], mean, 0.0)
         if not EVERY_FRAME:
