@@ -69,6 +69,8 @@ class Part:
 class Buffers:
     """Memory of a block, allocated once for a sequence. Smaller blocks use the beginning of it."""
 
+    norms: Tensor  # float32 [G, n], inverse norms of the tokens
+    row_norms: Tensor  # float32 [G, A], those of the anchors, where these are tokens
     anchors: Tensor  # [G, R, D], in the type of the products
     x: Tensor | None  # [G, R, c], in the type of the products; `similarity` where that is float32; None: see `x_of`
     similarity: Tensor  # float32 [G, part, c]
@@ -85,8 +87,11 @@ class Buffers:
         block = scratch(like.new_empty(begin.size, dtype=torch.float32))
         anchors = scratch(like.new_empty((layers, rows, width), dtype=products.element))
         similarity = block.as_strided((layers, blocks.part, columns), (blocks.part * columns, columns, 1))
+        norms, row_norms = (
+            scratch(like.new_empty((layers, count), dtype=torch.float32)) for count in (sizes.tokens, sizes.rows)
+        )
         if not sizes.backward:
-            return Buffers(anchors, None, similarity, None, None, None)
+            return Buffers(norms, row_norms, anchors, None, similarity, None, None, None)
         x: Tensor | None = similarity
         if sizes.element < 4:
             size = layers, rows, columns
@@ -99,7 +104,7 @@ class Buffers:
         rest = None
         if blocks.folded:
             rest = scratch(like.new_empty((layers, rows, sizes.rest_pitch), dtype=products.element))[..., : sizes.left]
-        return Buffers(anchors, x, similarity, row_gradient, panel, rest)
+        return Buffers(norms, row_norms, anchors, x, similarity, row_gradient, panel, rest)
 
     def x_of(self, result: Tensor | None, groups: int, rows: int, columns: int) -> Tensor:
         """`X`, [G, R, c]: without memory of its own, at the beginning of each layer of the gradient, [G, n, D]."""

@@ -47,7 +47,7 @@ TILE_ROWS = 128
 # the share `WAVE_LOSS` is lost; edges take as long as `TILE_EDGE` more rows or columns, the start of a tile as long as
 # an inner dimension of `TILE_START`; computing and moving overlap in part, as a norm with the exponent `OVERLAP`.
 # Operands and results move at the share `PRODUCT_BANDWIDTH` of the speed of a copy. Where tiles are few, the library
-# divides the inner dimension, into at least `LEAST_INNER` each. The values are those that `benchmarks/roofline.py` fits.
+# divides the inner dimension, into at least `LEAST_INNER` each. `benchmarks/roofline.py` fits all this.
 TILES = ((128, 256), (256, 128), (192, 192), (192, 128), (128, 160), (128, 128))
 WAVE_LOSS, TILE_EDGE, TILE_START, OVERLAP, PRODUCT_BANDWIDTH = 0.23, 2.7, 91, 1.6, 0.7
 DIVISIONS, LEAST_INNER = (1, 2, 3, 4, 6, 8), 256

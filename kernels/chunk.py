@@ -191,6 +191,17 @@ class RowOperations(Protocol):
 
     def inverse_norms(self, embeddings: Tensor, duals: Tensor | None = None) -> Tensor: ...
 
+    def norms_and_rows(
+        self,
+        tokens: Tensor,
+        duals: Tensor | None,
+        own: Tensor,
+        row_of: Tensor,
+        norms: Tensor,
+        of_rows: Tensor,
+        anchors: Tensor | None,
+    ) -> None: ...
+
     def frame_statistics(
         self,
         chunk: RowChunk,

@@ -76,7 +76,7 @@ from .fp16_scales import fp16_scale
 from .index import MatchIndex, SequenceSpan
 from .products import Products
 from .replay import CallTensors, Recording
-from .row_block import LayerGroup, Norms
+from .row_block import LayerGroup
 
 ALIGNED = 64  # bytes: kernels suppose at most so much of where their arguments begin
 
@@ -255,13 +255,13 @@ class ChunkedEngine:
         radial: list[Tensor] = []  # of each block: sum_i e_i . (X K)_i, which is -tau dL/dtau; see `RowBlock.radial`
         if gradients.embeddings is not None and gradients.embeddings is not gradients.keys:
             gradients.embeddings.zero_()  # for tokens that are no anchors
-        norms = Norms.of(problem, self.operations)
         if gradients.scale is not None:
-            gradients.scale.copy_(fp16_scale(upstream, problem.temperature, norms.tokens))
-        call = self._call_tensors(problem, row_pass, norms, gradients)
+            norms = self.operations.inverse_norms(problem.keys)
+            gradients.scale.copy_(fp16_scale(upstream, problem.temperature, norms))
+        call = self._call_tensors(problem, row_pass, gradients)
         for sequence in problem.rows.sequences:
             if sequence.row_count > 0:
-                self._visit_sequence(problem, sequence, row_pass, norms, upstream, gradients, radial, call)
+                self._visit_sequence(problem, sequence, row_pass, upstream, gradients, radial, call)
             elif gradients.keys is not None:
                 gradients.keys[:, slice(*sequence.tokens)].zero_()
         if not gradients.temperature:
@@ -274,7 +274,6 @@ class ChunkedEngine:
         problem: Problem,
         sequence: SequenceSpan,
         row_pass: RowPass,
-        norms: Norms,
         upstream: Sequence[Tensor],
         gradients: Gradients,
         radial: list[Tensor],
@@ -299,9 +298,8 @@ class ChunkedEngine:
             with begun or nullcontext():
                 buffers = buffers or Buffers.allocate(blocks, sizes, products, problem.embeddings)
                 group = LayerGroup.of(
-                    problem, group_layers, sequence, products, self.operations, norms, upstream, gradients,
-                    accumulated=blocks.panel == 0,
-                )  # fmt: skip
+                    problem, group_layers, sequence, products, self.operations, upstream, gradients, blocks, buffers
+                )
                 for rows in slices(*sequence.rows, blocks.rows):
                     self._visit_block(group, rows, row_pass, blocks, buffers, radial)
                 group.finish()
@@ -309,9 +307,7 @@ class ChunkedEngine:
         if call is not None:
             replay.store(call, (sequence.number, blocks), recording)
 
-    def _call_tensors(
-        self, problem: Problem, row_pass: RowPass, norms: Norms, gradients: Gradients
-    ) -> CallTensors | None:
+    def _call_tensors(self, problem: Problem, row_pass: RowPass, gradients: Gradients) -> CallTensors | None:
         """The tensors of a call whose groups of layers can be repeated; None where one does not repeat another.
 
         Besides launches and products, that is where torch computes: fp16 is normalised and scaled, the gradient of the
@@ -325,12 +321,12 @@ class ChunkedEngine:
         weights = row_pass.weights or ()
         users = [embeddings] if keys is embeddings else [embeddings, keys]
         users += [tensor for tensor in (problem.duals, gradients.keys) if tensor is not None]
-        own = [norms.tokens, *row_pass.terms] if norms.rows is None else [norms.tokens, norms.rows, *row_pass.terms]
         scratch = [row_pass.positive] if row_pass.pull is None else [row_pass.positive, row_pass.pull]
         forms = [(t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNED) for t in users]
         kind = row_pass.definition, keys is embeddings, problem.duals is None, gradients.keys is None
         form = (*kind, *forms, *[weight.stride() for weight in weights])
-        return CallTensors(row_pass.index, form, [*users, *own, *weights], [*scratch, problem.temperature])
+        layered = [*users, *row_pass.terms, *weights]
+        return CallTensors(row_pass.index, form, layered, [*scratch, problem.temperature])
 
     def _visit_block(
         self, group: LayerGroup, rows: slice, row_pass: RowPass, blocks: Blocks, buffers: Buffers, radial: list[Tensor]

@@ -145,6 +145,10 @@ class RowIndex(_Movable):
             inside[sequence.number, slice(*sequence.tokens)] = True
         return inside
 
+    def rows_of(self, sequence: SequenceSpan) -> Tensor:
+        """int64 [n]: the row of each token of a sequence, counted from its first row; -1: it has none."""
+        return self.token_row if len(self.sequences) == 1 else self.token_row[slice(*sequence.tokens)]
+
     def other_columns(self, sequence: SequenceSpan) -> Tensor:
         """int64 [n - A]: the columns of a sequence that are no rows."""
         if len(self.sequences) == 1:

@@ -23,20 +23,6 @@ from .replay import scratch
 
 
 @dataclass
-class Norms:
-    """Inverse norms, computed once for all layers."""
-
-    tokens: Tensor  # float32 [L, N], of the candidates
-    rows: Tensor | None  # float32 [L, A], of the anchors; None where these are no candidates
-
-    @staticmethod
-    def of(problem: Problem, operations: RowOperations) -> Norms:
-        tokens = operations.inverse_norms(problem.keys, problem.duals)
-        same = problem.keys is problem.embeddings
-        return Norms(tokens, tokens.index_select(1, problem.rows.row_token) if same else None)
-
-
-@dataclass
 class LayerGroup:
     """One sequence in a group of layers, and the memory of its candidates' gradient."""
 
@@ -52,6 +38,7 @@ class LayerGroup:
     token_norms: Tensor  # float32 [G, n], inverse norms of `raw`
     token_scale: Tensor  # float32 [G, n], of `tokens`: `token_norms`, or ones where `tokens` are normalised
     row_norms: Tensor | None  # float32 [G, A], inverse norms of all anchors; None where these are no candidates
+    gathered: bool  # whether the memory of a block has the anchors already
     boost: Tensor | None  # float32 [G]
     factor: Tensor | None  # float32 [G], by which gradients are multiplied: removes the boost, see `Gradients.scale`
     result: Tensor | None  # [G, n, D], of `gradients.keys`
@@ -65,15 +52,25 @@ class LayerGroup:
         sequence: SequenceSpan,
         products: Products,
         operations: RowOperations,
-        norms: Norms,
         upstream: Sequence[Tensor],
         gradients: Gradients,
-        accumulated: bool,
+        blocks: Blocks,
+        buffers: Buffers,
     ) -> LayerGroup:
         span = slice(*sequence.tokens)
         raw = tokens = piece(piece(problem.keys, 0, layers), 1, span)
-        token_norms = scale = piece(piece(norms.tokens, 0, layers), 1, span)
-        row_norms = None if norms.rows is None else piece(norms.rows, 0, layers)
+        duals = None if problem.duals is None else piece(piece(problem.duals, 0, layers), 1, span)
+        row_norms, gathered = None, False
+        if problem.keys is problem.embeddings:
+            gathered = blocks.rows >= sequence.row_count and not products.normalised
+            first = slice(0, layers.stop - layers.start)
+            token_norms, row_norms = piece(buffers.norms, 0, first), piece(buffers.row_norms, 0, first)
+            anchors = piece(buffers.anchors, 0, first) if gathered else None
+            own, row_of = piece(problem.rows.row_column, 0, slice(*sequence.rows)), problem.rows.rows_of(sequence)
+            operations.norms_and_rows(raw, duals, own, row_of, token_norms, row_norms, anchors)
+        else:
+            token_norms = operations.inverse_norms(raw)
+        scale = token_norms
         boost, factor = None, None if gradients.scale is None else gradients.scale[layers]
         if products.normalised:
             tokens, scale = normalised(raw, token_norms), torch.ones_like(token_norms)
@@ -83,26 +80,26 @@ class LayerGroup:
         result = total = None
         if gradients.keys is not None:
             result = piece(piece(gradients.keys, 0, layers), 1, span)
-            if accumulated:
+            if blocks.panel == 0:
                 total = result
                 if result.dtype != torch.float32:
                     total = scratch(torch.empty_like(result, dtype=torch.float32))
-        duals = None if problem.duals is None else piece(piece(problem.duals, 0, layers), 1, span)
         return LayerGroup(
             problem, layers, sequence, products, operations, gradients, raw, tokens, duals, token_norms, scale,
-            row_norms, boost, factor, result, total,
+            row_norms, gathered, boost, factor, result, total,
         )  # fmt: skip
 
     def block(self, rows: slice, blocks: Blocks, buffers: Buffers) -> RowBlock:
         """A block of rows: anchors gathered, with their inverse norms."""
-        problem = self.problem
+        problem, first_row = self.problem, self.sequence.rows[0]
         own = piece(problem.rows.row_column, 0, rows)  # [R]
         groups, _, width = self.tokens.shape
         count = rows.stop - rows.start
         anchors = shaped(buffers.anchors, groups, count, width)
         if self.row_norms is not None:
-            self.operations.gather_rows(self.tokens, own, anchors)
-            norms = piece(self.row_norms, 1, rows)
+            if not self.gathered:
+                self.operations.gather_rows(self.tokens, own, anchors)
+            norms = piece(self.row_norms, 1, slice(rows.start - first_row, rows.stop - first_row))
         else:
             source, index = piece(problem.embeddings, 0, self.layers), piece(problem.rows.row_token, 0, rows)
             self.operations.gather_rows(source, index, anchors)
@@ -190,7 +187,8 @@ class RowBlock:
         group, tokens = self.group, piece(self.group.tokens, 1, columns)
         assert self.row_gradient is not None
         if self.rest is not None:
-            group.operations.fold(x, self.own, self._row_of_token(), self._others(), self.rest)
+            row_of = group.problem.rows.rows_of(group.sequence)
+            group.operations.fold(x, self.own, row_of, self._others(), self.rest)
         group.products.row_gradient(x, tokens, self.row_gradient, columns.start > 0)
         if group.total is not None:
             later = self.rows.start > group.sequence.rows[0]
@@ -229,11 +227,10 @@ class RowBlock:
 
     def _added_rows(self, row_gradient: Tensor) -> AddedRows:
         """The gradients of these rows, and the row of each token of the sequence."""
-        return AddedRows(row_gradient, self._row_of_token(), self.rows.start - self.group.sequence.rows[0])
-
-    def _row_of_token(self) -> Tensor:
-        """int64 [n]: the row of each token of the sequence, counted from its first row; -1: none."""
-        return piece(self.group.problem.rows.token_row, 0, slice(*self.group.sequence.tokens))
+        group = self.group
+        return AddedRows(
+            row_gradient, group.problem.rows.rows_of(group.sequence), self.rows.start - group.sequence.rows[0]
+        )
 
     def _others(self) -> Tensor:
         """int64 [n - R]: the columns that are no rows."""

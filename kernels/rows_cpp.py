@@ -30,7 +30,7 @@ from .rows_torch import add_rows, gather_rows
 
 __all__ = [
     "add_rows", "available", "fold", "frame_statistics", "gather_rows", "inverse_norms", "loss_terms",
-    "project_gradient", "similarity_gradient",
+    "norms_and_rows", "project_gradient", "similarity_gradient",
 ]  # fmt: skip
 
 _rows: Any
@@ -53,6 +53,21 @@ def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
     for layer, norms in zip(embeddings, out, strict=True):
         _rows.inverse_norms(_bits(_dense_rows(layer)), norms.numpy(), _threads())
     return out
+
+
+def norms_and_rows(
+    tokens: Tensor,
+    duals: Tensor | None,
+    own: Tensor,
+    row_of: Tensor,
+    norms: Tensor,
+    of_rows: Tensor,
+    anchors: Tensor | None,
+) -> None:
+    norms.copy_(inverse_norms(tokens, duals))
+    torch.index_select(norms, 1, own, out=of_rows)
+    if anchors is not None:
+        gather_rows(tokens, own, anchors)
 
 
 def frame_statistics(

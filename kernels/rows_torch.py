@@ -65,6 +65,21 @@ def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
     return torch.where(least == 0, NORM_FLOOR, inverse)
 
 
+def norms_and_rows(
+    tokens: Tensor,  # [G, n, D]
+    duals: Tensor | None,  # [G, n, D]
+    own: Tensor,  # int64 [R], the tokens that are rows
+    row_of: Tensor,  # int64 [n], `RowIndex.token_row`, which says the same; not used here, nor by `rows_cpp`
+    norms: Tensor,  # float32 [G, n], written: inverse norms
+    of_rows: Tensor,  # float32 [G, R], written: those of the rows
+    anchors: Tensor | None,  # [G, R, D], written if given: the rows
+) -> None:
+    norms.copy_(inverse_norms(tokens, duals))
+    torch.index_select(norms, 1, own, out=of_rows)
+    if anchors is not None:
+        gather_rows(tokens, own, anchors)
+
+
 def frame_statistics(
     chunk: RowChunk,
     matches: ChunkMatches | None,

@@ -58,16 +58,45 @@ def available() -> bool:
 def inverse_norms(embeddings: Tensor, duals: Tensor | None = None) -> Tensor:
     """`1 / max(|e|, 1e-12)`: [..., N, D] of any float type -> float32 [..., N]. The numbers of a dual lie together."""
     stack = embeddings if embeddings.dim() == 3 else embeddings.reshape(-1, *embeddings.shape[-2:])  # [G, N, D]
-    groups, tokens, width = stack.shape
     out = scratch(torch.empty(embeddings.shape[:-1], dtype=torch.float32, device=stack.device))
-    strides, matrices = stack.stride(), (stack,) if duals is None else (stack, duals)
+    _launch_norms(stack, duals, out, None, None, None)
+    return out
+
+
+def norms_and_rows(
+    tokens: Tensor,
+    duals: Tensor | None,
+    own: Tensor,
+    row_of: Tensor,
+    norms: Tensor,
+    of_rows: Tensor,
+    anchors: Tensor | None,
+) -> None:
+    """The inverse norms of tokens and of those that are rows; with `anchors`, these are copied, in the same pass."""
+    if anchors is not None and tokens.stride(2) != 1:
+        gather_rows(tokens, own, anchors)
+        anchors = None
+    _launch_norms(tokens, duals, norms, row_of, of_rows, anchors)
+
+
+def _launch_norms(
+    stack: Tensor,
+    duals: Tensor | None,
+    out: Tensor,
+    row_of: Tensor | None,
+    of_rows: Tensor | None,
+    anchors: Tensor | None,
+) -> None:
+    groups, tokens, width = stack.shape
+    strides, matrices = stack.stride(), [matrix for matrix in (stack, duals, anchors) if matrix is not None]
     launch(
         vectors.inverse_norms, (cdiv(tokens, NORM_TILE.rows), groups), NORM_TILE,
-        stack, *strides, *_dual_arguments(duals), out, tokens, width,
-        form=(stack.dtype, duals is None),
+        stack, *strides, *_dual_arguments(duals),
+        row_of, out, of_rows, 0 if of_rows is None else of_rows.stride(0), anchors,
+        *((0, 0) if anchors is None else anchors.stride()[:2]), tokens, width,
+        form=(stack.dtype, duals is None, row_of is None, None if anchors is None else anchors.dtype),
         DENSE=strides[2] == 1, ALIGN=_alignment(width, *matrices) if strides[2] == 1 else 1,
     )  # fmt: skip
-    return out
 
 
 def frame_statistics(

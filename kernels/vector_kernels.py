@@ -41,16 +41,22 @@ def load_rows(base, line, column, stride_d, mask, DENSE: tl.constexpr, ALIGN: tl
     return x.to(tl.float32)
 
 
-@kernel("out", direct=True)
+@kernel("out", "of_rows", "anchors", direct=True)
 def inverse_norms(
     embeddings, stride_g: tl.int64, stride_n: tl.int64, stride_d: tl.int64, duals, duals_g: tl.int64,
-    duals_n: tl.int64, out, tokens, width,
+    duals_n: tl.int64, row_of, out, of_rows, rows_g: tl.int64, anchors, anchors_g: tl.int64, anchors_n: tl.int64,
+    tokens, width,
     DENSE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_ROWS` tokens of one layer. `duals` is None where they are the embeddings."""
+    """One program: `BLOCK_ROWS` tokens of one layer. `duals` is None where they are the embeddings.
+
+    Tokens that are rows, by `row_of`, also write to `of_rows` and copy their numbers to `anchors`; these may be None.
+    """
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     line = group * stride_g + row.to(tl.int64)[:, None] * stride_n
+    if row_of is not None:
+        at = tl.load(row_of + row, mask=row < tokens, other=-1)
     width = width // ALIGN * ALIGN  # as it is; the compiler sees the factor
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     of_duals, of_both = total, total
@@ -59,6 +65,9 @@ def inverse_norms(
         mask = (row < tokens)[:, None] & (column < width)[None, :]
         e = load_rows(embeddings, line, column, stride_d, mask, DENSE, ALIGN)
         total += tl.sum(e * e, 1)
+        if anchors is not None:
+            to = in_rows(anchors, group * anchors_g + at[:, None] * anchors_n, column, ALIGN)
+            tl.store(to, e.to(anchors.dtype.element_ty), mask=mask & (at >= 0)[:, None])
         if duals is not None:
             d_line = group * duals_g + row.to(tl.int64)[:, None] * duals_n
             d = load_rows(duals, d_line, column, 1, mask, True, ALIGN)
@@ -73,6 +82,8 @@ def inverse_norms(
         inverse = tl.where(norm > SMALLEST_NORM, tl.div_rn(1.0, tl.maximum(norm, SMALLEST_NORM)), LARGEST_INVERSE)
         inverse = tl.where(norm != norm, norm, inverse)  # NaN stays NaN
     tl.store(out + group * tokens + row, inverse, mask=row < tokens)
+    if row_of is not None:
+        tl.store(of_rows + group * rows_g + at, inverse, mask=at >= 0)
 
 
 @kernel("out", direct=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -439,6 +440,25 @@ def test_norms_and_projected_gradients_with_duals_are_those_of_pytorch(
         rows_triton.project_gradient(given, embeddings, inverse, ours, False, None, more, tokens, duals)
         rows_torch.project_gradient(given, embeddings, inverse, truth, False, None, more, tokens, duals)
         close(ours, truth, 5e-6)
+
+
+@pytest.mark.parametrize("operations", [rows_torch, rows_triton])
+@pytest.mark.parametrize("kind", ["dense", "strided", "other type", "duals", "norms only"])
+@pytest.mark.parametrize("width", [1, 40, 300])
+def test_rows_are_copied_while_norms_are_taken(operations: Any, kind: str, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    tokens = torch.randn(2, 21, width, generator=generator).half()
+    tokens = tokens.mT.contiguous().mT if kind == "strided" else tokens
+    own = torch.randperm(21, generator=generator)[:9].sort().values
+    row_of = torch.full((21,), -1).index_copy(0, own, torch.arange(9))
+    duals = tokens + 0.125 if kind == "duals" else None
+    norms, of_rows = torch.full((3, 21), float("nan")), torch.full((3, 9), float("nan"))
+    anchors = torch.full((3, 9, width), float("nan"), dtype=torch.float32 if kind == "other type" else torch.float16)
+    to = None if kind == "norms only" else anchors[:2]
+    operations.norms_and_rows(tokens, duals, own, row_of, norms[:2], of_rows[:2], to)
+    torch.testing.assert_close(norms[:2], rows_torch.inverse_norms(tokens, duals), rtol=1e-6, atol=0)
+    assert torch.equal(of_rows[:2], norms[:2, own]) and norms[2].isnan().all() and of_rows[2].isnan().all()
+    assert anchors.isnan().all() if to is None else torch.equal(to, tokens[:, own].to(to.dtype))
 
 
 @pytest.mark.parametrize("norms", [rows_torch.inverse_norms, rows_triton.inverse_norms])
