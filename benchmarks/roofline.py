@@ -5,7 +5,7 @@
 
 `roofline_trace` records what `gasp_loss` runs: block sizes, launches and bytes are those of the engine. `roofline_sass`
 compiles each kernel and counts its instructions. `roofline_model` turns both into time, with constants fitted to
-measurements on an H200; `roofline_product` does it for the forward pass that stores no similarities, from assumptions.
+measurements on an H200; `roofline_product` does it for the forward pass that stores no similarities.
 The kernels of one call run one after another, so their times are added, and the host is late if all its operations take
 longer. A Triton kernel that is not in `ROW_KERNELS` or in `time_of` is an error, and so is a call whose products are
 fewer than the loss needs: nothing is free because it is unknown.
@@ -61,7 +61,6 @@ class Case:
     backward: bool
     fused: bool = True  # a forward pass alone may use `product_statistics`
     upstream: float = 1.0
-    efficiency: float = product.EFFICIENCY  # of `product_statistics`
     correction: float = 1.0  # how much longer the bare products of this workload took than the model says
 
 
@@ -79,7 +78,6 @@ class Prediction:
     floor: float
     ratio: float
     target: float | None
-    efficiency: float  # assumed for `product_statistics`
     product_flops: int
     shares: dict[str, float]  # milliseconds by kind of work
 
@@ -144,10 +142,10 @@ def predict(
     shares["pauses"] = constants.pause.seconds(len(trace.work))
     host = _host_time(trace)
     total = max(sum(shares.values()), host)
-    targets = TARGETS if case.backward else FORWARD_TARGETS
+    targets = TARGETS if case.backward else {} if case.fused else FORWARD_TARGETS
     return Prediction(
         workload.name, device.name, workspace, case.backward, case.fused, case.upstream, _blocks(trace), 1e3 * total,
-        1e3 * host, 1e3 * floor, total / floor, targets.get((workload.name, workspace)), case.efficiency, flops,
+        1e3 * host, 1e3 * floor, total / floor, targets.get((workload.name, workspace)), flops,
         {name: 1e3 * value for name, value in shares.items()},
     )  # fmt: skip
 
@@ -162,9 +160,7 @@ def time_of(work: Work, cached: float, device: Device, constants: Constants, cas
         return f"torch {work.name}", model.torch_time(constants.torch, device, moved, work.name in SCATTERED)
     if work.name == "product_statistics":
         compiled = compile_product(work.kernel, work.tile, work.arguments, work.constants)
-        return work.name, product.product_statistics_time(
-            constants, device, work, compiled, case.correction, case.efficiency
-        )
+        return work.name, product.product_statistics_time(constants, device, work, compiled, case.correction)
     if work.name not in ROW_KERNELS | {"scale"}:
         raise ValueError(
             f"the model does not know the Triton kernel {work.name!r}; add it to `ROW_KERNELS` or `time_of`"
@@ -205,11 +201,10 @@ def main() -> None:
     arguments = parser.parse_args()
     fit = model.fitted()
     checks = past.compared(fit.constants)
-    efficiencies = (product.EFFICIENCY, product.LEAST_EFFICIENCY, product.MOST_EFFICIENCY)
     # The kernel that stores no similarities needs no workspace: the default stands for all.
     training = [(workspace, Case(True, upstream=arguments.upstream)) for workspace in arguments.workspace]
     chunked = [(workspace, Case(False, fused=False)) for workspace in arguments.workspace]
-    fused = [(DEFAULT_WORKSPACE, Case(False, efficiency=efficiency)) for efficiency in efficiencies]
+    fused = [(DEFAULT_WORKSPACE, Case(False))]
     predictions = [
         predict(WORKLOADS[name], device, workspace, case, fit.constants, trace)
         for name in arguments.workload
@@ -250,19 +245,11 @@ def print_fit(fit: model.Fit, checks: dict[str, dict[str, float]]) -> None:
 
 
 def print_table(predictions: list[Prediction], title: str) -> None:
-    rates = not predictions[0].backward and predictions[0].fused  # one workspace, several rates
     print(f"\n{title}: PREDICTED")
-    print(
-        f"  load GPU   {'rate' if rates else ' MiB'}  ratio  target      ms   host  first product",
-        " " * 10,
-        "most time, ms",
-    )
+    print("  load GPU    MiB  ratio  target      ms   host  first product            most time, ms")
     for p in predictions:
         target = "" if p.target is None else f"{p.target:.2f} {'ok' if p.ratio <= p.target else 'NO'}"
-        print(
-            f"  {p.workload:5s}{p.device:6s}{p.efficiency if rates else p.workspace:5}{p.ratio:7.2f}{target:>8s}",
-            end="",
-        )
+        print(f"  {p.workload:5s}{p.device:6s}{p.workspace:5}{p.ratio:7.2f}{target:>8s}", end="")
         print(f"{p.milliseconds:8.1f}{p.host:7.1f}  {p.blocks:24s} {p.dominates}")
 
 

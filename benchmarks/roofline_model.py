@@ -9,8 +9,8 @@
 The parts of one kernel overlap, but not fully: their times are added as a norm, `(a^p + b^p)^(1/p)`, with a fitted `p`
 (1 is a sum, infinity the largest). `fitted` reads the measurements of two days and returns the constants with the
 residual of every measurement: `results/h200-2026-11-26`, an earlier design and bare products, and `kernels.json` of
-`results/h200-2026-11-27`, the kernels of the present one. Products of the second day are compared with each other, within
-a run: the clock of a GPU depends on what it has done before, by a tenth and more.
+`results/h200-2026-11-27`, the kernels of the present one. Products of the second day are compared with each other,
+within a run: the clock of a GPU depends on what it has done before, by a tenth and more.
 """
 
 from __future__ import annotations
@@ -287,9 +287,7 @@ def _row_errors(constants: RowConstants) -> dict[str, float]:
         together = sum(model(run, kernel) for kernel in run["kernels"])
         errors[f"both trial kernels, {run['workload']}"] = together / seconds
     for run in read(KERNELS)["row_kernels"]:
-        modelled = sum(
-            launch["count"] * _recorded_time(constants, run["kernel"], launch) for launch in run["launches"]
-        )
+        modelled = sum(launch["count"] * _recorded_time(constants, run["kernel"], launch) for launch in run["launches"])
         errors[f"{run['kernel']}, {run['workload']}, 27 November"] = modelled / (run["milliseconds"] * 1e-3)
     return errors
 

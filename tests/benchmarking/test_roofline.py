@@ -50,7 +50,9 @@ def predictions() -> list[dict]:
     return json.loads(_roofline("--workload", "w3", "--workspace", "128", "256", "--json"))["predictions"]
 
 
-@pytest.mark.parametrize(("group", "largest_rms"), [("products", 0.07), ("row kernels", 0.12), ("torch kernels", 0.11)])
+@pytest.mark.parametrize(
+    ("group", "largest_rms"), [("products", 0.06), ("row kernels", 0.1), ("torch kernels", 0.11), ("pauses", 0.27)]
+)
 def test_the_formulas_are_as_close_to_the_measurements_as_the_documentation_says(fit, group, largest_rms):
     assert fit.rms(group) < largest_rms
 
@@ -114,7 +116,7 @@ def test_the_work_of_a_program_is_counted_from_its_tables():
 
 @pytest.mark.slow
 def test_every_prediction_is_finite_and_above_the_floor(predictions):
-    assert len(predictions) == 2 * (2 + 2 + 3)  # devices; workspaces of two passes, rates of one kernel
+    assert len(predictions) == 2 * (2 + 2 + 1)  # devices; workspaces of two passes, one kernel
     for prediction in predictions:
         assert math.isfinite(prediction["ratio"]) and 1 < prediction["ratio"] < 10, prediction
         assert prediction["milliseconds"] >= prediction["host"]
@@ -144,13 +146,6 @@ def test_a_forward_pass_is_predicted_both_ways(predictions):
         assert ("products" in prediction["shares"]) != in_one_kernel
         if in_one_kernel:
             assert prediction["shares"]["product_statistics"] > prediction["floor"]
-
-
-@pytest.mark.slow
-def test_a_faster_main_loop_makes_the_kernel_faster(predictions):
-    ratios = {p["efficiency"]: p["ratio"] for p in predictions if "product_statistics" in p["shares"]}
-    assert sorted(ratios) == [product.LEAST_EFFICIENCY, product.EFFICIENCY, product.MOST_EFFICIENCY]
-    assert sorted(ratios.values(), reverse=True) == [ratios[efficiency] for efficiency in sorted(ratios)]
 
 
 @pytest.mark.slow
