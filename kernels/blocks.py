@@ -63,6 +63,9 @@ HOST_PART_UNITS, HOST_BLOCK_UNITS, HOST_PANEL_UNITS = 20000, 14000, 8000
 # How long both row kernels of a part wait for memory at a time; so many warps of a multiprocessor wait together.
 WAIT_UNITS, WARPS_AT_ONCE = 100, 24
 MOST_BLOCKS, MOST_PARTS = 48, 16  # rows are cut into at most so many
+# Of a part with cut columns: along its second axis a grid has 65,535 programs, of two rows. As many whole rows take
+# 64 GiB.
+MOST_ROWS = 65_535 // (TILE_ROWS // 2) * TILE_ROWS
 CACHED_BYTES = 32 << 20  # similarities of a part that stay in the second-level cache (50 MB on an H100)
 PITCH = 64  # numbers; columns without those of rows, of which there is any number, begin each row at a multiple of it
 LEAST_CPU_PANEL = 256  # tokens; products of fewer are slower than the memory that they save
@@ -193,7 +196,7 @@ def _blocks_on_gpu(sizes: Sizes, workspace: int) -> Blocks:
 def _cut_blocks(sizes: Sizes, workspace: int, square: Blocks) -> Iterator[Blocks]:
     """Blocks that are more or less square, with equal parts and equal cuts of the columns."""
     for percent in (60, 70, 80, 90, 100, 120, 160, 200):
-        rows = min(sizes.rows, max(1, square.rows * percent // 100 // TILE_ROWS) * TILE_ROWS)
+        rows = min(sizes.rows, MOST_ROWS, max(1, square.rows * percent // 100 // TILE_ROWS) * TILE_ROWS)
         for part in _parts(sizes, rows, most=4):
             without = bytes_of(sizes, Blocks(1, rows, part, 0))
             column = bytes_of(sizes, Blocks(1, rows, part, 1)) - without
@@ -350,7 +353,7 @@ def _square_blocks(sizes: Sizes, workspace: int, multiple: int) -> Blocks:
     similarity = 4 // parts if sizes.element < 4 else 0
     linear, square = sizes.width * (sizes.element + 4), sizes.element + similarity
     rows = (isqrt(linear * linear + 4 * square * workspace) - linear) // (2 * square)
-    rows = min(sizes.rows, max(1, rows // multiple * multiple or rows))
+    rows = min(sizes.rows, MOST_ROWS, max(1, rows // multiple * multiple or rows))
     part = max(1, rows // parts // multiple * multiple or rows // parts)
     columns = (workspace - rows * linear) // max(1, rows * sizes.element + (4 * part if similarity else 0))
     columns = min(sizes.tokens, max(1, columns // multiple * multiple or columns))

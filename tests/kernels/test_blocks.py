@@ -46,6 +46,14 @@ def test_a_block_fits_the_workspace(sizes, mib):
         assert blocks.layers == 1 and blocks.part == blocks.rows
 
 
+@settings(max_examples=50, deadline=None)
+@given(sizes(), st.sampled_from([1, 20, 60]))
+@example(Sizes(1, 400_000, 400_000, 1, element=4, backward=True, multiprocessors=132), 60)
+def test_the_rows_of_a_part_fit_a_grid(sizes, gib):
+    if sizes.multiprocessors:
+        assert blocks_for(sizes, gib * 1024 * MIB).part <= 2 * 65_535
+
+
 @settings(max_examples=100, deadline=None)
 @given(sizes(), st.integers(0, 4000))
 def test_the_smallest_workspace_still_gives_blocks(sizes, workspace):
