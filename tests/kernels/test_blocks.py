@@ -48,7 +48,7 @@ def test_a_block_fits_the_workspace(sizes, mib):
 
 @settings(max_examples=50, deadline=None)
 @given(sizes(), st.sampled_from([1, 20, 60]))
-@example(Sizes(1, 400_000, 400_000, 1, element=4, backward=True, multiprocessors=132), 60)
+@example(Sizes(1, 200_000, 400_000, 1024, element=2, backward=False, multiprocessors=132, frames=4), 20)
 def test_the_rows_of_a_part_fit_a_grid(sizes, gib):
     if sizes.multiprocessors:
         assert blocks_for(sizes, gib * 1024 * MIB).part <= 2 * 65_535
