@@ -39,8 +39,8 @@ from .triton_launch import Tile, cdiv, launch, power_of_two, tl
 # a program no sum leaves it and nothing passes through shared memory (two warps: 1 to 3 instructions more for each
 # similarity). Rows share the reads of norms, values and flags. Instructions for each similarity, and registers (sm_90):
 #   statistics   2 rows 11.8, 64;   4 rows 10.4, 91: too few warps to cover the memory's latency
-#   gradient     2 rows 12.3, 64;   4 rows 10.7, 80; in an earlier form, of 15.3 and 12.8 instructions, four rows took half
-#                as long again on an H100 (36 against 23 microseconds for 512 rows of 13,824 columns)
+#   gradient     2 rows 12.3, 64;   4 rows 10.7, 80; in an earlier form, of 15.3 and 12.8 instructions, four rows took
+#                half as long again on an H100 (36 against 23 microseconds for 512 rows of 13,824 columns)
 # Where frames are few and long, one warp to a program is too little: more warps take as many columns each.
 ROW_TILES = [Tile(rows=2, columns=128 * warps, warps=warps) for warps in (1, 2, 4, 8)]
 ENOUGH_WARPS = 48 * 132  # in all programs: 48 for each multiprocessor of an H100
