@@ -44,8 +44,8 @@ MATCHES = constant(16)  # of a row, visited at once: those of two rows fill a wa
 
 @jit
 def exponent(x, factor, reference):
-    """`y` of the text above. One expression everywhere, so that equal similarities stay equal."""
-    return x * factor - reference
+    """`y` of the text above, rounded once wherever it is computed: `place_in_lane` looks for the same bits."""
+    return tl.fma(x, factor, -reference)
 
 
 @jit
