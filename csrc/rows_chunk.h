@@ -49,6 +49,7 @@ struct Chunk {
           frame_offsets(frame_offsets_.data(), frame_offsets_.data() + frames + 1) {
         for (int64_t& offset : frame_offsets) offset = std::clamp<int64_t>(offset - first_column, 0, tokens);
         if (!values_) return;
+        expect(known_.has_value(), "values are given without known");
         borrowed.insert(borrowed.end(), {*values_, *known_});
         width = values_->shape(1);
         known = known_->data();
