@@ -7,7 +7,7 @@ recording with other addresses.
 
 A recording describes where each tensor lies, which is one of three places:
 
-- in a tensor of the call: embeddings, norms, weights, terms, gradients. Where these have a part for each layer, the
+- in a tensor of the call: embeddings, weights, terms, gradients. Where these have a part for each layer, the
   place moves on by a fixed distance a layer.
 - in scratch memory of the group. A later call allocates it anew, one piece for each element type.
 - in a tensor that depends on the matches alone. It stays there.
