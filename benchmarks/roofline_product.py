@@ -11,7 +11,7 @@ Where one program runs on a multiprocessor, its warps do all this in turn and no
 while the other multiplies. Programs start in order, each where one has ended, so the last ones may leave
 multiprocessors idle. Each wave of programs reads its rows and columns from memory.
 
-`EFFICIENCY` is an assumption, and `WAIT` was chosen with it so that calls take about as long as on the H100 of
+`EFFICIENCY` and `WAIT` were chosen so that calls take about as long as on the H100 of
 `results/h100-2026-11-26` (`profile.json`): 44, 2.7, 5.6, 67 and 13 ms for W1, W2, W3, W5 and W4, measured 45, 2.7, 5.1,
 64 and 17.
 """

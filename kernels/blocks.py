@@ -13,8 +13,8 @@ added before the products: with half of the tokens anchors, that saves a quarter
 memory for the columns that are no rows, and passes over `X`, which are worth it unless the width is small.
 
 On a GPU such a block may be larger than the workspace, by as much as the accumulator of all tokens that it replaces:
-blocks that accumulate have that beside their workspace, so the peak of memory is no higher. Both have `X` in the memory
-of the gradient itself, if it fits there (`in_gradient`).
+blocks that accumulate have that beside their workspace, so the peak of memory is no higher. These, and blocks that are
+folded, have `X` in the memory of the gradient itself, if it fits there (`in_gradient`).
 
 Where `X` of all rows does not fit, each block adds to an accumulator of all tokens. A gradient product with few rows is
 slow then: it reads and writes the accumulator once for every block, which costs as much as the product itself at about
@@ -63,8 +63,7 @@ HOST_PART_UNITS, HOST_BLOCK_UNITS, HOST_PANEL_UNITS = 20000, 14000, 8000
 # How long both row kernels of a part wait for memory at a time; so many warps of a multiprocessor wait together.
 WAIT_UNITS, WARPS_AT_ONCE = 100, 24
 MOST_BLOCKS, MOST_PARTS = 48, 16  # rows are cut into at most so many
-# Of a part with cut columns: along its second axis a grid has 65,535 programs, of two rows. As many whole rows take
-# 64 GiB.
+# Of a part: along its second axis a grid has 65,535 programs, of two rows.
 MOST_ROWS = 65_535 // (TILE_ROWS // 2) * TILE_ROWS
 CACHED_BYTES = 32 << 20  # similarities of a part that stay in the second-level cache (50 MB on an H100)
 PITCH = 64  # numbers; columns without those of rows, of which there is any number, begin each row at a multiple of it
@@ -116,8 +115,8 @@ class Sizes:
 class Scratch(NamedTuple):
     """Float32 memory of a block: where each part of it begins, and its size, in numbers.
 
-    Similarities come first. Row gradients and the panel take their place where `X` has memory of its own and all
-    columns are in it. Where `X` is folded, the panel takes that of the row gradients, which are projected before.
+    Similarities come first. Row gradients and the panel take their place where `X` does not, and all columns are in it.
+    Where `X` is folded, the panel takes that of the row gradients, which are projected before.
     """
 
     row_gradient: int
@@ -209,7 +208,7 @@ def _cut_blocks(sizes: Sizes, workspace: int, square: Blocks) -> Iterator[Blocks
 def _whole_blocks(sizes: Sizes, workspace: int) -> Iterator[Blocks]:
     """Blocks of all rows and columns in so many bytes, with panels where gradients are computed."""
     for layers in range(1, sizes.layers + 1):
-        for part in _parts(sizes, sizes.rows) if layers == 1 else [sizes.rows]:
+        for part in _parts(sizes, sizes.rows) if layers == 1 or sizes.rows > MOST_ROWS else [sizes.rows]:
             blocks = Blocks(layers, sizes.rows, part, sizes.tokens)
             if bytes_of(sizes, blocks) > workspace:
                 continue
@@ -340,11 +339,12 @@ def _host_time(sizes: Sizes, blocks: Blocks) -> float:
 
 def _parts(sizes: Sizes, rows: int, most: int = MOST_PARTS) -> list[int]:
     """Sizes of a part of so many rows: all of them where `X` replaces the similarities, or there is no `X`."""
-    return [rows] if sizes.element == 4 or not sizes.backward else _shares(rows, most)
+    parts = [rows] if sizes.element == 4 or not sizes.backward else _shares(rows, most)
+    return [part for part in parts if part <= MOST_ROWS]
 
 
 def _square_blocks(sizes: Sizes, workspace: int, multiple: int) -> Blocks:
-    """As many columns as rows. On a GPU a part has half of the rows, where `X` has memory of its own.
+    """As many columns as rows. On a GPU a part has half of the rows, where `X` does not replace similarities.
 
     `rows * rows * (element + similarity) + rows * width * (element + 4)` bytes, `similarity` bytes of a part for each
     number of `X`.

@@ -37,7 +37,7 @@ class LayerGroup:
     duals: Tensor | None  # [G, n, D]; None: similarities are products with `tokens` themselves
     token_norms: Tensor  # float32 [G, n], inverse norms of `raw`
     token_scale: Tensor  # float32 [G, n], of `tokens`: `token_norms`, or ones where `tokens` are normalised
-    row_norms: Tensor | None  # float32 [G, A], inverse norms of all anchors; None where these are no candidates
+    row_norms: Tensor | None  # float32 [G, A], inverse norms of its anchors; None where these are no candidates
     gathered: bool  # whether the memory of a block has the anchors already
     boost: Tensor | None  # float32 [G]
     factor: Tensor | None  # float32 [G], by which gradients are multiplied: removes the boost, see `Gradients.scale`
@@ -62,7 +62,7 @@ class LayerGroup:
         duals = None if problem.duals is None else piece(piece(problem.duals, 0, layers), 1, span)
         row_norms, gathered = None, False
         if problem.keys is problem.embeddings:
-            gathered = blocks.rows >= sequence.row_count and not products.normalised
+            gathered = blocks.rows == sequence.row_count and not products.normalised
             first = slice(0, layers.stop - layers.start)
             token_norms, row_norms = piece(buffers.norms, 0, first), piece(buffers.row_norms, 0, first)
             anchors = piece(buffers.anchors, 0, first) if gathered else None

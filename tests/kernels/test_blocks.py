@@ -47,7 +47,9 @@ def test_a_block_fits_the_workspace(sizes, mib):
 
 
 @settings(max_examples=50, deadline=None)
-@given(sizes(), st.sampled_from([1, 20, 60]))
+@given(sizes(), st.sampled_from([1, 20, 60, 100]))
+@example(Sizes(1, 140_000, 140_000, 64, element=2, backward=False, multiprocessors=132, frames=4), 96)
+@example(Sizes(2, 140_000, 140_000, 64, element=4, backward=True, multiprocessors=132, foldable=True), 110)
 @example(Sizes(1, 200_000, 400_000, 1024, element=2, backward=False, multiprocessors=132, frames=4), 20)
 def test_the_rows_of_a_part_fit_a_grid(sizes, gib):
     if sizes.multiprocessors:

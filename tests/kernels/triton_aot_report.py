@@ -69,6 +69,13 @@ def every_launch(dtype: torch.dtype, width: int, per_frame: int) -> None:
     embeddings = torch.zeros(1, tokens, width, dtype=dtype)
     own = index.rows.row_token[:rows]
     scale = rows_triton.inverse_norms(embeddings)
+    anchors, of_rows = (
+        embeddings.new_empty(1, len(index.rows.row_token), width),
+        torch.empty(1, len(index.rows.row_token)),
+    )
+    for duals in (None, None if dtype == torch.float16 else torch.zeros_like(embeddings)):
+        own, row_of = index.rows.row_token, index.rows.token_row
+        rows_triton.norms_and_rows(embeddings, duals, own, row_of, torch.empty(1, tokens), of_rows, anchors)
     chunk = RowChunk(
         similarity=torch.zeros(1, rows, tokens), row_scale=scale[:, own], token_scale=scale,
         temperature=torch.tensor(0.07), row_token=own, exclude_own=True, first_token=0,

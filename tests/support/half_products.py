@@ -3,6 +3,7 @@
 import torch
 
 from gasp_fast.kernels.products import Products
+from gasp_fast.kernels.replay import recorded
 
 
 class HalfProducts(Products):
@@ -12,6 +13,10 @@ class HalfProducts(Products):
         assert a.dtype == b.dtype == self.element and self.element.itemsize == 2
         product = a.float() @ b.float()
         out.add_(product) if accumulate else out.copy_(product)
+
+    @recorded
+    def similarity(self, anchors, tokens, out):
+        self.product(anchors, tokens.mT, out, False)
 
     @staticmethod
     def use(monkeypatch, dtype: torch.dtype, multiprocessors: int = 0) -> None:

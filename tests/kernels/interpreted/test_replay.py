@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gasp_fast
 from gasp_fast.kernels import chunked, rows_triton
-from gasp_fast.kernels.blocks import Blocks, blocks_for
+from gasp_fast.kernels.blocks import Blocks, blocks_for, in_gradient
 from gasp_fast.kernels.chunk import MatchTerms, Problem, TermDefinition, TermWeights
 from gasp_fast.kernels.chunked import ChunkedEngine, Gradients
 from gasp_fast.kernels.engines import ENGINES
@@ -87,16 +87,25 @@ def test_repeated_layers_have_the_same_bits(
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("columns", [100, 4])
-def test_layers_with_x_in_the_memory_of_their_gradients_have_the_same_bits(monkeypatch, repeated, device, columns):
+@pytest.mark.parametrize("kind", ["whole columns", "cut columns", "folded"])
+def test_layers_with_x_in_the_memory_of_their_gradients_have_the_same_bits(monkeypatch, repeated, device, kind):
     HalfProducts.use(monkeypatch, torch.bfloat16, multiprocessors=8)
     engines = {again: ChunkedEngine(operations=rows_triton, workspace_bytes=0, replays=again) for again in (0, 1)}
-    monkeypatch.setattr(chunked, "blocks_for", lambda sizes, _: Blocks(1, 3, 2, min(columns, sizes.tokens)))
-    problem, found = random_problem(0, SEQUENCES, width=8, matches=12, layers=LAYERS), []
+
+    def blocks_of_kind(sizes, workspace_bytes: int) -> Blocks:
+        if kind == "folded":  # two groups of layers, and a rest
+            blocks = Blocks(2, sizes.rows, sizes.rows, sizes.tokens, panel=3, folded=True)
+            assert in_gradient(sizes, blocks)
+            return blocks
+        return Blocks(1, 3, 2, min(4 if kind == "cut columns" else 100, sizes.tokens))
+
+    monkeypatch.setattr(chunked, "blocks_for", blocks_of_kind)
+    layers = 5 if kind == "folded" else LAYERS
+    problem, found = random_problem(0, SEQUENCES, width=16, matches=12, layers=layers), []
     for engine in engines.values():
         monkeypatch.setitem(ENGINES, "triton", lambda embeddings, mib, engine=engine: engine)
         found.append(results(problem, torch.bfloat16, device))
-    assert repeated == [1, 2] * len(SEQUENCES)
+    assert repeated == ([2] if kind == "folded" else [1, 2]) * len(SEQUENCES)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
