@@ -13,7 +13,7 @@ PASSES = {"frame_statistics", "similarity_gradient"}  # over all similarities
 KERNELS = PASSES | {"inverse_norms", "loss_terms", "add_rows", "gather_rows", "project_gradient"}
 KERNELS |= {"add_transposed", "gather_columns", "place_rows", "sums_of_pieces", "sums_of_layers", "terms_of_points"}
 SINGLE = {"terms_of_points"}  # twelve corners of one point: 168 registers leave three programs of four warps
-# Instructions for each similarity, by how many of its numbers are loaded at once. Both passes take about 12 with four; at
+# Instructions for each similarity, by how many of its numbers are loaded at once. Both passes take 12 with four; at
 # 18 arithmetic takes as long as the memory of an H200: 132 x 128 lanes at 1.7 GHz, 4 bytes read for each. With frames
 # that begin anywhere the gradient of two rows has more than that of four, but is faster (rows_triton).
 MOST = {4: 14, 2: 18, 1: 22}
