@@ -173,6 +173,7 @@ class Fit:
         return max(self.residuals[group].values(), key=abs)
 
 
+@cache
 def fitted() -> Fit:
     product, product_residuals = _fit(_product_errors, ProductConstants(850, 3, 96, 0.3, 0.9, 1.4, 2))
     row, row_residuals = _fit(_row_errors, RowConstants(1.7, 0.7, 1, 4, 1, 1.4))

@@ -292,20 +292,22 @@ def _device_time(sizes: Sizes, blocks: Blocks, layers: int) -> float:
 def _product(sizes: Sizes, layers: int, m: int, n: int, k: int, results: int) -> float:
     """Time of products [m, k] x [k, n], whose float32 results are moved so many times; see `roofline_model`."""
     moved, fastest = layers * (sizes.element * (m + n) * k + 4 * results * m * n), inf
+    enough = layers * m * n >= 128 * 256 * sizes.multiprocessors  # tiles for a wave
     for parts in DIVISIONS:
-        if parts > 1 and k < parts * LEAST_INNER:
+        if parts > 1 and (enough or k < parts * LEAST_INNER):
             break
         partial = 8 * layers * parts * m * n if parts > 1 else 0  # float32, written and read
         moving = (moved + partial) / (PRODUCT_BANDWIDTH * BYTES_PER_UNIT * sizes.multiprocessors)
-        computing = _computing(sizes, layers * parts, m, n, k / parts)
+        computing = _computing(sizes.multiprocessors, layers * parts, m, n, k / parts)
         fastest = min(fastest, (computing**OVERLAP + moving**OVERLAP) ** (1 / OVERLAP))
     return fastest
 
 
-def _computing(sizes: Sizes, products: int, m: int, n: int, k: float) -> float:
+@lru_cache(maxsize=4096)  # many candidates have the same products
+def _computing(multiprocessors: int, products: int, m: int, n: int, k: float) -> float:
     fastest = inf
     for rows, columns in TILES:
-        exact = products * _up(m, rows) * _up(n, columns) / sizes.multiprocessors
+        exact = products * _up(m, rows) * _up(n, columns) / multiprocessors
         waves = max(1.0, WAVE_LOSS * ceil(exact) + (1 - WAVE_LOSS) * exact)
         fastest = min(fastest, waves * (rows + TILE_EDGE) * (columns + TILE_EDGE) * (k + TILE_START))
     return fastest / (128 * 256)
