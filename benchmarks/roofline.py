@@ -169,8 +169,9 @@ def time_of(work: Work, cached: float, device: Device, constants: Constants, cas
     passes = -(-work.numbers // (work.programs * work.tile.rows * work.tile.columns))
     if work.name == "scale" and case.upstream == 1:  # each program reads that number and ends
         code, moved, cached = replace(code, loop=0, outside=0), 0, 0
-    seconds = model.row_time(constants.row, device, work.programs, passes, code, moved - cached, cached)
-    return work.name, seconds + (constants.row.chain * 1e-6 if work.name == model.CHAINED else 0)
+    return work.name, model.row_time(
+        constants.row, device, work.programs, passes, code, moved - cached, cached, work.name
+    )
 
 
 def _host_time(trace: Trace) -> float:

@@ -136,15 +136,17 @@ def row_time(
     code: object,  # a `roofline_sass.KernelCode`, or what has its fields
     memory_bytes: float,
     cache_bytes: float = 0.0,
+    kernel: str = "",
 ) -> float:
-    """Seconds of one launch of a row kernel."""
+    """Seconds of one launch of a row kernel. `kernel`: its name, which counts if it is `CHAINED`."""
     loop, outside, warps, resident = (getattr(code, name) for name in ("loop", "outside", "warps", "resident"))
     instructions = programs * warps * (outside + passes * loop)
     issuing = instructions / (ISSUED * device.multiprocessors * constants.gigahertz * 1e9)
     moving = memory_bytes / (device.bandwidth * constants.bandwidth) + cache_bytes / device.cache_bandwidth
     waves = math.ceil(programs / (device.multiprocessors * resident))
     waiting = waves * passes * constants.latency * 1e-6
-    return together(constants.norm, issuing, moving, waiting) + constants.launch * 1e-6
+    fixed = constants.launch + (constants.chain if kernel == CHAINED else 0)
+    return together(constants.norm, issuing, moving, waiting) + fixed * 1e-6
 
 
 def torch_time(constants: TorchConstants, device: Device, moved: float, scattered: bool) -> float:
@@ -296,8 +298,7 @@ def _row_errors(constants: RowConstants) -> dict[str, float]:
 def _recorded_time(constants: RowConstants, kernel: str, launch: dict) -> float:
     code = RecordedCode(**launch["code"])
     moved = launch["memory_bytes"], launch["cache_bytes"]
-    seconds = row_time(constants, H200, launch["programs"], launch["passes"], code, *moved)
-    return seconds + (constants.chain * 1e-6 if kernel == CHAINED else 0)
+    return row_time(constants, H200, launch["programs"], launch["passes"], code, *moved, kernel)
 
 
 def _torch_errors(constants: TorchConstants) -> dict[str, float]:
